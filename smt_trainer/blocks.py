@@ -1,0 +1,156 @@
+"""How a weight is cut into blocks.
+
+A weight W of `nn.Linear` is [O, I] (out features x in features). A grid of blocks of br x bc weights cuts it into
+R = O / br block rows and C = I / bc block columns; block (r, c) is W[r*br:(r+1)*br, c*bc:(c+1)*bc]. The paper's
+sub-matrices have br = bc = 256; a row of SPSFT is a block of 1 x I, a column one of O x 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError
+
+LARGEST_AUTO_EDGE = 256
+SMALLEST_AUTO_EDGE = 16
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The cut of one [out_features, in_features] weight into equal blocks.
+
+    Raises:
+        SMTError: the block does not divide the weight.
+    """
+
+    out_features: int
+    in_features: int
+    block_rows: int
+    block_columns: int
+
+    def __post_init__(self) -> None:
+        if min(self.block_shape) < 1 or self.out_features % self.block_rows or self.in_features % self.block_columns:
+            raise SMTError(
+                f"a block of {self.block_rows}x{self.block_columns} does not divide a weight of "
+                f"{self.out_features}x{self.in_features}."
+            )
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.out_features, self.in_features
+
+    @property
+    def block_shape(self) -> tuple[int, int]:
+        """(br, bc)."""
+        return self.block_rows, self.block_columns
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, C): block rows and block columns."""
+        return self.out_features // self.block_rows, self.in_features // self.block_columns
+
+    @property
+    def num_blocks(self) -> int:
+        """R * C."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def block_numel(self) -> int:
+        """Weights in one block, br * bc."""
+        return self.block_rows * self.block_columns
+
+    def split(self, weight: Tensor) -> Tensor:
+        """View [R, C, br, bc] of a weight [O, I]: writing to it writes to the weight."""
+        rows, columns = self.shape
+        return weight.unflatten(1, (columns, self.block_columns)).unflatten(0, (rows, self.block_rows)).transpose(1, 2)
+
+    def gather(self, weight: Tensor, block_indices: Tensor) -> Tensor:
+        """Copy of the blocks [n, br, bc] of `weight` [O, I] at `block_indices` [n, 2]."""
+        rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
+        return self.split(weight)[rows, columns]
+
+    def scatter_(self, weight: Tensor, block_indices: Tensor, blocks: Tensor) -> None:
+        """Write `blocks` [n, br, bc], cast to the weight's dtype, into `weight` [O, I] at `block_indices` [n, 2]."""
+        rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
+        self.split(weight)[rows, columns] = blocks.to(weight.device, weight.dtype)
+
+    def check_indices(self, block_indices: Tensor, module: str) -> None:
+        """Raise `SMTError` unless `block_indices` is an integer [n, 2] of distinct blocks of this grid."""
+        if block_indices.ndim != 2 or block_indices.shape[1] != 2 or block_indices.is_floating_point():
+            raise SMTError(
+                f"block_indices of `{module}` must be integers of shape [n, 2], got {block_indices.dtype} of shape "
+                f"{list(block_indices.shape)}. The selection or delta is damaged; make it anew."
+            )
+        limit = torch.tensor(self.shape)
+        outside = ((block_indices < 0) | (block_indices >= limit)).any(1)
+        if outside.any():
+            raise SMTError(
+                f"`{module}` has {self.shape[0]}x{self.shape[1]} blocks, but block "
+                f"{tuple(block_indices[outside][0].tolist())} was asked for. The selection or delta is damaged or "
+                "belongs to another model."
+            )
+        if len(torch.unique(block_indices, dim=0)) != len(block_indices):
+            raise SMTError(f"block_indices of `{module}` name a block twice. The selection or delta is damaged.")
+
+
+def make_grids(shapes: Mapping[str, tuple[int, int]], config: SMTConfig) -> dict[str, BlockGrid]:
+    """One grid per module, from the weights' shapes (O, I) and the config's `granularity` and `block_size`.
+
+    Raises:
+        SMTError: the block size does not divide a weight, or 'auto' finds none of at least 16.
+    """
+    if config.granularity == "row":
+        return {name: BlockGrid(out, into, 1, into) for name, (out, into) in shapes.items()}
+    if config.granularity == "column":
+        return {name: BlockGrid(out, into, out, 1) for name, (out, into) in shapes.items()}
+    if config.block_size == "auto":
+        edge = auto_block_size(shapes)
+        rows, columns = edge, edge
+    elif isinstance(config.block_size, tuple):
+        rows, columns = config.block_size
+    else:
+        rows = columns = config.block_size
+    grids = {}
+    for name, (out, into) in shapes.items():
+        if out % rows or into % columns:
+            common = common_block_size(shapes)
+            raise SMTError(
+                f"`{name}` is {out}x{into}; block_size={config.block_size!r} does not divide it. Use "
+                f"block_size='auto' ({common} here) or exclude the module."
+            )
+        grids[name] = BlockGrid(out, into, rows, columns)
+    return grids
+
+
+def common_block_size(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """The largest common divisor, at most 256, of all dimensions."""
+    common = math.gcd(*(dimension for shape in shapes.values() for dimension in shape))
+    return max(divisor for divisor in range(1, min(common, LARGEST_AUTO_EDGE) + 1) if common % divisor == 0)
+
+
+def auto_block_size(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """`common_block_size`, refused below 16: blocks that small cost more in bookkeeping than they save.
+
+    Raises:
+        SMTError: naming the modules whose dimensions have no common divisor with the rest.
+    """
+    edge = common_block_size(shapes)
+    if edge >= SMALLEST_AUTO_EDGE:
+        return edge
+    odd = [
+        f"`{name}` ({out}x{into})"
+        for name, (out, into) in shapes.items()
+        if out % SMALLEST_AUTO_EDGE or into % SMALLEST_AUTO_EDGE
+    ]
+    raise SMTError(
+        f"block_size='auto' found {edge} as the largest common divisor of the targeted dimensions; at least "
+        f"{SMALLEST_AUTO_EDGE} is expected. Not multiples of {SMALLEST_AUTO_EDGE}: {', '.join(odd[:4]) or 'none alone'}"
+        f"{' and others' if len(odd) > 4 else ''}. Exclude them with exclude_modules or set block_size yourself."
+    )

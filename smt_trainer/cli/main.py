@@ -1,0 +1,28 @@
+"""`smt`: parse the command line and run a command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from smt_trainer import __version__
+from smt_trainer.cli import inspect_delta, merge_delta
+from smt_trainer.errors import SMTError
+
+COMMANDS = (merge_delta, inspect_delta)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `smt` with the given arguments (those of the process by default); returns the exit status."""
+    parser = argparse.ArgumentParser(prog="smt", description="Work with the deltas of Sparse Matrix Tuning.")
+    parser.add_argument("--version", action="version", version=f"smt_trainer {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except SMTError as error:
+        print(f"smt: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,223 @@
+"""`SMTConfig`: what to tune, how much of it, and how to choose it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from smt_trainer.errors import SMTError
+
+SCORES = ("grad_l1", "grad_signed", "magnitude", "random")
+SCOPES = ("global", "per_module")
+GRANULARITIES = ("block", "row", "column")
+ACCUMULATOR_DEVICES = ("auto", "device", "cpu")
+MASTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# What a resumed run may change: neither alters which weights are trained nor how.
+_FREE_ON_RESUME = ("selection", "accumulator_device")
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class SMTConfig:
+    """How Sparse Matrix Tuning chooses and trains the blocks of a model.
+
+    The defaults are those of the paper ("Sparse Matrix in Large Language Model Fine-tuning", sections 3.1 and 4.1):
+    query, key and value projections, blocks of 256x256 where the model's shapes allow, 0.84 % of the parameters,
+    100 warm-up steps, mean absolute value of the summed gradient.
+
+    Raises:
+        SMTError: a field has a value outside its range; all fields are checked together at construction.
+    """
+
+    target_modules: str | list[str] = field(
+        default="qkv",
+        metadata=_help(
+            "Linears to choose blocks from: 'qkv' (query, key and value projections, fused or not), 'attention' (and "
+            "the output projection), 'mlp', 'all-linear' (all but output embeddings and heads), a list of module "
+            "names or their endings, or a regular expression that the whole module name must match."
+        ),
+    )
+    exclude_modules: str | list[str] | None = field(
+        default=None, metadata=_help("Linears to leave out: names or their endings, or a regular expression.")
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata=_help(
+            "Modules to train whole and store in the delta. Default: the new head of a sequence or token "
+            "classification model, nothing otherwise. An empty list trains no module whole."
+        ),
+    )
+    block_size: str | int | tuple[int, int] = field(
+        default="auto",
+        metadata=_help(
+            "Edge of a block in weights, or a pair (rows, columns). 'auto': the largest common divisor, at most 256, "
+            "of the dimensions of all targeted weights."
+        ),
+    )
+    granularity: str = field(
+        default="block",
+        metadata=_help("'block' (SMT), 'row' (SPSFT: blocks of 1 x in_features) or 'column' (out_features x 1)."),
+    )
+    budget: float | int = field(
+        default=0.0084,
+        metadata=_help(
+            "How much to train. A float in (0, 1]: fraction of all model parameters (tied weights counted once), "
+            "rounded to the nearest block. An int: number of blocks (with scope='per_module': in each module)."
+        ),
+    )
+    lowest_layer: int = field(
+        default=0, metadata=_help("Choose blocks only in layers with this index or above; backward stops there.")
+    )
+    warmup_steps: int = field(
+        default=100, metadata=_help("Batches, each as large as an optimizer step, over which gradients are summed.")
+    )
+    accumulator_device: str = field(
+        default="auto",
+        metadata=_help(
+            "Where the summed gradients of the warm-up live: 'device' (beside the weights), 'cpu', or 'auto' (the "
+            "device if they take at most half of its free memory)."
+        ),
+    )
+    score: str = field(default="grad_l1", metadata=_help(f"How blocks are ranked: one of {', '.join(SCORES)}."))
+    scope: str = field(
+        default="global",
+        metadata=_help("'global': the best blocks of all targets together; 'per_module': the best of each module."),
+    )
+    selection: Any = field(
+        default=None,
+        metadata=_help("A BlockSelection, or the path of its JSON file: train these blocks without a warm-up."),
+    )
+    master_dtype: str = field(
+        default="float32",
+        metadata=_help(f"Dtype of the trainable copy of the blocks: one of {', '.join(MASTER_DTYPES)}."),
+    )
+
+    def __post_init__(self) -> None:
+        self.target_modules = _names("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            self.exclude_modules = _names("exclude_modules", self.exclude_modules)
+        if self.modules_to_save is not None:
+            self.modules_to_save = (
+                [self.modules_to_save] if isinstance(self.modules_to_save, str) else list(self.modules_to_save)
+            )
+        if isinstance(self.block_size, list):
+            self.block_size = tuple(self.block_size)
+        if isinstance(self.selection, Path):
+            self.selection = str(self.selection)
+        self._validate()
+
+    def _validate(self) -> None:
+        _one_of("granularity", self.granularity, GRANULARITIES)
+        _one_of("score", self.score, SCORES)
+        _one_of("scope", self.scope, SCOPES)
+        _one_of("accumulator_device", self.accumulator_device, ACCUMULATOR_DEVICES)
+        _one_of("master_dtype", self.master_dtype, MASTER_DTYPES)
+        _at_least("lowest_layer", self.lowest_layer, 0)
+        _at_least("warmup_steps", self.warmup_steps, 1)
+        _check_block_size(self.block_size, self.granularity)
+        check_budget(self.budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON types; a `BlockSelection` becomes its own dictionary."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        if hasattr(self.selection, "to_dict"):
+            values["selection"] = self.selection.to_dict()
+        if isinstance(self.block_size, tuple):
+            values["block_size"] = list(self.block_size)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SMTConfig:
+        """Inverse of `to_dict`. Raises `SMTError` for an unknown field or a value out of range."""
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise SMTError(f"SMTConfig has no field {', '.join(unknown)}; its fields are {', '.join(known)}.")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        """The configuration as a JSON object."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> SMTConfig:
+        """Inverse of `to_json`."""
+        return cls.from_dict(json.loads(text))
+
+    def differences(self, other: SMTConfig) -> list[str]:
+        """`field: ours != theirs` for every field that decides which weights are trained and how."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{name}: {ours[name]!r} != {theirs[name]!r}"
+            for name in ours
+            if name not in _FREE_ON_RESUME and ours[name] != theirs[name]
+        ]
+
+
+def parse_budget(text: str) -> float | int:
+    """A budget written as text: `"100"` is a count of blocks, `"0.0084"` or `"1e-2"` a fraction.
+
+    Raises:
+        SMTError: the text is no number, or the number is out of range.
+    """
+    try:
+        budget: float | int = int(text)
+    except ValueError:
+        try:
+            budget = float(text)
+        except ValueError:
+            raise SMTError(
+                f"budget must be a count of blocks such as 100 or a fraction such as 0.0084, got {text!r}."
+            ) from None
+    return check_budget(budget)
+
+
+def check_budget(budget: float | int) -> float | int:
+    """The budget itself, if it is a count >= 1 or a fraction in (0, 1]; raises `SMTError` otherwise."""
+    is_count = isinstance(budget, int) and not isinstance(budget, bool)
+    if (is_count and budget >= 1) or (isinstance(budget, float) and 0.0 < budget <= 1.0):
+        return budget
+    raise SMTError(
+        f"budget must be a float in (0, 1] (fraction of all model parameters) or an int >= 1 (number of blocks), "
+        f"got {budget!r}."
+    )
+
+
+def _names(name: str, value: Any) -> str | list[str]:
+    if isinstance(value, str) and value:
+        return value
+    if isinstance(value, (list, tuple, set)) and value and all(isinstance(item, str) and item for item in value):
+        return sorted(value) if isinstance(value, set) else list(value)
+    raise SMTError(f"{name} must be a name, a regular expression or a non-empty list of names, got {value!r}.")
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise SMTError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _at_least(name: str, value: Any, least: int) -> None:
+    if not _is_int(value) or value < least:
+        raise SMTError(f"{name} must be an int >= {least}, got {value!r}.")
+
+
+def _check_block_size(block_size: Any, granularity: str) -> None:
+    if block_size == "auto":
+        return
+    if granularity != "block":
+        raise SMTError(
+            f"granularity={granularity!r} fixes the block's shape; leave block_size at 'auto', got {block_size!r}."
+        )
+    edges = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+    if len(edges) != 2 or not all(_is_int(edge) and edge >= 1 for edge in edges):
+        raise SMTError(f"block_size must be 'auto', an int >= 1 or a pair (rows, columns) of them, got {block_size!r}.")

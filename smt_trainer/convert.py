@@ -1,0 +1,171 @@
+"""Rewrite a model for sparse training, and make it plain again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.errors import SMTError
+from smt_trainer.layers import SMTLinear, smt_layers
+from smt_trainer.selection import BlockSelection
+from smt_trainer.targets import head_names, matches
+
+
+@dataclass(frozen=True)
+class SMTState:
+    """What a rewritten model remembers, as its attribute `smt_state`.
+
+    Attributes:
+        selection: the blocks it trains.
+        modules_to_save: full names of the modules trained whole.
+        fingerprint: checksum of the chosen blocks before training (see `fingerprint`).
+        weight_dtype: dtype of the dense weights, in which merging is exact.
+        was_trainable: names of the parameters that asked for a gradient before rewriting.
+    """
+
+    selection: BlockSelection
+    modules_to_save: tuple[str, ...]
+    fingerprint: str
+    weight_dtype: torch.dtype
+    was_trainable: frozenset[str]
+
+
+def is_smt_model(model: nn.Module) -> bool:
+    """Whether `convert_to_smt` or `load_delta` has rewritten this model."""
+    return hasattr(model, "smt_state")
+
+
+def get_state(model: nn.Module) -> SMTState:
+    """The state of a rewritten model. Raises `SMTError` for a plain one."""
+    if not is_smt_model(model):
+        raise SMTError("this model trains no blocks; run SMTTrainer, convert_to_smt or load_delta on it first.")
+    return model.smt_state
+
+
+def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
+    """Freeze a model in place and rewrite the linears of a selection so that only the chosen blocks are trained.
+
+    Args:
+        model: a plain model; its modules keep their identity, names, hooks and ties.
+        selection: its config gives the `master_dtype` and `modules_to_save`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SMTError: the model is already rewritten or does not have the selection's modules in the selection's shapes;
+            nothing is changed then.
+    """
+    if is_smt_model(model):
+        raise SMTError("this model already trains blocks; call merge_and_unload on it before choosing others.")
+    config = selection.config
+    modules = dict(model.named_modules())
+    linears = {name: _expect_linear(modules, name, selection) for name in selection.block_indices}
+    saved_modules = find_modules_to_save(model, config.modules_to_save)
+    first = next(iter(linears.values()))
+    state = SMTState(
+        selection,
+        saved_modules,
+        fingerprint(model, selection, first.weight.dtype),
+        first.weight.dtype,
+        frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+    )
+    model.requires_grad_(False)
+    for name, linear in linears.items():
+        SMTLinear.from_linear(
+            linear, selection.grids[name], selection.block_indices[name], getattr(torch, config.master_dtype)
+        )
+    for name in saved_modules:
+        modules[name].requires_grad_(True)
+    model.smt_state = state
+    return model
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Write the trained blocks into the dense weights and make the model plain again, in place; returns it.
+
+    The weights are bit-identical to those that forward used in training. Parameters that asked for a gradient before
+    rewriting ask for one again.
+    """
+    state = get_state(model)
+    for _, layer in list(smt_layers(model)):
+        layer.to_linear()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state.was_trainable)
+    del model.smt_state
+    return model
+
+
+def find_modules_to_save(model: nn.Module, names: list[str] | None) -> tuple[str, ...]:
+    """Full names of the modules to train whole: those named, or by default the head of a classification model.
+
+    Raises:
+        SMTError: a name matches no module.
+    """
+    if names is None:
+        return tuple(head_names(model))
+    found = []
+    for wanted in names:
+        matching = [name for name, _ in model.named_modules() if matches(name, [wanted])]
+        if not matching:
+            raise SMTError(
+                f"modules_to_save names {wanted!r}, which this model does not have. Its top-level modules are: "
+                f"{', '.join(name for name, _ in model.named_children())}."
+            )
+        found += matching
+    return tuple(dict.fromkeys(found))
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, with full names, of the modules that a rewritten model trains whole."""
+    for prefix in get_state(model).modules_to_save:
+        for name, tensor in model.get_submodule(prefix).state_dict().items():
+            yield f"{prefix}.{name}", tensor
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the model would have after `merge_and_unload`, without changing the model."""
+    own = {f"{name}.{part}" for name, _ in smt_layers(model) for part in ("blocks", "block_indices")}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Parameters that ask for a gradient, tied weights counted once."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def fingerprint(model: nn.Module, selection: BlockSelection, dtype: torch.dtype) -> str:
+    """SHA-256 of the base values of the chosen blocks, rounded to `dtype` and written as float32.
+
+    The rounding makes the same base give the same fingerprint whatever dtype it is loaded in, as long as that is no
+    coarser than `dtype`.
+    """
+    digest = hashlib.sha256()
+    for name in selection.block_indices:
+        update_fingerprint(digest, name, model.get_submodule(name).weight.detach(), selection, dtype)
+    return digest.hexdigest()
+
+
+def update_fingerprint(digest, name: str, weight: Tensor, selection: BlockSelection, dtype: torch.dtype) -> None:
+    """Add one module's chosen blocks to a fingerprint under way; modules come in the selection's order."""
+    blocks = selection.grids[name].gather(weight, selection.block_indices[name])
+    digest.update(name.encode())
+    digest.update(blocks.to(dtype).float().cpu().contiguous().numpy().data)
+
+
+def _expect_linear(modules: dict[str, nn.Module], name: str, selection: BlockSelection) -> nn.Linear:
+    linear, expected = modules.get(name), selection.grids[name].weight_shape
+    if not isinstance(linear, nn.Linear):
+        found = "no such module" if linear is None else f"a {type(linear).__name__}"
+    elif tuple(linear.weight.shape) != expected:
+        found = f"a weight of {'x'.join(map(str, linear.weight.shape))}"
+    else:
+        return linear
+    raise SMTError(
+        f"the selection has blocks of a {expected[0]}x{expected[1]} linear `{name}`; this model has {found}. The "
+        f"selection was made for {selection.base_model or 'another model'}: load that base, or select anew."
+    )

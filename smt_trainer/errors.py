@@ -1,0 +1,5 @@
+"""The one exception of the package."""
+
+
+class SMTError(ValueError):
+    """Bad input. The message says what was expected, what came, and what to do about it."""

@@ -1,0 +1,1 @@
+"""The autograd operations that training spends its time in."""

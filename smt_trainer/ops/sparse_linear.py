@@ -1,0 +1,150 @@
+"""A linear whose backward forms only the chosen blocks of the weight gradient.
+
+Forward and input gradient are those of a dense linear (x is [T, I], y and dy are [T, O], T tokens over all leading
+dimensions):
+
+    y  = x W^T + bias
+    dx = dy W
+
+and of the weight gradient dW = dy^T x only the n chosen blocks exist (SMT, section 3.1 and figure 2b):
+
+    dW[r, c] = dy[:, r-th block row]^T  x[:, c-th block column]          [br, bc]
+
+Blocks in one block column share their slice of x, so they are one matrix product (`Group`): the slices of dy are
+taken side by side, which costs nothing where the block rows are adjacent. Where the blocks touch fewer block rows than
+block columns (columns as blocks, for one) the roles are swapped. Batch and sequence are flattened into T first: one
+product with a long inner dimension instead of one per sequence.
+
+The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smt_trainer.blocks import BlockGrid
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks `first` to `last` (exclusive) of the stored order: those on one block column (or row), `line`.
+
+    `start` is the first of their block rows (or columns) when these are adjacent, None when they must be gathered.
+    """
+
+    first: int
+    last: int
+    line: int
+    start: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the blocks of one weight are grouped into matrix products; hashable, so that torch.compile can guard it."""
+
+    grid: BlockGrid
+    by_column: bool
+    groups: tuple[Group, ...]
+
+
+def plan_blocks(block_indices: Tensor, grid: BlockGrid) -> tuple[Plan, Tensor, Tensor]:
+    """Group the blocks of one weight.
+
+    Args:
+        block_indices: [n, 2] (row, column) of the chosen blocks, in any order.
+        grid: the weight's grid.
+
+    Returns:
+        The plan; `block_indices` [n, 2] in stored order (along the groups); and the positions [n * edge] of the
+        features that a group gathers, where edge is br (by column) or bc (by row).
+    """
+    rows, columns = block_indices.long().unbind(1)
+    by_column = len(columns.unique()) <= len(rows.unique())
+    lines, offsets = (columns, rows) if by_column else (rows, columns)
+    length, edge = (grid.shape[0], grid.block_rows) if by_column else (grid.shape[1], grid.block_columns)
+    order = torch.argsort(lines * length + offsets)
+    lines, offsets = lines[order], offsets[order]
+
+    groups, first = [], 0
+    for line, count in zip(*(part.tolist() for part in lines.unique_consecutive(return_counts=True)), strict=True):
+        start, end = offsets[first].item(), offsets[first + count - 1].item()
+        groups.append(Group(first, first + count, line, start if end - start == count - 1 else None))
+        first += count
+    positions = (offsets[:, None] * edge + torch.arange(edge)).flatten()
+    return Plan(grid, by_column, tuple(groups)), block_indices[order], positions
+
+
+def block_gradients(dy: Tensor, x: Tensor, plan: Plan, positions: Tensor) -> Tensor:
+    """The chosen blocks [n, br, bc] of dy^T x, in stored order, for dy [T, O] and x [T, I]."""
+    br, bc = plan.grid.block_shape
+    blocks = dy.new_empty(plan.groups[-1].last, br, bc)
+    for group in plan.groups:
+        if plan.by_column:
+            line = x.narrow(1, group.line * bc, bc)
+            product = torch.mm(_take(dy, group, br, positions).t(), line)
+            blocks[group.first : group.last] = product.view(-1, br, bc)
+        else:
+            line = dy.narrow(1, group.line * br, br)
+            product = torch.mm(line.t(), _take(x, group, bc, positions))
+            blocks[group.first : group.last] = product.view(br, -1, bc).transpose(0, 1)
+    return blocks
+
+
+def _take(features: Tensor, group: Group, edge: int, positions: Tensor) -> Tensor:
+    """The features [T, k * edge] of a group's k blocks: a slice where they are adjacent, a copy elsewhere."""
+    if group.start is not None:
+        return features.narrow(1, group.start * edge, (group.last - group.first) * edge)
+    return features.index_select(1, positions[group.first * edge : group.last * edge])
+
+
+class SparseLinear(torch.autograd.Function):
+    """`sparse_linear` with its backward; see the top of this file."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, positions: Tensor, plan: Plan
+    ) -> Tensor:
+        # x goes in uncast: query, key and value hold one and the same tensor, also under autocast.
+        ctx.save_for_backward(x, weight, positions)
+        ctx.plan, ctx.master_dtype = plan, blocks.dtype
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, weight, positions = ctx.saved_tensors
+        needs_dx, _, needs_dbias, needs_dblocks, _, _ = ctx.needs_input_grad
+        flat_dy = dy.reshape(-1, dy.shape[-1])
+        dx = dbias = dblocks = None
+        if needs_dx:
+            dx = torch.mm(flat_dy, weight.to(dy.dtype)).view_as(x).to(x.dtype)
+        if needs_dbias:
+            dbias = flat_dy.sum(0)
+        if needs_dblocks:
+            flat_x = x.reshape(-1, x.shape[-1]).to(dy.dtype)
+            dblocks = block_gradients(flat_dy, flat_x, ctx.plan, positions).to(ctx.master_dtype)
+        return dx, None, dbias, dblocks, None, None
+
+
+def sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, positions: Tensor, plan: Plan
+) -> Tensor:
+    """y = x W^T + bias, with gradients for x, bias and the chosen blocks of W (SMT, equation 2).
+
+    Args:
+        x: [..., I] of any leading shape.
+        weight: [O, I] the dense weight; receives no gradient.
+        bias: [O] or None.
+        blocks: [n, br, bc] the trainable blocks in stored order; receives their gradient in its own dtype.
+        positions: [n * edge] int64, from `plan_blocks`.
+        plan: from `plan_blocks`.
+
+    Returns:
+        y: [..., O], in the dtype that `torch.nn.functional.linear` gives (autocast included).
+    """
+    return SparseLinear.apply(x, weight, bias, blocks, positions, plan)

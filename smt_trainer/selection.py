@@ -1,0 +1,275 @@
+"""Which blocks are trained: from scores and a budget to a `BlockSelection`, an artefact that can be kept and re-used.
+
+A float budget is a fraction of all P parameters of the model, so k blocks of m weights each are chosen with k * m as
+near to budget * P as whole blocks allow. Ranking is a stable sort, highest score first; ties go by the model's module
+order, then row by row, so every rank and machine chooses the same blocks from the same scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.blocks import BlockGrid
+from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError
+from smt_trainer.files import read_json, write_text
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSelection:
+    """The chosen blocks of a model.
+
+    Attributes:
+        grids: module name -> grid, for every target, in the model's order.
+        block_indices: module name -> [n, 2] int64 (row, column), row by row; only modules with chosen blocks.
+        num_parameters: parameters of the whole model, tied weights counted once.
+        config: the configuration that chose them.
+        base_model: name of the model they were chosen for, if known.
+    """
+
+    grids: dict[str, BlockGrid]
+    block_indices: dict[str, Tensor]
+    num_parameters: int
+    config: SMTConfig
+    base_model: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.block_indices) - set(self.grids))
+        if unknown:
+            raise SMTError(f"the selection has blocks for `{unknown[0]}` but no grid; it is damaged, make it anew.")
+        for name, indices in self.block_indices.items():
+            self.grids[name].check_indices(indices, name)
+        if not self.num_blocks:
+            raise SMTError("the selection holds no block; there is nothing to train. Raise the budget.")
+
+    @property
+    def num_blocks(self) -> int:
+        """Chosen blocks of all modules together."""
+        return sum(len(indices) for indices in self.block_indices.values())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Weights in the chosen blocks."""
+        return sum(len(indices) * self.grids[name].block_numel for name, indices in self.block_indices.items())
+
+    @property
+    def fraction_of_model(self) -> float:
+        """Trainable weights as a fraction of all parameters of the model (the papers' #Params%, as a fraction)."""
+        return self.trainable_parameters / self.num_parameters
+
+    @property
+    def fraction_of_targets(self) -> float:
+        """Trainable weights as a fraction of the targeted weights."""
+        return self.trainable_parameters / sum(grid.num_blocks * grid.block_numel for grid in self.grids.values())
+
+    def blocks_by_projection(self) -> dict[str, int]:
+        """Chosen blocks by the last part of the module name (`v_proj`), targets without any included."""
+        counts: dict[str, int] = {}
+        for name in self.grids:
+            leaf = name.rpartition(".")[2]
+            counts[leaf] = counts.get(leaf, 0) + len(self.block_indices.get(name, ()))
+        return counts
+
+    def summary(self) -> str:
+        """One line: how many blocks of which shape, how many parameters, of which projections."""
+        shapes = {grid.block_shape for grid in self.grids.values()}
+        shape = "{}x{}".format(*shapes.pop()) if len(shapes) == 1 else "several shapes"
+        shares = ", ".join(f"{leaf} {count}" for leaf, count in self.blocks_by_projection().items())
+        return (
+            f"{self.num_blocks:,} blocks of {shape} ({self.trainable_parameters:,} parameters): "
+            f"{self.fraction_of_model:.3%} of the model, {self.fraction_of_targets:.3%} of the targets; {shares}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `from_dict` reads them back."""
+        config = self.config.to_dict() | {"selection": None}
+        modules = {
+            name: {
+                "weight_shape": list(grid.weight_shape),
+                "block_shape": list(grid.block_shape),
+                "block_indices": self.block_indices[name].tolist() if name in self.block_indices else [],
+            }
+            for name, grid in self.grids.items()
+        }
+        return {
+            "format": FORMAT,
+            "base_model": self.base_model,
+            "num_parameters": self.num_parameters,
+            "config": config,
+            "modules": modules,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BlockSelection:
+        """Inverse of `to_dict`. Raises `SMTError` when a part is missing, malformed or out of range."""
+        try:
+            if values["format"] != FORMAT:
+                raise SMTError(
+                    f"the selection has format {values['format']}, this version of smt_trainer reads {FORMAT}; "
+                    "install the version that wrote it, or select anew."
+                )
+            grids = {
+                name: BlockGrid(*module["weight_shape"], *module["block_shape"])
+                for name, module in values["modules"].items()
+            }
+            block_indices = {
+                name: torch.tensor(module["block_indices"])
+                for name, module in values["modules"].items()
+                if module["block_indices"]
+            }
+            config = SMTConfig.from_dict(values["config"])
+            return cls(grids, block_indices, values["num_parameters"], config, values["base_model"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SMTError(f"the selection is damaged ({type(error).__name__}: {error}); select anew.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the selection as JSON, atomically."""
+        write_text(Path(path), json.dumps(self.to_dict()))
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockSelection:
+        """Read what `save` wrote. Raises `SMTError` for a missing or damaged file."""
+        return cls.from_dict(read_json(Path(path), "selection"))
+
+    @classmethod
+    def resolve(cls, selection: BlockSelection | Mapping[str, Any] | str | Path) -> BlockSelection:
+        """A selection given as itself, as its dictionary or as the path of its file."""
+        if isinstance(selection, BlockSelection):
+            return selection
+        return cls.from_dict(selection) if isinstance(selection, Mapping) else cls.load(selection)
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The model's hub name, with its revision where known (`name@commit`); of a local base the folder's name only."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name:
+        return None
+    if Path(name).exists():
+        return Path(name).resolve().name
+    revision = getattr(config, "_commit_hash", None)
+    return f"{name}@{revision}" if revision else name
+
+
+def select_blocks(
+    scores: Mapping[str, Tensor],
+    grids: Mapping[str, BlockGrid],
+    config: SMTConfig,
+    num_parameters: int,
+    base_model: str | None = None,
+) -> BlockSelection:
+    """The highest-scoring blocks within the budget (SMT, section 3.2).
+
+    Args:
+        scores: module name -> [R, C], in the model's module order.
+        grids: module name -> grid.
+        config: its `budget` and `scope` count here; see the top of this file for the denominator.
+        num_parameters: parameters of the whole model.
+        base_model: name recorded in the selection.
+
+    Raises:
+        SMTError: a score is NaN or infinite, all scores are zero, or the budget is below half a block or above what
+            the targets hold.
+    """
+    for name, score in scores.items():
+        if not score.isfinite().all():
+            raise SMTError(
+                f"the scores of `{name}` are not finite. Gradients overflowed in the warm-up: check the data for "
+                "batches without labels, or run the warm-up in bf16 or float32."
+            )
+    if not any(score.any() for score in scores.values()):
+        raise SMTError(
+            "all scores are zero, so no block is better than another. No gradient reached the targets: check that "
+            "the labels are not all -100, and that the loss depends on the targeted modules."
+        )
+    check_budget_fits(grids, config, num_parameters)
+    if config.scope == "per_module":
+        chosen = _best_of_each(scores, grids, config, num_parameters)
+    else:
+        chosen = _best_of_all(scores, grids, config, num_parameters)
+    block_indices = {
+        name: torch.stack(torch.unravel_index(blocks.sort().values, grids[name].shape), dim=1)
+        for name, blocks in chosen.items()
+        if len(blocks)
+    }
+    return BlockSelection(dict(grids), block_indices, num_parameters, config, base_model)
+
+
+def check_budget_fits(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> None:
+    """Raise `SMTError` unless the budget is at least half a block and at most what the targets hold."""
+    sizes = [grid.block_numel for grid in grids.values()]
+    capacity = sum(grid.num_blocks * grid.block_numel for grid in grids.values())
+    if isinstance(config.budget, float):
+        wanted = config.budget * num_parameters
+        if wanted < min(sizes) / 2:
+            raise SMTError(
+                f"budget={config.budget} of {num_parameters:,} parameters is {wanted:.0f} weights, less than half a "
+                f"block of {min(sizes):,}. Use at least {min(sizes) / num_parameters:.2g}, or a smaller block_size."
+            )
+        if wanted > capacity + max(sizes) / 2:
+            raise SMTError(
+                f"budget={config.budget} of {num_parameters:,} parameters is more than the targets hold ({capacity:,} "
+                f"weights, {capacity / num_parameters:.4f} of the model). Lower the budget or widen target_modules."
+            )
+        return
+    scope = f"the smallest of {len(grids)} modules holds" if config.scope == "per_module" else "the targets hold"
+    counts = [grid.num_blocks for grid in grids.values()]
+    available = min(counts) if config.scope == "per_module" else sum(counts)
+    if config.budget > available:
+        raise SMTError(
+            f"budget={config.budget} blocks is more than {scope} ({available}). Lower the budget, widen "
+            "target_modules or use a smaller block_size."
+        )
+
+
+def _best_of_all(
+    scores: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int
+) -> dict[str, Tensor]:
+    """Module name -> flat positions of its blocks among the best of all modules together."""
+    flat = torch.cat([score.flatten().float() for score in scores.values()])
+    order = torch.sort(flat, descending=True, stable=True).indices
+    counts = torch.tensor([grids[name].num_blocks for name in scores])
+    if isinstance(config.budget, float):
+        sizes = torch.tensor([grids[name].block_numel for name in scores]).repeat_interleave(counts)[order]
+        wanted = config.budget * num_parameters
+        # The k blocks of highest score whose size is nearest to what is wanted, at least one.
+        k = max(1, int((sizes.cumsum(0) - sizes / 2 <= wanted).sum()))
+    else:
+        k = config.budget
+    chosen = torch.zeros(len(flat), dtype=torch.bool)
+    chosen[order[:k]] = True
+    return {name: part.nonzero().flatten() for name, part in zip(scores, chosen.split(counts.tolist()), strict=True)}
+
+
+def _best_of_each(
+    scores: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int
+) -> dict[str, Tensor]:
+    """Module name -> flat positions of its own best blocks, as many as its share of the budget."""
+    if isinstance(config.budget, float):
+        quotas = _quotas(grids, config.budget * num_parameters)
+    else:
+        quotas = dict.fromkeys(grids, config.budget)
+    return {
+        name: torch.sort(score.flatten().float(), descending=True, stable=True).indices[: quotas[name]]
+        for name, score in scores.items()
+    }
+
+
+def _quotas(grids: Mapping[str, BlockGrid], weights: float) -> dict[str, int]:
+    """Whole blocks per module in proportion to its size; what rounding down leaves goes by largest remainder."""
+    fraction = weights / sum(grid.num_blocks * grid.block_numel for grid in grids.values())
+    exact = {name: min(1.0, fraction) * grid.num_blocks for name, grid in grids.items()}
+    quotas = {name: int(share) for name, share in exact.items()}
+    left = max(1, round(sum(exact.values()))) - sum(quotas.values())
+    for name in sorted(exact, key=lambda name: quotas[name] - exact[name])[:left]:
+        quotas[name] += 1
+    return quotas

@@ -1,0 +1,296 @@
+"""`SMTTrainer`: warm-up, selection and rewriting, then the stock training loop of transformers' `Trainer`.
+
+Everything SMT needs happens at the start of `_inner_training_loop`, on the bare model, before Trainer makes an
+optimizer or wraps the model for several devices:
+
+    warm-up     the first batches of the main loop, forward and backward only (`warmup.collect_scores`)
+    selection   the best blocks within the budget (`selection.select_blocks`)
+    rewriting   targets become `SMTLinear`s, all else is frozen (`convert.convert_to_smt`)
+
+then the random state is restored and the stock loop runs on the final parameters, as if the model had come that way.
+Checkpoints hold the delta in place of the model.
+
+Private methods of Trainer that this file relies on, all of them by overriding: `_inner_training_loop`, `_save`,
+`_load_from_checkpoint`, `_load_best_model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from tqdm.auto import tqdm
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from smt_trainer.blocks import make_grids
+from smt_trainer.callbacks import SMTCallback
+from smt_trainer.config import SMTConfig
+from smt_trainer.convert import (
+    convert_to_smt,
+    find_modules_to_save,
+    get_state,
+    is_smt_model,
+    plain_state_dict,
+    trainable_parameters,
+)
+from smt_trainer.delta import Delta, load_delta, save_delta
+from smt_trainer.errors import SMTError
+from smt_trainer.files import new_folder
+from smt_trainer.scores import Scorer, make_scorer
+from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
+from smt_trainer.targets import count_parameters, find_targets
+from smt_trainer.warmup import collect_scores, rng_preserved
+
+logger = logging.getLogger(__name__)
+
+SELECTION_FILE = "smt_selection.json"
+
+# Optimizers that keep their own map of the model's matrices, or swap values behind forward's back.
+REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
+
+
+class SMTTrainerMixin:
+    """Goes in front of `Trainer` or any subclass of it: `class MyTrainer(SMTTrainerMixin, Seq2SeqTrainer)`.
+
+    Args:
+        smt_config: what to tune and how to choose it; the paper's defaults if omitted.
+        All other arguments are those of the trainer behind it.
+
+    Raises:
+        SMTError: `optimizers=` was given, the optimizer cannot work on blocks, the training data can be read only
+            once, nothing matches `target_modules`, the blocks do not divide the weights, or the budget does not fit.
+    """
+
+    def __init__(self, *args, smt_config: SMTConfig | None = None, **kwargs) -> None:
+        self.smt_config = smt_config or SMTConfig()
+        self._warming_up = False
+        super().__init__(*args, **kwargs)
+        self._refuse_unusable_arguments()
+        if self.model_init is None and not is_smt_model(self.model):
+            self._plan_blocks()
+        if not self._smt_callbacks:
+            self.add_callback(SMTCallback())
+        for callback in self._smt_callbacks:
+            callback.trainer = self
+
+    # ---- before the stock loop ----
+
+    def _inner_training_loop(self, batch_size=None, args=None, *rest, **kwargs):
+        if args.auto_find_batch_size:
+            self._train_batch_size = batch_size
+        if not self._smt_callbacks:
+            raise SMTError(
+                "SMTCallback was removed from the trainer; without it forward would never see the trained blocks. "
+                "Add it, or a subclass of it, again."
+            )
+        if not is_smt_model(self.model):
+            convert_to_smt(self.model, self._choose_blocks())
+        logger.info("%s", self._trainable_line())
+        return super()._inner_training_loop(batch_size, args, *rest, **kwargs)
+
+    def _choose_blocks(self) -> BlockSelection:
+        """The configured selection, or the one a warm-up leads to: the same on all ranks, kept in the output folder."""
+        selection = self._given_selection()
+        if selection is None:
+            targets, grids = self._plan_blocks()
+            scorer = make_scorer(targets, grids, self.smt_config, self.args.seed)
+            with self._warm_up(scorer) as steps:
+                scores = collect_scores(self.model, scorer, steps)
+            selection = select_blocks(
+                scores, grids, self.smt_config, count_parameters(self.model), base_name(self.model)
+            )
+            selection = broadcast_object_list([selection])[0]
+            if self.args.should_save:
+                selection.save(Path(self.args.output_dir, SELECTION_FILE))
+        for callback in self._smt_callbacks:
+            callback.on_selection(self.args, selection)
+        return selection
+
+    @contextlib.contextmanager
+    def _warm_up(self, scorer: Scorer) -> Iterator[Iterator[Callable[[], None]]]:
+        """The warm-up's steps, within a context that leaves no trace in the random state."""
+        if not scorer.needs_warmup:
+            yield iter(())
+            return
+        self._warming_up = True
+        for callback in self._smt_callbacks:
+            callback.on_warmup_begin(self.args, self.smt_config.warmup_steps)
+        try:
+            with rng_preserved():
+                yield self._warmup_steps()
+        finally:
+            self._warming_up = False
+            for callback in self._smt_callbacks:
+                callback.on_warmup_end(self.args)
+
+    def _warmup_steps(self) -> Iterator[Callable[[], None]]:
+        batches = itertools.islice(self._optimizer_step_batches(), self.smt_config.warmup_steps)
+        for step, (micro_batches, num_items) in enumerate(batches):
+            yield functools.partial(self._warmup_step, step, micro_batches, num_items)
+
+    def _warmup_step(self, step: int, micro_batches: list, num_items: Tensor | int | None) -> None:
+        self.current_gradient_accumulation_steps = len(micro_batches)
+        loss = sum(self.training_step(self.model, inputs, num_items) for inputs in micro_batches)
+        for callback in self._smt_callbacks:
+            callback.on_warmup_step(self.args, step, float(loss))
+
+    def _optimizer_step_batches(self) -> Iterator[tuple[list, Tensor | int | None]]:
+        """The main loop's batches in its order, as many at a time as one optimizer step takes, epoch after epoch."""
+        loader = self.get_train_dataloader()
+        for epoch in itertools.count():
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(epoch)
+            iterator, empty = iter(loader), True
+            while True:
+                micro_batches, num_items = self.get_batch_samples(
+                    iterator, self.args.gradient_accumulation_steps, self.args.device
+                )
+                if not micro_batches:
+                    break
+                empty = False
+                yield micro_batches, num_items
+            if empty:
+                raise SMTError("the training data gave no batch; the warm-up needs at least one. Check train_dataset.")
+
+    def compute_loss_context_manager(self):
+        """In the warm-up, add the autocast that accelerate puts on the model only when the main loop prepares it."""
+        context = super().compute_loss_context_manager()
+        if not self._warming_up:
+            return context
+        stack = contextlib.ExitStack()
+        stack.enter_context(context)
+        stack.enter_context(self.accelerator.autocast())
+        return stack
+
+    # ---- checks ----
+
+    def _refuse_unusable_arguments(self) -> None:
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise SMTError(
+                "optimizers= holds an optimizer or scheduler bound to the parameters from before the blocks were "
+                "chosen. Pass optimizer_cls_and_kwargs=(class, kwargs), or set TrainingArguments.optim and "
+                "lr_scheduler_type."
+            )
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if optim.startswith(REFUSED_OPTIMIZERS):
+            raise SMTError(
+                f"optim={optim!r} works on whole matrices or swaps weights behind forward's back, and cannot train "
+                "blocks. Use adamw_torch, adamw_torch_fused, adamw_bnb_8bit, adafactor, sgd or lion."
+            )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise SMTError(
+                "FSDP and DeepSpeed are not supported yet; run on one process or with plain DDP (accelerate launch "
+                "--multi_gpu)."
+            )
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+            raise SMTError(
+                "train_dataset can be read only once, but the warm-up and the main loop both read it. Make its "
+                "__iter__ start afresh each time, or pass SMTConfig(selection=...) chosen before."
+            )
+
+    def _plan_blocks(self) -> tuple[dict, dict]:
+        """Targets and grids of the model, once it is sure that the configuration fits it."""
+        targets = find_targets(self.model, self.smt_config)
+        grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, self.smt_config)
+        find_modules_to_save(self.model, self.smt_config.modules_to_save)
+        check_budget_fits(grids, self.smt_config, count_parameters(self.model))
+        return targets, grids
+
+    def _given_selection(self) -> BlockSelection | None:
+        """The configured selection, trained as this trainer's configuration says."""
+        if self.smt_config.selection is None:
+            return None
+        selection = BlockSelection.resolve(self.smt_config.selection)
+        config = replace(
+            selection.config,
+            master_dtype=self.smt_config.master_dtype,
+            modules_to_save=self.smt_config.modules_to_save,
+        )
+        return replace(selection, config=config)
+
+    @property
+    def _smt_callbacks(self) -> list[SMTCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SMTCallback)]
+
+    # ---- checkpoints hold the delta ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the delta: in the dtype of the weights, or for a checkpoint in the master dtype."""
+        self._saves_checkpoint = _internal_call and self.is_in_train
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not is_smt_model(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_delta(self.model, folder, master=self._saves_checkpoint)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = model or self.model
+        saved = Delta.read(resume_from_checkpoint).selection.config
+        given = self._given_selection()
+        differences = (given.config if given else self.smt_config).differences(saved)
+        if differences:
+            raise SMTError(
+                f"{resume_from_checkpoint} was trained under another smt_config (ours first: {'; '.join(differences)})."
+                " Resume with the same configuration, or start anew in another output_dir."
+            )
+        load_delta(model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best blocks from %s.", self.state.best_model_checkpoint)
+        load_delta(self.model, self.state.best_model_checkpoint)
+
+    def merge_and_save(self, output_dir: str | Path) -> None:
+        """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.
+
+        Args:
+            output_dir: a new or empty folder; it appears whole or not at all.
+
+        Raises:
+            SMTError: the folder exists and is not empty, or nothing has been trained yet.
+        """
+        get_state(self.model)
+        if self.args.should_save:
+            with new_folder(Path(output_dir)) as folder:
+                self.model.save_pretrained(folder, state_dict=plain_state_dict(self.model))
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+    # ---- what is trained ----
+
+    def print_trainable_parameters(self) -> None:
+        """Write to standard output what is trained, of the model and of the targets."""
+        tqdm.write(self._trainable_line())
+
+    def _trainable_line(self) -> str:
+        selection = get_state(self.model).selection
+        trained = trainable_parameters(self.model)
+        return (
+            f"trainable parameters: {trained:,} of {selection.num_parameters:,} "
+            f"({trained / selection.num_parameters:.3%}); {selection.summary()}"
+        )
+
+
+class SMTTrainer(SMTTrainerMixin, Trainer):
+    """transformers' `Trainer` with Sparse Matrix Tuning: the one change to a training script.
+
+    Takes the arguments of `Trainer` and `smt_config`. `train()` runs the gradient warm-up, chooses the blocks, rewrites
+    the model and trains it; `save_model` writes a small delta; `merge_and_save` a plain checkpoint.
+    """
