@@ -1,0 +1,42 @@
+# `make help` lists the verbs.
+PYTHON  ?= python3
+PROFILE ?= default
+OUT     ?= runs/commonsense
+
+VENV := .venv
+BIN  := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-slow quality style commonsense clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(BIN)/.complete ## the environment in .venv, made once with the tested versions
+
+$(BIN)/.complete: setup.cfg constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+test: venv ## the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: venv ## the tests that need the real model and data, or minutes
+	$(BIN)/python -m pytest -m slow
+
+quality: venv ## lint and formatting, checked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: venv ## lint and formatting, mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+commonsense: venv ## fine-tune and evaluate on commonsense tasks (PROFILE=, MODEL=, DATA=, BUDGET=, OUT=, ARGS=)
+	$(BIN)/python -m recipes.commonsense.finetune --profile recipes/commonsense/$(PROFILE).args --output_dir "$(OUT)" \
+		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis

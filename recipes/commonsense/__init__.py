@@ -1,0 +1,1 @@
+"""Commonsense reasoning: the eight tasks of the SMT paper, data and model included."""

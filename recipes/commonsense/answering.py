@@ -1,0 +1,149 @@
+"""A model's answers to the questions of one task: one generated, one chosen by likelihood.
+
+Every output reads "the correct answer is X", and the X of a task share their first tokens ("answer" in answer1 to
+answer5). One pass over the prompt serves both kinds of answer:
+
+    prompt + shared tokens -> logits at the last position -> the likeliest of the tokens that tell the X apart
+    prompt                 -> the keys and values of that pass, without the shared tokens -> generation
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.commonsense.prompt import encode_prompt
+from recipes.commonsense.tasks import Task
+from recipes.commonsense.templates import OUTPUT, named_answers
+
+
+class Answer(NamedTuple):
+    """The answer to one question: the generated text, and the likeliest of the labels the question offers."""
+
+    text: str
+    choice: str
+
+
+@torch.no_grad()
+def answer_questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    questions: Dataset,
+    generation: GenerationConfig,
+    batch_tokens: int,
+    progress: tqdm,
+) -> list[Answer]:
+    """Return the answers of `model`, which should be in evaluation mode, in the order of `questions`.
+
+    Args:
+        generation: beams, length and special tokens of the generation.
+        batch_tokens: most tokens in one batch of prompts, padding included.
+        progress: advanced by one for each question.
+
+    Raises:
+        ValueError: `tokenizer` gives no single token that tells the answers of `task` apart.
+    """
+    shared, token_of = distinguishing_tokens(task.answers, tokenizer)
+    prompts = [encode_prompt(question, tokenizer) for question in questions]
+    offered = [named_answers(instruction) for instruction in questions["instruction"]]
+    answers = {}
+    for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
+        ids, mask = _left_pad([prompts[index] for index in batch], generation.pad_token_id, model.device)
+        logits, cache = _read(model, ids, mask, shared)
+        generated = _generate(model, ids, mask, cache, generation)
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        for index, text, scores in zip(batch, texts, logits, strict=True):
+            best = scores[[token_of[label] for label in offered[index]]].argmax()
+            answers[index] = Answer(text, offered[index][best])
+        progress.update(len(batch))
+    return [answers[index] for index in range(len(prompts))]
+
+
+def distinguishing_tokens(
+    answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], dict[str, int]]:
+    """Return the ids that the outputs of all `answers` begin with, and the next id of each.
+
+    The likelihood of an answer is the probability of that next id. Where the rest of the outputs is alike, as it
+    is when they end there, this ranks the answers as the likelihood of the whole output does.
+
+    Raises:
+        ValueError: two answers have the same next id, or an answer has none.
+    """
+    outputs = {
+        answer: tokenizer(OUTPUT.format(answer=answer), add_special_tokens=False).input_ids for answer in answers
+    }
+    columns = zip(*outputs.values(), strict=False)
+    shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    tokens = {answer: ids[len(shared)] for answer, ids in outputs.items() if len(ids) > len(shared)}
+    if len(set(tokens.values())) < len(answers):
+        raise ValueError(
+            f"Expected one token to tell the answers {', '.join(answers)} apart; got {tokens} after "
+            f"{tokenizer.decode(shared)!r}. Use a tokenizer that splits numbers into digits."
+        )
+    return shared, tokens
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of `lengths`, longest first, in batches of at most `batch_tokens` after padding.
+
+    A sequence longer than `batch_tokens` makes a batch of its own.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _left_pad(prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and attention mask, each (questions, longest prompt)."""
+    longest = max(map(len, prompts))
+    gaps = [longest - len(prompt) for prompt in prompts]
+    ids = [[pad_id] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
+    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _read(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, shared: list[int]
+) -> tuple[torch.Tensor, DynamicCache]:
+    """Return the logits after prompt and shared tokens, (questions, vocabulary), and the cache of the prompts.
+
+    The cache leaves out the last prompt token, which `generate` reads to find its first new one.
+    """
+    ids = torch.cat([ids, ids.new_tensor(shared).expand(len(ids), -1)], dim=1)
+    mask = torch.cat([mask, mask.new_ones(len(mask), len(shared))], dim=1)
+    cache = DynamicCache(config=model.config)
+    output = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.crop(-len(shared) - 1)
+    return output.logits[:, -1], cache
+
+
+def _generate(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    cache: DynamicCache,
+    generation: GenerationConfig,
+) -> torch.Tensor:
+    """Return the new ids, (questions, at most `generation.max_new_tokens`)."""
+    # `generate` repeats the ids for its beams, but not a cache that it is given.
+    cache.batch_repeat_interleave(generation.num_beams)
+    output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=generation)
+    return output[:, ids.shape[1] :]

