@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +65,7 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
     config = selection.config
     modules = dict(model.named_modules())
     linears = {name: _expect_linear(modules, name, selection) for name in selection.block_indices}
-    saved_modules = find_modules_to_save(model, config.modules_to_save)
+    saved_modules = find_modules_to_save(model, config.modules_to_save, linears)
     first = next(iter(linears.values()))
     state = SMTState(
         selection,
@@ -100,14 +100,24 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_modules_to_save(model: nn.Module, names: list[str] | None) -> tuple[str, ...]:
+def find_modules_to_save(model: nn.Module, names: list[str] | None, targets: Iterable[str]) -> tuple[str, ...]:
     """Full names of the modules to train whole: those named, or by default the head of a classification model.
 
     Raises:
-        SMTError: a name matches no module.
+        SMTError: a name matches no module, or one of the `targets` lies in a module to train whole.
     """
-    if names is None:
-        return tuple(head_names(model))
+    found = head_names(model) if names is None else _find_named(model, names)
+    for target in targets:
+        whole = next((name for name in found if f"{target}.".startswith(f"{name}.")), None)
+        if whole is not None:
+            raise SMTError(
+                f"`{target}` is a target, and lies in `{whole}`, which modules_to_save trains whole. Name it in "
+                "exclude_modules, or leave it out of modules_to_save."
+            )
+    return tuple(found)
+
+
+def _find_named(model: nn.Module, names: list[str]) -> list[str]:
     found = []
     for wanted in names:
         matching = [name for name, _ in model.named_modules() if matches(name, [wanted])]
@@ -117,14 +127,16 @@ def find_modules_to_save(model: nn.Module, names: list[str] | None) -> tuple[str
                 f"{', '.join(name for name, _ in model.named_children())}."
             )
         found += matching
-    return tuple(dict.fromkeys(found))
+    return list(dict.fromkeys(found))
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, with full names, of the modules that a rewritten model trains whole."""
-    for prefix in get_state(model).modules_to_save:
-        for name, tensor in model.get_submodule(prefix).state_dict().items():
-            yield f"{prefix}.{name}", tensor
+    """Parameters and buffers, with full names, of the modules that a rewritten model trains whole; tied ones once."""
+    prefixes, seen = tuple(f"{name}." for name in get_state(model).modules_to_save), set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.startswith(prefixes) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
 
 
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:

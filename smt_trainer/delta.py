@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from smt_trainer.convert import (
     whole_parameters,
 )
 from smt_trainer.errors import SMTError
-from smt_trainer.files import read_json, write_atomically, write_text
+from smt_trainer.files import open_tensors, read_json, write_atomically, write_text
 from smt_trainer.layers import SMTLinear, smt_layers, write_back
 from smt_trainer.selection import BlockSelection, base_name
 
@@ -102,13 +101,8 @@ class Delta:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise SMTError(f"no delta at {path.parent}: {path.name} is missing. Check the path.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise SMTError(f"{path} is damaged or truncated ({error}); save or download the delta again.") from error
+    with open_tensors(path, "delta") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) -> None:
@@ -251,7 +245,7 @@ def _check_same_blocks(model: nn.Module, delta: Delta, folder: str | Path) -> No
 
 
 def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
-    find_modules_to_save(model, delta.selection.config.modules_to_save)
+    find_modules_to_save(model, delta.selection.config.modules_to_save, delta.selection.block_indices)
     destinations = dict(model.state_dict(keep_vars=True))
     for name, tensor in delta.whole.items():
         if name not in destinations or destinations[name].shape != tensor.shape:

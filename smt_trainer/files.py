@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from smt_trainer.errors import SMTError
 
 
@@ -52,6 +54,18 @@ def new_folder(output: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, what: str) -> Iterator[safe_open]:
+    """A safetensors file. Raises `SMTError`, naming `what` it should have been, when it is missing or damaged."""
+    if not path.is_file():
+        raise SMTError(f"no {what} at {path.parent}: {path.name} is missing. Check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise SMTError(f"{path} is damaged or truncated ({error}); save or download the {what} again.") from error
 
 
 def _umask() -> int:

@@ -66,6 +66,11 @@ class SMTLinear(nn.Linear):
             self._views = (self.weight.data_ptr(), views)
         return views
 
+    def _apply(self, fn, recurse=True):
+        # The views would keep the storage alive that the weight is about to leave.
+        vars(self).pop("_views", None)
+        return super()._apply(fn, recurse)
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -16,7 +14,7 @@ from tqdm.auto import tqdm
 from smt_trainer.convert import update_fingerprint
 from smt_trainer.delta import Delta, check_base
 from smt_trainer.errors import SMTError
-from smt_trainer.files import new_folder
+from smt_trainer.files import new_folder, open_tensors, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +80,9 @@ def _find_checkpoint(base: str | Path, revision: str | None) -> Path:
 def _shards(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, for a checkpoint in one or several safetensors files."""
     if (folder / INDEX_FILE).is_file():
-        return json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        return read_json(folder / INDEX_FILE, "index of the base")["weight_map"]
     if (folder / SINGLE_FILE).is_file():
-        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
+        with open_tensors(folder / SINGLE_FILE, "base") as file:
             return dict.fromkeys(file.keys(), SINGLE_FILE)
     raise SMTError(
         f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Convert the base to safetensors first "
@@ -128,14 +126,14 @@ def _check_weights(
 
 
 def _read(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path, "base") as file:
         return file.get_tensor(key)
 
 
 def _merge_shard(
     source: Path, destination: Path, delta: Delta, modules: dict[str, str], whole: dict[str, Tensor]
 ) -> None:
-    with safe_open(source, framework="pt") as file:
+    with open_tensors(source, "base") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     for key, tensor in tensors.items():

@@ -80,6 +80,7 @@ class GradL1(Scorer):
         try:
             for name, linear in self.targets.items():
                 linear.weight.requires_grad_(True)
+                linear.weight.grad = None
                 handles.append(linear.weight.register_post_accumulate_grad_hook(_drain_into(self.sums[name])))
             yield
         finally:

@@ -239,7 +239,8 @@ def _best_of_all(
     order = torch.sort(flat, descending=True, stable=True).indices
     counts = torch.tensor([grids[name].num_blocks for name in scores])
     if isinstance(config.budget, float):
-        sizes = torch.tensor([grids[name].block_numel for name in scores]).repeat_interleave(counts)[order]
+        numels = torch.tensor([grids[name].block_numel for name in scores], dtype=torch.float64)
+        sizes = numels.repeat_interleave(counts)[order]
         wanted = config.budget * num_parameters
         # The k blocks of highest score whose size is nearest to what is wanted, at least one.
         k = max(1, int((sizes.cumsum(0) - sizes / 2 <= wanted).sum()))

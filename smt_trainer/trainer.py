@@ -46,7 +46,7 @@ from smt_trainer.convert import (
 from smt_trainer.delta import Delta, load_delta, save_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
-from smt_trainer.scores import Scorer, make_scorer
+from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
 from smt_trainer.targets import count_parameters, find_targets
 from smt_trainer.warmup import collect_scores, rng_preserved
@@ -76,7 +76,7 @@ class SMTTrainerMixin:
         self._warming_up = False
         super().__init__(*args, **kwargs)
         self._refuse_unusable_arguments()
-        if self.model_init is None and not is_smt_model(self.model):
+        if self.model_init is None and not is_smt_model(self.model) and self._given_selection() is None:
             self._plan_blocks()
         if not self._smt_callbacks:
             self.add_callback(SMTCallback())
@@ -192,8 +192,9 @@ class SMTTrainerMixin:
                 "FSDP and DeepSpeed are not supported yet; run on one process or with plain DDP (accelerate launch "
                 "--multi_gpu)."
             )
+        needs_warmup = self.smt_config.selection is None and SCORERS[self.smt_config.score].needs_warmup
         dataset = self.train_dataset
-        if isinstance(dataset, IterableDataset) and iter(dataset) is iter(dataset):
+        if needs_warmup and isinstance(dataset, (IterableDataset, Iterator)) and iter(dataset) is iter(dataset):
             raise SMTError(
                 "train_dataset can be read only once, but the warm-up and the main loop both read it. Make its "
                 "__iter__ start afresh each time, or pass SMTConfig(selection=...) chosen before."
@@ -203,7 +204,7 @@ class SMTTrainerMixin:
         """Targets and grids of the model, once it is sure that the configuration fits it."""
         targets = find_targets(self.model, self.smt_config)
         grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, self.smt_config)
-        find_modules_to_save(self.model, self.smt_config.modules_to_save)
+        find_modules_to_save(self.model, self.smt_config.modules_to_save, targets)
         check_budget_fits(grids, self.smt_config, count_parameters(self.model))
         return targets, grids
 
@@ -233,6 +234,8 @@ class SMTTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not is_smt_model(self.model):
             super()._save(output_dir, state_dict)
+            return
+        if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         save_delta(self.model, folder, master=self._saves_checkpoint)
@@ -275,16 +278,20 @@ class SMTTrainerMixin:
 
     # ---- what is trained ----
 
+    @property
+    def smt_selection(self) -> BlockSelection:
+        """The blocks that the model trains. Raises `SMTError` before they are chosen."""
+        return get_state(self.model).selection
+
     def print_trainable_parameters(self) -> None:
-        """Write to standard output what is trained, of the model and of the targets."""
-        tqdm.write(self._trainable_line())
+        """Write to standard output how much is trained, and which blocks."""
+        tqdm.write(f"{self._trainable_line()}; {self.smt_selection.summary()}")
 
     def _trainable_line(self) -> str:
-        selection = get_state(self.model).selection
-        trained = trainable_parameters(self.model)
+        selection, trained = self.smt_selection, trainable_parameters(self.model)
         return (
             f"trainable parameters: {trained:,} of {selection.num_parameters:,} "
-            f"({trained / selection.num_parameters:.3%}); {selection.summary()}"
+            f"({trained / selection.num_parameters:.3%} of the model)"
         )
 
 

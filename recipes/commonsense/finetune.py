@@ -33,7 +33,7 @@ from recipes.commonsense.evaluation import Evaluation, evaluate_model
 from recipes.commonsense.model import DEFAULT_MODEL, resolve_model
 from recipes.commonsense.prompt import CompletionCollator, encode_prompt, pad_token, tokenize_for_training
 from recipes.commonsense.report import Run, peak_memory_bytes, write_report
-from smt_trainer import BlockSelection, SMTConfig, SMTTrainer, from_delta, plot_selection
+from smt_trainer import SMTConfig, SMTTrainer, from_delta, plot_selection
 from smt_trainer.config import parse_budget
 
 logger = logging.getLogger("recipes.commonsense")
@@ -81,6 +81,12 @@ class RecipeArguments:
     check_per_task: int = field(
         default=8, metadata={"help": "Questions of each task on which the merged checkpoint is compared."}
     )
+
+    def __post_init__(self) -> None:
+        if self.questions_per_task is not None and self.questions_per_task < 2:
+            raise ValueError(
+                f"questions_per_task must be 2 or more for the paired interval, got {self.questions_per_task}."
+            )
 
     def smt_config(self) -> SMTConfig:
         """The SMT part of the arguments."""
@@ -148,8 +154,7 @@ def main() -> None:
     after = evaluate_on_all_ranks(trainer, questions, recipe)
 
     if trainer.is_world_process_zero():
-        selection = BlockSelection.load(output / "smt_selection.json")
-        plot_selection(selection, output / "selection.png")
+        plot_selection(trainer.smt_selection, output / "selection.png")
         merge(base, output / "delta", output / "merged", tokenizer, recipe)
         merged = load_model(str(output / "merged"), recipe).to(trainer.model.device)
         sample = {task: first(records, recipe.check_per_task) for task, records in questions.items()}
@@ -159,7 +164,7 @@ def main() -> None:
             before=before,
             after=after,
             merged_equal=gives_the_same(trainer.model, merged, tokenizer, sample, recipe),
-            selection=selection,
+            selection=trainer.smt_selection,
             steps=trainer.state.global_step,
             seconds_per_step=statistics.median(timer.seconds) if timer.seconds else None,
             peak_memory_bytes=peak_memory,

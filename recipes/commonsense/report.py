@@ -47,7 +47,7 @@ class Run:
     def to_dict(self) -> dict:
         """The contents of `results.json`."""
         return {
-            "model": self.model,
+            "model": _without_folder(self.model),
             "evaluated_on": self.evaluated_on,
             "before": _scores(self.before),
             "after": _scores(self.after),
@@ -128,8 +128,11 @@ def peak_memory_bytes() -> int:
 
 def command() -> str:
     """The command line of this process, absolute paths shortened to their last part."""
-    arguments = [Path(word).name if os.path.isabs(word) else word for word in sys.argv[1:]]
-    return shlex.join(["python", "-m", "recipes.commonsense.finetune", *arguments])
+    return shlex.join(["python", "-m", "recipes.commonsense.finetune", *map(_without_folder, sys.argv[1:])])
+
+
+def _without_folder(word: str) -> str:
+    return Path(word).name if os.path.isabs(word) else word
 
 
 def hardware() -> str:

@@ -1,0 +1,139 @@
+"""The whole script, on a tiny model and a folder of LLM-Adapters files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from recipes.commonsense import finetune
+from smt_trainer import SMTError
+
+ARGUMENTS = (
+    "--budget 6 --block_size 16 --smt_warmup_steps 2 --max_length 512 --validation_per_task 2 --num_beams 1 "
+    "--max_new_tokens 4 --check_per_task 2 --per_device_train_batch_size 2 --max_steps 3 --learning_rate 0.05 "
+    "--save_strategy no --use_cpu true --disable_tqdm true"
+).split()
+
+
+def records(task, answers, count):
+    shown = "/".join(answers)
+    return [
+        {
+            "instruction": f"{task} question {number} of {count}?\n\nAnswer format: {shown}",
+            "input": "",
+            "output": f"the correct answer is {answers[number % len(answers)]}",
+            "answer": answers[number % len(answers)],
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two tasks as LLM-Adapters lays them out."""
+    for task, answers in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
+        for split, count in (("train", 10), ("test", 4)):
+            (folder / f"{split}.json").write_text(json.dumps(records(task, answers, count)))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def base(tmp_path, model, tokenizer):
+    """The tiny model on disk."""
+    model.float().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, data, base):
+    """Runs the script with more arguments and gives its output folder."""
+
+    def run(*more):
+        output = tmp_path / "out"
+        paths = ["--model", str(base), "--data", str(data), "--output_dir", str(output)]
+        monkeypatch.setattr(sys, "argv", ["finetune", *ARGUMENTS, *paths, *more])
+        finetune.main()
+        return output
+
+    return run
+
+
+def test_it_leaves_delta_merged_checkpoint_picture_and_results(run):
+    output = run()
+    results = json.loads((output / "results.json").read_text())
+    assert results["merged_equal"] is True
+    assert results["steps"] == 3
+    assert results["selection"].startswith("6 blocks of 16x16 (1,536 parameters)")
+    assert set(results["after"]["tasks"]) == {"boolq", "piqa"}
+    for part in ("before", "after"):
+        values = results[part]["tasks"].values()
+        assert results[part]["average"] == sum(task["generation"] for task in values) / 2
+    for key in ("trainable_fraction", "seconds_per_step", "peak_memory_bytes", "delta_bytes", "versions", "seed"):
+        assert results[key], key
+    assert (output / "selection.png").read_bytes().startswith(b"\x89PNG")
+    assert "| **average** |" in (output / "results.md").read_text()
+    assert (output / "delta" / "smt_delta.safetensors").is_file()
+
+
+def test_results_hold_no_absolute_path(run, tmp_path):
+    output = run()
+    assert str(tmp_path) not in (output / "results.json").read_text() + (output / "results.md").read_text()
+
+
+def test_the_merged_checkpoint_is_the_base_but_for_the_blocks(run, base):
+    merged = AutoModelForCausalLM.from_pretrained(run() / "merged").state_dict()
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert changed and all(name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in changed)
+
+
+def test_a_second_run_replaces_the_results_of_the_first(run):
+    run()
+    assert json.loads((run("--max_steps", "2") / "results.json").read_text())["steps"] == 2
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_results_of_one(run, tmp_path, base, data):
+    alone = json.loads((run("--per_device_train_batch_size", "4") / "results.json").read_text())
+    output = tmp_path / "both"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
+    paths = ["--model", str(base), "--data", str(data), "--output_dir", str(output)]
+    subprocess.run([*launch, "recipes.commonsense.finetune", *ARGUMENTS, *paths], check=True)
+    together = json.loads((output / "results.json").read_text())
+    assert together["merged_equal"] is True
+    for key in ("before", "selection", "steps"):
+        assert together[key] == alone[key], key
+
+
+def test_a_profile_stands_for_its_arguments_and_later_ones_override_it(tmp_path, monkeypatch):
+    profile = tmp_path / "own.args"
+    profile.write_text("--budget 12\n--learning_rate 0.5\n--output_dir somewhere\n")
+    monkeypatch.setattr(sys, "argv", ["finetune", "--profile", str(profile), "--learning_rate", "0.25"])
+    recipe, training = finetune.parse_arguments()
+    assert (recipe.smt_config().budget, training.learning_rate, training.output_dir) == (12, 0.25, "somewhere")
+
+
+def test_a_missing_profile_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["finetune", "--profile", "nowhere.args"])
+    with pytest.raises(SystemExit, match=r"no profile at nowhere\.args"):
+        finetune.parse_arguments()
+
+
+@pytest.mark.parametrize("profile", ["default", "paper"])
+def test_the_shipped_profiles_parse(monkeypatch, profile):
+    monkeypatch.setattr(sys, "argv", ["finetune", "--profile", f"recipes/commonsense/{profile}.args"])
+    recipe, training = finetune.parse_arguments()
+    assert recipe.smt_config().budget == 0.0084
+    assert training.seed == 1234
+
+
+def test_a_bad_budget_is_refused_before_anything_is_evaluated(run, monkeypatch):
+    monkeypatch.setattr(finetune, "evaluate_model", lambda *_, **__: pytest.fail("evaluated first"))
+    with pytest.raises(SMTError, match="budget"):
+        run("--budget", "0")

@@ -1,0 +1,70 @@
+"""What the README says can be done is done here, in its words."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+
+from smt_trainer.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code(language: str) -> list[str]:
+    """The README's code blocks in one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def command_lines() -> list[list[str]]:
+    """The commands of the README, without their comments."""
+    lines = [line for block in code("bash") for line in block.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_and_the_smt_commands_run_as_written(folder, base, capsys):
+    names = {"base": str(base), "train_dataset": tiny.examples(), "collator": None}
+    for block in code("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    commands = [words for words in command_lines() if words[0] == "smt"]
+    assert {words[1] for words in commands} == {"inspect", "merge"}
+    for words in commands:
+        assert main([str(base) if word == "BASE" else word for word in words[1:]]) == 0
+    assert (folder / "merged" / "model.safetensors").read_bytes()
+    assert "blocks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [words for words in command_lines() if words[0] == "make"], ids=" ".join)
+def test_the_make_commands_exist(words):
+    subprocess.run([*words, "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_every_make_verb_named_in_the_text_exists():
+    verbs = set(re.findall(r"`make ([a-z-]+)", README))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert verbs <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+
+
+def test_the_file_tree_names_every_module_and_nothing_else():
+    tree = next(block for block in code("text") if block.startswith("smt_trainer/\n"))
+    listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    package = {path for path in (ROOT / "smt_trainer").iterdir() if not path.name.startswith("__")}
+    assert listed == {path.name + "/" * path.is_dir() for path in package}
+
+
+def test_every_default_in_the_table_of_fields_is_the_real_one():
+    from smt_trainer import SMTConfig
+
+    rows = re.findall(r'^\| `(\w+)` \| `"?([^"`]+)"?` \|', README, flags=re.MULTILINE)
+    assert len(rows) >= 6
+    assert {name: str(getattr(SMTConfig(), name)) for name, _ in rows} == dict(rows)
