@@ -1,0 +1,90 @@
+"""`SMTConfig`: defaults of the paper, checks, JSON."""
+
+from dataclasses import fields
+
+import pytest
+
+from smt_trainer import SMTConfig, SMTError
+from smt_trainer.config import parse_budget
+
+
+def test_the_defaults_are_those_of_the_paper():
+    config = SMTConfig()
+    assert (config.target_modules, config.budget, config.warmup_steps) == ("qkv", 0.0084, 100)
+    assert (config.score, config.granularity, config.scope) == ("grad_l1", "block", "global")
+
+
+def test_every_field_has_a_help_text():
+    assert all(len(item.metadata["help"]) > 20 for item in fields(SMTConfig))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*", "modules_to_save": []},
+        {"block_size": (64, 32), "budget": 7, "scope": "per_module", "lowest_layer": 3},
+        {"granularity": "row", "score": "magnitude", "selection": "selection.json", "master_dtype": "bfloat16"},
+    ],
+)
+def test_json_gives_the_same_configuration_back(values):
+    config = SMTConfig(**values)
+    assert SMTConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget": 0}, "budget must be a float in"),
+        ({"budget": 0.0}, "budget must be a float in"),
+        ({"budget": -1}, "budget must be a float in"),
+        ({"budget": -0.1}, "budget must be a float in"),
+        ({"budget": 1.5}, "budget must be a float in"),
+        ({"budget": True}, "budget must be a float in"),
+        ({"budget": float("nan")}, "budget must be a float in"),
+        ({"budget": "0.1"}, "budget must be a float in"),
+        ({"block_size": 0}, "block_size must be"),
+        ({"block_size": True}, "block_size must be"),
+        ({"block_size": 16.0}, "block_size must be"),
+        ({"block_size": (16,)}, "block_size must be"),
+        ({"block_size": "large"}, "block_size must be"),
+        ({"block_size": 16, "granularity": "row"}, "fixes the block's shape"),
+        ({"granularity": "cell"}, "granularity must be one of block, row, column"),
+        ({"score": "grad"}, "score must be one of"),
+        ({"scope": "layer"}, "scope must be one of"),
+        ({"accumulator_device": "gpu"}, "accumulator_device must be one of"),
+        ({"master_dtype": "float8"}, "master_dtype must be one of"),
+        ({"warmup_steps": 0}, "warmup_steps must be an int >= 1"),
+        ({"warmup_steps": 1.0}, "warmup_steps must be an int >= 1"),
+        ({"lowest_layer": -1}, "lowest_layer must be an int >= 0"),
+        ({"target_modules": []}, "target_modules must be"),
+        ({"target_modules": ""}, "target_modules must be"),
+        ({"exclude_modules": [1]}, "exclude_modules must be"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_naming_the_field(values, message):
+    with pytest.raises(SMTError, match=message):
+        SMTConfig(**values)
+
+
+def test_an_unknown_field_is_refused_and_the_known_ones_listed():
+    with pytest.raises(SMTError, match=r"no field bugdet; its fields are .*budget"):
+        SMTConfig.from_dict({"bugdet": 3})
+
+
+@pytest.mark.parametrize(("text", "budget"), [("100", 100), ("0.0084", 0.0084), ("1e-2", 0.01), ("1", 1), ("1.0", 1.0)])
+def test_a_budget_without_a_point_is_a_count_and_with_one_a_fraction(text, budget):
+    parsed = parse_budget(text)
+    assert parsed == budget and type(parsed) is type(budget)
+
+
+@pytest.mark.parametrize("text", ["many", "", "0", "-3", "1.5", "nan"])
+def test_a_text_that_is_no_budget_is_refused(text):
+    with pytest.raises(SMTError, match="budget must be"):
+        parse_budget(text)
+
+
+def test_differences_name_the_fields_that_decide_what_is_trained():
+    ours, theirs = SMTConfig(budget=5, selection="a.json"), SMTConfig(budget=6, accumulator_device="cpu")
+    assert ours.differences(theirs) == ["budget: 5 != 6"]
+    assert ours.differences(ours) == []

@@ -1,0 +1,68 @@
+"""Two processes with half the batch each, against one process: gloo, on the CPU."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import training_script
+
+from smt_trainer import load_delta
+from smt_trainer.delta import Delta
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a run on two ranks, the outcome of each rank, and that of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    subprocess.run(
+        [sys.executable, *launch, training_script.__file__, "ranks", folder], check=True, env=environment, timeout=300
+    )
+    ranks = [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder, ranks, training_script.ranked(folder / "single", processes=1)
+
+
+def test_both_ranks_end_with_the_same_blocks_and_weights(runs):
+    _, (first, second), _ = runs
+    for key in ("block_indices", "blocks", "weights", "scores"):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+def test_two_ranks_score_select_and_train_as_one_process(runs):
+    _, (rank, _), single = runs
+    # Scores are summed in float32.
+    torch.testing.assert_close(rank["scores"], single["scores"], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(rank["block_indices"], single["block_indices"], rtol=0, atol=0)
+    # Weights are float64, but transformers computes the loss, whose gradient starts the backward pass, in float32.
+    torch.testing.assert_close(rank["blocks"], single["blocks"], rtol=0, atol=1e-6)
+    assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    base = tiny.llama().double().state_dict()
+    assert any((tensor - base[name]).abs().max() > 1e-3 for name, tensor in rank["weights"].items() if name in base)
+
+
+def test_only_the_first_rank_writes(runs):
+    folder, (rank, _), _ = runs
+    written = [[path for path in (folder / f"rank-{number}").rglob("*") if path.is_file()] for number in range(2)]
+    assert {path.parent.name for path in written[0]} == {"rank-0", "delta", "merged"}
+    assert written[1] == []
+    delta = Delta.read(folder / "rank-0" / "delta")
+    assert delta.selection.num_blocks == 12
+    loaded = load_delta(tiny.llama().double(), folder / "rank-0" / "delta").state_dict()
+    torch.testing.assert_close(dict(loaded), dict(rank["weights"]), rtol=0, atol=0)

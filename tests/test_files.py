@@ -1,0 +1,66 @@
+"""Files that are whole or not there at all."""
+
+import os
+import stat
+
+import pytest
+
+from smt_trainer import SMTError
+from smt_trainer.files import new_folder, open_tensors, read_json, write_atomically, write_text
+
+
+def fail_halfway(path):
+    path.write_text("half")
+    raise OSError("disk full")
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path):
+    target = tmp_path / "file.txt"
+    write_text(target, "old")
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(target, fail_halfway)
+    assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_missing_parent_folders_are_made(tmp_path):
+    write_text(tmp_path / "a" / "b" / "file.txt", "text")
+    assert (tmp_path / "a" / "b" / "file.txt").read_text() == "text"
+
+
+def test_files_and_folders_have_the_usual_mode(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        write_text(tmp_path / "file.txt", "text")
+        with new_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(umask)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file.txt", "folder")]
+    assert modes == [0o644, 0o755]
+
+
+def test_a_folder_appears_whole(tmp_path):
+    with new_folder(tmp_path / "out") as stage:
+        (stage / "file.txt").write_text("text")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "file.txt").read_text() == "text"
+
+
+def test_a_folder_that_failed_does_not_appear(tmp_path):
+    with pytest.raises(OSError, match="disk full"), new_folder(tmp_path / "out") as stage:
+        fail_halfway(stage / "file.txt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def open_tensors_once(path, what):
+    with open_tensors(path, what):
+        pass
+
+
+def test_a_missing_or_damaged_file_is_refused_saying_what_it_should_have_been(tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.write_text("{")
+    for read, kind in ((read_json, "is no valid JSON"), (open_tensors_once, "is damaged or truncated")):
+        for path, message in ((tmp_path / "missing", "no recipe at"), (damaged, kind)):
+            with pytest.raises(SMTError, match=message):
+                read(path, "recipe")

@@ -1,0 +1,116 @@
+"""Resuming from a checkpoint."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import training_script
+from test_callbacks import Noting
+
+from smt_trainer import SMTError, convert_to_smt
+from smt_trainer.convert import is_smt_model
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The folder of an uninterrupted run with its checkpoints, and its outcome."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = training_script.resumable(folder)
+    trainer.train()
+    return folder, training_script.result(trainer)
+
+
+def assert_same(ours, theirs) -> None:
+    """Bit for bit."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_fresh_process_ends_where_the_uninterrupted_run_ended(uninterrupted, tmp_path):
+    folder, expected = uninterrupted
+    shutil.copytree(folder / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, training_script.__file__, "resume", tmp_path, tmp_path / "run" / "checkpoint-2"],
+        check=True,
+        env=environment,
+    )
+    assert_same(torch.load(tmp_path / "result-0.pt", weights_only=True), expected)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_resuming_runs_no_warm_up_and_ends_where_the_uninterrupted_run_ended(step, uninterrupted, tmp_path):
+    folder, expected = uninterrupted
+    callback = Noting()
+    trainer = training_script.resumable(tmp_path, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    assert callback.events == ["train"]
+    assert_same(training_script.result(trainer), expected)
+
+
+def test_the_last_checkpoint_is_found(uninterrupted, tmp_path):
+    folder, expected = uninterrupted
+    shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")
+    trainer = training_script.resumable(tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(training_script.result(trainer), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": 11}, "budget: 11 != 12"),
+        ({"score": "grad_signed", "warmup_steps": 3}, r"warmup_steps: 3 != 2; score: 'grad_signed' != 'grad_l1'"),
+        ({"block_size": 32, "budget": 3}, "block_size: 32 != 16"),
+        ({"master_dtype": "float64"}, "master_dtype: 'float64' != 'float32'"),
+    ],
+)
+def test_another_configuration_is_refused_naming_the_fields(fields, message, uninterrupted, tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(attention_dropout=0.3), tmp_path, tiny.config(**fields))
+    with pytest.raises(SMTError, match=f"trained under another smt_config .*{message}"):
+        trainer.train(resume_from_checkpoint=str(uninterrupted[0] / "checkpoint-2"))
+    assert not is_smt_model(trainer.model)
+
+
+def test_another_accumulator_device_is_no_other_configuration(uninterrupted, tmp_path):
+    folder, expected = uninterrupted
+    trainer = training_script.resumable(tmp_path, smt_config=tiny.config(accumulator_device="cpu"))
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert_same(training_script.result(trainer), expected)
+
+
+def test_a_checkpoint_of_another_base_is_refused(uninterrupted, tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(seed=1), tmp_path)
+    with pytest.raises(SMTError, match="differ from it where the blocks lie"):
+        trainer.train(resume_from_checkpoint=str(uninterrupted[0] / "checkpoint-2"))
+
+
+def test_a_checkpoint_of_the_stock_trainer_is_refused(tmp_path):
+    tiny.stock_trainer(tiny.llama(), tmp_path, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(SMTError, match="no delta configuration at"):
+        tiny.smt_trainer(tiny.llama(), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_other_blocks_is_refused(uninterrupted, tmp_path):
+    model = tiny.llama(attention_dropout=0.3)
+    convert_to_smt(model, tiny.choose(model))
+    with pytest.raises(SMTError, match="holds other blocks"):
+        tiny.smt_trainer(model, tmp_path).train(resume_from_checkpoint=str(uninterrupted[0] / "checkpoint-2"))
+
+
+def test_a_run_on_a_given_selection_is_resumed_with_it(tmp_path):
+    def make(folder: Path):
+        model = tiny.llama(attention_dropout=0.3)
+        selection = tiny.choose(model)
+        smt_config = tiny.config(selection=selection, master_dtype="float64")
+        return tiny.smt_trainer(model, folder, smt_config, save_strategy="steps", save_steps=2)
+
+    first, again = make(tmp_path / "first"), make(tmp_path / "again")
+    first.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    ours, expected = (training_script.result(trainer) for trainer in (again, first))
+    assert_same(ours, expected)
