@@ -16,6 +16,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.commonsense.collator import attention, left_pad
 from recipes.commonsense.prompt import encode_prompt
 from recipes.commonsense.tasks import Task
 from recipes.commonsense.templates import OUTPUT, named_answers
@@ -53,9 +54,9 @@ def answer_questions(
     offered = [named_answers(instruction) for instruction in questions["instruction"]]
     answers = {}
     for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
-        ids, mask = _left_pad([prompts[index] for index in batch], generation.pad_token_id, model.device)
-        logits, cache = _read(model, ids, mask, shared)
-        generated = _generate(model, ids, mask, cache, generation)
+        rows = [prompts[index] for index in batch]
+        logits, cache = _read(model, rows, shared, generation.pad_token_id)
+        generated = _generate(model, rows, cache, generation)
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
         for index, text, scores in zip(batch, texts, logits, strict=True):
             best = scores[[token_of[label] for label in offered[index]]].argmax()
@@ -104,29 +105,18 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _left_pad(prompts: Sequence[list[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and attention mask, each (questions, longest prompt)."""
-    longest = max(map(len, prompts))
-    gaps = [longest - len(prompt) for prompt in prompts]
-    ids = [[pad_id] * gap + prompt for gap, prompt in zip(gaps, prompts, strict=True)]
-    mask = [[0] * gap + [1] * (longest - gap) for gap in gaps]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
 def _read(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, shared: list[int]
+    model: PreTrainedModel, prompts: list[list[int]], shared: list[int], pad_id: int
 ) -> tuple[torch.Tensor, DynamicCache]:
     """Return the logits after prompt and shared tokens, (questions, vocabulary), and the cache of the prompts.
 
     The cache leaves out the last prompt token, which `generate` reads to find its first new one.
     """
-    ids = torch.cat([ids, ids.new_tensor(shared).expand(len(ids), -1)], dim=1)
-    mask = torch.cat([mask, mask.new_ones(len(mask), len(shared))], dim=1)
+    rows = [prompt + shared for prompt in prompts]
+    inputs = {"input_ids": left_pad(rows, pad_id), **attention(rows)}
     cache = DynamicCache(config=model.config)
     output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -136,14 +126,12 @@ def _read(
 
 
 def _generate(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    cache: DynamicCache,
-    generation: GenerationConfig,
+    model: PreTrainedModel, prompts: list[list[int]], cache: DynamicCache, generation: GenerationConfig
 ) -> torch.Tensor:
     """Return the new ids, (questions, at most `generation.max_new_tokens`)."""
     # `generate` repeats the ids for its beams, but not a cache that it is given.
     cache.batch_repeat_interleave(generation.num_beams)
+    ids = left_pad(prompts, generation.pad_token_id).to(model.device)
+    mask = attention(prompts)["attention_mask"].to(model.device)
     output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=generation)
     return output[:, ids.shape[1] :]

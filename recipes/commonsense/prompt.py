@@ -4,11 +4,11 @@ A sequence is `BOS, prompt, output, EOS`. Prompt and output are tokenised apart 
 evaluation starts from are exactly the ids the training loss was conditioned on.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-import torch
 from transformers import PreTrainedTokenizerBase
+
+from recipes.commonsense.collator import IGNORED_LABEL
 
 TEMPLATE = (
     "Below is an instruction that describes a task. "
@@ -17,7 +17,6 @@ TEMPLATE = (
     "### Instruction:\n{instruction}\n\n"
     "### Response:\n"
 )
-IGNORED_LABEL = -100
 RESERVED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>")
 
 
@@ -77,28 +76,3 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
             "Set tokenizer.eos_token to the token that ends an answer."
         )
     return tokenizer.pad_token_id
-
-
-@dataclass(frozen=True)
-class CompletionCollator:
-    """Stack tokenised records into right-padded tensors, a `data_collator` of the Trainer.
-
-    Attributes:
-        pad_token_id: id that fills `input_ids`; the attention mask and the labels come from the lengths instead.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels`, each of shape (records, longest length)."""
-        masks = [{"attention_mask": [1] * len(feature["input_ids"])} for feature in features]
-        return {
-            "input_ids": _right_pad(features, "input_ids", self.pad_token_id),
-            "attention_mask": _right_pad(masks, "attention_mask", 0),
-            "labels": _right_pad(features, "labels", IGNORED_LABEL),
-        }
-
-
-def _right_pad(rows: Sequence[Mapping[str, Sequence[int]]], key: str, value: int) -> torch.Tensor:
-    tensors = [torch.tensor(row[key]) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

@@ -1,7 +1,6 @@
 import pytest
 
 from recipes.commonsense.prompt import (
-    CompletionCollator,
     encode_prompt,
     pad_token,
     prompt_text,
@@ -61,26 +60,6 @@ def test_truncation_keeps_bos_answer_and_the_end_of_the_prompt(tokenizer, max_le
 def test_an_output_that_does_not_fit_is_refused(tokenizer):
     with pytest.raises(ValueError, match=f"{OUTPUT_TOKENS} tokens .* fewer than max_length={OUTPUT_TOKENS}"):
         tokenize_for_training(RECORD, tokenizer, max_length=OUTPUT_TOKENS)
-
-
-def test_collator_pads_by_length(tokenizer):
-    collate = CompletionCollator(pad_token_id=9)
-    batch = collate([{"input_ids": [1, 9, 2], "labels": [-100, 9, 2]}, {"input_ids": [9], "labels": [9]}])
-    assert batch["input_ids"].tolist() == [[1, 9, 2], [9, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 9, 2], [9, -100, -100]]
-
-
-def test_an_eos_that_also_pads_stays_visible(tokenizer):
-    tokenizer.pad_token = None
-    assert pad_token(tokenizer) == tokenizer.eos_token_id
-    records = [RECORD | {"output": output} for output in ("a", "longer")]
-    features = [tokenize_for_training(record, tokenizer, max_length=1000) for record in records]
-    batch = CompletionCollator(pad_token(tokenizer))(features)
-    for row, feature in enumerate(features):
-        last = len(feature["input_ids"]) - 1
-        assert batch["labels"][row, last] == tokenizer.eos_token_id
-        assert batch["attention_mask"][row].sum() == last + 1
 
 
 def test_a_pad_token_is_kept_and_a_reserved_one_preferred_to_eos(tokenizer):
