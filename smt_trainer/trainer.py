@@ -11,7 +11,7 @@ then the random state is restored and the stock loop runs on the final parameter
 Checkpoints hold the delta in place of the model.
 
 Private methods of Trainer that this file relies on, all of them by overriding: `_inner_training_loop`, `_save`,
-`_load_from_checkpoint`, `_load_best_model`.
+`_load_from_checkpoint`, `_load_best_model`, `_push_from_checkpoint`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,9 +32,11 @@ from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from smt_trainer.blocks import make_grids
 from smt_trainer.callbacks import SMTCallback
+from smt_trainer.card import delta_section
 from smt_trainer.config import SMTConfig
 from smt_trainer.convert import (
     convert_to_smt,
@@ -43,7 +46,7 @@ from smt_trainer.convert import (
     plain_state_dict,
     trainable_parameters,
 )
-from smt_trainer.delta import Delta, load_delta, save_delta
+from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, save_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
@@ -74,6 +77,8 @@ class SMTTrainerMixin:
     def __init__(self, *args, smt_config: SMTConfig | None = None, **kwargs) -> None:
         self.smt_config = smt_config or SMTConfig()
         self._warming_up = False
+        self._saves_checkpoint = False
+        self._was_interrupted = False
         super().__init__(*args, **kwargs)
         self._refuse_unusable_arguments()
         if self.model_init is None and not is_smt_model(self.model) and self._given_selection() is None:
@@ -85,6 +90,21 @@ class SMTTrainerMixin:
 
     # ---- before the stock loop ----
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As Trainer's. With `resume_from_checkpoint=True`, a run that was interrupted after its blocks were chosen
+        and before its first checkpoint starts anew on these blocks, without another warm-up.
+
+        Raises:
+            SMTError: the checkpoint, or the selection in the output folder, was made under another `smt_config`.
+        """
+        output = Path(self.args.output_dir)
+        self._was_interrupted = (
+            resume_from_checkpoint is True
+            and (output / SELECTION_FILE).is_file()
+            and get_last_checkpoint(str(output)) is None
+        )
+        return super().train(None if self._was_interrupted else resume_from_checkpoint, *args, **kwargs)
+
     def _inner_training_loop(self, batch_size=None, args=None, *rest, **kwargs):
         if args.auto_find_batch_size:
             self._train_batch_size = batch_size
@@ -95,12 +115,16 @@ class SMTTrainerMixin:
             )
         if not is_smt_model(self.model):
             convert_to_smt(self.model, self._choose_blocks())
+        self._let_backward_stop_early()
         logger.info("%s", self._trainable_line())
         return super()._inner_training_loop(batch_size, args, *rest, **kwargs)
 
     def _choose_blocks(self) -> BlockSelection:
         """The configured selection, or the one a warm-up leads to: the same on all ranks, kept in the output folder."""
         selection = self._given_selection()
+        if selection is None and self._was_interrupted:
+            selection = BlockSelection.load(Path(self.args.output_dir, SELECTION_FILE))
+            self._refuse_other_config(selection.config, Path(self.args.output_dir, SELECTION_FILE))
         if selection is None:
             targets, grids = self._plan_blocks()
             scorer = make_scorer(targets, grids, self.smt_config, self.args.seed)
@@ -161,6 +185,13 @@ class SMTTrainerMixin:
                 yield micro_batches, num_items
             if empty:
                 raise SMTError("the training data gave no batch; the warm-up needs at least one. Check train_dataset.")
+
+    def _let_backward_stop_early(self) -> None:
+        """Undo that Trainer asks for the gradient of the embeddings when it checkpoints activations: only the reentrant
+        kind needs it, and without it backward stops at the lowest layer with blocks."""
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if self.args.gradient_checkpointing and not reentrant and hasattr(self.model, "disable_input_require_grads"):
+            self.model.disable_input_require_grads()
 
     def compute_loss_context_manager(self):
         """In the warm-up, add the autocast that accelerate puts on the model only when the main loop prepares it."""
@@ -245,19 +276,36 @@ class SMTTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = model or self.model
-        saved = Delta.read(resume_from_checkpoint).selection.config
+        self._refuse_other_config(Delta.read(resume_from_checkpoint).selection.config, resume_from_checkpoint)
+        load_delta(model, resume_from_checkpoint)
+
+    def _refuse_other_config(self, saved: SMTConfig, where: str | Path) -> None:
         given = self._given_selection()
         differences = (given.config if given else self.smt_config).differences(saved)
         if differences:
             raise SMTError(
-                f"{resume_from_checkpoint} was trained under another smt_config (ours first: {'; '.join(differences)})."
-                " Resume with the same configuration, or start anew in another output_dir."
+                f"{where} was made under another smt_config (ours first: {'; '.join(differences)}). Resume with the "
+                "same configuration, or start anew in another output_dir."
             )
-        load_delta(model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best blocks from %s.", self.state.best_model_checkpoint)
         load_delta(self.model, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The stock method uploads the output folder, after copying the files it knows from the checkpoint.
+        if self.args.should_save and is_smt_model(self.model):
+            for name in (DELTA_FILE, CONFIG_FILE):
+                shutil.copyfile(Path(checkpoint_folder, name), Path(self.args.output_dir, name))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As Trainer's, with a section on base, selection and budget, and how to load the delta."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and is_smt_model(self.model):
+            repository = self.hub_model_id or Path(self.args.output_dir).name
+            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(delta_section(self.smt_selection, repository))
 
     def merge_and_save(self, output_dir: str | Path) -> None:
         """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.

@@ -14,7 +14,7 @@ PACKAGE = Path(smt_trainer.__file__).parent
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets"},
     {"scores", "selection", "ops", "ops.sparse_linear"},
-    {"layers", "plotting"},
+    {"layers", "plotting", "card"},
     {"convert", "delta", "merge", "warmup"},
     {"trainer", "callbacks"},
     {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta"},

@@ -68,3 +68,13 @@ def test_every_default_in_the_table_of_fields_is_the_real_one():
     rows = re.findall(r'^\| `(\w+)` \| `"?([^"`]+)"?` \|', README, flags=re.MULTILINE)
     assert len(rows) >= 6
     assert {name: str(getattr(SMTConfig(), name)) for name, _ in rows} == dict(rows)
+
+
+def test_the_result_is_that_of_the_committed_run():
+    folder = ROOT / "recipes" / "commonsense" / "results"
+    report = (folder / "results.md").read_text(encoding="utf-8")
+    shown = [line for line in report.splitlines() if line.startswith(("| ", "|---|", "Gain"))]
+    assert len(shown) > 20
+    missing = [line for line in shown if line not in README]
+    assert missing == []
+    assert "recipes/commonsense/results/selection.png" in README and (folder / "selection.png").is_file()

@@ -14,6 +14,7 @@ from test_callbacks import Noting
 
 from smt_trainer import SMTError, convert_to_smt
 from smt_trainer.convert import is_smt_model
+from smt_trainer.trainer import SELECTION_FILE
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,42 @@ def test_the_last_checkpoint_is_found(uninterrupted, tmp_path):
     assert_same(training_script.result(trainer), expected)
 
 
+@pytest.fixture
+def interrupted(tmp_path):
+    """The folder of a run that broke off in its first step, its blocks chosen and nothing else saved."""
+
+    class Breaking(tiny.RecordingSMTTrainer):
+        def training_step(self, *args, **kwargs):
+            if is_smt_model(self.model):
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        training_script.resumable(tmp_path, kind=Breaking).train()
+    assert [path.name for path in tmp_path.iterdir()] == [SELECTION_FILE]
+    return tmp_path
+
+
+def test_a_run_interrupted_before_its_first_checkpoint_starts_anew_on_its_blocks(interrupted, uninterrupted):
+    trainer = training_script.resumable(interrupted)
+    trainer.train(resume_from_checkpoint=True)
+    outcome, expected = training_script.result(trainer), uninterrupted[1]
+    assert outcome.pop("warm-ups") == [] and expected["warm-ups"] == [2]
+    assert_same(outcome, {key: value for key, value in expected.items() if key != "warm-ups"})
+
+
+def test_it_does_not_under_another_configuration(interrupted):
+    trainer = training_script.resumable(interrupted, smt_config=tiny.config(budget=11))
+    with pytest.raises(SMTError, match=f"{SELECTION_FILE} was made under another smt_config .*budget: 11 != 12"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_without_being_asked_a_run_chooses_its_blocks_again(interrupted):
+    trainer = training_script.resumable(interrupted)
+    trainer.train()
+    assert training_script.result(trainer)["warm-ups"] == [2]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -71,7 +108,7 @@ def test_the_last_checkpoint_is_found(uninterrupted, tmp_path):
 )
 def test_another_configuration_is_refused_naming_the_fields(fields, message, uninterrupted, tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(attention_dropout=0.3), tmp_path, tiny.config(**fields))
-    with pytest.raises(SMTError, match=f"trained under another smt_config .*{message}"):
+    with pytest.raises(SMTError, match=f"made under another smt_config .*{message}"):
         trainer.train(resume_from_checkpoint=str(uninterrupted[0] / "checkpoint-2"))
     assert not is_smt_model(trainer.model)
 

@@ -91,6 +91,21 @@ def test_gradient_checkpointing_gives_the_same_losses(overrides, tmp_path):
     assert trained(tmp_path, **overrides).losses == trained(tmp_path).losses
 
 
+@pytest.mark.parametrize(("reentrant", "asks"), [(False, False), (True, True)])
+def test_checkpointing_asks_for_needless_gradients_in_its_reentrant_kind_only(reentrant, asks, tmp_path):
+    model, asked = tiny.llama(), []
+    model.model.layers[0].register_forward_hook(lambda layer, inputs, output: asked.append(output.requires_grad))
+    overrides = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    trained(tmp_path, model, tiny.config(lowest_layer=1, score="magnitude"), **overrides)
+    assert any(asked) is asks
+
+
+def test_a_compiled_run_trains_as_an_uncompiled_one(tmp_path):
+    compiled = trained(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    assert compiled.losses == pytest.approx(trained(tmp_path).losses, rel=1e-5)
+    assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
+
+
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "adamw_bnb_8bit", "lion_8bit"]
 
 
