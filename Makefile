@@ -7,7 +7,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow quality style commonsense clean
+.PHONY: help venv test test-slow test-oldest quality style commonsense clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,14 @@ test: venv ## the tests
 test-slow: venv ## the tests that need the real model and data, or minutes
 	$(BIN)/python -m pytest -m slow
 
+test-oldest: .venv-oldest/.complete ## the library's tests with the oldest versions it supports, in .venv-oldest
+	.venv-oldest/bin/python -m pytest -m "not slow" --ignore tests/recipes
+
+.venv-oldest/.complete: setup.cfg constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	@touch $@
+
 quality: venv ## lint and formatting, checked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,4 +47,4 @@ commonsense: venv ## fine-tune and evaluate on commonsense tasks (PROFILE=, MODE
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -52,7 +52,7 @@ from smt_trainer.files import new_folder
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
 from smt_trainer.targets import count_parameters, find_targets
-from smt_trainer.warmup import collect_scores, rng_preserved
+from smt_trainer.warmup import collect_scores, counters_preserved, rng_preserved
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class SMTTrainerMixin:
 
     @contextlib.contextmanager
     def _warm_up(self, scorer: Scorer) -> Iterator[Iterator[Callable[[], None]]]:
-        """The warm-up's steps, within a context that leaves no trace in the random state."""
+        """The warm-up's steps, within a context that leaves no trace in the random state or in the trainer's counters."""
         if not scorer.needs_warmup:
             yield iter(())
             return
@@ -150,7 +150,7 @@ class SMTTrainerMixin:
         for callback in self._smt_callbacks:
             callback.on_warmup_begin(self.args, self.smt_config.warmup_steps)
         try:
-            with rng_preserved():
+            with rng_preserved(), counters_preserved(self):
                 yield self._warmup_steps()
         finally:
             self._warming_up = False

@@ -9,7 +9,9 @@ model.
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -63,6 +65,29 @@ def rng_preserved() -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def counters_preserved(owner: object) -> Iterator[None]:
+    """Private attributes of `owner` that hold plain data are restored on leaving: the metrics that some trainers, TRL's
+    for one, gather in each training step."""
+    counters = {
+        name: copy.deepcopy(value)
+        for name, value in vars(owner).items()
+        if name.startswith("_") and not name.startswith("__") and _is_plain(value)
+    }
+    try:
+        yield
+    finally:
+        vars(owner).update(counters)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, deque)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str))
 
 
 def average_over_ranks(statistics: Iterable[Tensor]) -> None:

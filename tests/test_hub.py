@@ -25,7 +25,10 @@ def uploads(monkeypatch):
         trainer.hub_model_id = "me/tiny-delta"
         trainer.push_in_progress = None
 
-    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
+    if hasattr(transformers.trainer, "hf_api"):
+        monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
+    else:  # transformers before 5.23 calls the function itself
+        monkeypatch.setattr(transformers.trainer, "upload_folder", upload_folder)
     monkeypatch.setattr(transformers.Trainer, "init_hf_repo", init_hf_repo)
     return taken
 

