@@ -142,7 +142,7 @@ class SMTTrainerMixin:
 
     @contextlib.contextmanager
     def _warm_up(self, scorer: Scorer) -> Iterator[Iterator[Callable[[], None]]]:
-        """The warm-up's steps, within a context that leaves no trace in the random state or in the trainer's counters."""
+        """The warm-up's steps, in a context that leaves no trace in the random state or the trainer's counters."""
         if not scorer.needs_warmup:
             yield iter(())
             return
