@@ -31,8 +31,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.blocks import make_grids
 from smt_trainer.callbacks import SMTCallback
@@ -48,7 +47,7 @@ from smt_trainer.convert import (
 )
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, save_delta
 from smt_trainer.errors import SMTError
-from smt_trainer.files import new_folder
+from smt_trainer.files import new_folder, read_json
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
 from smt_trainer.targets import count_parameters, find_targets
@@ -91,19 +90,19 @@ class SMTTrainerMixin:
     # ---- before the stock loop ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As Trainer's. With `resume_from_checkpoint=True`, a run that was interrupted after its blocks were chosen
-        and before its first checkpoint starts anew on these blocks, without another warm-up.
+        """As Trainer's. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end; a run
+        that broke off before its first, with its blocks chosen, starts anew on these, without another warm-up.
 
         Raises:
             SMTError: the checkpoint, or the selection in the output folder, was made under another `smt_config`.
         """
-        output = Path(self.args.output_dir)
-        self._was_interrupted = (
-            resume_from_checkpoint is True
-            and (output / SELECTION_FILE).is_file()
-            and get_last_checkpoint(str(output)) is None
-        )
-        return super().train(None if self._was_interrupted else resume_from_checkpoint, *args, **kwargs)
+        self._was_interrupted = False
+        if resume_from_checkpoint is True:
+            checkpoint = last_checkpoint(Path(self.args.output_dir))
+            self._was_interrupted = checkpoint is None and Path(self.args.output_dir, SELECTION_FILE).is_file()
+            if checkpoint is not None or self._was_interrupted:
+                resume_from_checkpoint = checkpoint
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _inner_training_loop(self, batch_size=None, args=None, *rest, **kwargs):
         if args.auto_find_batch_size:
@@ -341,6 +340,18 @@ class SMTTrainerMixin:
             f"trainable parameters: {trained:,} of {selection.num_parameters:,} "
             f"({trained / selection.num_parameters:.3%} of the model)"
         )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in a folder that was written to its end: Trainer writes `trainer_state.json` last."""
+    steps = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-[0-9]*")}
+    for _, checkpoint in sorted(steps.items(), reverse=True):
+        try:
+            read_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
+            return str(checkpoint)
+        except SMTError as error:
+            logger.warning("%s is left out, its writing broke off: %s", checkpoint.name, error)
+    return None
 
 
 class SMTTrainer(SMTTrainerMixin, Trainer):

@@ -5,8 +5,13 @@ import logging
 import pytest
 import tiny
 import torch
+import training_script
+from hypothesis import settings
 
 torch.set_num_threads(1)
+# How long an example takes says something about the machine only.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +55,12 @@ def delta(tmp_path):
     write_back(layers)
     save_delta(model, tmp_path / "delta")
     return tmp_path / "delta", model
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """The folder of an uninterrupted run with its checkpoints, and its outcome."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = training_script.resumable(folder)
+    trainer.train()
+    return folder, training_script.result(trainer)

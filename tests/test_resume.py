@@ -17,15 +17,6 @@ from smt_trainer.convert import is_smt_model
 from smt_trainer.trainer import SELECTION_FILE
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """The folder of an uninterrupted run with its checkpoints, and its outcome."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    trainer = training_script.resumable(folder)
-    trainer.train()
-    return folder, training_script.result(trainer)
-
-
 def assert_same(ours, theirs) -> None:
     """Bit for bit."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)

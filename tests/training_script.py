@@ -1,6 +1,7 @@
-"""One run of training in a process of its own: resumed from a checkpoint, or as one of several ranks.
+"""One run of training in a process of its own: resumed from a checkpoint, killed, or as one of several ranks.
 
     python training_script.py resume FOLDER CHECKPOINT
+    python training_script.py killed FOLDER MOMENT
     accelerate launch --cpu --num_processes 2 training_script.py ranks FOLDER
 
 Writes what came out as `FOLDER/result-RANK.pt`.
@@ -9,12 +10,16 @@ Writes what came out as `FOLDER/result-RANK.pt`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import tiny
 import torch
+from transformers import TrainerState
 
+from smt_trainer import BlockSelection, SMTCallback, delta
+from smt_trainer.files import write_atomically
 from smt_trainer.layers import smt_layers
 
 RANKS_BATCH = 4
@@ -65,12 +70,59 @@ def ranked(folder: Path, processes: int) -> dict:
     return result(trainer) | {"scores": scores}
 
 
-def main(kind: str, folder: str, checkpoint: str | None = None) -> None:
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mortal(SMTCallback):
+    """Kills the process at a moment between two writes."""
+
+    def __init__(self, moment: str) -> None:
+        super().__init__()
+        self.moment = moment
+
+    def on_warmup_step(self, *args) -> None:
+        super().on_warmup_step(*args)
+        if self.moment == "in the warm-up":
+            die()
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        super().on_train_begin(*args, **kwargs)
+        if self.moment == "before the first step":
+            die()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.moment == "in the main loop" and state.global_step == 5:
+            die()
+
+
+def die_at(moment: str) -> None:
+    """Kill the process half-way through a write, where the moment is one."""
+    if moment == "writing the selection":
+        BlockSelection.save = lambda selection, path: write_atomically(path, half_written)
+    if moment == "writing the delta":
+        delta.save_file = lambda tensors, path, metadata: half_written(path)
+    if moment == "writing the optimizer":
+        torch.save = lambda value, path: half_written(Path(path)) if "optimizer" in str(path) else None
+    if moment == "writing the state of the trainer":
+        TrainerState.save_to_json = lambda state, path: half_written(Path(path))
+
+
+def half_written(path: Path) -> None:
+    path.write_text('{"half": ')
+    die()
+
+
+def main(kind: str, folder: str, detail: str | None = None) -> None:
     torch.set_num_threads(1)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if kind == "resume":
-        trainer = resumable(Path(folder, "run"))
-        trainer.train(resume_from_checkpoint=checkpoint)
+    run = Path(folder, "run")
+    if kind == "killed":
+        die_at(detail)
+        resumable(run, callbacks=[Mortal(detail)]).train()
+    elif kind == "resume":
+        trainer = resumable(run)
+        trainer.train(resume_from_checkpoint=detail)
         outcome = result(trainer)
     else:
         outcome = ranked(Path(folder, f"rank-{rank}"), processes)
