@@ -12,12 +12,13 @@ from test_resume import assert_same
 from smt_trainer.trainer import SELECTION_FILE
 
 MOMENTS = ["before the first step", "writing the delta", "writing the state of the trainer"]
-MORE_MOMENTS = ["in the warm-up", "writing the selection", "writing the optimizer", "in the main loop"]
+MOMENTS += [
+    pytest.param(moment, marks=pytest.mark.slow)
+    for moment in ("in the warm-up", "writing the selection", "writing the optimizer", "in the main loop")
+]
 
 
-@pytest.mark.parametrize(
-    "moment", [*MOMENTS, *(pytest.param(moment, marks=pytest.mark.slow) for moment in MORE_MOMENTS)]
-)
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_ends_where_an_uninterrupted_one_ends(moment, uninterrupted, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, training_script.__file__, "killed", tmp_path, moment], env=environment)

@@ -61,7 +61,7 @@ def test_the_plan_covers_each_block_exactly_once(case):
         assert group.start == (offsets[0].item() if adjacent else None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(some_blocks(), st.sampled_from([(3,), (1,), (2, 3), (2, 1, 2)]), st.booleans())
 def test_gradcheck_in_float64(case, leading, bias):
     grid, block_indices = case
