@@ -159,9 +159,14 @@ def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> 
     Raises:
         SMTError: the delta is damaged, or belongs to another base or other blocks; the model is unchanged then.
     """
-    delta = Delta.read(folder)
+    put_delta(model, Delta.read(folder))
+    return merge_and_unload(model) if merge else model
+
+
+def put_delta(model: nn.Module, delta: Delta) -> None:
+    """`load_delta` for a delta that was read already, without merging."""
     if is_smt_model(model):
-        _check_same_blocks(model, delta, folder)
+        _check_same_blocks(model, delta)
     else:
         check_base(delta, base_name(model), fingerprint(model, _fitting(model, delta), delta.weight_dtype))
     whole = _whole_destinations(model, delta)
@@ -173,7 +178,6 @@ def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> 
         for name, tensor in delta.whole.items():
             whole[name].copy_(tensor)
     write_back(layer for _, layer in smt_layers(model))
-    return merge_and_unload(model) if merge else model
 
 
 def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None = None, merge: bool = True, **kwargs):
@@ -192,13 +196,15 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
     if auto_class is None:
         from transformers import AutoModelForCausalLM as auto_class
     delta = Delta.read(folder)
-    name, _, revision = (base or delta.selection.base_model or "").partition("@")
-    if not name:
+    if base is None:
+        base, _, revision = (delta.selection.base_model or "").partition("@")
+        if revision:
+            kwargs.setdefault("revision", revision)
+    if not base:
         raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
-    if revision:
-        kwargs.setdefault("revision", revision)
-    kwargs.setdefault("dtype", delta.weight_dtype)
-    return load_delta(auto_class.from_pretrained(name, **kwargs), folder, merge=merge)
+    model = auto_class.from_pretrained(base, **{"dtype": delta.weight_dtype} | kwargs)
+    put_delta(model, delta)
+    return merge_and_unload(model) if merge else model
 
 
 def check_base(delta: Delta, name: str | None, found: str) -> None:
@@ -233,14 +239,14 @@ def _fitting(model: nn.Module, delta: Delta) -> BlockSelection:
     return delta.selection
 
 
-def _check_same_blocks(model: nn.Module, delta: Delta, folder: str | Path) -> None:
+def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
     state = get_state(model)
     ours, theirs = state.selection.block_indices, delta.selection.block_indices
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     if not same or state.fingerprint != delta.fingerprint:
         raise SMTError(
-            f"the delta in {folder} holds other blocks, or of another base, than this model trains. Load it into the "
-            "plain base model instead."
+            "the delta holds other blocks, or of another base, than this model trains. Load it into the plain base "
+            "model instead."
         )
 
 

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -45,7 +46,7 @@ from smt_trainer.convert import (
     plain_state_dict,
     trainable_parameters,
 )
-from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, save_delta
+from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta, save_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder, read_json
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
@@ -56,6 +57,7 @@ from smt_trainer.warmup import collect_scores, counters_preserved, rng_preserved
 logger = logging.getLogger(__name__)
 
 SELECTION_FILE = "smt_selection.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 # Optimizers that keep their own map of the model's matrices, or swap values behind forward's back.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
@@ -80,7 +82,7 @@ class SMTTrainerMixin:
         self._was_interrupted = False
         super().__init__(*args, **kwargs)
         self._refuse_unusable_arguments()
-        if self.model_init is None and not is_smt_model(self.model) and self._given_selection() is None:
+        if self.model_init is None and not is_smt_model(self.model) and self._given_selection is None:
             self._plan_blocks()
         if not self._smt_callbacks:
             self.add_callback(SMTCallback())
@@ -120,7 +122,7 @@ class SMTTrainerMixin:
 
     def _choose_blocks(self) -> BlockSelection:
         """The configured selection, or the one a warm-up leads to: the same on all ranks, kept in the output folder."""
-        selection = self._given_selection()
+        selection = self._given_selection
         if selection is None and self._was_interrupted:
             selection = BlockSelection.load(Path(self.args.output_dir, SELECTION_FILE))
             self._refuse_other_config(selection.config, Path(self.args.output_dir, SELECTION_FILE))
@@ -238,6 +240,7 @@ class SMTTrainerMixin:
         check_budget_fits(grids, self.smt_config, count_parameters(self.model))
         return targets, grids
 
+    @functools.cached_property
     def _given_selection(self) -> BlockSelection | None:
         """The configured selection, trained as this trainer's configuration says."""
         if self.smt_config.selection is None:
@@ -275,11 +278,12 @@ class SMTTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = model or self.model
-        self._refuse_other_config(Delta.read(resume_from_checkpoint).selection.config, resume_from_checkpoint)
-        load_delta(model, resume_from_checkpoint)
+        delta = Delta.read(resume_from_checkpoint)
+        self._refuse_other_config(delta.selection.config, resume_from_checkpoint)
+        put_delta(model, delta)
 
     def _refuse_other_config(self, saved: SMTConfig, where: str | Path) -> None:
-        given = self._given_selection()
+        given = self._given_selection
         differences = (given.config if given else self.smt_config).differences(saved)
         if differences:
             raise SMTError(
@@ -344,7 +348,7 @@ class SMTTrainerMixin:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in a folder that was written to its end: Trainer writes `trainer_state.json` last."""
-    steps = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("checkpoint-[0-9]*")}
+    steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
     for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
             read_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")

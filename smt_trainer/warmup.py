@@ -72,9 +72,7 @@ def counters_preserved(owner: object) -> Iterator[None]:
     """Private attributes of `owner` that hold plain data are restored on leaving: the metrics that some trainers, TRL's
     for one, gather in each training step."""
     counters = {
-        name: copy.deepcopy(value)
-        for name, value in vars(owner).items()
-        if name.startswith("_") and not name.startswith("__") and _is_plain(value)
+        name: copy.deepcopy(value) for name, value in vars(owner).items() if name.startswith("_") and _is_plain(value)
     }
     try:
         yield

@@ -14,7 +14,7 @@ from test_callbacks import Noting
 
 from smt_trainer import SMTError, convert_to_smt
 from smt_trainer.convert import is_smt_model
-from smt_trainer.trainer import SELECTION_FILE
+from smt_trainer.trainer import SELECTION_FILE, last_checkpoint
 
 
 def assert_same(ours, theirs) -> None:
@@ -50,6 +50,12 @@ def test_the_last_checkpoint_is_found(uninterrupted, tmp_path):
     trainer = training_script.resumable(tmp_path)
     trainer.train(resume_from_checkpoint=True)
     assert_same(training_script.result(trainer), expected)
+
+
+def test_a_folder_that_is_only_named_like_a_checkpoint_is_none(uninterrupted, tmp_path):
+    for name in ("checkpoint-2", "checkpoint-4-kept"):
+        shutil.copytree(uninterrupted[0] / "checkpoint-2", tmp_path / name)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 @pytest.fixture
