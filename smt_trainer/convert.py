@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.layers import SMTLinear, smt_layers
+from smt_trainer.layers import SMTLinear, plain_name, smt_layers
 from smt_trainer.selection import BlockSelection
+from smt_trainer.sharding import full_shape, full_tensor, is_sharded
 from smt_trainer.targets import head_names, matches
 
 
@@ -134,20 +136,35 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers, with full names, of the modules that a rewritten model trains whole; tied ones once."""
     prefixes, seen = tuple(f"{name}." for name in get_state(model).modules_to_save), set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name.startswith(prefixes) and id(tensor) not in seen:
+        if plain_name(name).startswith(prefixes) and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield name, tensor
+            yield plain_name(name), tensor
 
 
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the model would have after `merge_and_unload`, without changing the model."""
+def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict that the model would have after `merge_and_unload`, without changing the model.
+
+    A collective when the model is sharded over ranks; tied weights stay tied. With `keep=False` this rank only takes
+    part, and gets an empty dictionary.
+    """
     own = {f"{name}.{part}" for name, _ in smt_layers(model) for part in ("blocks", "block_indices")}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+    gathered, state = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if plain_name(name) in own:
+            continue
+        if id(tensor) not in gathered:
+            whole = full_tensor(tensor)
+            gathered[id(tensor)] = whole.cpu() if is_sharded(tensor) and keep else whole
+        if keep:
+            state[plain_name(name)] = gathered[id(tensor)]
+        else:
+            gathered[id(tensor)] = None
+    return state
 
 
 def trainable_parameters(model: nn.Module) -> int:
     """Parameters that ask for a gradient, tied weights counted once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(math.prod(full_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def fingerprint(model: nn.Module, selection: BlockSelection, dtype: torch.dtype) -> str:
@@ -158,7 +175,7 @@ def fingerprint(model: nn.Module, selection: BlockSelection, dtype: torch.dtype)
     """
     digest = hashlib.sha256()
     for name in selection.block_indices:
-        update_fingerprint(digest, name, model.get_submodule(name).weight.detach(), selection, dtype)
+        update_fingerprint(digest, name, full_tensor(model.get_submodule(name).weight), selection, dtype)
     return digest.hexdigest()
 
 
@@ -173,8 +190,8 @@ def _expect_linear(modules: dict[str, nn.Module], name: str, selection: BlockSel
     linear, expected = modules.get(name), selection.grids[name].weight_shape
     if not isinstance(linear, nn.Linear):
         found = "no such module" if linear is None else f"a {type(linear).__name__}"
-    elif tuple(linear.weight.shape) != expected:
-        found = f"a weight of {'x'.join(map(str, linear.weight.shape))}"
+    elif full_shape(linear.weight) != expected:
+        found = f"a weight of {'x'.join(map(str, full_shape(linear.weight)))}"
     else:
         return linear
     raise SMTError(

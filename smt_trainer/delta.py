@@ -3,9 +3,12 @@
     smt_delta.safetensors   <module>.blocks         [n, br, bc]  trained values (not differences, so merging is exact)
                             <module>.block_indices  [n, 2] int32 (row, column) in the module's grid
                             <parameter>             whole tensors of `modules_to_save`
-    smt_config.json         format, configuration, grids, name and fingerprint of the base, dtype of its weights
+                            and in its metadata the manifest: format, configuration, grids, name and fingerprint of the
+                            base, dtype of its weights
+    smt_config.json         the manifest once more, for people and other programs to read
 
-Both are plain data: nothing is unpickled. Files are written atomically, the tensors last.
+The tensors file alone is the delta, and it is replaced in one step: a write that breaks off leaves the delta of before.
+All is plain data: nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -30,15 +33,17 @@ from smt_trainer.convert import (
     whole_parameters,
 )
 from smt_trainer.errors import SMTError
-from smt_trainer.files import open_tensors, read_json, write_atomically, write_text
-from smt_trainer.layers import SMTLinear, smt_layers, write_back
+from smt_trainer.files import open_tensors, write_atomically, write_text
+from smt_trainer.layers import plain_name, smt_layers, write_back
 from smt_trainer.selection import BlockSelection, base_name
+from smt_trainer.sharding import assign, full_shape, full_tensor
 
 logger = logging.getLogger(__name__)
 
 DELTA_FILE = "smt_delta.safetensors"
 CONFIG_FILE = "smt_config.json"
 FORMAT = "1"
+MANIFEST = "smt"
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,53 @@ class Delta:
     weight_dtype: torch.dtype
 
     @classmethod
+    def of(cls, model: nn.Module, *, master: bool = False) -> Delta:
+        """The delta of a rewritten model: a collective when the model is sharded over ranks.
+
+        Args:
+            model: rewritten by `convert_to_smt`, `load_delta` or SMTTrainer.
+            master: keep the blocks in the master dtype, to go on training; by default they are cast to the dtype of
+                the weights, which is what forward and merging use.
+
+        Raises:
+            SMTError: the model trains no blocks.
+        """
+        state, blocks = get_state(model), {}
+        for name, layer in smt_layers(model):
+            dtype = layer.blocks.dtype if master else layer.weight.dtype
+            blocks[name] = full_tensor(layer.blocks).to("cpu", dtype)[layer.row_major_order()]
+        whole = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in whole_parameters(model)}
+        return cls(state.selection, blocks, whole, state.fingerprint, state.weight_dtype)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the delta to a folder, made if need be; an older delta in it is replaced, in one step."""
+        selection = self.selection.to_dict()
+        for module in selection["modules"].values():
+            del module["block_indices"]
+        manifest = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
+            "whole": sorted(self.whole),
+            "selection": selection,
+        }
+        tensors = {f"{name}.blocks": blocks for name, blocks in self.blocks.items()}
+        tensors |= {f"{name}.block_indices": found.int() for name, found in self.selection.block_indices.items()}
+        metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
+        write_atomically(
+            Path(folder, DELTA_FILE), lambda path: save_file(tensors | self.whole, path, metadata=metadata)
+        )
+        write_text(Path(folder, CONFIG_FILE), json.dumps(manifest, indent=2))
+
+    @classmethod
     def read(cls, folder: str | Path) -> Delta:
-        """Read and check a delta folder. Raises `SMTError` when a part is missing, damaged or out of range."""
+        """Read and check a delta folder. Raises `SMTError` when it is missing, damaged or out of range."""
         folder = Path(folder)
-        manifest = read_json(folder / CONFIG_FILE, "delta configuration")
-        tensors = _read_tensors(folder / DELTA_FILE)
+        with open_tensors(folder / DELTA_FILE, "delta") as file:
+            manifest = (file.metadata() or {}).get(MANIFEST, "no manifest")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         try:
+            manifest = json.loads(manifest)
             if manifest["format"] != FORMAT:
                 raise SMTError(
                     f"the delta in {folder} has format {manifest['format']}, this version of smt_trainer reads "
@@ -81,14 +127,14 @@ class Delta:
             selection = BlockSelection.from_dict(described)
             dtype = getattr(torch, manifest["weight_dtype"])
             expected_whole, base_fingerprint = manifest["whole"], manifest["fingerprint"]
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
             raise SMTError(
                 f"the delta in {folder} is damaged ({type(error).__name__}: {error}); save or download it again."
             ) from error
         if sorted(tensors) != sorted(expected_whole):
             raise SMTError(
-                f"{DELTA_FILE} and {CONFIG_FILE} in {folder} do not belong together: expected the whole tensors "
-                f"{expected_whole}, got {sorted(tensors)}. Save or download the delta again."
+                f"the delta in {folder} is damaged: expected the whole tensors {expected_whole}, got "
+                f"{sorted(tensors)}. Save or download it again."
             )
         for name, values in blocks.items():
             expected = (len(selection.block_indices[name]), *selection.grids[name].block_shape)
@@ -100,48 +146,13 @@ class Delta:
         return cls(selection, blocks, tensors, base_fingerprint, dtype)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    with open_tensors(path, "delta") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-
-
 def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) -> None:
-    """Write the trained blocks of a rewritten model.
-
-    Args:
-        model: rewritten by `convert_to_smt`, `load_delta` or SMTTrainer.
-        folder: made if need be; an older delta in it is replaced.
-        master: keep the blocks in the master dtype, to go on training; by default they are stored in the dtype of the
-            weights, which is what forward and merging use.
+    """Write the trained blocks of a rewritten model: `Delta.of(model, master=master).save(folder)`.
 
     Raises:
         SMTError: the model trains no blocks.
     """
-    state, folder = get_state(model), Path(folder)
-    tensors = {}
-    for name, layer in smt_layers(model):
-        dtype = layer.blocks.dtype if master else layer.weight.dtype
-        tensors[f"{name}.blocks"] = layer.blocks.detach().to("cpu", dtype)
-        tensors[f"{name}.block_indices"] = layer.block_indices.cpu()
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in whole_parameters(model)}
-    manifest = {
-        "format": FORMAT,
-        "fingerprint": state.fingerprint,
-        "weight_dtype": str(state.weight_dtype).removeprefix("torch."),
-        "whole": sorted(whole),
-        "selection": _without_indices(state.selection),
-    }
-    write_text(folder / CONFIG_FILE, json.dumps(manifest, indent=2))
-    write_atomically(
-        folder / DELTA_FILE, lambda path: save_file(tensors | whole, path, metadata={"format": "pt", "smt": FORMAT})
-    )
-
-
-def _without_indices(selection: BlockSelection) -> dict[str, Any]:
-    described = selection.to_dict()
-    for module in described["modules"].values():
-        del module["block_indices"]
-    return described
+    Delta.of(model, master=master).save(folder)
 
 
 def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> nn.Module:
@@ -172,11 +183,10 @@ def put_delta(model: nn.Module, delta: Delta) -> None:
     whole = _whole_destinations(model, delta)
     if not is_smt_model(model):
         convert_to_smt(model, delta.selection)
-    with torch.no_grad():
-        for name, layer in smt_layers(model):
-            layer.blocks.copy_(delta.blocks[name][_row_major_rank(layer)])
-        for name, tensor in delta.whole.items():
-            whole[name].copy_(tensor)
+    for name, layer in smt_layers(model):
+        assign(layer.blocks, delta.blocks[name][layer.row_major_order().argsort()])
+    for name, tensor in delta.whole.items():
+        assign(whole[name], tensor)
     write_back(layer for _, layer in smt_layers(model))
 
 
@@ -230,8 +240,8 @@ def _fitting(model: nn.Module, delta: Delta) -> BlockSelection:
     for name in delta.selection.block_indices:
         expected = delta.selection.grids[name].weight_shape
         found = getattr(modules.get(name), "weight", None)
-        if found is None or tuple(found.shape) != expected:
-            shape = "no such weight" if found is None else "x".join(map(str, found.shape))
+        if found is None or full_shape(found) != expected:
+            shape = "no such weight" if found is None else "x".join(map(str, full_shape(found)))
             raise SMTError(
                 f"the delta has blocks of a {expected[0]}x{expected[1]} `{name}`; this model has {shape}. It was "
                 f"trained on {delta.selection.base_model or 'another base model'}: load that."
@@ -252,18 +262,12 @@ def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
 
 def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
     find_modules_to_save(model, delta.selection.config.modules_to_save, delta.selection.block_indices)
-    destinations = dict(model.state_dict(keep_vars=True))
+    destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in delta.whole.items():
-        if name not in destinations or destinations[name].shape != tensor.shape:
-            found = list(destinations[name].shape) if name in destinations else "none"
+        if name not in destinations or full_shape(destinations[name]) != tuple(tensor.shape):
+            found = list(full_shape(destinations[name])) if name in destinations else "none"
             raise SMTError(
                 f"the delta holds `{name}` of shape {list(tensor.shape)}; this model has {found}. Load the base with "
                 "the same head (number of labels) as in training."
             )
     return destinations
-
-
-def _row_major_rank(layer: SMTLinear) -> Tensor:
-    """For each block of the layer, in its own order, its place when they are listed row by row."""
-    rows, columns = layer.block_indices.long().cpu().unbind(1)
-    return torch.argsort(torch.argsort(rows * layer.grid.shape[1] + columns))

@@ -23,6 +23,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     os.close(descriptor)
     try:
         write(Path(temporary))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         # mkstemp makes files private; give them the mode that open() would.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from smt_trainer.blocks import BlockGrid
 from smt_trainer.ops.sparse_linear import plan_blocks, sparse_linear
+from smt_trainer.sharding import Part, assign, full_tensor, is_sharded, local_parts
+
+# Modules that accelerate and torch.compile put around others; checkpoints do without their names.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 class SMTLinear(nn.Linear):
@@ -22,7 +26,8 @@ class SMTLinear(nn.Linear):
 
     Attributes:
         weight: [O, I] frozen dense weight, the chosen blocks included.
-        blocks: [n, br, bc] trainable values of the chosen blocks, in the order of `block_indices`.
+        blocks: [n, br, bc] trainable values of the chosen blocks, in the order of `block_indices`. Either may be
+            sharded over ranks.
         block_indices: [n, 2] int32 (row, column) of each block in the grid.
         grid: the cut of the weight.
     """
@@ -39,7 +44,7 @@ class SMTLinear(nn.Linear):
         linear.grid = grid
         linear.plan = plan
         linear.weight.requires_grad_(False)
-        blocks = grid.gather(linear.weight.detach(), block_indices).to(master_dtype)
+        blocks = grid.gather(full_tensor(linear.weight), block_indices).to(master_dtype)
         linear.blocks = nn.Parameter(blocks.contiguous())
         linear.register_buffer("block_indices", block_indices.to(device, torch.int32))
         linear.register_buffer("positions", positions.to(device), persistent=False)
@@ -57,14 +62,38 @@ class SMTLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
 
-    def weight_views(self) -> list[Tensor]:
-        """A view [br, bc] of the dense weight for each block, kept until the weight's storage moves."""
-        address, views = vars(self).get("_views", (None, []))
-        if address != self.weight.data_ptr():
-            cut = self.grid.split(self.weight.detach())
-            views = [cut[row, column] for row, column in self.block_indices.tolist()]
-            self._views = (self.weight.data_ptr(), views)
-        return views
+    def local_views(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of what this rank holds of the dense weight under the blocks, and the values of the blocks for each.
+
+        A collective when the blocks are sharded over ranks.
+        """
+        parts = local_parts(self.weight)
+        addresses = [part.values.data_ptr() for part in parts]
+        if vars(self).get("_views", (None,))[0] != addresses:
+            self._views = (addresses, *self._cut(parts))
+        _, views, cuts = self._views
+        blocks = full_tensor(self.blocks).unbind(0)
+        return views, [blocks[block][rows, columns] for block, rows, columns in cuts] if cuts else blocks
+
+    def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]]]:
+        """Views of the parts under each block, and which rows and columns of which block they are; () if all whole."""
+        indices = self.block_indices.tolist()
+        if not is_sharded(self.weight):
+            cut = self.grid.split(parts[0].values)
+            return [cut[row, column] for row, column in indices], []
+        br, bc = self.grid.block_shape
+        views, cuts = [], []
+        for values, row, column in parts:
+            for block, (r, c) in enumerate(indices):
+                top, left = row - r * br, column - c * bc
+                rows = slice(max(top, 0), min(top + values.shape[0], br))
+                columns = slice(max(left, 0), min(left + values.shape[1], bc))
+                if rows.start < rows.stop and columns.start < columns.stop:
+                    views.append(
+                        values[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+                    )
+                    cuts.append((block, rows, columns))
+        return views, cuts
 
     def _apply(self, fn, recurse=True):
         # The views would keep the storage alive that the weight is about to leave.
@@ -74,8 +103,8 @@ class SMTLinear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        indices = state_dict.get(f"{prefix}block_indices", self.block_indices)
-        if not torch.equal(indices.to(self.block_indices), self.block_indices):
+        indices = state_dict.get(f"{prefix}block_indices")
+        if indices is not None and not torch.equal(indices.to(self.block_indices), self.block_indices):
             error_msgs.append(f"{prefix}block_indices: the state dict holds other blocks than this model trains.")
             return
         super()._load_from_state_dict(
@@ -83,13 +112,18 @@ class SMTLinear(nn.Linear):
         )
         if f"{prefix}blocks" in state_dict:
             write_back([self])
-        else:
+        elif f"{prefix}weight" in state_dict:
             self.read_back()
 
     @torch.no_grad()
     def read_back(self) -> None:
         """Set the blocks from the dense weight: the inverse of `write_back`, for a weight that was just loaded."""
-        self.blocks.copy_(self.grid.gather(self.weight, self.block_indices))
+        assign(self.blocks, self.grid.gather(full_tensor(self.weight), self.block_indices))
+
+    def row_major_order(self) -> Tensor:
+        """[n] int64 on the CPU: the stored blocks in the order in which a selection and a delta list them, row by row."""
+        rows, columns = self.block_indices.long().cpu().unbind(1)
+        return torch.argsort(rows * self.grid.shape[1] + columns)
 
     def extra_repr(self) -> str:
         (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
@@ -97,16 +131,24 @@ class SMTLinear(nn.Linear):
 
 
 def smt_layers(model: nn.Module) -> Iterator[tuple[str, SMTLinear]]:
-    """The rewritten linears of a model with their full names, in the model's order."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, SMTLinear))
+    """The rewritten linears of a model with their full names, in the model's order; wrappers add nothing to a name."""
+    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, SMTLinear))
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without those of wrappers around modules on the way."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 @torch.no_grad()
 def write_back(layers: Iterable[SMTLinear]) -> None:
-    """Cast the blocks of all layers into their dense weights, in one fused copy."""
-    views, blocks = [], []
+    """Cast the blocks of all layers into their dense weights, in one fused copy; a collective when they are sharded."""
+    views, values = [], []
     for layer in layers:
-        views += layer.weight_views()
-        blocks += layer.blocks.detach().unbind(0)
+        layer_views, layer_values = layer.local_views()
+        views += layer_views
+        values += layer_values
     if views:
-        torch._foreach_copy_(views, blocks)
+        torch._foreach_copy_(views, values)

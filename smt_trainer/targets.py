@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from torch import nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.sharding import full_shape
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 def count_parameters(model: nn.Module) -> int:
     """All parameters of a model, tied weights counted once: the denominator of the papers' `#Params%`."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
 
 
 def _is_target(
@@ -110,7 +112,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
 def _why_not(module: nn.Linear, shared: set[int]) -> str | None:
     if id(module.weight) in shared:
         return "its weight is shared with another module"
-    if not module.weight.is_floating_point() or module.weight.shape != (module.out_features, module.in_features):
+    if not module.weight.is_floating_point() or full_shape(module.weight) != (module.out_features, module.in_features):
         return f"its weight is no plain matrix of floats but {module.weight.dtype} {list(module.weight.shape)}"
     if "forward" in vars(module):
         return "its forward is replaced on the instance (a device map or an offloading hook)"

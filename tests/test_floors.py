@@ -12,7 +12,7 @@ import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
 FLOORS = [
-    {"errors", "files", "config", "blocks", "targets"},
+    {"errors", "files", "config", "blocks", "targets", "sharding"},
     {"scores", "selection", "ops", "ops.sparse_linear"},
     {"layers", "plotting", "card"},
     {"convert", "delta", "merge", "warmup"},
