@@ -51,8 +51,9 @@ class SMTCallback(TrainerCallback):
             self.report["smt_warmup_steps"] = len(self.losses)
             self.report["smt_warmup_loss"] = sum(self.losses) / len(self.losses)
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Log the warm-up's results once: reporters are set up only now."""
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Log the warm-up's results once, since reporters are set up only now; DeepSpeed may just have loaded blocks."""
+        write_back(layer for _, layer in smt_layers(model))
         if self.report:
             self.trainer.log(self.report)
             self.report = {}

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,16 @@ class Delta:
     whole: dict[str, Tensor]
     fingerprint: str
     weight_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name, indices in self.selection.block_indices.items():
+            values, expected = self.blocks.get(name), (len(indices), *self.selection.grids[name].block_shape)
+            if values is None or tuple(values.shape) != expected:
+                found = "none" if values is None else f"shape {list(values.shape)}"
+                raise SMTError(
+                    f"the delta's blocks of `{name}` should have shape {list(expected)}, got {found}. It is damaged; save "
+                    "or download it again."
+                )
 
     @classmethod
     def of(cls, model: nn.Module, *, master: bool = False) -> Delta:
@@ -136,13 +146,6 @@ class Delta:
                 f"the delta in {folder} is damaged: expected the whole tensors {expected_whole}, got "
                 f"{sorted(tensors)}. Save or download it again."
             )
-        for name, values in blocks.items():
-            expected = (len(selection.block_indices[name]), *selection.grids[name].block_shape)
-            if tuple(values.shape) != expected:
-                raise SMTError(
-                    f"the blocks of `{name}` in {folder} have shape {list(values.shape)}, expected {list(expected)}. "
-                    "The delta is damaged; save or download it again."
-                )
         return cls(selection, blocks, tensors, base_fingerprint, dtype)
 
 
@@ -174,15 +177,22 @@ def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> 
     return merge_and_unload(model) if merge else model
 
 
-def put_delta(model: nn.Module, delta: Delta) -> None:
-    """`load_delta` for a delta that was read already, without merging."""
+def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> None:
+    """`load_delta` for a delta that was read already, without merging.
+
+    Args:
+        has_weights: False on a rank that will get the base weights from another one; they are not checked then.
+    """
     if is_smt_model(model):
         _check_same_blocks(model, delta)
+        whole = _whole_destinations(model, delta)
     else:
-        check_base(delta, base_name(model), fingerprint(model, _fitting(model, delta), delta.weight_dtype))
-    whole = _whole_destinations(model, delta)
-    if not is_smt_model(model):
+        found = fingerprint(model, _fitting(model, delta), delta.weight_dtype)
+        if has_weights:
+            check_base(delta, base_name(model), found)
+        whole = _whole_destinations(model, delta)
         convert_to_smt(model, delta.selection)
+        model.smt_state = replace(model.smt_state, fingerprint=delta.fingerprint)
     for name, layer in smt_layers(model):
         assign(layer.blocks, delta.blocks[name][layer.row_major_order().argsort()])
     for name, tensor in delta.whole.items():

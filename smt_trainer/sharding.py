@@ -72,7 +72,7 @@ def local_parts(parameter: Tensor) -> list[Part]:
     """What this rank holds of a weight, as views: writing to all of them writes to the weight.
 
     Raises:
-        SMTError: the weight is sharded other than by rows (tensor parallelism) or kept out of memory (NVMe).
+        SMTError: the weight is sharded other than by rows (tensor parallelism).
     """
     if isinstance(parameter, DTensor):
         return [part for part in [Part(parameter.to_local().detach(), _first_row(parameter), 0)] if part.values.numel()]
@@ -96,11 +96,6 @@ def _first_row(weight: DTensor) -> int:
 def _flat_parts(weight: Tensor) -> list[Part]:
     """The head of a row, whole rows and the tail of a row, of a flat share of the weight."""
     share, columns = weight.ds_tensor.detach(), full_shape(weight)[1]
-    if share.numel() != weight.ds_tensor.ds_numel or share.dtype != weight.dtype:
-        raise SMTError(
-            "ZeRO-3 keeps the weights on NVMe or quantised; blocks cannot be written back to them. Offload to the CPU, "
-            "or leave zero_quantized_weights out."
-        )
     start = share.numel() * dist.get_rank(weight.ds_process_group)
     end = min(start + share.numel(), weight.ds_numel)
     # Parameters below the persistence threshold are kept whole besides.

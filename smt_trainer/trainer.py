@@ -11,7 +11,7 @@ then the random state is restored and the stock loop runs on the final parameter
 Checkpoints hold the delta in place of the model.
 
 Private methods of Trainer that this file relies on, all of them by overriding: `_inner_training_loop`, `_save`,
-`_load_from_checkpoint`, `_load_best_model`, `_push_from_checkpoint`.
+`_save_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_push_from_checkpoint`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.blocks import make_grids
 from smt_trainer.callbacks import SMTCallback
@@ -46,11 +47,23 @@ from smt_trainer.convert import (
     plain_state_dict,
     trainable_parameters,
 )
-from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta, save_delta
+from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder, read_json
+from smt_trainer.layers import plain_name, smt_layers, write_back
+from smt_trainer.parallel import (
+    bare_autocast,
+    has_weights,
+    is_sharding,
+    plain_backward,
+    prepare_for_sharding,
+    refuse_unsupported,
+    save_optimizer,
+    warmup_model,
+)
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
+from smt_trainer.sharding import full_shape
 from smt_trainer.targets import count_parameters, find_targets
 from smt_trainer.warmup import collect_scores, counters_preserved, rng_preserved
 
@@ -106,7 +119,7 @@ class SMTTrainerMixin:
                 resume_from_checkpoint = checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _inner_training_loop(self, batch_size=None, args=None, *rest, **kwargs):
+    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, *rest, **kwargs):
         if args.auto_find_batch_size:
             self._train_batch_size = batch_size
         if not self._smt_callbacks:
@@ -114,11 +127,16 @@ class SMTTrainerMixin:
                 "SMTCallback was removed from the trainer; without it forward would never see the trained blocks. "
                 "Add it, or a subclass of it, again."
             )
+        if not is_smt_model(self.model) and resume_from_checkpoint is not None:
+            # Trainer loads a model that is sharded over ranks only after it is.
+            self._load_from_checkpoint(resume_from_checkpoint)
         if not is_smt_model(self.model):
             convert_to_smt(self.model, self._choose_blocks())
+        if is_sharding(self.accelerator):
+            prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
         logger.info("%s", self._trainable_line())
-        return super()._inner_training_loop(batch_size, args, *rest, **kwargs)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
 
     def _choose_blocks(self) -> BlockSelection:
         """The configured selection, or the one a warm-up leads to: the same on all ranks, kept in the output folder."""
@@ -127,10 +145,8 @@ class SMTTrainerMixin:
             selection = BlockSelection.load(Path(self.args.output_dir, SELECTION_FILE))
             self._refuse_other_config(selection.config, Path(self.args.output_dir, SELECTION_FILE))
         if selection is None:
-            targets, grids = self._plan_blocks()
-            scorer = make_scorer(targets, grids, self.smt_config, self.args.seed)
-            with self._warm_up(scorer) as steps:
-                scores = collect_scores(self.model, scorer, steps)
+            _, grids = self._plan_blocks()
+            scores = self._score_blocks(grids)
             selection = select_blocks(
                 scores, grids, self.smt_config, count_parameters(self.model), base_name(self.model)
             )
@@ -141,31 +157,41 @@ class SMTTrainerMixin:
             callback.on_selection(self.args, selection)
         return selection
 
+    def _score_blocks(self, grids: dict) -> dict[str, Tensor]:
+        """The scores of all blocks, from a warm-up if the configured score needs one."""
+        if not SCORERS[self.smt_config.score].needs_warmup:
+            return self._make_scorer(self.model, grids).scores()
+        with warmup_model(self.model, self.accelerator) as model, self._warm_up(model) as steps:
+            return collect_scores(model, self._make_scorer(model, grids), steps)
+
+    def _make_scorer(self, model: nn.Module, grids: dict) -> Scorer:
+        modules = {plain_name(name): module for name, module in model.named_modules()}
+        return make_scorer({name: modules[name] for name in grids}, grids, self.smt_config, self.args.seed)
+
     @contextlib.contextmanager
-    def _warm_up(self, scorer: Scorer) -> Iterator[Iterator[Callable[[], None]]]:
+    def _warm_up(self, model: nn.Module) -> Iterator[Iterator[Callable[[], None]]]:
         """The warm-up's steps, in a context that leaves no trace in the random state or the trainer's counters."""
-        if not scorer.needs_warmup:
-            yield iter(())
-            return
         self._warming_up = True
         for callback in self._smt_callbacks:
             callback.on_warmup_begin(self.args, self.smt_config.warmup_steps)
         try:
-            with rng_preserved(), counters_preserved(self):
-                yield self._warmup_steps()
+            with rng_preserved(), counters_preserved(self), plain_backward(self.accelerator):
+                yield self._warmup_steps(model)
         finally:
             self._warming_up = False
             for callback in self._smt_callbacks:
                 callback.on_warmup_end(self.args)
 
-    def _warmup_steps(self) -> Iterator[Callable[[], None]]:
+    def _warmup_steps(self, model: nn.Module) -> Iterator[Callable[[], None]]:
         batches = itertools.islice(self._optimizer_step_batches(), self.smt_config.warmup_steps)
         for step, (micro_batches, num_items) in enumerate(batches):
-            yield functools.partial(self._warmup_step, step, micro_batches, num_items)
+            yield functools.partial(self._warmup_step, model, step, micro_batches, num_items)
 
-    def _warmup_step(self, step: int, micro_batches: list, num_items: Tensor | int | None) -> None:
+    def _warmup_step(
+        self, model: nn.Module, step: int, micro_batches: list, num_items: Tensor | int | None
+    ) -> None:
         self.current_gradient_accumulation_steps = len(micro_batches)
-        loss = sum(self.training_step(self.model, inputs, num_items) for inputs in micro_batches)
+        loss = sum(self.training_step(model, inputs, num_items) for inputs in micro_batches)
         for callback in self._smt_callbacks:
             callback.on_warmup_step(self.args, step, float(loss))
 
@@ -195,13 +221,13 @@ class SMTTrainerMixin:
             self.model.disable_input_require_grads()
 
     def compute_loss_context_manager(self):
-        """In the warm-up, add the autocast that accelerate puts on the model only when the main loop prepares it."""
+        """In the warm-up, add the mixed precision that the model gets only when the main loop prepares it."""
         context = super().compute_loss_context_manager()
         if not self._warming_up:
             return context
         stack = contextlib.ExitStack()
         stack.enter_context(context)
-        stack.enter_context(self.accelerator.autocast())
+        stack.enter_context(bare_autocast(self.accelerator))
         return stack
 
     # ---- checks ----
@@ -219,12 +245,13 @@ class SMTTrainerMixin:
                 f"optim={optim!r} works on whole matrices or swaps weights behind forward's back, and cannot train "
                 "blocks. Use adamw_torch, adamw_torch_fused, adamw_bnb_8bit, adafactor, sgd or lion."
             )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self.args.n_gpu > 1:
             raise SMTError(
-                "FSDP and DeepSpeed are not supported yet; run on one process or with plain DDP (accelerate launch "
-                "--multi_gpu)."
+                f"{self.args.n_gpu} GPUs are visible to one process, for which Trainer uses torch.nn.DataParallel. Start "
+                "one process per GPU with `accelerate launch` (or torchrun), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
         needs_warmup = self.smt_config.selection is None and SCORERS[self.smt_config.score].needs_warmup
+        refuse_unsupported(self.accelerator, self.model, needs_warmup)
         dataset = self.train_dataset
         if needs_warmup and isinstance(dataset, (IterableDataset, Iterator)) and iter(dataset) is iter(dataset):
             raise SMTError(
@@ -235,7 +262,7 @@ class SMTTrainerMixin:
     def _plan_blocks(self) -> tuple[dict, dict]:
         """Targets and grids of the model, once it is sure that the configuration fits it."""
         targets = find_targets(self.model, self.smt_config)
-        grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, self.smt_config)
+        grids = make_grids({name: full_shape(linear.weight) for name, linear in targets.items()}, self.smt_config)
         find_modules_to_save(self.model, self.smt_config.modules_to_save, targets)
         check_budget_fits(grids, self.smt_config, count_parameters(self.model))
         return targets, grids
@@ -261,26 +288,42 @@ class SMTTrainerMixin:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the delta: in the dtype of the weights, or for a checkpoint in the master dtype."""
+        if not is_smt_model(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
         self._saves_checkpoint = _internal_call and self.is_in_train
-        super().save_model(output_dir, _internal_call)
+        # Not through Trainer's save_model, which would gather the whole model when it is sharded.
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not is_smt_model(self.model):
             super()._save(output_dir, state_dict)
             return
+        if not (self.args.should_save or is_sharding(self.accelerator)):
+            return
+        delta, folder = Delta.of(self.model, master=self._saves_checkpoint), Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        save_delta(self.model, folder, master=self._saves_checkpoint)
+        delta.save(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharding(self.accelerator):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.accelerator, self.optimizer, self.model_wrapped, output_dir)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = model or self.model
         delta = Delta.read(resume_from_checkpoint)
         self._refuse_other_config(delta.selection.config, resume_from_checkpoint)
-        put_delta(model, delta)
+        put_delta(model, delta, has_weights=has_weights(self.accelerator))
 
     def _refuse_other_config(self, saved: SMTConfig, where: str | Path) -> None:
         given = self._given_selection
@@ -293,7 +336,11 @@ class SMTTrainerMixin:
 
     def _load_best_model(self) -> None:
         logger.info("Loading the best blocks from %s.", self.state.best_model_checkpoint)
-        load_delta(self.model, self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            write_back(layer for _, layer in smt_layers(self.model))
+        else:
+            load_delta(self.model, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock method uploads the output folder, after copying the files it knows from the checkpoint.
@@ -320,9 +367,10 @@ class SMTTrainerMixin:
             SMTError: the folder exists and is not empty, or nothing has been trained yet.
         """
         get_state(self.model)
+        state = plain_state_dict(self.model, keep=self.args.should_save)
         if self.args.should_save:
             with new_folder(Path(output_dir)) as folder:
-                self.model.save_pretrained(folder, state_dict=plain_state_dict(self.model))
+                self.model.save_pretrained(folder, state_dict=state)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()

@@ -11,6 +11,7 @@ from smt_trainer import trainer as ours
 EXPECTED = {
     "_inner_training_loop": ["batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "_save": ["output_dir", "state_dict"],
+    "_save_optimizer_and_scheduler": ["output_dir"],
     "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
     "_load_best_model": [],
     "_push_from_checkpoint": ["checkpoint_folder"],

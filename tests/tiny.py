@@ -15,7 +15,6 @@ from smt_trainer.blocks import BlockGrid, make_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection import select_blocks
 from smt_trainer.targets import count_parameters, find_targets
-from smt_trainer.warmup import collect_scores
 
 VOCABULARY = 64
 LENGTH = 12
@@ -162,10 +161,7 @@ def stock_trainer(model: nn.Module, folder: str | Path, data=None, collator=None
 
 def warm_up(trainer: SMTTrainer) -> dict[str, Tensor]:
     """The scores of a trainer's warm-up, without what comes after it."""
-    targets, grids = trainer._plan_blocks()
-    scorer = make_scorer(targets, grids, trainer.smt_config, trainer.args.seed)
-    with trainer._warm_up(scorer) as steps:
-        return collect_scores(trainer.model, scorer, steps)
+    return trainer._score_blocks(trainer._plan_blocks()[1])
 
 
 def logged(trainer: transformers.Trainer, key: str) -> list:

@@ -1,0 +1,133 @@
+"""What FSDP2 and DeepSpeed need of the trainer, beyond what accelerate does for any model.
+
+    FSDP2    The warm-up runs sharded, on a copy of the model that accelerate shards and that is dropped afterwards: the
+             parameters of a sharded model are fixed, so the original is rewritten whole and sharded by the main loop.
+    ZeRO     The warm-up runs on the bare model, before DeepSpeed has its engine. With ZeRO-3 the weights may be
+             partitioned by then; such a model takes a selection that was made before, or a score without a warm-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, save_fsdp_optimizer
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from smt_trainer.errors import SMTError
+from smt_trainer.layers import smt_layers
+from smt_trainer.sharding import is_partitioned
+from smt_trainer.warmup import frozen
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether accelerate will spread the model or its optimizer over ranks."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def refuse_unsupported(accelerator: Accelerator, model: nn.Module | None, needs_warmup: bool) -> None:
+    """Raise `SMTError` for a way of sharding that blocks cannot be trained under."""
+    state, parameters = accelerator.state, () if model is None else list(model.parameters())
+    if getattr(state, "fsdp_plugin", None) is not None and state.fsdp_plugin.fsdp_version == 1:
+        raise SMTError(
+            "FSDP version 1 flattens parameters and cannot train blocks of frozen weights; set fsdp_version: 2 in the "
+            "accelerate config, or TrainingArguments(fsdp_config={'version': 2})."
+        )
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        raise SMTError(
+            "the model's weights were sharded when it was loaded, before the blocks are chosen. Load it without a "
+            "tp_plan or distributed_config; accelerate shards it (FSDP2, ZeRO) once it is rewritten."
+        )
+    if getattr(state, "deepspeed_plugin", None) is None:
+        return
+    zero = state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+    if (
+        (zero.get("offload_param") or {}).get("device") == "nvme"
+        or zero.get("zero_quantized_weights")
+        or zero.get("zero_hpz_partition_size", 1) > 1
+    ):
+        raise SMTError(
+            "ZeRO-3 keeps weights on NVMe, quantised or in secondary copies, and blocks cannot be written back to them. "
+            "Offload parameters to the CPU, and leave zero_quantized_weights and zero_hpz_partition_size out."
+        )
+    if needs_warmup and any(map(is_partitioned, parameters)):
+        raise SMTError(
+            "ZeRO-3 has partitioned the weights already, and the warm-up needs the bare model. Choose the blocks in a "
+            "run without ZeRO-3 (one process, DDP, FSDP2 or ZeRO-2) and pass its smt_selection.json as "
+            "SMTConfig(selection=...), or use a score without a warm-up ('magnitude', 'random')."
+        )
+
+
+@contextlib.contextmanager
+def warmup_model(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
+    """The model on which the warm-up runs: the model itself on its device, or under FSDP2 a sharded copy of it."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            model.to(accelerator.device)
+        yield model
+        return
+    probe = copy.deepcopy(model)
+    with frozen(probe):
+        # accelerate shards a model together with an optimizer of it only.
+        probe, _ = accelerator.prepare(probe, torch.optim.SGD([next(probe.parameters())], lr=0.0))
+        try:
+            yield probe
+        finally:
+            accelerator.free_memory()
+
+
+def has_weights(accelerator: Accelerator) -> bool:
+    """Whether this rank has the base weights before the model is sharded: all have, or only the first one."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    return accelerator.is_main_process or plugin is None or not plugin.cpu_ram_efficient_loading
+
+
+def bare_autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager:
+    """The mixed precision of the main loop, for a model that was not prepared: FSDP2 brings it along, sharded or not."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return contextlib.nullcontext()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        return torch.autocast(accelerator.device.type, dtype, enabled=dtype is not None)
+    return accelerator.autocast()
+
+
+@contextlib.contextmanager
+def plain_backward(accelerator: Accelerator) -> Iterator[None]:
+    """`accelerator.backward` is that of the bare model: DeepSpeed's needs an engine, which there is none of yet."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        yield
+        return
+    accelerator.backward = lambda loss, **_: loss.backward()
+    try:
+        yield
+    finally:
+        del accelerator.backward
+
+
+def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
+    """Make a rewritten model fit what accelerate and DeepSpeed do with a state dict."""
+    for _, layer in smt_layers(model):
+        # accelerate takes all that is in the state dict for sharded parameters.
+        layer.register_buffer("block_indices", layer.block_indices, persistent=False)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and not hasattr(model, "_smt_loads_trained_only"):
+        model.register_load_state_dict_post_hook(_expect_trained_only)
+        model._smt_loads_trained_only = True
+
+
+def _expect_trained_only(model: nn.Module, keys) -> None:
+    """DeepSpeed's checkpoints hold what is trained; what is frozen is there already."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
+
+
+def save_optimizer(accelerator: Accelerator, optimizer, engine: nn.Module, folder: str) -> None:
+    """Write the optimizer's state for a checkpoint of a sharded run, without the frozen weights; all ranks call this."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine.save_checkpoint(folder, exclude_frozen_parameters=True)
+    else:
+        save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, engine, folder)
