@@ -73,14 +73,14 @@ class SMTLinear(nn.Linear):
             self._views = (addresses, *self._cut(parts))
         _, views, cuts = self._views
         blocks = full_tensor(self.blocks).unbind(0)
-        return views, [blocks[block][rows, columns] for block, rows, columns in cuts] if cuts else blocks
+        return views, blocks if cuts is None else [blocks[block][rows, columns] for block, rows, columns in cuts]
 
-    def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]]]:
-        """Views of the parts under each block, and which rows and columns of which block they are; () if all whole."""
+    def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]] | None]:
+        """Views of the parts under each block, and which rows and columns of which block; None if these are all whole."""
         indices = self.block_indices.tolist()
         if not is_sharded(self.weight):
             cut = self.grid.split(parts[0].values)
-            return [cut[row, column] for row, column in indices], []
+            return [cut[row, column] for row, column in indices], None
         br, bc = self.grid.block_shape
         views, cuts = [], []
         for values, row, column in parts:
@@ -110,6 +110,9 @@ class SMTLinear(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # accelerate fills a model on the meta device; the trainer writes back when all of it is there.
+        if self.block_indices.is_meta:
+            return
         if f"{prefix}blocks" in state_dict:
             write_back([self])
         elif f"{prefix}weight" in state_dict:

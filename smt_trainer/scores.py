@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from smt_trainer.blocks import BlockGrid
 from smt_trainer.config import SMTConfig
+from smt_trainer.sharding import full_tensor, gather_like, is_sharded, local_tensor
 
 
 class Scorer(ABC):
@@ -62,7 +63,7 @@ class Scorer(ABC):
 
 
 class GradL1(Scorer):
-    """`grad_l1`: mean over the block of |G|. Keeps one float32 accumulator the size of the targets."""
+    """`grad_l1`: mean over the block of |G|. Keeps one float32 accumulator the size of this rank's part of the targets."""
 
     needs_warmup = True
 
@@ -70,7 +71,7 @@ class GradL1(Scorer):
         super().__init__(targets, grids, config, seed)
         device = _accumulator_device(targets, config)
         self.sums = {
-            name: torch.zeros(grids[name].weight_shape, device=device or linear.weight.device)
+            name: torch.zeros_like(local_tensor(linear.weight), dtype=torch.float32, device=device)
             for name, linear in targets.items()
         }
 
@@ -91,17 +92,21 @@ class GradL1(Scorer):
                 linear.weight.grad = None
 
     def statistics(self) -> Iterator[Tensor]:
-        yield from self.sums.values()
+        # FSDP2 averages the gradients of sharded weights itself.
+        yield from (self.sums[name] for name, linear in self.targets.items() if not is_sharded(linear.weight))
 
     def scores(self) -> dict[str, Tensor]:
-        return {name: self.grids[name].split(total).abs().mean((2, 3)).cpu() for name, total in self.sums.items()}
+        return {
+            name: self.grids[name].split(gather_like(self.sums[name], linear.weight)).abs().mean((2, 3)).cpu()
+            for name, linear in self.targets.items()
+        }
 
 
 def _drain_into(total: Tensor):
     """A hook that adds a weight's gradient to `total` and frees it: one gradient is alive at a time."""
 
     def drain(weight: Tensor) -> None:
-        total.add_(weight.grad.to(total.device))
+        total.add_(local_tensor(weight.grad).to(total.device))
         weight.grad = None
 
     return drain
@@ -178,7 +183,7 @@ class Magnitude(Scorer):
 
     def scores(self) -> dict[str, Tensor]:
         return {
-            name: torch.linalg.vector_norm(self.grids[name].split(linear.weight.detach()).float(), dim=(2, 3)).cpu()
+            name: torch.linalg.vector_norm(self.grids[name].split(full_tensor(linear.weight)).float(), dim=(2, 3)).cpu()
             for name, linear in self.targets.items()
         }
 

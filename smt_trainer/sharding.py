@@ -45,11 +45,27 @@ def full_tensor(parameter: Tensor) -> Tensor:
     if isinstance(parameter, DTensor):
         return parameter.detach().full_tensor()
     if is_partitioned(parameter):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What FSDP2 keeps on this rank of a tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_like(local: Tensor, parameter: Tensor) -> Tensor:
+    """The whole of a tensor of which each rank holds `local`, sharded as FSDP2 shards the parameter; else `local`."""
+    if not isinstance(parameter, DTensor):
+        return local
+    mesh, placements = parameter.device_mesh, parameter.placements
+    local = local.to(mesh.device_type)
+    return DTensor.from_local(
+        local, mesh, placements, shape=parameter.shape, stride=parameter.stride()
+    ).full_tensor()
 
 
 @torch.no_grad()
