@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from smt_trainer.convert import (
     convert_to_smt,
+    find_linears,
     find_modules_to_save,
     fingerprint,
     get_state,
@@ -168,7 +169,8 @@ def put_delta(model: nn.Module, delta: Delta) -> None:
     if is_smt_model(model):
         _check_same_blocks(model, delta)
     else:
-        check_base(delta, base_name(model), fingerprint(model, _fitting(model, delta), delta.weight_dtype))
+        find_linears(model, delta.selection)
+        check_base(delta, base_name(model), fingerprint(model, delta.selection, delta.weight_dtype))
     whole = _whole_destinations(model, delta)
     if not is_smt_model(model):
         convert_to_smt(model, delta.selection)
@@ -222,21 +224,6 @@ def check_base(delta: Delta, name: str | None, found: str) -> None:
         )
     if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
         logger.warning("The delta names %s as its base, this is %s; the weights agree.", expected, name)
-
-
-def _fitting(model: nn.Module, delta: Delta) -> BlockSelection:
-    """The delta's selection, once it is sure that the model has its modules in their shapes."""
-    modules = dict(model.named_modules())
-    for name in delta.selection.block_indices:
-        expected = delta.selection.grids[name].weight_shape
-        found = getattr(modules.get(name), "weight", None)
-        if found is None or tuple(found.shape) != expected:
-            shape = "no such weight" if found is None else "x".join(map(str, found.shape))
-            raise SMTError(
-                f"the delta has blocks of a {expected[0]}x{expected[1]} `{name}`; this model has {shape}. It was "
-                f"trained on {delta.selection.base_model or 'another base model'}: load that."
-            )
-    return delta.selection
 
 
 def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
