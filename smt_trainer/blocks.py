@@ -3,6 +3,9 @@
 A weight W of `nn.Linear` is [O, I] (out features x in features). A grid of blocks of br x bc weights cuts it into
 R = O / br block rows and C = I / bc block columns; block (r, c) is W[r*br:(r+1)*br, c*bc:(c+1)*bc]. The paper's
 sub-matrices have br = bc = 256; a row of SPSFT is a block of 1 x I, a column one of O x 1.
+
+GPT-2's `Conv1D` stores W^T [I, O]. Its grid is `transposed` and cuts the view W of that parameter, so that everywhere
+else rows are out features and columns are in features.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ SMALLEST_AUTO_EDGE = 16
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The cut of one [out_features, in_features] weight into equal blocks.
+    """The cut of one [out_features, in_features] weight into equal blocks; `transposed` if it is stored the other way.
 
     Raises:
         SMTError: the block does not divide the weight.
@@ -33,6 +36,7 @@ class BlockGrid:
     in_features: int
     block_rows: int
     block_columns: int
+    transposed: bool = False
 
     def __post_init__(self) -> None:
         if min(self.block_shape) < 1 or self.out_features % self.block_rows or self.in_features % self.block_columns:
@@ -45,6 +49,11 @@ class BlockGrid:
     def weight_shape(self) -> tuple[int, int]:
         """(O, I)."""
         return self.out_features, self.in_features
+
+    @property
+    def stored_shape(self) -> tuple[int, int]:
+        """Shape of the parameter that holds the weight: (O, I), or (I, O) where transposed."""
+        return self.weight_shape[::-1] if self.transposed else self.weight_shape
 
     @property
     def block_shape(self) -> tuple[int, int]:
@@ -67,17 +76,18 @@ class BlockGrid:
         return self.block_rows * self.block_columns
 
     def split(self, weight: Tensor) -> Tensor:
-        """View [R, C, br, bc] of a weight [O, I]: writing to it writes to the weight."""
+        """View [R, C, br, bc] of a weight of `stored_shape`: writing to it writes to the weight."""
         rows, columns = self.shape
+        weight = weight.t() if self.transposed else weight
         return weight.unflatten(1, (columns, self.block_columns)).unflatten(0, (rows, self.block_rows)).transpose(1, 2)
 
     def gather(self, weight: Tensor, block_indices: Tensor) -> Tensor:
-        """Copy of the blocks [n, br, bc] of `weight` [O, I] at `block_indices` [n, 2]."""
+        """Copy of the blocks [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`."""
         rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
         return self.split(weight)[rows, columns]
 
     def scatter_(self, weight: Tensor, block_indices: Tensor, blocks: Tensor) -> None:
-        """Write `blocks` [n, br, bc], cast to the weight's dtype, into `weight` [O, I] at `block_indices` [n, 2]."""
+        """Write `blocks` [n, br, bc], cast to its dtype, at `block_indices` [n, 2] of a weight of `stored_shape`."""
         rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
         self.split(weight)[rows, columns] = blocks.to(weight.device, weight.dtype)
 

@@ -56,8 +56,8 @@ class SMTConfig:
     block_size: str | int | tuple[int, int] = field(
         default="auto",
         metadata=_help(
-            "Edge of a block in weights, or a pair (rows, columns). 'auto': the largest common divisor, at most 256, "
-            "of the dimensions of all targeted weights."
+            "Edge of a block in weights, or a pair (rows, columns) of out and in features. 'auto': the largest common "
+            "divisor, at most 256, of the dimensions of all targeted weights."
         ),
     )
     granularity: str = field(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.layers import SMTLinear, plain_name, smt_layers
+from smt_trainer.layers import SMTConv1D, SMTLinear, plain_name, smt_layers
 from smt_trainer.selection import BlockSelection
 from smt_trainer.sharding import full_shape, full_tensor, is_sharded
-from smt_trainer.targets import head_names, matches
+from smt_trainer.targets import has_plain_weight, head_names, is_linear, is_transposed, matches, refuse_adapters
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,7 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
     if is_smt_model(model):
         raise SMTError("this model already trains blocks; call merge_and_unload on it before choosing others.")
     config = selection.config
-    modules = dict(model.named_modules())
-    linears = {name: _expect_linear(modules, name, selection) for name in selection.block_indices}
+    linears = find_linears(model, selection)
     saved_modules = find_modules_to_save(model, config.modules_to_save, linears)
     first = next(iter(linears.values()))
     state = SMTState(
@@ -78,11 +77,11 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
     )
     model.requires_grad_(False)
     for name, linear in linears.items():
-        SMTLinear.from_linear(
-            linear, selection.grids[name], selection.block_indices[name], getattr(torch, config.master_dtype)
-        )
+        grid = selection.grids[name]
+        kind = SMTConv1D if grid.transposed else SMTLinear
+        kind.from_linear(linear, grid, selection.block_indices[name], getattr(torch, config.master_dtype))
     for name in saved_modules:
-        modules[name].requires_grad_(True)
+        model.get_submodule(name).requires_grad_(True)
     model.smt_state = state
     return model
 
@@ -100,6 +99,35 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         parameter.requires_grad_(name in state.was_trainable)
     del model.smt_state
     return model
+
+
+def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, nn.Module]:
+    """The linears of a plain model that hold a selection's blocks, by full name.
+
+    Raises:
+        SMTError: the model lacks one, has it of another kind or shape or quantised, or holds PEFT adapters.
+    """
+    refuse_adapters(model)
+    modules = dict(model.named_modules())
+    return {name: _expect_linear(modules.get(name), name, selection) for name in selection.block_indices}
+
+
+def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelection) -> nn.Module:
+    grid = selection.grids[name]
+    if linear is None:
+        found = "no such module"
+    elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
+        found = f"a {type(linear).__name__}"
+    elif full_shape(linear.weight) != grid.stored_shape or not has_plain_weight(linear):
+        weight = linear.weight
+        found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
+    else:
+        return linear
+    raise SMTError(
+        f"the blocks of `{name}` lie in a {'Conv1D' if grid.transposed else 'linear'} with a weight of "
+        f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
+        f"{selection.base_model or 'another model'}: load that, unquantised, or choose anew."
+    )
 
 
 def find_modules_to_save(model: nn.Module, names: list[str] | None, targets: Iterable[str]) -> tuple[str, ...]:
@@ -184,17 +212,3 @@ def update_fingerprint(digest, name: str, weight: Tensor, selection: BlockSelect
     blocks = selection.grids[name].gather(weight, selection.block_indices[name])
     digest.update(name.encode())
     digest.update(blocks.to(dtype).float().cpu().contiguous().numpy().data)
-
-
-def _expect_linear(modules: dict[str, nn.Module], name: str, selection: BlockSelection) -> nn.Linear:
-    linear, expected = modules.get(name), selection.grids[name].weight_shape
-    if not isinstance(linear, nn.Linear):
-        found = "no such module" if linear is None else f"a {type(linear).__name__}"
-    elif full_shape(linear.weight) != expected:
-        found = f"a weight of {'x'.join(map(str, full_shape(linear.weight)))}"
-    else:
-        return linear
-    raise SMTError(
-        f"the selection has blocks of a {expected[0]}x{expected[1]} linear `{name}`; this model has {found}. The "
-        f"selection was made for {selection.base_model or 'another model'}: load that base, or select anew."
-    )

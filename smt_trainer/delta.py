@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from smt_trainer.convert import (
     convert_to_smt,
+    find_linears,
     find_modules_to_save,
     fingerprint,
     get_state,
@@ -187,7 +188,8 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         _check_same_blocks(model, delta)
         whole = _whole_destinations(model, delta)
     else:
-        found = fingerprint(model, _fitting(model, delta), delta.weight_dtype)
+        find_linears(model, delta.selection)
+        found = fingerprint(model, delta.selection, delta.weight_dtype)
         if has_weights:
             check_base(delta, base_name(model), found)
         whole = _whole_destinations(model, delta)
@@ -242,21 +244,6 @@ def check_base(delta: Delta, name: str | None, found: str) -> None:
         )
     if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
         logger.warning("The delta names %s as its base, this is %s; the weights agree.", expected, name)
-
-
-def _fitting(model: nn.Module, delta: Delta) -> BlockSelection:
-    """The delta's selection, once it is sure that the model has its modules in their shapes."""
-    modules = dict(model.named_modules())
-    for name in delta.selection.block_indices:
-        expected = delta.selection.grids[name].weight_shape
-        found = getattr(modules.get(name), "weight", None)
-        if found is None or full_shape(found) != expected:
-            shape = "no such weight" if found is None else "x".join(map(str, full_shape(found)))
-            raise SMTError(
-                f"the delta has blocks of a {expected[0]}x{expected[1]} `{name}`; this model has {shape}. It was "
-                f"trained on {delta.selection.base_model or 'another base model'}: load that."
-            )
-    return delta.selection
 
 
 def _check_same_blocks(model: nn.Module, delta: Delta) -> None:

@@ -1,4 +1,4 @@
-"""`SMTLinear`: an `nn.Linear` of which only the chosen blocks are trained.
+"""`SMTLinear` and `SMTConv1D`: linears of which only the chosen blocks are trained.
 
 The dense weight stays where it was, frozen, and is what forward reads: no cost is added to forward or generation. The
 trainable values are `blocks` [n, br, bc], a compact copy in the master dtype (float32 by default: at learning rates
@@ -21,11 +21,11 @@ from smt_trainer.sharding import Part, assign, full_tensor, is_sharded, local_pa
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
-class SMTLinear(nn.Linear):
+class SMTLayer(nn.Module):
     """A linear with trainable blocks. Made from an existing linear by `from_linear`, undone by `to_linear`.
 
     Attributes:
-        weight: [O, I] frozen dense weight, the chosen blocks included.
+        weight: [O, I], or [I, O] where the grid is transposed: frozen dense weight, the chosen blocks included.
         blocks: [n, br, bc] trainable values of the chosen blocks, in the order of `block_indices`. Either may be
             sharded over ranks.
         block_indices: [n, 2] int32 (row, column) of each block in the grid.
@@ -34,9 +34,9 @@ class SMTLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
-    ) -> SMTLinear:
-        """Turn a linear into an `SMTLinear` in place: identity, hooks, state-dict keys, bias and ties are kept."""
+        cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
+    ) -> SMTLayer:
+        """Turn a linear into a layer of this class in place: identity, hooks, state-dict keys, bias and ties stay."""
         plan, block_indices, positions = plan_blocks(block_indices.cpu(), grid)
         device = linear.weight.device
         linear.linear_class = type(linear)
@@ -50,7 +50,7 @@ class SMTLinear(nn.Linear):
         linear.register_buffer("positions", positions.to(device), persistent=False)
         return linear
 
-    def to_linear(self) -> nn.Linear:
+    def to_linear(self) -> nn.Module:
         """Write the blocks into the weight and become the plain linear of before, in place."""
         write_back([self])
         for name in ("blocks", "block_indices", "positions", "grid", "plan"):
@@ -84,14 +84,14 @@ class SMTLinear(nn.Linear):
         br, bc = self.grid.block_shape
         views, cuts = [], []
         for values, row, column in parts:
+            if self.grid.transposed:
+                values, row, column = values.t(), column, row
             for block, (r, c) in enumerate(indices):
                 top, left = row - r * br, column - c * bc
                 rows = slice(max(top, 0), min(top + values.shape[0], br))
                 columns = slice(max(left, 0), min(left + values.shape[1], bc))
                 if rows.start < rows.stop and columns.start < columns.stop:
-                    views.append(
-                        values[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
-                    )
+                    views.append(values[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left])
                     cuts.append((block, rows, columns))
         return views, cuts
 
@@ -130,12 +130,23 @@ class SMTLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
-        return f"{super().extra_repr()}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
+        return (
+            f"in_features={self.grid.in_features}, out_features={self.grid.out_features}, "
+            f"bias={self.bias is not None}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
+        )
 
 
-def smt_layers(model: nn.Module) -> Iterator[tuple[str, SMTLinear]]:
+class SMTLinear(SMTLayer, nn.Linear):
+    """An `nn.Linear` with trainable blocks."""
+
+
+class SMTConv1D(SMTLayer):
+    """A `Conv1D` of transformers with trainable blocks: its weight is [I, O], its grid transposed."""
+
+
+def smt_layers(model: nn.Module) -> Iterator[tuple[str, SMTLayer]]:
     """The rewritten linears of a model with their full names, in the model's order; wrappers add nothing to a name."""
-    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, SMTLinear))
+    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, SMTLayer))
 
 
 def plain_name(name: str) -> str:
@@ -146,7 +157,7 @@ def plain_name(name: str) -> str:
 
 
 @torch.no_grad()
-def write_back(layers: Iterable[SMTLinear]) -> None:
+def write_back(layers: Iterable[SMTLayer]) -> None:
     """Cast the blocks of all layers into their dense weights, in one fused copy; a collective when they are sharded."""
     views, values = [], []
     for layer in layers:

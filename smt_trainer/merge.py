@@ -108,7 +108,7 @@ def _check_weights(
 ) -> None:
     digest, dtypes = hashlib.sha256(), set()
     for name, key in keys.items():
-        weight, expected = _read(folder / shard_of[key], key), delta.selection.grids[name].weight_shape
+        weight, expected = _read(folder / shard_of[key], key), delta.selection.grids[name].stored_shape
         if tuple(weight.shape) != expected:
             raise SMTError(f"`{key}` of {folder} is {list(weight.shape)}, the delta expects {list(expected)}.")
         update_fingerprint(digest, name, weight, delta.selection, delta.weight_dtype)

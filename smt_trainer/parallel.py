@@ -1,9 +1,9 @@
 """What FSDP2 and DeepSpeed need of the trainer, beyond what accelerate does for any model.
 
-    FSDP2    The warm-up runs sharded, on a copy of the model that accelerate shards and that is dropped afterwards: the
-             parameters of a sharded model are fixed, so the original is rewritten whole and sharded by the main loop.
-    ZeRO     The warm-up runs on the bare model, before DeepSpeed has its engine. With ZeRO-3 the weights may be
-             partitioned by then; such a model takes a selection that was made before, or a score without a warm-up.
+FSDP2    The warm-up runs sharded, on a copy of the model that accelerate shards and that is dropped afterwards: the
+         parameters of a sharded model are fixed, so the original is rewritten whole and sharded by the main loop.
+ZeRO     The warm-up runs on the bare model, before DeepSpeed has its engine. With ZeRO-3 the weights may be
+         partitioned by then; such a model takes a selection that was made before, or a score without a warm-up.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scores: how much each block of the targeted weights matters for the task.
 
-G = sum over warm-up steps t of G_t is the summed gradient of one weight [O, I], where G_t is the gradient of the loss
+G = sum over warm-up steps t of G_t is the summed gradient of one weight W [O, I], where G_t is the gradient of the loss
 of one optimizer step (all micro-batches and ranks together) at the base weights.
 
     grad_l1      mean over the block of |G|      SMT, section 3.2 and appendix B
@@ -44,7 +44,7 @@ class Scorer(ABC):
     needs_warmup: ClassVar[bool]
 
     def __init__(
-        self, targets: Mapping[str, nn.Linear], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
+        self, targets: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
     ) -> None:
         self.targets, self.grids, self.config, self.seed = targets, grids, config, seed
 
@@ -112,7 +112,7 @@ def _drain_into(total: Tensor):
     return drain
 
 
-def _accumulator_device(targets: Mapping[str, nn.Linear], config: SMTConfig) -> torch.device | None:
+def _accumulator_device(targets: Mapping[str, nn.Module], config: SMTConfig) -> torch.device | None:
     """The CPU, or None for the device of each weight."""
     if config.accumulator_device == "auto":
         device = next(iter(targets.values())).weight.device
@@ -149,7 +149,7 @@ class GradSigned(Scorer):
     def _observe(grid: BlockGrid, total: Tensor):
         rows, columns = grid.shape
 
-        def observe(linear: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        def observe(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not torch.is_grad_enabled():
                 return None
             # With all weights frozen nothing asks for a gradient at the lowest target; a leaf in its place does.
@@ -207,7 +207,7 @@ SCORERS: dict[str, type[Scorer]] = {
 
 
 def make_scorer(
-    targets: Mapping[str, nn.Linear], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
+    targets: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
 ) -> Scorer:
     """The scorer that `config.score` names."""
     return SCORERS[config.score](targets, grids, config, seed)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +97,7 @@ class BlockSelection:
             name: {
                 "weight_shape": list(grid.weight_shape),
                 "block_shape": list(grid.block_shape),
+                "transposed": grid.transposed,
                 "block_indices": self.block_indices[name].tolist() if name in self.block_indices else [],
             }
             for name, grid in self.grids.items()
@@ -118,7 +120,7 @@ class BlockSelection:
                     "install the version that wrote it, or select anew."
                 )
             grids = {
-                name: BlockGrid(*module["weight_shape"], *module["block_shape"])
+                name: BlockGrid(*module["weight_shape"], *module["block_shape"], module.get("transposed", False))
                 for name, module in values["modules"].items()
             }
             block_indices = {
@@ -236,19 +238,27 @@ def _best_of_all(
 ) -> dict[str, Tensor]:
     """Module name -> flat positions of its blocks among the best of all modules together."""
     flat = torch.cat([score.flatten().float() for score in scores.values()])
-    order = torch.sort(flat, descending=True, stable=True).indices
     counts = torch.tensor([grids[name].num_blocks for name in scores])
     if isinstance(config.budget, float):
         numels = torch.tensor([grids[name].block_numel for name in scores], dtype=torch.float64)
-        sizes = numels.repeat_interleave(counts)[order]
         wanted = config.budget * num_parameters
+        best = _best(flat, min(len(flat), int(wanted / numels.min()) + 1))
+        sizes = numels[torch.bucketize(best, counts.cumsum(0), right=True)]
         # The k blocks of highest score whose size is nearest to what is wanted, at least one.
-        k = max(1, int((sizes.cumsum(0) - sizes / 2 <= wanted).sum()))
+        best = best[: max(1, int((sizes.cumsum(0) - sizes / 2 <= wanted).sum()))]
     else:
-        k = config.budget
+        best = _best(flat, config.budget)
     chosen = torch.zeros(len(flat), dtype=torch.bool)
-    chosen[order[:k]] = True
+    chosen[best] = True
     return {name: part.nonzero().flatten() for name, part in zip(scores, chosen.split(counts.tolist()), strict=True)}
+
+
+def _best(flat: Tensor, count: int) -> Tensor:
+    """Positions of the `count` >= 1 highest scores, best first, ties in order; sorts these alone, not all millions."""
+    cutoff = len(flat) - count
+    lowest = np.partition(flat.numpy(), cutoff)[cutoff].item()
+    candidates = (flat >= lowest).nonzero().flatten()
+    return candidates[torch.sort(flat[candidates], descending=True, stable=True).indices[:count]]
 
 
 def _best_of_each(
@@ -259,10 +269,7 @@ def _best_of_each(
         quotas = _quotas(grids, config.budget * num_parameters)
     else:
         quotas = dict.fromkeys(grids, config.budget)
-    return {
-        name: torch.sort(score.flatten().float(), descending=True, stable=True).indices[: quotas[name]]
-        for name, score in scores.items()
-    }
+    return {name: _best(score.flatten().float(), quotas[name]) for name, score in scores.items() if quotas[name]}
 
 
 def _quotas(grids: Mapping[str, BlockGrid], weights: float) -> dict[str, int]:

@@ -63,9 +63,7 @@ def gather_like(local: Tensor, parameter: Tensor) -> Tensor:
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
     local = local.to(mesh.device_type)
-    return DTensor.from_local(
-        local, mesh, placements, shape=parameter.shape, stride=parameter.stride()
-    ).full_tensor()
+    return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride()).full_tensor()
 
 
 @torch.no_grad()
@@ -76,7 +74,9 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         SMTError: ZeRO-3 has partitioned the parameter; its optimizer keeps a copy of its own.
     """
     if is_partitioned(parameter):
-        raise SMTError("values cannot be put into parameters that DeepSpeed has partitioned; load them before training.")
+        raise SMTError(
+            "values cannot be put into parameters that DeepSpeed has partitioned; load them before training."
+        )
     if isinstance(parameter, DTensor):
         local, row = parameter.to_local(), _first_row(parameter)
         local.copy_(value[row : row + len(local)])

@@ -35,7 +35,6 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from smt_trainer.blocks import make_grids
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
 from smt_trainer.config import SMTConfig
@@ -63,8 +62,7 @@ from smt_trainer.parallel import (
 )
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
-from smt_trainer.sharding import full_shape
-from smt_trainer.targets import count_parameters, find_targets
+from smt_trainer.targets import count_parameters, find_targets, refuse_adapters, target_grids
 from smt_trainer.warmup import collect_scores, counters_preserved, rng_preserved
 
 logger = logging.getLogger(__name__)
@@ -187,9 +185,7 @@ class SMTTrainerMixin:
         for step, (micro_batches, num_items) in enumerate(batches):
             yield functools.partial(self._warmup_step, model, step, micro_batches, num_items)
 
-    def _warmup_step(
-        self, model: nn.Module, step: int, micro_batches: list, num_items: Tensor | int | None
-    ) -> None:
+    def _warmup_step(self, model: nn.Module, step: int, micro_batches: list, num_items: Tensor | int | None) -> None:
         self.current_gradient_accumulation_steps = len(micro_batches)
         loss = sum(self.training_step(model, inputs, num_items) for inputs in micro_batches)
         for callback in self._smt_callbacks:
@@ -233,6 +229,8 @@ class SMTTrainerMixin:
     # ---- checks ----
 
     def _refuse_unusable_arguments(self) -> None:
+        if self.model is not None:
+            refuse_adapters(self.model)
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise SMTError(
                 "optimizers= holds an optimizer or scheduler bound to the parameters from before the blocks were "
@@ -262,7 +260,7 @@ class SMTTrainerMixin:
     def _plan_blocks(self) -> tuple[dict, dict]:
         """Targets and grids of the model, once it is sure that the configuration fits it."""
         targets = find_targets(self.model, self.smt_config)
-        grids = make_grids({name: full_shape(linear.weight) for name, linear in targets.items()}, self.smt_config)
+        grids = target_grids(targets, self.smt_config)
         find_modules_to_save(self.model, self.smt_config.modules_to_save, targets)
         check_budget_fits(grids, self.smt_config, count_parameters(self.model))
         return targets, grids

@@ -11,9 +11,9 @@ from smt_trainer.blocks import BlockGrid
 
 
 def block(weight: Tensor, grid: BlockGrid, row: int, column: int) -> Tensor:
-    """Block (row, column) of a weight, by slicing."""
+    """Block (row, column) of a weight as it is stored, by slicing."""
     br, bc = grid.block_shape
-    return weight[row * br : (row + 1) * br, column * bc : (column + 1) * bc]
+    return (weight.T if grid.transposed else weight)[row * br : (row + 1) * br, column * bc : (column + 1) * bc]
 
 
 def block_scores(weight: Tensor, grid: BlockGrid, score: Callable[[Tensor], Tensor]) -> Tensor:
@@ -23,8 +23,8 @@ def block_scores(weight: Tensor, grid: BlockGrid, score: Callable[[Tensor], Tens
 
 
 def block_mask(grid: BlockGrid, block_indices: Tensor) -> Tensor:
-    """True [O, I] where a weight lies in one of the blocks."""
-    mask = torch.zeros(grid.weight_shape, dtype=torch.bool)
+    """True, in the shape of the stored weight, where a weight lies in one of the blocks."""
+    mask = torch.zeros(grid.stored_shape, dtype=torch.bool)
     for row, column in block_indices.tolist():
         block(mask, grid, row, column).fill_(True)
     return mask
@@ -53,7 +53,7 @@ def blocks_within(ranking: list[tuple[str, int, int]], grids: dict[str, BlockGri
 def summed_gradients(
     model: nn.Module, modules: Iterable[str], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Full weight gradients [O, I] of the named linears, summed over the batches by autograd on the whole model."""
+    """Full gradients of the named linears' weights, summed over the batches by autograd on the whole model."""
     model.requires_grad_(True)
     model.zero_grad()
     for inputs in batches:

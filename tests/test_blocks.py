@@ -14,9 +14,9 @@ SHAPES = {"q_proj": (192, 64), "up_proj": (96, 64)}
 
 @st.composite
 def grids(draw) -> BlockGrid:
-    """Any grid of up to 5x5 blocks of up to 4x4."""
+    """Any grid of up to 5x5 blocks of up to 4x4, of a weight stored either way."""
     (rows, columns), (br, bc) = (draw(st.tuples(*[st.integers(1, most)] * 2)) for most in (5, 4))
-    return BlockGrid(rows * br, columns * bc, br, bc)
+    return BlockGrid(rows * br, columns * bc, br, bc, transposed=draw(st.booleans()))
 
 
 @st.composite
@@ -29,7 +29,7 @@ def some_blocks(draw) -> tuple[BlockGrid, torch.Tensor]:
 
 @given(grids())
 def test_split_shows_each_block_as_a_view(grid):
-    weight = torch.arange(grid.out_features * grid.in_features).view(grid.weight_shape)
+    weight = torch.arange(grid.out_features * grid.in_features).view(grid.stored_shape)
     split = grid.split(weight)
     assert split.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     assert split.shape == (*grid.shape, *grid.block_shape)
@@ -41,7 +41,7 @@ def test_split_shows_each_block_as_a_view(grid):
 @given(some_blocks())
 def test_gather_reads_the_blocks_in_the_order_asked_for(case):
     grid, block_indices = case
-    weight = torch.randn(grid.weight_shape)
+    weight = torch.randn(grid.stored_shape)
     expected = torch.stack([block(weight, grid, row, column) for row, column in block_indices.tolist()])
     assert torch.equal(grid.gather(weight, block_indices), expected)
 
@@ -49,7 +49,7 @@ def test_gather_reads_the_blocks_in_the_order_asked_for(case):
 @given(some_blocks())
 def test_scatter_is_the_inverse_of_gather_and_touches_nothing_else(case):
     grid, block_indices = case
-    weight, blocks = torch.randn(grid.weight_shape), torch.randn(len(block_indices), *grid.block_shape)
+    weight, blocks = torch.randn(grid.stored_shape), torch.randn(len(block_indices), *grid.block_shape)
     written = weight.clone()
     grid.scatter_(written, block_indices, blocks)
     outside = ~block_mask(grid, block_indices)

@@ -5,14 +5,27 @@ import dataclasses
 import pytest
 import tiny
 import torch
+import transformers
 from reference import block_mask, train_only
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import BlockGrid, SMTConfig, SMTError, SMTLinear, convert_to_smt, find_targets, merge_and_unload
 from smt_trainer.convert import fingerprint, is_smt_model, plain_state_dict, trainable_parameters
 from smt_trainer.layers import smt_layers, write_back
+from smt_trainer.targets import head_names
 
 SEPARATE, FUSED = ["q_proj", "k_proj", "v_proj"], ["query_key_value"]
+COMPRESSED = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+DEEPSEEK = EXPERTS | LATENT | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+BART = {
+    f"{side}_{part}": size
+    for side in ("encoder", "decoder")
+    for part, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 96}.items()
+} | {"d_model": 64, "decoder_start_token_id": 1}
 ARCHITECTURES = {
     "LlamaForCausalLM": ({"num_key_value_heads": 2}, SEPARATE),
     "Qwen2ForCausalLM": ({"num_key_value_heads": 2, "tie_word_embeddings": True}, SEPARATE),
@@ -23,17 +36,59 @@ ARCHITECTURES = {
     "GPTNeoXForCausalLM": ({}, FUSED),
     "FalconForCausalLM": ({}, FUSED),
     "Phi3ForCausalLM": ({"num_key_value_heads": 2}, ["qkv_proj"]),
+    "Qwen3ForCausalLM": (GROUPED, SEPARATE),
+    "Gemma3ForCausalLM": (GROUPED, SEPARATE),
+    "CohereForCausalLM": (GROUPED, SEPARATE),
+    "Olmo2ForCausalLM": (GROUPED, SEPARATE),
+    "Starcoder2ForCausalLM": (GROUPED, SEPARATE),
+    "SmolLM3ForCausalLM": (GROUPED, SEPARATE),
+    "GPT2LMHeadModel": ({}, ["c_attn"]),
+    "GPTJForCausalLM": ({"rotary_dim": 8}, ["k_proj", "v_proj", "q_proj"]),
+    "CodeGenForCausalLM": ({"rotary_dim": 8}, ["qkv_proj"]),
+    "BloomForCausalLM": ({}, FUSED),
+    "MptForCausalLM": ({}, ["Wqkv"]),
+    "MixtralForCausalLM": (GROUPED | {"num_local_experts": 4}, SEPARATE),
+    "Qwen3MoeForCausalLM": (GROUPED | EXPERTS | {"num_experts": 4}, SEPARATE),
+    "GptOssForCausalLM": (GROUPED | {"num_local_experts": 4}, SEPARATE),
+    "DeepseekV2ForCausalLM": (DEEPSEEK, COMPRESSED),
+    "DeepseekV3ForCausalLM": (DEEPSEEK, COMPRESSED),
+    "BartForConditionalGeneration": (BART, ["k_proj", "v_proj", "q_proj"]),
+    "T5ForConditionalGeneration": (
+        {"d_kv": 16, "d_ff": 96, "num_decoder_layers": 2, "decoder_start_token_id": 1},
+        ["q", "k", "v"],
+    ),
+    "WhisperForConditionalGeneration": (
+        BART | {"num_mel_bins": 8, "max_source_positions": 6, "decoder_start_token_id": 1},
+        ["k_proj", "v_proj", "q_proj"],
+    ),
     "BertForSequenceClassification": ({"num_labels": 3}, ["query", "key", "value"]),
+    "AlbertForSequenceClassification": ({"num_labels": 3, "embedding_size": 32}, ["query", "key", "value"]),
+    "DebertaV2ForSequenceClassification": ({"num_labels": 3}, ["query_proj", "key_proj", "value_proj"]),
+    "DistilBertForSequenceClassification": ({"num_labels": 3, "hidden_dim": 96}, ["q_lin", "k_lin", "v_lin"]),
+    "Wav2Vec2ForSequenceClassification": (
+        {"num_labels": 3, "conv_dim": [32], "conv_kernel": [4], "conv_stride": [4], "num_feat_extract_layers": 1}
+        | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0},
+        ["k_proj", "v_proj", "q_proj"],
+    ),
+    # The names in ViT differ between releases of transformers.
     "ViTForImageClassification": ({"image_size": 8, "patch_size": 4, "num_labels": 3}, None),
+}
+# Attentions of a model, where not one in each of its two layers: some are crossed, some shared.
+ATTENTIONS = {
+    "BartForConditionalGeneration": 6,
+    "T5ForConditionalGeneration": 6,
+    "WhisperForConditionalGeneration": 6,
+    "AlbertForSequenceClassification": 1,
 }
 
 
 def inputs_of(model) -> dict[str, torch.Tensor]:
-    if "ViT" in type(model).__name__:
-        return {"pixel_values": torch.randn(4, 3, 8, 8), "labels": torch.arange(4) % 3}
-    if "Classification" in type(model).__name__:
-        return {"input_ids": tiny.tokens(4), "labels": torch.arange(4) % 3}
-    return tiny.batch()
+    if "Whisper" in type(model).__name__:
+        return {"input_features": torch.randn(4, 8, 12), "labels": tiny.tokens(4)}
+    if "Classification" not in type(model).__name__:
+        return tiny.batch()
+    data = {"pixel_values": torch.randn(4, 3, 8, 8), "input_values": torch.randn(4, 40), "input_ids": tiny.tokens(4)}
+    return {model.main_input_name: data[model.main_input_name], "labels": torch.arange(4) % 3}
 
 
 def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
@@ -47,13 +102,15 @@ def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_projections_of_an_architecture_are_found_trained_and_merged(architecture):
+    if not hasattr(transformers, architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
     overrides, expected = ARCHITECTURES[architecture]
     model = tiny.build(architecture, **overrides)
     classes = {name: type(module) for name, module in model.named_modules()}
     targets = list(find_targets(model, tiny.config()))
     leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
     assert leaves == expected or (expected is None and len(leaves) == 3)
-    assert len(targets) == 2 * len(leaves)
+    assert len(targets) == ATTENTIONS.get(architecture, 2) * len(leaves)
 
     inputs, before = inputs_of(model), tiny.weights(model)
     selection = tiny.choose(model)
@@ -72,17 +129,21 @@ def test_the_projections_of_an_architecture_are_found_trained_and_merged(archite
             mask = block_mask(selection.grids[module], selection.block_indices[module])
             assert torch.equal(tensor[~mask], before[name][~mask])
             assert not torch.equal(tensor[mask], before[name][mask])
-        elif not name.startswith("classifier.") or "ViT" in architecture:
+        elif name.partition(".")[0] not in head_names(model):
             assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adam])
 @pytest.mark.parametrize("granularity", ["block", "row", "column"])
-def test_one_step_equals_dense_training_with_the_gradient_masked(granularity, optimizer, dtype, tolerance):
+# Separate projections, a transposed one, and projections that each forward pass calls once per layer.
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.albert])
+def test_one_step_equals_dense_training_with_the_gradient_masked(make, granularity, optimizer, dtype, tolerance):
     shape = {} if granularity == "block" else {"granularity": granularity, "block_size": "auto"}
-    smt_config = tiny.config(score="random", master_dtype=str(dtype).removeprefix("torch."), **shape)
-    sparse, dense = tiny.llama().to(dtype), tiny.llama().to(dtype)
+    master_dtype = str(dtype).removeprefix("torch.")
+    smt_config = tiny.config(score="random", master_dtype=master_dtype, modules_to_save=[], **shape)
+    sparse, dense = make().to(dtype), make().to(dtype)
+    inputs = inputs_of(sparse)
     selection = tiny.choose(sparse, smt_config)
     masks = {name: block_mask(selection.grids[name], chosen) for name, chosen in selection.block_indices.items()}
     base = tiny.weights(dense)
@@ -91,8 +152,8 @@ def test_one_step_equals_dense_training_with_the_gradient_masked(granularity, op
     optimizer_class = type("NoDecay", (optimizer,), {})
     if optimizer is torch.optim.AdamW:
         optimizer_class.__init__ = lambda self, trained, lr: optimizer.__init__(self, trained, lr=lr, weight_decay=0)
-    step(convert_to_smt(sparse, selection), optimizer_class, **tiny.batch())
-    step(train_only(dense, masks), optimizer_class, **tiny.batch())
+    step(convert_to_smt(sparse, selection), optimizer_class, **inputs)
+    step(train_only(dense, masks), optimizer_class, **inputs)
 
     trained = merge_and_unload(sparse).state_dict()
     assert trained.keys() == base.keys()
@@ -165,6 +226,19 @@ def other_names(model):
     return tiny.choose(tiny.build("GPTNeoXForCausalLM")), "this model has no such module"
 
 
+def quantised(model):
+    projection = model.model.layers[1].self_attn.q_proj
+    projection.weight = nn.Parameter(projection.weight.to(torch.float8_e4m3fn))
+    return tiny.every_block(tiny.llama(), ["model.layers.1.self_attn.q_proj"]), "has a weight of 64x64 .*float8_e4m3fn"
+
+
+def stored_the_other_way(model):
+    projection = model.model.layers[1].self_attn.q_proj
+    selection = tiny.every_block(model, ["model.layers.1.self_attn.q_proj"])
+    model.model.layers[1].self_attn.q_proj = Conv1D(projection.out_features, projection.in_features)
+    return selection, "lie in a linear .* this model has a Conv1D"
+
+
 def not_a_linear(model):
     selection = tiny.choose(model)
     model.model.layers[1].self_attn = nn.ModuleDict(dict.fromkeys(["q_proj", "k_proj", "v_proj"], nn.Identity()))
@@ -180,7 +254,18 @@ def target_trained_whole(model):
     return selection, "modules_to_save"
 
 
-@pytest.mark.parametrize("case", [other_shape, other_names, not_a_linear, unknown_module_to_save, target_trained_whole])
+MISFITS = [
+    other_shape,
+    other_names,
+    quantised,
+    stored_the_other_way,
+    not_a_linear,
+    unknown_module_to_save,
+    target_trained_whole,
+]
+
+
+@pytest.mark.parametrize("case", MISFITS)
 def test_a_selection_that_does_not_fit_is_refused_and_the_model_left_as_it_was(case, llama):
     selection, message = case(llama)
     before = {name: (type(module), len(vars(module))) for name, module in llama.named_modules()}

@@ -90,6 +90,17 @@ def test_the_head_of_a_classifier_is_merged(tmp_path):
     assert torch.equal(tiny.logits(merged), tiny.logits(model))
 
 
+@pytest.mark.parametrize("part", [lambda model: model, lambda model: model.transformer], ids=["whole", "no prefix"])
+def test_transposed_weights_are_merged(part, tmp_path):
+    model = tiny.gpt2()
+    part(model).save_pretrained(tmp_path / "base")
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", target_modules="all-linear")))
+    step(model, **tiny.batch())
+    save_delta(model, tmp_path / "delta")
+    merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    assert torch.equal(tiny.logits(type(model).from_pretrained(tmp_path / "merged")), tiny.logits(model))
+
+
 def test_a_checkpoint_without_the_prefix_of_its_base_model_is_merged(delta, tmp_path):
     tiny.llama().model.save_pretrained(tmp_path / "base")
     assert "layers.0.self_attn.q_proj.weight" in tensors(tmp_path / "base")

@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from reference import block_scores, summed_gradients
+from test_convert import inputs_of
 
-from smt_trainer.blocks import make_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.targets import find_targets
+from smt_trainer.targets import find_targets, target_grids
 from smt_trainer.warmup import frozen
 
 TWINS = {
@@ -25,8 +25,7 @@ CHECKPOINTING = {"none": None, "reentrant": True, "non-reentrant": False}
 def scorer_for(model, score="grad_l1", seed=0, **fields):
     smt_config = tiny.config(score=score, **fields)
     targets = find_targets(model, smt_config)
-    grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, smt_config)
-    return make_scorer(targets, grids, smt_config, seed)
+    return make_scorer(targets, target_grids(targets, smt_config), smt_config, seed)
 
 
 def observe(model, scorer, batches=BATCHES, context=NO_CONTEXT):
@@ -44,16 +43,18 @@ def twin_scores(model, scorer, score, batches=BATCHES):
     return {name: block_scores(gradients[name], scorer.grids[name], TWINS[score]) for name in gradients}
 
 
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.albert])
 @pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
 @pytest.mark.parametrize("fields", [{}, {"granularity": "row", "block_size": "auto"}, {"block_size": (32, 16)}])
 # Both scorers sum in float32, whatever the model's dtype.
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
-def test_gradient_scores_equal_their_definition_on_full_gradients(score, fields, dtype, rtol):
-    model = tiny.llama().to(dtype)
+def test_gradient_scores_equal_their_definition_on_full_gradients(make, score, fields, dtype, rtol):
+    model = make().to(dtype)
+    batches = [inputs_of(model), inputs_of(model)]
     scorer = scorer_for(model, score, **fields)
-    expected = twin_scores(model, scorer, score)
+    expected = twin_scores(model, scorer, score, batches)
     torch.testing.assert_close(
-        observe(model, scorer), {name: twin.float() for name, twin in expected.items()}, rtol=rtol, atol=1e-8
+        observe(model, scorer, batches), {name: twin.float() for name, twin in expected.items()}, rtol=rtol, atol=1e-8
     )
 
 
@@ -88,8 +89,9 @@ def test_a_batch_scores_like_its_halves_weighted_by_their_tokens(score):
     )
 
 
-def test_magnitude_is_the_norm_of_each_block(llama):
-    scorer = scorer_for(llama, "magnitude")
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_magnitude_is_the_norm_of_each_block(make):
+    scorer = scorer_for(make(), "magnitude", block_size=(32, 16))
     expected = {
         name: block_scores(linear.weight.detach(), scorer.grids[name], TWINS["magnitude"])
         for name, linear in scorer.targets.items()

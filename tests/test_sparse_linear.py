@@ -1,5 +1,8 @@
 """The sparse linear's forward, gradients, memory and cost."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from reference import block
 from test_blocks import some_blocks
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import BlockGrid
 from smt_trainer.ops.sparse_linear import plan_blocks, sparse_linear
@@ -22,23 +26,33 @@ GRIDS = {
     "one line of columns": (BlockGrid(12, 8, 4, 2), [[1, 0], [1, 1], [1, 3]]),
     "whole weight": (BlockGrid(12, 8, 12, 8), [[0, 0]]),
 }
+GRIDS |= {f"{name}, transposed": (replace(grid, transposed=True), chosen) for name, (grid, chosen) in GRIDS.items()}
 
 
 def prepare(grid, block_indices, dtype=torch.float64, leading=(5,), bias=True, master=None):
     """Inputs of `sparse_linear` and the stored block indices; all floats ask for a gradient, but for the weight."""
     plan, stored, positions = plan_blocks(torch.as_tensor(block_indices), grid)
-    weight = torch.randn(grid.weight_shape, dtype=dtype)
+    weight = torch.randn(grid.stored_shape, dtype=dtype)
     x = torch.randn(*leading, grid.in_features, dtype=dtype, requires_grad=True)
     offset = torch.randn(grid.out_features, dtype=dtype, requires_grad=True) if bias else None
     blocks = grid.gather(weight, stored).to(master or dtype).requires_grad_(True)
     return (x, weight, offset, blocks, positions, plan), stored
 
 
+def dense_linear(x, weight, bias, grid):
+    """What `nn.Linear` computes, or `Conv1D` for a transposed grid."""
+    if not grid.transposed:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return x @ weight
+    return Conv1D.forward(SimpleNamespace(nf=grid.out_features, weight=weight, bias=bias), x)
+
+
 def dense_gradients(x, weight, bias, dy, stored, grid):
     """Gradients of x, bias and the blocks by autograd through a dense linear."""
     x, weight = (tensor.detach().clone().requires_grad_(True) for tensor in (x, weight))
     bias = None if bias is None else bias.detach().clone().requires_grad_(True)
-    F.linear(x, weight, bias).backward(dy)
+    dense_linear(x, weight, bias, grid).backward(dy)
     blocks = torch.stack([block(weight.grad, grid, row, column) for row, column in stored.tolist()])
     return x.grad, None if bias is None else bias.grad, blocks
 
@@ -83,7 +97,7 @@ def test_gradients_are_the_blocks_of_the_dense_gradient(case, leading, bias, dty
     grid, block_indices = case
     (x, weight, offset, blocks, positions, plan), stored = prepare(grid, block_indices, dtype, leading, bias)
     y = sparse_linear(x, weight, offset, blocks, positions, plan)
-    assert torch.equal(y, F.linear(x, weight, offset))
+    assert torch.equal(y, dense_linear(x, weight, offset, grid))
     dy = torch.randn_like(y)
     y.backward(dy)
     expected = dense_gradients(x, weight, offset, dy, stored, grid)
@@ -105,13 +119,14 @@ def test_bfloat16_weights_give_float32_masters_a_float32_gradient(case):
     torch.testing.assert_close(blocks.grad.double(), exact, rtol=2**-8, atol=1e-4)
 
 
-def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
-    grid, block_indices = GRIDS["square"]
+@pytest.mark.parametrize("case", ["square", "square, transposed"])
+def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(case):
+    grid, block_indices = GRIDS[case]
     inputs, stored = prepare(grid, block_indices, torch.float32, leading=(64,))
     x, weight, offset, blocks, *_ = inputs
     with torch.autocast("cpu", torch.bfloat16):
         y = sparse_linear(*inputs)
-        assert torch.equal(y, F.linear(x, weight, offset))
+        assert torch.equal(y, dense_linear(x, weight, offset, grid))
     dy = torch.randn_like(y)
     y.backward(dy)
     rounded = (tensor.detach().bfloat16().double() for tensor in (x, weight, offset))
@@ -123,8 +138,9 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients():
 
 
 @pytest.mark.parametrize("leading", [(0,), (0, 3)])
-def test_an_empty_batch_gives_zero_gradients(leading):
-    inputs, _ = prepare(*GRIDS["square"], leading=leading)
+@pytest.mark.parametrize("case", ["square", "square, transposed"])
+def test_an_empty_batch_gives_zero_gradients(case, leading):
+    inputs, _ = prepare(*GRIDS[case], leading=leading)
     y = sparse_linear(*inputs)
     y.sum().backward()
     x, _, offset, blocks, *_ = inputs

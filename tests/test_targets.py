@@ -1,12 +1,15 @@
 """Which linears are targets."""
 
+import re
+
 import pytest
 import tiny
 import torch
+from test_convert import EXPERTS, GROUPED
 from torch import nn
 
-from smt_trainer import SMTConfig, SMTError, find_targets
-from smt_trainer.targets import count_parameters, head_names, layer_index, matches
+from smt_trainer import SMTConfig, SMTError, convert_to_smt, find_targets, load_delta
+from smt_trainer.targets import count_parameters, head_names, layer_index, matches, target_grids
 
 LAYER = "model.layers.{}.self_attn.{}_proj".format
 QKV = [LAYER(layer, name) for layer in (0, 1) for name in "qkv"]
@@ -38,6 +41,37 @@ def test_groups_lists_and_regular_expressions_name_targets(llama, target_modules
     assert leaves(llama, target_modules=target_modules) == expected
 
 
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        ("qkv", ["c_attn", "q_attn"]),
+        ("attention", ["c_attn", "c_proj", "q_attn"]),
+        ("mlp", ["c_fc", "c_proj"]),
+        ("all-linear", ["c_attn", "c_proj", "q_attn", "c_fc"]),
+    ],
+)
+def test_transposed_linears_are_targets(target_modules, expected):
+    assert leaves(tiny.gpt2(add_cross_attention=True), target_modules=target_modules) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "block_shape", "shape"),
+    [
+        ({}, (64, 64), (3, 1)),
+        ({"block_size": (96, 16)}, (96, 16), (2, 4)),
+        ({"granularity": "row"}, (1, 64), (192, 1)),
+        ({"granularity": "column"}, (192, 1), (1, 64)),
+    ],
+)
+def test_rows_are_out_features_whichever_way_a_weight_is_stored(fields, block_shape, shape):
+    targets = {"linear": nn.Linear(64, 192), "transposed": tiny.gpt2().transformer.h[0].attn.c_attn}
+    grids = target_grids(targets, SMTConfig(**fields))
+    for name, grid in grids.items():
+        assert (grid.block_shape, grid.shape, grid.weight_shape) == (block_shape, shape, (192, 64))
+        assert grid.stored_shape == tuple(targets[name].weight.shape)
+        assert grid.transposed is (name == "transposed")
+
+
 @pytest.mark.parametrize("exclude", [["k_proj"], r".*k_proj"])
 def test_excluded_modules_are_left_out(llama, exclude):
     assert leaves(llama, exclude_modules=exclude) == ["q_proj", "v_proj"]
@@ -62,7 +96,7 @@ def test_no_match_is_refused_listing_what_there_is(llama, fields, message):
 
 
 def test_a_model_without_linears_is_refused():
-    with pytest.raises(SMTError, match=r"no torch\.nn\.Linear at all"):
+    with pytest.raises(SMTError, match=r"neither torch\.nn\.Linear nor Conv1D"):
         find_targets(nn.Sequential(nn.ReLU()), SMTConfig())
 
 
@@ -75,7 +109,150 @@ def test_linears_that_cannot_be_tuned_are_left_out_with_the_reason(llama, warnin
     reasons = "\n".join(warnings())
     assert f"`{QKV[0]}` is not tuned: its forward is replaced" in reasons
     assert f"`{QKV[1]}` is not tuned: its weight is shared" in reasons
-    assert f"`{QKV[2]}` is not tuned: its weight is no plain matrix of floats but torch.uint8" in reasons
+    assert f"`{QKV[2]}` is not tuned: its weight is no plain matrix of floats but a Parameter of torch.uint8" in reasons
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        nn.Parameter(torch.zeros(64, 64).to(torch.float8_e4m3fn)),
+        nn.Parameter(torch.zeros(1024, 1, dtype=torch.bfloat16)),
+        type("Packed", (nn.Parameter,), {})(torch.zeros(64, 64)),
+    ],
+    ids=["float8", "packed into bfloat16", "a kind of parameter of its own"],
+)
+def test_a_weight_that_only_looks_like_floats_is_left_out(weight, llama, warnings):
+    llama.get_submodule(QKV[0]).weight = weight
+    assert list(find_targets(llama, SMTConfig())) == QKV[1:]
+    assert f"`{QKV[0]}` is not tuned: its weight is no plain matrix of floats" in warnings()[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "weight"),
+    [
+        ("Linear8bitLt", {"has_fp16_weights": False}, "Int8Params of torch.int8 [32, 64]"),
+        ("Linear4bit", {}, "Params4bit of torch.uint8 [1024, 1]"),
+        ("Linear4bit", {"quant_storage": torch.bfloat16}, "Params4bit of torch.bfloat16 [512, 1]"),
+    ],
+)
+def test_linears_of_bitsandbytes_are_left_out(kind, options, weight, llama, warnings):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for layer in llama.model.layers:
+        layer.self_attn.v_proj = getattr(bitsandbytes.nn, kind)(64, 32, bias=False, **options).to("cpu")
+    assert leaves(llama) == ["q_proj", "k_proj"]
+    assert [warning.partition(" but a ")[2] for warning in warnings()] == [f"{weight}."] * 2
+    with pytest.raises(SMTError, match=r"matches 2 linears, none of which can be tuned.*unquantised"):
+        find_targets(llama, SMTConfig(target_modules=["v_proj"]))
+
+
+def test_the_output_projection_of_torchs_own_attention_is_left_out(warnings):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "out_proj": nn.Linear(32, 32)})
+    assert list(find_targets(model, SMTConfig(target_modules=["out_proj"]))) == ["out_proj"]
+    assert "`attention.out_proj` is not tuned: nn.MultiheadAttention reads its weight" in warnings()[0]
+
+
+# ---- experts in 3-D parameters ----
+
+
+def mixture(**overrides) -> nn.Module:
+    """Experts in the second layer, an ordinary MLP in the first."""
+    dense = {"mlp_only_layers": [0], "num_experts": 4}
+    return tiny.build("Qwen3MoeForCausalLM", **GROUPED | EXPERTS | dense | overrides)
+
+
+ABOUT_EXPERTS = (
+    r"experts of this model are not tuned: they are kept as 3-D parameters \(2 such as "
+    r"`model\.layers\.1\.mlp\.experts\.gate_up_proj` of 4x64x64\), not as linears\. Leave them out with target_modules="
+)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "mlp", "lowest_layer": 1},
+        {"target_modules": ["experts"]},
+        {"target_modules": ["gate_up_proj"]},
+        {"target_modules": r".*\.experts\..*"},
+        {"target_modules": ["w1", "w2"]},
+    ],
+    ids=str,
+)
+def test_asking_for_experts_alone_is_refused(fields):
+    with pytest.raises(SMTError, match=f"matches no linear of this model.*{ABOUT_EXPERTS}"):
+        find_targets(mixture(), SMTConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        ("mlp", ["gate_proj", "up_proj", "down_proj"]),
+        ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        (["q_proj", "down_proj"], ["q_proj", "down_proj"]),
+        (r".*(up_proj|experts)", ["up_proj"]),
+    ],
+)
+def test_asking_for_experts_among_others_warns(target_modules, expected, warnings):
+    assert leaves(mixture(), target_modules=target_modules) == expected
+    assert len(warnings()) == 1 and re.search(ABOUT_EXPERTS, warnings()[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "qkv"},
+        {"target_modules": "attention"},
+        {"target_modules": "all-linear", "exclude_modules": ["experts"]},
+        {"target_modules": ["gate_proj"]},
+    ],
+    ids=str,
+)
+def test_asking_for_no_experts_is_silent(fields, warnings):
+    assert leaves(mixture(), **fields) and not warnings()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4}),
+        ("GptOssForCausalLM", GROUPED | {"num_local_experts": 4}),
+        ("GraniteMoeForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    ],
+)
+def test_the_experts_of_an_architecture_are_known(architecture, overrides):
+    with pytest.raises(SMTError, match=r"they are kept as 3-D parameters \(4 such as `model\.layers\.0\."):
+        find_targets(tiny.build(architecture, **overrides), SMTConfig(target_modules="mlp"))
+
+
+# ---- adapters of PEFT ----
+
+
+def wrapped(peft, model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), "the model is a PeftModel of PEFT"
+
+
+def injected(peft, model):
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+    return model, r"`model\.layers\.0\.self_attn\.q_proj` is a Linear of PEFT"
+
+
+@pytest.mark.parametrize("adapt", [wrapped, injected])
+def test_a_model_with_an_adapter_is_refused(adapt, delta):
+    peft = pytest.importorskip("peft")
+    selection = delta[1].smt_state.selection
+    model, message = adapt(peft, tiny.llama())
+    for use in (
+        lambda: find_targets(model, SMTConfig()),
+        lambda: convert_to_smt(model, selection),
+        lambda: load_delta(model, delta[0]),
+    ):
+        with pytest.raises(SMTError, match=rf"{message}.*model = model\.merge_and_unload\(\)"):
+            use()
+
+
+def test_a_model_whose_adapter_was_merged_is_a_plain_one():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"])).merge_and_unload()
+    assert list(find_targets(model, SMTConfig())) == QKV
 
 
 def test_only_untunable_matches_are_refused():
@@ -91,7 +268,10 @@ def test_the_head_of_a_classifier_is_no_target():
 
 def test_routers_are_no_targets():
     model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleDict({"gate": nn.Linear(32, 4), "up_proj": nn.Linear(32, 32)})])
+    router = nn.ModuleDict({"layer": nn.Linear(32, 4)})
+    model.layers = nn.ModuleList(
+        [nn.ModuleDict({"gate": nn.Linear(32, 4), "router": router, "up_proj": nn.Linear(32, 32)})]
+    )
     assert leaves(model, target_modules="mlp") == leaves(model, target_modules="all-linear") == ["up_proj"]
 
 

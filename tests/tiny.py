@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
-from smt_trainer.blocks import BlockGrid, make_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection import select_blocks
-from smt_trainer.targets import count_parameters, find_targets
+from smt_trainer.targets import count_parameters, find_targets, target_grids
 
 VOCABULARY = 64
 LENGTH = 12
@@ -42,6 +41,16 @@ def build(architecture: str, seed: int = 0, **overrides) -> nn.Module:
 def llama(seed: int = 0, **overrides) -> nn.Module:
     """Two layers with grouped queries (q 64x64, k and v 32x64) and an MLP of 96x64 and 64x96."""
     return build("LlamaForCausalLM", seed, num_key_value_heads=2, **overrides)
+
+
+def gpt2(seed: int = 0, **overrides) -> nn.Module:
+    """Two layers of `Conv1D`s, whose weights are stored transposed: c_attn 192x64 is a parameter of 64x192."""
+    return build("GPT2LMHeadModel", seed, **overrides)
+
+
+def albert(seed: int = 0, **overrides) -> nn.Module:
+    """A classifier that goes through one and the same layer three times."""
+    return build("AlbertForSequenceClassification", seed, num_hidden_layers=3, num_labels=3, **overrides)
 
 
 def tokens(count: int, length: int = LENGTH, seed: int = 1) -> Tensor:
@@ -91,10 +100,11 @@ def arguments(folder: str | Path, **overrides) -> transformers.TrainingArguments
         "save_strategy": "no",
         "optim": "adamw_torch",
         "max_grad_norm": 1.0,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
     }
-    return transformers.TrainingArguments(
-        str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **defaults | overrides
-    )
+    return transformers.TrainingArguments(str(folder), **defaults | overrides)
 
 
 def config(**overrides) -> SMTConfig:
@@ -173,14 +183,14 @@ def choose(model: nn.Module, smt_config: SMTConfig | None = None, seed: int = 0)
     """A selection at random blocks, without a warm-up."""
     smt_config = smt_config or config(score="random")
     targets = find_targets(model, smt_config)
-    grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, smt_config)
+    grids = target_grids(targets, smt_config)
     scores = make_scorer(targets, grids, smt_config, seed).scores()
     return select_blocks(scores, grids, smt_config, count_parameters(model))
 
 
 def every_block(model: nn.Module, modules: list[str], block: int = 16, **config_fields) -> BlockSelection:
     """A selection of all blocks of the named linears."""
-    grids = {name: BlockGrid(*model.get_submodule(name).weight.shape, block, block) for name in modules}
+    grids = target_grids({name: model.get_submodule(name) for name in modules}, config(block_size=block))
     block_indices = {name: torch.cartesian_prod(*map(torch.arange, grid.shape)) for name, grid in grids.items()}
     return BlockSelection(grids, block_indices, count_parameters(model), config(**config_fields))
 

@@ -15,6 +15,9 @@ taken side by side, which costs nothing where the block rows are adjacent. Where
 block columns (columns as blocks, for one) the roles are swapped. Batch and sequence are flattened into T first: one
 product with a long inner dimension instead of one per sequence.
 
+Where the grid is `transposed` (GPT-2's `Conv1D`) the parameter holds W^T [I, O]. Only the two dense products differ:
+the blocks are those of W.
+
 The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient.
 """
 
@@ -102,6 +105,13 @@ def _take(features: Tensor, group: Group, edge: int, positions: Tensor) -> Tenso
     return features.index_select(1, positions[group.first * edge : group.last * edge])
 
 
+def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x weight + bias for a weight [I, O]: the very product of `Conv1D`, so that not a bit changes."""
+    flat_x = x.reshape(-1, x.shape[-1])
+    y = torch.mm(flat_x, weight) if bias is None else torch.addmm(bias, flat_x, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
 class SparseLinear(torch.autograd.Function):
     """`sparse_linear` with its backward; see the top of this file."""
 
@@ -112,7 +122,7 @@ class SparseLinear(torch.autograd.Function):
         # x goes in uncast: query, key and value hold one and the same tensor, also under autocast.
         ctx.save_for_backward(x, weight, positions)
         ctx.plan, ctx.master_dtype = plan, blocks.dtype
-        return F.linear(x, weight, bias)
+        return _transposed_linear(x, weight, bias) if plan.grid.transposed else F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -122,7 +132,8 @@ class SparseLinear(torch.autograd.Function):
         flat_dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = dblocks = None
         if needs_dx:
-            dx = torch.mm(flat_dy, weight.to(dy.dtype)).view_as(x).to(x.dtype)
+            matrix = weight.t() if ctx.plan.grid.transposed else weight
+            dx = torch.mm(flat_dy, matrix.to(dy.dtype)).view_as(x).to(x.dtype)
         if needs_dbias:
             dbias = flat_dy.sum(0)
         if needs_dblocks:
@@ -138,13 +149,13 @@ def sparse_linear(
 
     Args:
         x: [..., I] of any leading shape.
-        weight: [O, I] the dense weight; receives no gradient.
+        weight: [O, I] the dense weight, or [I, O] where the plan's grid is transposed; receives no gradient.
         bias: [O] or None.
         blocks: [n, br, bc] the trainable blocks in stored order; receives their gradient in its own dtype.
         positions: [n * edge] int64, from `plan_blocks`.
         plan: from `plan_blocks`.
 
     Returns:
-        y: [..., O], in the dtype that `torch.nn.functional.linear` gives (autocast included).
+        y: [..., O], in the dtype that the dense linear gives (autocast included).
     """
     return SparseLinear.apply(x, weight, bias, blocks, positions, plan)
