@@ -52,7 +52,8 @@ class SMTCallback(TrainerCallback):
             self.report["smt_warmup_loss"] = sum(self.losses) / len(self.losses)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Log the warm-up's results once, since reporters are set up only now; DeepSpeed may just have loaded blocks."""
+        """Log the warm-up's results once, since reporters are set up only now."""
+        # DeepSpeed may just have loaded blocks.
         write_back(layer for _, layer in smt_layers(model))
         if self.report:
             self.trainer.log(self.report)

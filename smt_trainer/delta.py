@@ -71,8 +71,8 @@ class Delta:
             if values is None or tuple(values.shape) != expected:
                 found = "none" if values is None else f"shape {list(values.shape)}"
                 raise SMTError(
-                    f"the delta's blocks of `{name}` should have shape {list(expected)}, got {found}. It is damaged; save "
-                    "or download it again."
+                    f"the delta's blocks of `{name}` should have shape {list(expected)}, got {found}. It is "
+                    "damaged; save or download it again."
                 )
 
     @classmethod

@@ -124,7 +124,7 @@ class SMTLayer(nn.Module):
         assign(self.blocks, self.grid.gather(full_tensor(self.weight), self.block_indices))
 
     def row_major_order(self) -> Tensor:
-        """[n] int64 on the CPU: the stored blocks in the order in which a selection and a delta list them, row by row."""
+        """[n] int64 on the CPU: the stored blocks in the order of a selection and of a delta, row by row."""
         rows, columns = self.block_indices.long().cpu().unbind(1)
         return torch.argsort(rows * self.grid.shape[1] + columns)
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, save_fsdp_optimizer
+from accelerate.utils import DistributedType, broadcast_object_list, save_fsdp_optimizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -51,7 +52,7 @@ def refuse_unsupported(accelerator: Accelerator, model: nn.Module | None, needs_
         or zero.get("zero_hpz_partition_size", 1) > 1
     ):
         raise SMTError(
-            "ZeRO-3 keeps weights on NVMe, quantised or in secondary copies, and blocks cannot be written back to them. "
+            "ZeRO-3 keeps weights on NVMe, quantised or in secondary copies, where blocks cannot be written back. "
             "Offload parameters to the CPU, and leave zero_quantized_weights and zero_hpz_partition_size out."
         )
     if needs_warmup and any(map(is_partitioned, parameters)):
@@ -87,7 +88,7 @@ def has_weights(accelerator: Accelerator) -> bool:
 
 
 def bare_autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager:
-    """The mixed precision of the main loop, for a model that was not prepared: FSDP2 brings it along, sharded or not."""
+    """The mixed precision of the main loop, for a model that was not prepared; a copy sharded by FSDP2 has it."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return contextlib.nullcontext()
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -110,7 +111,10 @@ def plain_backward(accelerator: Accelerator) -> Iterator[None]:
 
 
 def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
-    """Make a rewritten model fit what accelerate and DeepSpeed do with a state dict."""
+    """Make a rewritten model fit what accelerate and DeepSpeed do with a state dict; all ranks call this."""
+    # Only the first rank may have the base weights that the fingerprint is of.
+    fingerprint = broadcast_object_list([model.smt_state.fingerprint])[0]
+    model.smt_state = replace(model.smt_state, fingerprint=fingerprint)
     for _, layer in smt_layers(model):
         # accelerate takes all that is in the state dict for sharded parameters.
         layer.register_buffer("block_indices", layer.block_indices, persistent=False)
@@ -126,7 +130,7 @@ def _expect_trained_only(model: nn.Module, keys) -> None:
 
 
 def save_optimizer(accelerator: Accelerator, optimizer, engine: nn.Module, folder: str) -> None:
-    """Write the optimizer's state for a checkpoint of a sharded run, without the frozen weights; all ranks call this."""
+    """Write the optimizer's state of a sharded run for a checkpoint, without the frozen weights; all ranks call this."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     else:

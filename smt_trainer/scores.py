@@ -63,7 +63,7 @@ class Scorer(ABC):
 
 
 class GradL1(Scorer):
-    """`grad_l1`: mean over the block of |G|. Keeps one float32 accumulator the size of this rank's part of the targets."""
+    """`grad_l1`: mean over the block of |G|. Keeps a float32 accumulator the size of the targets, sharded as they are."""
 
     needs_warmup = True
 

@@ -245,8 +245,8 @@ class SMTTrainerMixin:
             )
         if self.args.n_gpu > 1:
             raise SMTError(
-                f"{self.args.n_gpu} GPUs are visible to one process, for which Trainer uses torch.nn.DataParallel. Start "
-                "one process per GPU with `accelerate launch` (or torchrun), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
+                f"{self.args.n_gpu} GPUs are visible to one process, where Trainer uses torch.nn.DataParallel. Start one "
+                "process per GPU with `accelerate launch` (or torchrun), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
         needs_warmup = self.smt_config.selection is None and SCORERS[self.smt_config.score].needs_warmup
         refuse_unsupported(self.accelerator, self.model, needs_warmup)

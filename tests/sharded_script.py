@@ -2,10 +2,10 @@
 
     torchrun --nproc_per_node 2 sharded_script.py FOLDER CASE...
 
-Writes what came out of each case as `FOLDER/CASE/result-RANK.pt`. accelerate chooses neither on the CPU: in place of FSDP
-it runs DDP without a word, and it starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu` are
-shims for these two decisions; everything below them is accelerate's, torch's and DeepSpeed's own, and each run asserts
-that the model it trained was sharded.
+Writes what came out of each case as `FOLDER/CASE/result-RANK.pt`. accelerate chooses neither on the CPU: in place of
+FSDP it runs DDP without a word, and it starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu`
+are shims for these two decisions; everything below them is accelerate's, torch's and DeepSpeed's own, and each run
+asserts that the model it trained was sharded.
 """
 
 from __future__ import annotations
