@@ -1,10 +1,5 @@
 """Two processes with half the batch each, against one process: gloo, on the CPU."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import tiny
 import torch
@@ -16,27 +11,12 @@ from smt_trainer.delta import Delta
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The folder of a run on two ranks, the outcome of each rank, and that of one process."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    subprocess.run(
-        [sys.executable, *launch, training_script.__file__, "ranks", folder], check=True, env=environment, timeout=300
-    )
-    ranks = [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
-    return folder, ranks, training_script.ranked(folder / "single", processes=1)
+    training_script.torchrun(2, "ranks", folder)
+    return folder, training_script.outcomes(folder, 2), training_script.ranked(folder / "single", processes=1)
 
 
 def test_both_ranks_end_with_the_same_blocks_and_weights(runs):

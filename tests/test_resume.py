@@ -58,6 +58,11 @@ def test_a_folder_that_is_only_named_like_a_checkpoint_is_none(uninterrupted, tm
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+def test_where_nothing_was_saved_the_error_is_trainers_own(tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
+        training_script.resumable(tmp_path).train(resume_from_checkpoint=True)
+
+
 @pytest.fixture
 def interrupted(tmp_path):
     """The folder of a run that broke off in its first step, its blocks chosen and nothing else saved."""

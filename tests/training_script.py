@@ -1,17 +1,26 @@
-"""One run of training in a process of its own: resumed from a checkpoint, killed, or as one of several ranks.
+"""Runs of training in processes of their own: resumed from a checkpoint, killed, or on several ranks.
 
     python training_script.py resume FOLDER CHECKPOINT
-    python training_script.py killed FOLDER MOMENT
+    accelerate launch --cpu --num_processes 2 training_script.py resume FOLDER CHECKPOINT
     accelerate launch --cpu --num_processes 2 training_script.py ranks FOLDER
 
-Writes what came out as `FOLDER/result-RANK.pt`.
+Writes what came out as `FOLDER/result-RANK.pt`. `launch` does the same without the seconds that a new interpreter takes
+to import everything: its processes are forked from a server that imported the libraries and did nothing else.
 """
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from pathlib import Path
 
 import tiny
@@ -21,8 +30,11 @@ from transformers import TrainerState
 from smt_trainer import BlockSelection, SMTCallback, delta
 from smt_trainer.files import write_atomically
 from smt_trainer.layers import smt_layers
+from smt_trainer.trainer import SELECTION_FILE
 
 RANKS_BATCH = 4
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["transformers.trainer", "transformers.models.llama.modeling_llama"])
 
 
 def result(trainer) -> dict:
@@ -39,15 +51,15 @@ def result(trainer) -> dict:
 
 def resumable(folder: Path, **overrides):
     """A run of six steps with dropout, each of two micro-batches, with a checkpoint after every second."""
-    return tiny.smt_trainer(
-        tiny.llama(attention_dropout=0.3),
-        folder,
-        gradient_accumulation_steps=2,
-        max_steps=6,
-        save_strategy="steps",
-        save_steps=2,
-        **overrides,
-    )
+    defaults = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    return tiny.smt_trainer(tiny.llama(attention_dropout=0.3), folder, **defaults | overrides)
+
+
+class Evaluated(tiny.RecordingSMTTrainer):
+    """With data to evaluate on."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(eval_dataset=tiny.examples(4), **kwargs)
 
 
 def ranked(folder: Path, processes: int) -> dict:
@@ -70,6 +82,109 @@ def ranked(folder: Path, processes: int) -> dict:
     return result(trainer) | {"scores": scores}
 
 
+def launch(
+    folder: Path,
+    processes: int = 1,
+    moment: str | None = None,
+    delay: float | None = None,
+    dying: Sequence[int] = (0,),
+    checkpoint: int | None = None,
+    **overrides,
+) -> list[int]:
+    """Train in `FOLDER/run` as a launcher does: resume what is there; kill all ranks as soon as one is dead.
+
+    Args:
+        folder: the outcome is written here.
+        processes: number of ranks.
+        moment: at which the `dying` ranks kill themselves.
+        delay: seconds from the beginning of training to when the `dying` ranks are killed; they wait for it at the end.
+        dying: ranks.
+        checkpoint: step to resume from in place of the last.
+        overrides: of `resumable`.
+
+    Returns:
+        The exit codes.
+    """
+    run = folder / "run"
+    # Nothing to resume is an error of Trainer's own; a launcher looks first.
+    resume = (run / SELECTION_FILE).is_file() or any(run.glob("checkpoint-*"))
+    if checkpoint is not None:
+        resume = str(run / f"checkpoint-{checkpoint}")
+    port, beginning = free_port(), FORKED.Barrier(processes + 1)
+    ranks = []
+    for rank in range(processes):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+            # Not cpu:0, to which older versions of transformers cannot load an optimizer.
+            "ACCELERATE_TORCH_DEVICE": "cpu",
+        }
+        arguments = (folder, resume, moment if rank in dying else None, delay is not None, beginning, overrides)
+        ranks.append(FORKED.Process(target=train, args=(environment if processes > 1 else {}, *arguments)))
+        ranks[-1].start()
+    beginning.wait(timeout=300)
+    if delay is not None:
+        time.sleep(delay)
+        for rank in dying:
+            ranks[rank].kill()
+    while alive := [process for process in ranks if process.exitcode is None]:
+        if any(process.exitcode for process in ranks):
+            for process in alive:
+                process.kill()
+        connection.wait([process.sentinel for process in alive])
+    return [process.exitcode for process in ranks]
+
+
+def train(
+    environment: dict, folder: Path, resume: bool | str, moment: str | None, doomed: bool, beginning, overrides
+) -> None:
+    """One rank of `launch`."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # A garbage collection would touch, and thereby copy, all that the server imported: a second.
+    gc.freeze()
+    trainer = resumable(folder / "run", callbacks=[Mortal(moment)], **overrides)
+    die_at(moment)
+    beginning.wait(timeout=300)
+    (folder / "begun").touch()
+    trainer.train(resume_from_checkpoint=resume)
+    if doomed:
+        signal.pause()
+    torch.save(result(trainer), folder / f"result-{trainer.args.process_index}.pt")
+
+
+def torchrun(processes: int, *arguments: str | Path) -> None:
+    """Run this file in new interpreters."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    subprocess.run([sys.executable, *launcher, __file__, *arguments], check=True, env=environment, timeout=300)
+
+
+def outcomes(folder: Path, processes: int = 1) -> list[dict]:
+    """What each rank of a run wrote."""
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def duration(folder: Path) -> float:
+    """The seconds that the training of a `launch` took."""
+    begun, ended = ((folder / name).stat().st_mtime for name in ("begun", "result-0.pt"))
+    return ended - begun
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -77,7 +192,7 @@ def die() -> None:
 class Mortal(SMTCallback):
     """Kills the process at a moment between two writes."""
 
-    def __init__(self, moment: str) -> None:
+    def __init__(self, moment: str | None) -> None:
         super().__init__()
         self.moment = moment
 
@@ -96,16 +211,25 @@ class Mortal(SMTCallback):
             die()
 
 
-def die_at(moment: str) -> None:
+def die_at(moment: str | None) -> None:
     """Kill the process half-way through a write, where the moment is one."""
     if moment == "writing the selection":
         BlockSelection.save = lambda selection, path: write_atomically(path, half_written)
     if moment == "writing the delta":
         delta.save_file = lambda tensors, path, metadata: half_written(path)
     if moment == "writing the optimizer":
-        torch.save = lambda value, path: half_written(Path(path)) if "optimizer" in str(path) else None
+        torch.save = saving_until("optimizer", half_written)
+    if moment == "before the random state":
+        torch.save = saving_until("rng_state", die_late)
+    if moment == "deleting a checkpoint":
+        shutil.rmtree = lambda path, **_: half_deleted(Path(path))
     if moment == "writing the state of the trainer":
         TrainerState.save_to_json = lambda state, path: half_written(Path(path))
+
+
+def saving_until(name: str, last: Callable[[Path], None], save=torch.save) -> Callable:
+    """A `torch.save` which ends with the file of a name."""
+    return lambda value, path: last(Path(path)) if name in str(path) else save(value, path)
 
 
 def half_written(path: Path) -> None:
@@ -113,16 +237,24 @@ def half_written(path: Path) -> None:
     die()
 
 
-def main(kind: str, folder: str, detail: str | None = None) -> None:
+def half_deleted(path: Path) -> None:
+    for file in sorted(path.iterdir())[::2]:
+        file.unlink()
+    die()
+
+
+def die_late(path: Path) -> None:
+    """Die when the other rank, where it does not wait, is long done with the checkpoint."""
+    time.sleep(2)
+    die()
+
+
+def main(kind: str, folder: str, checkpoint: str | None = None) -> None:
     torch.set_num_threads(1)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    run = Path(folder, "run")
-    if kind == "killed":
-        die_at(detail)
-        resumable(run, callbacks=[Mortal(detail)]).train()
-    elif kind == "resume":
-        trainer = resumable(run)
-        trainer.train(resume_from_checkpoint=detail)
+    if kind == "resume":
+        trainer = resumable(Path(folder, "run"))
+        trainer.train(resume_from_checkpoint=checkpoint)
         outcome = result(trainer)
     else:
         outcome = ranked(Path(folder, f"rank-{rank}"), processes)

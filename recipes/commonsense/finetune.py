@@ -33,7 +33,8 @@ from recipes.commonsense.data import load_splits
 from recipes.commonsense.evaluation import Evaluation, evaluate_model
 from recipes.commonsense.model import DEFAULT_MODEL, resolve_model
 from recipes.commonsense.prompt import encode_prompt, pad_token, tokenize_for_training
-from recipes.commonsense.report import Run, peak_memory_bytes, write_report
+from recipes.commonsense.report import Run, write_report
+from recipes.reporting import peak_memory_bytes
 from smt_trainer import SMTConfig, SMTTrainer, from_delta, plot_selection
 from smt_trainer.config import parse_budget
 

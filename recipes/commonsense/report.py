@@ -1,19 +1,13 @@
 """The results of a run: `results.json` for machines, `results.md` for people."""
 
 import json
-import os
-import platform
-import resource
-import shlex
-import sys
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from recipes.commonsense.evaluation import Evaluation, paired_gain
+from recipes.reporting import command, hardware, versions, without_folder
 from smt_trainer import BlockSelection
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "smt_trainer")
@@ -47,7 +41,7 @@ class Run:
     def to_dict(self) -> dict:
         """The contents of `results.json`."""
         return {
-            "model": _without_folder(self.model),
+            "model": without_folder(self.model),
             "evaluated_on": self.evaluated_on,
             "before": _scores(self.before),
             "after": _scores(self.after),
@@ -62,9 +56,9 @@ class Run:
             "peak_memory_bytes": self.peak_memory_bytes,
             "delta_bytes": sum((self.delta_folder / name).stat().st_size for name in DELTA_FILES),
             "seed": self.seed,
-            "command": command(),
+            "command": command("recipes.commonsense.finetune"),
             "hardware": hardware(),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": versions(PACKAGES),
         }
 
 
@@ -116,39 +110,6 @@ def markdown(results: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def peak_memory_bytes() -> int:
-    """Most memory of this process so far: allocated on its GPU, or else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def command() -> str:
-    """The command line of this process, absolute paths shortened to their last part."""
-    return shlex.join(["python", "-m", "recipes.commonsense.finetune", *map(_without_folder, sys.argv[1:])])
-
-
-def _without_folder(word: str) -> str:
-    return Path(word).name if os.path.isabs(word) else word
-
-
-def hardware() -> str:
-    """The GPU, or the processor with the number of threads in use."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{_processor()}, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _scores(evaluation: Evaluation) -> dict:

@@ -1,0 +1,120 @@
+"""How selection and warm-up scale with the number of blocks and targets, up to Llama-3.1-405B.
+
+python -m recipes.benchmarks.selection_scale --output recipes/benchmarks/results
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from recipes.benchmarks.models import MODELS, Shape
+from recipes.benchmarks.selection import measure_selection
+from recipes.benchmarks.warmup import SCORES, measure_warmup
+from recipes.reporting import command, hardware, versions
+
+PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")
+LAYERS = (2, 8, 32, 128, 256)
+SEED = 0
+
+
+def measure(models: dict[str, Shape], layers: Sequence[int], rounds: int) -> dict:
+    """The contents of `selection_scale.json`."""
+    selection = measure_selection(models, rounds, SEED)
+    slope, _ = np.polyfit([row["blocks"] for row in selection], [row["peak_bytes"] for row in selection], 1)
+    return {
+        "selection": selection,
+        "bytes_per_block": slope,
+        # The smaller the model, the more often: all take about as long.
+        "warmup": [measure_warmup(count, rounds * max(layers) // count, SEED) for count in tqdm(layers, "warm-up")],
+        "rounds": rounds,
+        "command": command("recipes.benchmarks.selection_scale"),
+        "hardware": hardware(),
+        "versions": versions(PACKAGES),
+        "seed": SEED,
+    }
+
+
+def markdown(results: dict) -> str:
+    """The tables of `selection_scale.md`."""
+    selection, warmup = results["selection"], results["warmup"]
+    parts = [
+        "# How selection and warm-up scale\n",
+        "Budget 0.84 % of all parameters, scores drawn at random. Seconds of processor time on one thread, medians of "
+        f"{results['rounds']} rounds; plan: find targets, cut them, count parameters. Memory: the most that "
+        "`select_blocks` holds beyond model and scores (resident, in a process of its own).\n",
+        table(
+            "model|cut|block of q|targets|blocks|chosen|plan|select|save|load|file, MiB|memory, MiB|bytes a block",
+            [
+                [row["model"], row["cut"], "x".join(map(str, row["block_shape"]))]
+                + [f"{row[what]:,}" for what in ("targets", "blocks", "chosen")]
+                + [f"{row[f'{action}_seconds']:.3f}" for action in ("plan", "select", "save", "load")]
+                + [mib(row["json_bytes"]), mib(row["peak_bytes"]), f"{row['peak_bytes'] / row['blocks']:.1f}"]
+                for row in selection
+            ],
+        ),
+        f"The straight line through all cases rises by {results['bytes_per_block']:.1f} bytes a block.\n",
+        "## What a warm-up keeps\n",
+        table(
+            "model|cut|`grad_l1`, GiB|`grad_signed`, MiB",
+            [[row["model"], row["cut"], gib(row["grad_l1_bytes"]), mib(row["grad_signed_bytes"])] for row in selection],
+        ),
+        "## What the scorers add to a step\n",
+        "Llama of hidden size 64, 8 tokens: forward and backward through a frozen model, and what a score adds to "
+        "them (lower quartiles).\n",
+        table(
+            "layers|targets|frozen, ms|`grad_l1`, µs a target|`grad_signed`, µs a target",
+            [
+                [str(row["layers"]), str(row["targets"]), f"{1e3 * row['plain_seconds']:.1f}"]
+                + [f"{1e6 * row[f'{score}_added_seconds'] / row['targets']:.0f}" for score in SCORES]
+                for row in warmup
+            ],
+        ),
+        table(
+            "|",
+            [
+                ["hardware", results["hardware"]],
+                ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
+                ["seed", str(results["seed"])],
+                ["command", f"`{results['command']}`"],
+            ],
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def mib(count: int) -> str:
+    """Bytes in MiB."""
+    return f"{count / 2**20:.3f}"
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB."""
+    return f"{count / 2**30:.2f}"
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    """A Markdown table with the numbers on the right."""
+    rule = ["---:" if cell.replace(",", "").replace(".", "").isdigit() else "---" for cell in rows[0]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header.split("|"), rule, *rows)) + "\n"
+
+
+def main() -> None:
+    """Measure, and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for selection_scale.json and .md")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each time is taken")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results = measure(MODELS, LAYERS, arguments.rounds)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "selection_scale.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (arguments.output / "selection_scale.md").write_text(markdown(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
