@@ -106,7 +106,8 @@ class BlockGrid:
                 f"{tuple(block_indices[outside][0].tolist())} was asked for. The selection or delta is damaged or "
                 "belongs to another model."
             )
-        if len(torch.unique(block_indices, dim=0)) != len(block_indices):
+        flat = block_indices[:, 0].long() * self.shape[1] + block_indices[:, 1].long()
+        if len(torch.unique(flat)) != len(flat):
             raise SMTError(f"block_indices of `{module}` name a block twice. The selection or delta is damaged.")
 
 

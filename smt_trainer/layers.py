@@ -76,7 +76,7 @@ class SMTLayer(nn.Module):
         return views, blocks if cuts is None else [blocks[block][rows, columns] for block, rows, columns in cuts]
 
     def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]] | None]:
-        """Views of the parts under each block, and which rows and columns of which block; None if these are all whole."""
+        """Views of the parts under the blocks, and which rows and columns of which block each is; None if all whole."""
         indices = self.block_indices.tolist()
         if not is_sharded(self.weight):
             cut = self.grid.split(parts[0].values)

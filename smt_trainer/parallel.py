@@ -17,50 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, save_fsdp_optimizer
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from smt_trainer.errors import SMTError
 from smt_trainer.layers import smt_layers
-from smt_trainer.sharding import is_partitioned
-from smt_trainer.warmup import frozen
+from smt_trainer.warmup import LossScale, frozen
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
     """Whether accelerate will spread the model or its optimizer over ranks."""
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def refuse_unsupported(accelerator: Accelerator, model: nn.Module | None, needs_warmup: bool) -> None:
-    """Raise `SMTError` for a way of sharding that blocks cannot be trained under."""
-    state, parameters = accelerator.state, () if model is None else list(model.parameters())
-    if getattr(state, "fsdp_plugin", None) is not None and state.fsdp_plugin.fsdp_version == 1:
-        raise SMTError(
-            "FSDP version 1 flattens parameters and cannot train blocks of frozen weights; set fsdp_version: 2 in the "
-            "accelerate config, or TrainingArguments(fsdp_config={'version': 2})."
-        )
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
-        raise SMTError(
-            "the model's weights were sharded when it was loaded, before the blocks are chosen. Load it without a "
-            "tp_plan or distributed_config; accelerate shards it (FSDP2, ZeRO) once it is rewritten."
-        )
-    if getattr(state, "deepspeed_plugin", None) is None:
-        return
-    zero = state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-    if (
-        (zero.get("offload_param") or {}).get("device") == "nvme"
-        or zero.get("zero_quantized_weights")
-        or zero.get("zero_hpz_partition_size", 1) > 1
-    ):
-        raise SMTError(
-            "ZeRO-3 keeps weights on NVMe, quantised or in secondary copies, where blocks cannot be written back. "
-            "Offload parameters to the CPU, and leave zero_quantized_weights and zero_hpz_partition_size out."
-        )
-    if needs_warmup and any(map(is_partitioned, parameters)):
-        raise SMTError(
-            "ZeRO-3 has partitioned the weights already, and the warm-up needs the bare model. Choose the blocks in a "
-            "run without ZeRO-3 (one process, DDP, FSDP2 or ZeRO-2) and pass its smt_selection.json as "
-            "SMTConfig(selection=...), or use a score without a warm-up ('magnitude', 'random')."
-        )
 
 
 @contextlib.contextmanager
@@ -98,12 +62,13 @@ def bare_autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def plain_backward(accelerator: Accelerator) -> Iterator[None]:
-    """`accelerator.backward` is that of the bare model: DeepSpeed's needs an engine, which there is none of yet."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+def bare_backward(accelerator: Accelerator, scale: LossScale | None) -> Iterator[None]:
+    """`accelerator.backward` for a model that was not prepared: with the warm-up's own loss scale, and without
+    DeepSpeed's engine, which there is none of yet."""
+    if scale is None and accelerator.distributed_type != DistributedType.DEEPSPEED:
         yield
         return
-    accelerator.backward = lambda loss, **_: loss.backward()
+    accelerator.backward = scale.backward if scale else lambda loss, **_: loss.backward()
     try:
         yield
     finally:
@@ -130,7 +95,7 @@ def _expect_trained_only(model: nn.Module, keys) -> None:
 
 
 def save_optimizer(accelerator: Accelerator, optimizer, engine: nn.Module, folder: str) -> None:
-    """Write the optimizer's state of a sharded run for a checkpoint, without the frozen weights; all ranks call this."""
+    """Write the optimizer's state of a sharded run for a checkpoint, without frozen weights; all ranks call this."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine.save_checkpoint(folder, exclude_frozen_parameters=True)
     else:

@@ -49,9 +49,16 @@ class Scorer(ABC):
         self.targets, self.grids, self.config, self.seed = targets, grids, config, seed
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Observe the targets within this context; all hooks are gone after it, also after an exception."""
+    def attached(self, hold: bool = False) -> Iterator[None]:
+        """Observe the targets within this context; all hooks are gone after it, also after an exception.
+
+        With `hold`, what an optimizer step contributes is kept apart until the caller takes it by `take_step`.
+        """
         yield
+
+    def take_step(self) -> list[tuple[Tensor, Tensor]]:
+        """Each sum and what the step that was just run contributes to it; the scorer forgets the latter."""
+        return []
 
     def statistics(self) -> Iterator[Tensor]:
         """What was summed so far, one tensor at a time: linear in the data, so ranks may average it in place."""
@@ -63,7 +70,7 @@ class Scorer(ABC):
 
 
 class GradL1(Scorer):
-    """`grad_l1`: mean over the block of |G|. Keeps a float32 accumulator the size of the targets, sharded as they are."""
+    """`grad_l1`: mean over the block of |G|. Keeps a float32 accumulator like the targets, sharded as they are."""
 
     needs_warmup = True
 
@@ -76,13 +83,14 @@ class GradL1(Scorer):
         }
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self, hold: bool = False) -> Iterator[None]:
         handles = []
         try:
             for name, linear in self.targets.items():
                 linear.weight.requires_grad_(True)
                 linear.weight.grad = None
-                handles.append(linear.weight.register_post_accumulate_grad_hook(_drain_into(self.sums[name])))
+                if not hold:
+                    handles.append(linear.weight.register_post_accumulate_grad_hook(_drain_into(self.sums[name])))
             yield
         finally:
             for handle in handles:
@@ -90,6 +98,14 @@ class GradL1(Scorer):
             for linear in self.targets.values():
                 linear.weight.requires_grad_(False)
                 linear.weight.grad = None
+
+    def take_step(self) -> list[tuple[Tensor, Tensor]]:
+        taken = []
+        for name, linear in self.targets.items():
+            if linear.weight.grad is not None:
+                taken.append((self.sums[name], local_tensor(linear.weight.grad)))
+                linear.weight.grad = None
+        return taken
 
     def statistics(self) -> Iterator[Tensor]:
         # FSDP2 averages the gradients of sharded weights itself.
@@ -135,15 +151,23 @@ class GradSigned(Scorer):
         }
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self, hold: bool = False) -> Iterator[None]:
         handles = []
+        self.step_sums = {name: torch.zeros_like(total) for name, total in self.sums.items()} if hold else self.sums
         try:
             for name, linear in self.targets.items():
-                handles.append(linear.register_forward_hook(self._observe(self.grids[name], self.sums[name])))
+                handles.append(linear.register_forward_hook(self._observe(self.grids[name], self.step_sums[name])))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def take_step(self) -> list[tuple[Tensor, Tensor]]:
+        taken = []
+        for name, contribution in self.step_sums.items():
+            taken.append((self.sums[name], contribution.clone()))
+            contribution.zero_()
+        return taken
 
     @staticmethod
     def _observe(grid: BlockGrid, total: Tensor):

@@ -10,8 +10,9 @@ optimizer or wraps the model for several devices:
 then the random state is restored and the stock loop runs on the final parameters, as if the model had come that way.
 Checkpoints hold the delta in place of the model.
 
-Private methods of Trainer that this file relies on, all of them by overriding: `_inner_training_loop`, `_save`,
-`_save_optimizer_and_scheduler`, `_load_from_checkpoint`, `_load_best_model`, `_push_from_checkpoint`.
+Private methods of Trainer that this file relies on: by overriding `_inner_training_loop`, `_save`,
+`_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
+`_push_from_checkpoint`; by calling `_get_output_dir`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -52,26 +52,23 @@ from smt_trainer.files import new_folder, read_json
 from smt_trainer.layers import plain_name, smt_layers, write_back
 from smt_trainer.parallel import (
     bare_autocast,
+    bare_backward,
     has_weights,
     is_sharding,
-    plain_backward,
     prepare_for_sharding,
-    refuse_unsupported,
     save_optimizer,
     warmup_model,
 )
+from smt_trainer.refusals import refuse_unusable
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
-from smt_trainer.targets import count_parameters, find_targets, refuse_adapters, target_grids
-from smt_trainer.warmup import collect_scores, counters_preserved, rng_preserved
+from smt_trainer.targets import count_parameters, find_targets, target_grids
+from smt_trainer.warmup import LossScale, collect_scores, counters_preserved, rng_preserved
 
 logger = logging.getLogger(__name__)
 
 SELECTION_FILE = "smt_selection.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-# Optimizers that keep their own map of the model's matrices, or swap values behind forward's back.
-REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
 
 class SMTTrainerMixin:
@@ -92,7 +89,7 @@ class SMTTrainerMixin:
         self._saves_checkpoint = False
         self._was_interrupted = False
         super().__init__(*args, **kwargs)
-        self._refuse_unusable_arguments()
+        refuse_unusable(self)
         if self.model_init is None and not is_smt_model(self.model) and self._given_selection is None:
             self._plan_blocks()
         if not self._smt_callbacks:
@@ -108,6 +105,7 @@ class SMTTrainerMixin:
 
         Raises:
             SMTError: the checkpoint, or the selection in the output folder, was made under another `smt_config`.
+            ValueError: True was given, and the output folder holds neither (Trainer's own).
         """
         self._was_interrupted = False
         if resume_from_checkpoint is True:
@@ -117,7 +115,7 @@ class SMTTrainerMixin:
                 resume_from_checkpoint = checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, *rest, **kwargs):
+    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, **kwargs):
         if args.auto_find_batch_size:
             self._train_batch_size = batch_size
         if not self._smt_callbacks:
@@ -129,19 +127,19 @@ class SMTTrainerMixin:
             # Trainer loads a model that is sharded over ranks only after it is.
             self._load_from_checkpoint(resume_from_checkpoint)
         if not is_smt_model(self.model):
-            convert_to_smt(self.model, self._choose_blocks())
+            convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
         logger.info("%s", self._trainable_line())
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, *rest, **kwargs)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, **kwargs)
 
-    def _choose_blocks(self) -> BlockSelection:
+    def _choose_blocks(self, folder: Path) -> BlockSelection:
         """The configured selection, or the one a warm-up leads to: the same on all ranks, kept in the output folder."""
         selection = self._given_selection
         if selection is None and self._was_interrupted:
-            selection = BlockSelection.load(Path(self.args.output_dir, SELECTION_FILE))
-            self._refuse_other_config(selection.config, Path(self.args.output_dir, SELECTION_FILE))
+            selection = BlockSelection.load(folder / SELECTION_FILE)
+            self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
             _, grids = self._plan_blocks()
             scores = self._score_blocks(grids)
@@ -150,7 +148,7 @@ class SMTTrainerMixin:
             )
             selection = broadcast_object_list([selection])[0]
             if self.args.should_save:
-                selection.save(Path(self.args.output_dir, SELECTION_FILE))
+                selection.save(folder / SELECTION_FILE)
         for callback in self._smt_callbacks:
             callback.on_selection(self.args, selection)
         return selection
@@ -159,21 +157,22 @@ class SMTTrainerMixin:
         """The scores of all blocks, from a warm-up if the configured score needs one."""
         if not SCORERS[self.smt_config.score].needs_warmup:
             return self._make_scorer(self.model, grids).scores()
-        with warmup_model(self.model, self.accelerator) as model, self._warm_up(model) as steps:
-            return collect_scores(model, self._make_scorer(model, grids), steps)
+        scale = LossScale() if self.accelerator.mixed_precision == "fp16" else None
+        with warmup_model(self.model, self.accelerator) as model, self._warm_up(model, scale) as steps:
+            return collect_scores(model, self._make_scorer(model, grids), steps, scale)
 
     def _make_scorer(self, model: nn.Module, grids: dict) -> Scorer:
         modules = {plain_name(name): module for name, module in model.named_modules()}
         return make_scorer({name: modules[name] for name in grids}, grids, self.smt_config, self.args.seed)
 
     @contextlib.contextmanager
-    def _warm_up(self, model: nn.Module) -> Iterator[Iterator[Callable[[], None]]]:
+    def _warm_up(self, model: nn.Module, scale: LossScale | None) -> Iterator[Iterator[Callable[[], None]]]:
         """The warm-up's steps, in a context that leaves no trace in the random state or the trainer's counters."""
         self._warming_up = True
         for callback in self._smt_callbacks:
             callback.on_warmup_begin(self.args, self.smt_config.warmup_steps)
         try:
-            with rng_preserved(), counters_preserved(self), plain_backward(self.accelerator):
+            with rng_preserved(), counters_preserved(self), bare_backward(self.accelerator, scale):
                 yield self._warmup_steps(model)
         finally:
             self._warming_up = False
@@ -226,36 +225,7 @@ class SMTTrainerMixin:
         stack.enter_context(bare_autocast(self.accelerator))
         return stack
 
-    # ---- checks ----
-
-    def _refuse_unusable_arguments(self) -> None:
-        if self.model is not None:
-            refuse_adapters(self.model)
-        if self.optimizer is not None or self.lr_scheduler is not None:
-            raise SMTError(
-                "optimizers= holds an optimizer or scheduler bound to the parameters from before the blocks were "
-                "chosen. Pass optimizer_cls_and_kwargs=(class, kwargs), or set TrainingArguments.optim and "
-                "lr_scheduler_type."
-            )
-        optim = str(getattr(self.args.optim, "value", self.args.optim))
-        if optim.startswith(REFUSED_OPTIMIZERS):
-            raise SMTError(
-                f"optim={optim!r} works on whole matrices or swaps weights behind forward's back, and cannot train "
-                "blocks. Use adamw_torch, adamw_torch_fused, adamw_bnb_8bit, adafactor, sgd or lion."
-            )
-        if self.args.n_gpu > 1:
-            raise SMTError(
-                f"{self.args.n_gpu} GPUs are visible to one process, where Trainer uses torch.nn.DataParallel. Start one "
-                "process per GPU with `accelerate launch` (or torchrun), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
-            )
-        needs_warmup = self.smt_config.selection is None and SCORERS[self.smt_config.score].needs_warmup
-        refuse_unsupported(self.accelerator, self.model, needs_warmup)
-        dataset = self.train_dataset
-        if needs_warmup and isinstance(dataset, (IterableDataset, Iterator)) and iter(dataset) is iter(dataset):
-            raise SMTError(
-                "train_dataset can be read only once, but the warm-up and the main loop both read it. Make its "
-                "__iter__ start afresh each time, or pass SMTConfig(selection=...) chosen before."
-            )
+    # ---- what is to be trained ----
 
     def _plan_blocks(self) -> tuple[dict, dict]:
         """Targets and grids of the model, once it is sure that the configuration fits it."""
@@ -304,6 +274,9 @@ class SMTTrainerMixin:
         delta, folder = Delta.of(self.model, master=self._saves_checkpoint), Path(output_dir or self.args.output_dir)
         if not self.args.should_save:
             return
+        if self._saves_checkpoint:
+            # Of an earlier writing: a checkpoint counts as whole when it has one.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         delta.save(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -316,6 +289,11 @@ class SMTTrainerMixin:
         save_optimizer(self.accelerator, self.optimizer, self.model_wrapped, output_dir)
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The state of the trainer, which the first rank writes next, says that all ranks have written theirs.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = model or self.model

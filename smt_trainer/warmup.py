@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,24 +20,76 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smt_trainer.errors import SMTError
 from smt_trainer.scores import Scorer
 
+logger = logging.getLogger(__name__)
 
-def collect_scores(model: nn.Module, scorer: Scorer, steps: Iterable[Callable[[], None]]) -> dict[str, Tensor]:
+
+class LossScale:
+    """Scaling of the loss under fp16, so that small gradients do not vanish: `torch.amp.GradScaler` for a warm-up.
+
+    Attributes:
+        value: the factor; halved whenever a gradient overflows. The scores do not depend on it.
+        steps: steps that were run.
+        skipped: those of them that do not count, since a gradient overflowed.
+    """
+
+    def __init__(self) -> None:
+        self.value, self.steps, self.skipped = 2.0**16, 0, 0
+
+    def backward(self, loss: Tensor, **_) -> None:
+        (loss * self.value).backward()
+
+    def settle(self, scorer: Scorer) -> None:
+        """Add what the step just run contributes, unless a part of it overflowed on any rank: then leave it out."""
+        contributions = scorer.take_step()
+        overflowed = torch.tensor(any(not part.isfinite().all() for _, part in contributions), dtype=torch.float32)
+        average_over_ranks([overflowed])
+        self.steps += 1
+        if overflowed:
+            self.skipped += 1
+            self.value /= 2
+            return
+        for total, part in contributions:
+            total.add_(part.to(total.device), alpha=1 / self.value)
+
+    def report(self) -> None:
+        """Say how many steps do not count. Raises `SMTError` if none does."""
+        if self.skipped == self.steps:
+            raise SMTError(
+                f"a gradient overflowed in all {self.steps} warm-up steps under fp16, down to a loss scale of "
+                f"{self.value:g}. Use bf16, more warm-up steps, or a selection made in another precision."
+            )
+        if self.skipped:
+            logger.info("%d of %d warm-up steps overflowed under fp16 and do not count.", self.skipped, self.steps)
+
+
+def collect_scores(
+    model: nn.Module, scorer: Scorer, steps: Iterable[Callable[[], None]], scale: LossScale | None = None
+) -> dict[str, Tensor]:
     """Run the warm-up steps under the scorer's eyes.
 
     Args:
         model: the bare model, not wrapped for several devices.
         scorer: from `make_scorer`; without need of a warm-up it is only asked for its scores.
         steps: each item, when called, runs forward and backward of one optimizer step's batch.
+        scale: the loss scale that the steps run backward with, under fp16; a step that overflows does not count.
 
     Returns:
         Module name -> scores [R, C]; the same on every rank.
+
+    Raises:
+        SMTError: a gradient overflowed in every step.
     """
     if scorer.needs_warmup:
-        with frozen(model), scorer.attached():
+        with frozen(model), scorer.attached(hold=scale is not None):
             for step in steps:
                 step()
+                if scale is not None:
+                    scale.settle(scorer)
+        if scale is not None:
+            scale.report()
         average_over_ranks(scorer.statistics())
     return scorer.scores()
 

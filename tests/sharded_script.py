@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tiny
 import torch
+import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from transformers import LlamaForCausalLM, TrainingArguments
@@ -70,6 +71,8 @@ def choose_fsdp_on_cpu() -> None:
 
 def choose_zero_on_cpu() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+    # TrainingArguments allows bf16 on the CPU only where it is asked for, which would turn DeepSpeed off.
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:

@@ -15,7 +15,7 @@ FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding"},
     {"scores", "selection", "ops", "ops.sparse_linear"},
     {"layers", "plotting", "card"},
-    {"convert", "delta", "merge", "warmup", "parallel"},
+    {"convert", "delta", "merge", "warmup", "parallel", "refusals"},
     {"trainer", "callbacks"},
     {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta"},
 ]

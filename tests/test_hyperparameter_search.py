@@ -58,7 +58,6 @@ def test_trials_of_the_same_hyperparameters_end_bit_for_bit_alike(search):
     assert not all(torch.equal(tensor, other[key]) for key, tensor in first.items())
 
 
-@pytest.mark.xfail(strict=True, reason="each trial overwrites the one in the output folder")
 def test_each_trial_keeps_its_selection_in_its_own_folder(search):
     folder = search[0]
     for trial in range(3):

@@ -84,13 +84,11 @@ def test_two_ranks_in_new_interpreters_end_where_the_uninterrupted_run_ended(on_
 
 @needs_gloo
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the first rank ends a checkpoint without waiting for the others")
 def test_a_checkpoint_without_the_random_state_of_every_rank_is_left_out(on_two_ranks, tmp_path):
     die(tmp_path, 2, moment="before the random state", dying=[1])
     assert_ends_as(tmp_path, on_two_ranks[1])
 
 
-@pytest.mark.xfail(strict=True, reason="the state of the trainer from the first writing is still there")
 def test_a_checkpoint_whose_second_writing_broke_off_is_left_out(uninterrupted, tmp_path):
     folder, expected = uninterrupted
     for step in (2, 4):

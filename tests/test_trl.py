@@ -153,18 +153,16 @@ def test_grpo_trains_the_blocks_and_nothing_else(fields, make, base):
 # ---- what cannot work ----
 
 
-@pytest.mark.xfail(strict=True, reason="trained with the adapters' modules frozen, silently")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_adapters_of_peft_are_refused(wrapped, make, base):
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = AutoModelForCausalLM.from_pretrained(base)
     arguments = {"model": peft.get_peft_model(model, lora)} if wrapped else {"peft_config": lora}
-    with pytest.raises(SMTError, match=r"(?s)peft_config.*merge_and_unload"):
+    with pytest.raises(SMTError, match=r"of PEFT.*merge_and_unload"):
         make("SFT", tiny.config(), more=arguments)
 
 
-@pytest.mark.xfail(strict=True, reason="fails at the first synchronisation")
 def test_a_reference_that_follows_the_model_is_refused(make):
     with pytest.raises(SMTError, match="sync_ref_model"):
         make("DPO", tiny.config(), sync_ref_model=True)
