@@ -23,6 +23,7 @@ import itertools
 import logging
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,8 @@ class SMTTrainerMixin:
         if not self._smt_callbacks:
             self.add_callback(SMTCallback())
         for callback in self._smt_callbacks:
-            callback.trainer = self
+            # A proxy, since a circle would keep the model alive until the next garbage collection.
+            callback.trainer = weakref.proxy(self)
 
     # ---- before the stock loop ----
 
@@ -194,8 +196,10 @@ class SMTTrainerMixin:
         """The main loop's batches in its order, as many at a time as one optimizer step takes, epoch after epoch."""
         loader = self.get_train_dataloader()
         for epoch in itertools.count():
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(epoch)
+            # accelerate does not pass the epoch on to a batch sampler that it shards.
+            for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
             iterator, empty = iter(loader), True
             while True:
                 micro_batches, num_items = self.get_batch_samples(
@@ -211,7 +215,11 @@ class SMTTrainerMixin:
     def _let_backward_stop_early(self) -> None:
         """Undo that Trainer asks for the gradient of the embeddings when it checkpoints activations: only the reentrant
         kind needs it, and without it backward stops at the lowest layer with blocks."""
-        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        kwargs = dict(self.args.gradient_checkpointing_kwargs or {})
+        for handled_by_transformers in ("every_n_layers", "offload"):
+            kwargs.pop(handled_by_transformers, None)
+        # transformers' default is the other kind, torch's, for kwargs that do not say, the reentrant one.
+        reentrant = bool(kwargs) and kwargs.get("use_reentrant") is not False
         if self.args.gradient_checkpointing and not reentrant and hasattr(self.model, "disable_input_require_grads"):
             self.model.disable_input_require_grads()
 
@@ -278,8 +286,9 @@ class SMTTrainerMixin:
             # Of an earlier writing: a checkpoint counts as whole when it has one.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         delta.save(folder)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -136,7 +136,6 @@ def outcome(trainer: SMTTrainer) -> dict:
         "weights": {name: tensor.clone().float() for name, tensor in plain_state_dict(trainer.model).items()},
         "losses": tiny.logged(trainer, "loss"),
         "eval_losses": tiny.logged(trainer, "eval_loss"),
-        "best": trainer.state.best_model_checkpoint,
     }
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 def runs(tmp_path_factory):
     """The folder of a run on two ranks, the outcome of each rank, and that of one process."""
     folder = tmp_path_factory.mktemp("ranks")
-    training_script.torchrun(2, "ranks", folder)
+    training_script.torchrun(training_script.__file__, 2, "ranks", folder, ACCELERATE_USE_CPU="true")
     return folder, training_script.outcomes(folder, 2), training_script.ranked(folder / "single", processes=1)
 
 

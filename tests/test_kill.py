@@ -8,6 +8,7 @@ import signal
 import pytest
 import tiny
 import torch
+import training_script
 from test_resume import assert_same
 from training_script import Evaluated, duration, launch, outcomes, torchrun
 
@@ -78,7 +79,8 @@ def test_a_run_killed_on_two_ranks_ends_where_an_uninterrupted_one_ends(moment, 
 def test_two_ranks_in_new_interpreters_end_where_the_uninterrupted_run_ended(on_two_ranks, tmp_path):
     folder, expected = on_two_ranks
     shutil.copytree(folder / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
-    torchrun(2, "resume", tmp_path, tmp_path / "run" / "checkpoint-2")
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    torchrun(training_script.__file__, 2, "resume", tmp_path, checkpoint, ACCELERATE_USE_CPU="true")
     assert_same(outcomes(tmp_path, 2), expected)
 
 

@@ -157,15 +157,11 @@ def train(
     torch.save(result(trainer), folder / f"result-{trainer.args.process_index}.pt")
 
 
-def torchrun(processes: int, *arguments: str | Path) -> None:
-    """Run this file in new interpreters."""
+def torchrun(script: str, processes: int, *arguments: str | Path, **environment: str) -> None:
+    """Run a file in new interpreters."""
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    subprocess.run([sys.executable, *launcher, __file__, *arguments], check=True, env=environment, timeout=300)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
+    subprocess.run([sys.executable, *launcher, script, *arguments], check=True, env=environment, timeout=600)
 
 
 def outcomes(folder: Path, processes: int = 1) -> list[dict]:

@@ -1,0 +1,126 @@
+"""Models sharded over two ranks, by FSDP2 and by DeepSpeed ZeRO, against one process: gloo, on the CPU.
+
+The runs and the shims they need there are in `sharded_script.py`.
+"""
+
+import importlib.util
+import math
+
+import pytest
+import sharded_script
+import tiny
+import torch
+from sharded_script import CASES
+from test_resume import assert_same
+from training_script import torchrun
+from transformers import LlamaForCausalLM
+
+from smt_trainer import load_delta
+from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta
+
+QUICK = ["fsdp", "fsdp-one-rank-loads", "fsdp-checkpointing"]
+SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK]
+ZERO = [name for name in CASES if "zero" in name]
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+MARKS = {name: pytest.mark.slow for name in SLOW} | {
+    name: pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'") for name in ZERO
+}
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+every_case = pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES])
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The folder of a case, run with others like it in one launch."""
+    folders = {}
+
+    def folder(name):
+        group = next(group for group in (QUICK, SLOW, ZERO) if name in group)
+        if name not in folders:
+            where = tmp_path_factory.mktemp("sharded")
+            # With ACCELERATE_USE_CPU accelerate leaves DeepSpeed out; DeepSpeed has a variable of its own.
+            environment = {"DS_ACCELERATOR": "cpu"} if group is ZERO else {"ACCELERATE_USE_CPU": "true"}
+            torchrun(sharded_script.__file__, 2, where, *group, **environment)
+            folders.update({name: where / name for name in group})
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture
+def ranks_of(folder_of):
+    """What each rank of a case wrote."""
+    return lambda name: [torch.load(folder_of(name) / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@every_case
+def test_all_ranks_end_with_the_same_blocks_and_weights(name, ranks_of):
+    first, second = ranks_of(name)
+    assert_same(first, second)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES if "bf16" not in name]
+)
+def test_two_ranks_select_and_train_as_one_process(name, ranks_of, tmp_path):
+    """Not with bf16, which both ways of sharding bring about by casting weights, one process by casting activations."""
+    ours, single = ranks_of(name)[0]["trained"], sharded_script.run(tmp_path, CASES[name], 1)["trained"]
+    assert_same(ours["block_indices"], single["block_indices"])
+    for key in ("blocks", "weights"):
+        torch.testing.assert_close(ours[key], single[key], rtol=1e-6, atol=1e-7)
+    for key in ("losses", "eval_losses"):
+        assert ours[key] == pytest.approx(single[key], rel=1e-6)
+
+
+@every_case
+def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of):
+    ours, base = ranks_of(name)[0]["trained"], tiny.llama()
+    # DeepSpeed casts the model itself.
+    base = (base.bfloat16() if name == "zero2-bf16" else base).float().state_dict()
+    for key, weight in ours["weights"].items():
+        changed = weight != base[key]
+        module = key.removesuffix(".weight")
+        if module in ours["blocks"]:
+            blocks, indices = ours["blocks"][module], ours["block_indices"][module]
+            for block, (row, column) in zip(blocks, indices.tolist(), strict=True):
+                rows, columns = (slice(i * edge, (i + 1) * edge) for i, edge in zip((row, column), block.shape, strict=True))
+                assert_same(weight[rows, columns], block)
+                assert changed[rows, columns].any()
+                changed[rows, columns] = False
+        assert not changed.any()
+
+
+@every_case
+def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(name, ranks_of):
+    ours = ranks_of(name)[0]
+    assert_same(ours["resumed"], ours["trained"])
+
+
+@every_case
+def test_the_best_blocks_are_loaded_back(name, ranks_of, folder_of):
+    ours, best = ranks_of(name)[0], Delta.read(folder_of(name) / "run" / "checkpoint-2")
+    assert_same(ours["reloaded"]["blocks"], {module: blocks.float() for module, blocks in best.blocks.items()})
+    assert ours["reevaluated"] == ours["trained"]["eval_losses"][0] != ours["evaluated"]
+
+
+@every_case
+def test_delta_and_merged_checkpoint_give_the_trained_weights(name, ranks_of, folder_of):
+    folder, expected = folder_of(name), ranks_of(name)[0]["trained"]["weights"]
+    loaded = load_delta(tiny.llama(), folder / "delta", merge=True)
+    loaded = loaded.bfloat16() if name == "zero2-bf16" else loaded
+    assert_same({key: weight.float() for key, weight in loaded.state_dict().items()}, expected)
+    merged = LlamaForCausalLM.from_pretrained(folder / "merged")
+    assert_same({key: weight.float() for key, weight in merged.state_dict().items()}, expected)
+
+
+@every_case
+def test_a_checkpoint_holds_the_delta_and_the_state_of_training_but_no_model(name, folder_of):
+    checkpoint = folder_of(name) / "run" / "checkpoint-4"
+    files = {path for path in checkpoint.rglob("*") if path.is_file()}
+    assert {CONFIG_FILE, DELTA_FILE, "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {
+        path.name for path in files
+    }
+    # DeepSpeed adds the source of a script, 40 kB, and saves blocks and optimizer padded and per rank.
+    weights = 4 * sum(math.prod(parameter.shape) for parameter in tiny.llama().parameters())
+    assert sum(path.stat().st_size for path in files if path.suffix != ".py") < weights / 2
