@@ -30,6 +30,7 @@ def refuse_unusable(trainer: SMTTrainerMixin) -> None:
         refuse_adapters(trainer.model)
     _refuse_optimizers(trainer)
     _refuse_data_parallel(trainer.args.n_gpu)
+    _refuse_model_parallelism(trainer.args.parallelism_config)
     _refuse_fsdp1(trainer.accelerator)
     _refuse_sharded_weights(trainer.model, needs_warmup)
     _refuse_hidden_weights(trainer.accelerator)
@@ -57,6 +58,14 @@ def _refuse_data_parallel(visible_gpus: int) -> None:
         raise SMTError(
             f"one process sees {visible_gpus} GPUs, where Trainer uses torch.nn.DataParallel. Start one process per "
             "GPU with `accelerate launch` (or torchrun), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+
+
+def _refuse_model_parallelism(config) -> None:
+    if any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
+        raise SMTError(
+            "parallelism_config splits tensors or sequences (tp_size, cp_size or sp_size above 1); blocks are trained "
+            "under data parallelism only. Use DDP, FSDP2 or ZeRO."
         )
 
 

@@ -1,5 +1,6 @@
 """Fixtures. Models, data and training arguments are in `tiny.py`, the slow twins in `reference.py`."""
 
+import gc
 import logging
 
 import pytest
@@ -12,6 +13,13 @@ torch.set_num_threads(1)
 # How long an example takes says something about the machine only.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_heap():
+    """Each training run collects garbage first, which takes long among all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

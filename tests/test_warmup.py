@@ -202,6 +202,50 @@ def test_the_warm_up_runs_under_the_autocast_of_the_main_loop(tmp_path):
     assert dtypes == [torch.bfloat16] * 3
 
 
+# ---- fp16: the loss is scaled, and steps overflow ----
+
+
+class Overflowing(tiny.RecordingSMTTrainer):
+    """Under fp16 as far as the warm-up goes; the losses of the warm-up's steps are multiplied by `factors`."""
+
+    factors = (1.0, 1.0, 1.0)
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.accelerator.state._mixed_precision = "fp16"
+        self.count = 0
+
+    def compute_loss(self, *args, **kwargs):
+        self.count += 1
+        return super().compute_loss(*args, **kwargs) * self.factors[(self.count - 1) // 2]
+
+
+def fp16_scores(factors, folder, score):
+    kind = type("Overflowing", (Overflowing,), {"factors": factors})
+    smt_config = tiny.config(score=score, warmup_steps=len(factors))
+    return tiny.warm_up(tiny.smt_trainer(tiny.llama(), folder, smt_config, kind, gradient_accumulation_steps=2))
+
+
+@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+def test_the_loss_scale_does_not_change_the_scores(score, tmp_path):
+    smt_config = tiny.config(score=score, warmup_steps=3)
+    plain = tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, gradient_accumulation_steps=2)
+    torch.testing.assert_close(fp16_scores((1.0, 1.0, 1.0), tmp_path, score), tiny.warm_up(plain))
+
+
+@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+def test_a_step_that_overflows_does_not_count(score, tmp_path, caplog):
+    caplog.set_level("INFO", logger="smt_trainer")
+    overflowed = fp16_scores((1.0, 1e38, 1.0), tmp_path, score)
+    assert "1 of 3 warm-up steps overflowed under fp16" in caplog.text
+    torch.testing.assert_close(overflowed, fp16_scores((1.0, 0.0, 1.0), tmp_path, score))
+
+
+def test_a_warm_up_that_overflows_in_every_step_is_an_error(tmp_path):
+    with pytest.raises(SMTError, match=r"overflowed in all 3 warm-up steps .* loss scale of 8192"):
+        fp16_scores((1e38, 1e38, 1e38), tmp_path, "grad_l1")
+
+
 # ---- bad input ----
 
 

@@ -1,0 +1,95 @@
+"""What is refused at construction for the way of running: on this machine by stand-ins for what accelerate says."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from smt_trainer import SMTError, SMTTrainerMixin
+
+
+@pytest.fixture
+def construct(tmp_path):
+    """Construct a trainer, as if Trainer had found other arguments or accelerate another state."""
+
+    def construct(model=None, smt_config=None, state=None, arguments=None):
+        class Elsewhere(transformers.Trainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.accelerator.state = SimpleNamespace(**state or {})
+                vars(self.args).update(arguments or {})
+
+        class SMTTrainer(SMTTrainerMixin, Elsewhere):
+            pass
+
+        return SMTTrainer(
+            model=model or tiny.llama(),
+            args=tiny.arguments(tmp_path),
+            train_dataset=tiny.examples(),
+            smt_config=smt_config or tiny.config(),
+        )
+
+    return construct
+
+
+def test_several_gpus_in_one_process_are_refused(construct):
+    with pytest.raises(SMTError, match=r"one process sees 2 GPUs.*accelerate launch"):
+        construct(arguments={"_n_gpu": 2})
+
+
+def test_fsdp_1_is_refused(construct):
+    with pytest.raises(SMTError, match="fsdp_version: 2"):
+        construct(state={"fsdp_plugin": SimpleNamespace(fsdp_version=1)})
+    construct(state={"fsdp_plugin": SimpleNamespace(fsdp_version=2)})
+
+
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
+def test_tensor_and_sequence_parallelism_are_refused(kind, construct):
+    sizes = {"tp_size": 1, "cp_size": 1, "sp_size": 1, "dp_shard_size": 2}
+    with pytest.raises(SMTError, match="parallelism_config splits tensors or sequences"):
+        construct(arguments={"parallelism_config": SimpleNamespace(**sizes | {f"{kind}_size": 2})})
+    construct(arguments={"parallelism_config": SimpleNamespace(**sizes)})
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [{"offload_param": {"device": "nvme"}}, {"zero_quantized_weights": True}, {"zero_hpz_partition_size": 8}],
+    ids=lambda zero: next(iter(zero)),
+)
+def test_weights_that_deepspeed_hides_are_refused(zero, construct):
+    def plugin(zero):
+        return {"deepspeed_plugin": SimpleNamespace(deepspeed_config={"zero_optimization": {"stage": 3} | zero})}
+
+    with pytest.raises(SMTError, match="where blocks cannot be written back"):
+        construct(state=plugin(zero))
+    construct(state=plugin({"offload_param": {"device": "cpu"}}))
+
+
+def test_a_warm_up_on_partitioned_weights_is_refused(construct):
+    model = tiny.llama()
+    model.lm_head.weight.ds_id = 0
+    model.lm_head.weight.ds_shape = model.lm_head.weight.shape
+    with pytest.raises(SMTError, match=r"partitioned the weights already.*SMTConfig\(selection=...\)"):
+        construct(model=model)
+    construct(model=model, smt_config=tiny.config(score="magnitude"))
+
+
+def test_weights_sharded_on_loading_are_refused(construct, tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny.llama()
+        weight = distribute_tensor(model.lm_head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        with pytest.raises(SMTError, match="sharded when it was loaded"):
+            construct(model=model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_generating_by_another_engine_is_refused(construct):
+    with pytest.raises(SMTError, match="use_vllm"):
+        construct(arguments={"use_vllm": True})
