@@ -1,6 +1,7 @@
 """Runs of training on ranks that shard the model (FSDP2) or its optimizer and weights (DeepSpeed ZeRO), on the CPU.
 
     torchrun --nproc_per_node 2 sharded_script.py FOLDER CASE...
+    accelerate launch --config_file recipes/accelerate/NAME.yaml ... sharded_script.py FOLDER launched NAME
 
 Writes what came out of each case as `FOLDER/CASE/result-RANK.pt`. accelerate chooses neither on the CPU: in place of
 FSDP it runs DDP without a word, and it starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu`
@@ -50,6 +51,12 @@ CASES = {
     "zero3": {"zero": 3},
     "zero3-partitioned": {"zero": 3, "smt": {"score": "magnitude"}, "partitioned": True},
 }
+# Sharded as `accelerate launch --config_file recipes/accelerate/NAME.yaml` says.
+LAUNCHED = {
+    "fsdp2": {"launched": True, "fsdp": None},
+    "zero2": {"launched": True, "zero": 2},
+    "zero3": {"launched": True, "zero": 3, "smt": {"score": "magnitude"}, "partitioned": True},
+}
 BATCH = 4
 STEPS = 6
 
@@ -77,10 +84,10 @@ def choose_zero_on_cpu() -> None:
 
 def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
     """Arguments of a run whose global batch is the same on any number of processes."""
-    how = {"use_cpu": True}
-    if processes > 1 and "fsdp" in case:
+    how = {"use_cpu": processes == 1 or "zero" not in case}
+    if processes > 1 and "fsdp" in case and "launched" not in case:
         how |= {"fsdp": True, "fsdp_config": dict(case["fsdp"])}
-    if processes > 1 and "zero" in case:
+    if processes > 1 and "zero" in case and "launched" not in case:
         bf16 = {"bf16": {"enabled": True}} if "bf16" in case.get("arguments", ()) else {}
         how = {"deepspeed": ZERO | bf16 | {"zero_optimization": {"stage": case["zero"]}}}
     return TrainingArguments(
@@ -115,7 +122,7 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
     if case.get("partitioned"):
         model = LlamaForCausalLM.from_pretrained(base)
     else:
-        one_loads = case.get("fsdp", {}).get("cpu_ram_efficient_loading")
+        one_loads = (case.get("fsdp") or {}).get("cpu_ram_efficient_loading")
         model = tiny.llama(seed=rank if one_loads else 0)
     assert processes == 1 or is_partitioned(model.lm_head.weight) == bool(case.get("partitioned"))
     return tiny.RecordingSMTTrainer(
@@ -169,11 +176,12 @@ def run(folder: Path, case: dict, processes: int) -> dict:
 
 def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
+    cases = {name: CASES[name] for name in names} if names[0] != "launched" else {names[1]: LAUNCHED[names[1]]}
     choose_fsdp_on_cpu()
-    if any("zero" in CASES[name] for name in names):
+    if any("zero" in case for case in cases.values()):
         choose_zero_on_cpu()
-    for name in names:
-        result = run(Path(folder, name), CASES[name], int(os.environ["WORLD_SIZE"]))
+    for name, case in cases.items():
+        result = run(Path(folder, name), case, int(os.environ["WORLD_SIZE"]))
         torch.save(result, Path(folder, name, f"result-{os.environ['RANK']}.pt"))
 
 

@@ -5,26 +5,30 @@ The runs and the shims they need there are in `sharded_script.py`.
 
 import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import sharded_script
 import tiny
 import torch
-from sharded_script import CASES
+from accelerate.commands.config.config_args import load_config_from_file
+from sharded_script import CASES, LAUNCHED
 from test_resume import assert_same
-from training_script import torchrun
+from training_script import accelerate_launch, torchrun
 from transformers import LlamaForCausalLM
 
 from smt_trainer import load_delta
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta
 
+CONFIGURATIONS = Path(__file__).parents[1] / "recipes" / "accelerate"
 QUICK = ["fsdp", "fsdp-one-rank-loads", "fsdp-checkpointing"]
 SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK]
 ZERO = [name for name in CASES if "zero" in name]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-MARKS = {name: pytest.mark.slow for name in SLOW} | {
-    name: pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'") for name in ZERO
-}
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'")
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(ZERO, needs_deepspeed)
+# With ACCELERATE_USE_CPU accelerate leaves DeepSpeed out, which has a variable of its own.
+ENVIRONMENT = {"fsdp": {"ACCELERATE_USE_CPU": "true"}, "zero": {"DS_ACCELERATOR": "cpu"}}
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 every_case = pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES])
@@ -39,9 +43,7 @@ def folder_of(tmp_path_factory):
         group = next(group for group in (QUICK, SLOW, ZERO) if name in group)
         if name not in folders:
             where = tmp_path_factory.mktemp("sharded")
-            # With ACCELERATE_USE_CPU accelerate leaves DeepSpeed out; DeepSpeed has a variable of its own.
-            environment = {"DS_ACCELERATOR": "cpu"} if group is ZERO else {"ACCELERATE_USE_CPU": "true"}
-            torchrun(sharded_script.__file__, 2, where, *group, **environment)
+            torchrun(sharded_script.__file__, 2, where, *group, **ENVIRONMENT["zero" if group is ZERO else "fsdp"])
             folders.update({name: where / name for name in group})
         return folders[name]
 
@@ -84,7 +86,9 @@ def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of):
         if module in ours["blocks"]:
             blocks, indices = ours["blocks"][module], ours["block_indices"][module]
             for block, (row, column) in zip(blocks, indices.tolist(), strict=True):
-                rows, columns = (slice(i * edge, (i + 1) * edge) for i, edge in zip((row, column), block.shape, strict=True))
+                rows, columns = (
+                    slice(i * edge, (i + 1) * edge) for i, edge in zip((row, column), block.shape, strict=True)
+                )
                 assert_same(weight[rows, columns], block)
                 assert changed[rows, columns].any()
                 changed[rows, columns] = False
@@ -124,3 +128,22 @@ def test_a_checkpoint_holds_the_delta_and_the_state_of_training_but_no_model(nam
     # DeepSpeed adds the source of a script, 40 kB, and saves blocks and optimizer padded and per rank.
     weights = 4 * sum(math.prod(parameter.shape) for parameter in tiny.llama().parameters())
     assert sum(path.stat().st_size for path in files if path.suffix != ".py") < weights / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "fsdp" in name else needs_deepspeed) for name in LAUNCHED]
+)
+def test_a_ready_configuration_of_accelerate_shards_as_it_says(name, tmp_path):
+    accelerate_launch(
+        CONFIGURATIONS / f"{name}.yaml", sharded_script.__file__, tmp_path, "launched", name, **ENVIRONMENT[name[:4]]
+    )
+    ours = torch.load(tmp_path / name / "result-0.pt", weights_only=True)["trained"]
+    single = sharded_script.run(tmp_path / "single", LAUNCHED[name], 1)["trained"]
+    torch.testing.assert_close(ours["weights"], single["weights"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", CONFIGURATIONS.iterdir(), ids=lambda path: path.stem)
+def test_accelerate_reads_each_ready_configuration(path):
+    expected = {"ddp": "MULTI_GPU", "ddp_cpu": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert load_config_from_file(str(path)).distributed_type == expected[path.stem]

@@ -159,9 +159,19 @@ def train(
 
 def torchrun(script: str, processes: int, *arguments: str | Path, **environment: str) -> None:
     """Run a file in new interpreters."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    _run_module([*launcher, script, *arguments], environment)
+
+
+def accelerate_launch(config: Path, script: str, *arguments: str | Path, **environment: str) -> None:
+    """Run a file as a configuration file of accelerate says, but on two processes and in full precision."""
+    launcher = ["accelerate.commands.launch", "--config_file", config, "--num_processes=2", "--mixed_precision=no"]
+    _run_module([*launcher, f"--main_process_port={free_port()}", script, *arguments], environment)
+
+
+def _run_module(command: list, environment: dict[str, str]) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
-    subprocess.run([sys.executable, *launcher, script, *arguments], check=True, env=environment, timeout=600)
+    subprocess.run([sys.executable, "-m", *command], check=True, env=environment, timeout=600)
 
 
 def outcomes(folder: Path, processes: int = 1) -> list[dict]:
