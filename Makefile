@@ -7,10 +7,10 @@ VENV := .venv
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-oldest quality style commonsense clean
+.PHONY: help venv test test-slow test-deepspeed test-oldest quality style commonsense clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(BIN)/.complete ## the environment in .venv, made once with the tested versions
 
@@ -25,6 +25,10 @@ test: venv ## the tests
 
 test-slow: venv ## the tests that need the real model and data, or minutes
 	$(BIN)/python -m pytest -m slow
+
+test-deepspeed: venv ## the tests of DeepSpeed ZeRO, which is installed for them (on the CPU; needs a C++ compiler)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
+	$(BIN)/python -m pytest -m "" tests/test_sharded.py -k zero
 
 test-oldest: .venv-oldest/.complete ## the library's tests with the oldest versions it supports, in .venv-oldest
 	.venv-oldest/bin/python -m pytest -m "not slow" --ignore tests/recipes

@@ -75,7 +75,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     """
     if is_partitioned(parameter):
         raise SMTError(
-            "values cannot be put into parameters that DeepSpeed has partitioned; load them before training."
+            "values cannot be put into parameters that ZeRO-3 has partitioned; load them before training."
         )
     if isinstance(parameter, DTensor):
         local, row = parameter.to_local(), _first_row(parameter)

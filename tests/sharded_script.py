@@ -44,6 +44,7 @@ CASES = {
     "fsdp-checkpointing": {"fsdp": FSDP | {"activation_checkpointing": True}},
     "fsdp-one-group": {"fsdp": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
     "fsdp-bf16": {"fsdp": FSDP, "arguments": {"bf16": True}},
+    "fsdp-transposed": {"fsdp": FSDP | {"transformer_layer_cls_to_wrap": ["GPT2Block"]}, "model": "gpt2"},
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "zero2-grad_signed": {"zero": 2, "smt": {"score": "grad_signed"}},
@@ -84,7 +85,7 @@ def choose_zero_on_cpu() -> None:
 
 def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
     """Arguments of a run whose global batch is the same on any number of processes."""
-    how = {"use_cpu": processes == 1 or "zero" not in case}
+    how = {"use_cpu": not torch.cuda.is_available() and (processes == 1 or "zero" not in case)}
     if processes > 1 and "fsdp" in case and "launched" not in case:
         how |= {"fsdp": True, "fsdp_config": dict(case["fsdp"])}
     if processes > 1 and "zero" in case and "launched" not in case:
@@ -113,6 +114,11 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
     )
 
 
+def base_model(case: dict, seed: int = 0):
+    """The model of a case as it was before training."""
+    return getattr(tiny, case.get("model", "llama"))(seed=seed)
+
+
 def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
     rank, base = int(os.environ.get("RANK", 0)), folder / "base"
     if case.get("partitioned") and rank == 0 and not base.exists():
@@ -123,7 +129,7 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
         model = LlamaForCausalLM.from_pretrained(base)
     else:
         one_loads = (case.get("fsdp") or {}).get("cpu_ram_efficient_loading")
-        model = tiny.llama(seed=rank if one_loads else 0)
+        model = base_model(case, seed=rank if one_loads else 0)
     assert processes == 1 or is_partitioned(model.lm_head.weight) == bool(case.get("partitioned"))
     return tiny.RecordingSMTTrainer(
         model=model,
@@ -177,9 +183,10 @@ def run(folder: Path, case: dict, processes: int) -> dict:
 def main(folder: str, *names: str) -> None:
     torch.set_num_threads(1)
     cases = {name: CASES[name] for name in names} if names[0] != "launched" else {names[1]: LAUNCHED[names[1]]}
-    choose_fsdp_on_cpu()
-    if any("zero" in case for case in cases.values()):
-        choose_zero_on_cpu()
+    if not torch.cuda.is_available():
+        choose_fsdp_on_cpu()
+        if any("zero" in case for case in cases.values()):
+            choose_zero_on_cpu()
     for name, case in cases.items():
         result = run(Path(folder, name), case, int(os.environ["WORLD_SIZE"]))
         torch.save(result, Path(folder, name, f"result-{os.environ['RANK']}.pt"))

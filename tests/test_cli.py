@@ -46,8 +46,8 @@ def test_inspect_says_what_a_delta_holds(delta, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere"], "smt: no delta configuration at nowhere"),
-        (["merge", "base", "nowhere", "out"], "smt: no delta configuration at nowhere"),
+        (["inspect", "nowhere"], "smt: no delta at nowhere"),
+        (["merge", "base", "nowhere", "out"], "smt: no delta at nowhere"),
     ],
 )
 def test_bad_input_is_one_line_on_standard_error_and_status_1(arguments, message, tmp_path, monkeypatch, capsys):

@@ -55,11 +55,12 @@ def test_every_make_verb_named_in_the_text_exists():
     assert verbs <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
 
 
-def test_the_file_tree_names_every_module_and_nothing_else():
+@pytest.mark.parametrize("folder", ["smt_trainer", "recipes"])
+def test_the_file_tree_names_every_file_and_nothing_else(folder):
     tree = next(block for block in code("text") if block.startswith("smt_trainer/\n"))
-    listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
-    package = {path for path in (ROOT / "smt_trainer").iterdir() if not path.name.startswith("__")}
-    assert listed == {path.name + "/" * path.is_dir() for path in package}
+    lines = re.search(rf"^{folder}/\n((?:  .+\n)+)", tree, flags=re.MULTILINE)[1].splitlines()
+    files = {path for path in (ROOT / folder).iterdir() if not path.name.startswith("__")}
+    assert {line.split()[0] for line in lines} == {path.name + "/" * path.is_dir() for path in files}
 
 
 def test_every_default_in_the_table_of_fields_is_the_real_one():

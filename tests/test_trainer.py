@@ -22,7 +22,8 @@ from smt_trainer import (
 from smt_trainer.convert import is_smt_model
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta
 from smt_trainer.layers import smt_layers
-from smt_trainer.trainer import REFUSED_OPTIMIZERS, SELECTION_FILE
+from smt_trainer.refusals import REFUSED_OPTIMIZERS
+from smt_trainer.trainer import SELECTION_FILE
 
 V_PROJ = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
 

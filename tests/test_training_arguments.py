@@ -38,7 +38,8 @@ from transformers.training_args import OptimizerNames
 
 from smt_trainer import SMTCallback
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE
-from smt_trainer.trainer import REFUSED_OPTIMIZERS, SELECTION_FILE
+from smt_trainer.refusals import REFUSED_OPTIMIZERS
+from smt_trainer.trainer import SELECTION_FILE
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "recipes" / "training_arguments.md"
