@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from torch import nn
@@ -15,15 +14,16 @@ from smt_trainer.scores import SCORERS
 from smt_trainer.sharding import is_partitioned
 from smt_trainer.targets import refuse_adapters
 
-if TYPE_CHECKING:
-    from smt_trainer.trainer import SMTTrainerMixin
-
 # Optimizers that keep their own map of the model's matrices, or swap values behind forward's back.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
 
-def refuse_unusable(trainer: SMTTrainerMixin) -> None:
-    """Raise `SMTError` for an argument, a model or a way of running that blocks cannot be trained under."""
+def refuse_unusable(trainer) -> None:
+    """Raise `SMTError` for an argument, a model or a way of running that blocks cannot be trained under.
+
+    Args:
+        trainer: an `SMTTrainerMixin`, once the trainer behind it has read its arguments.
+    """
     config = trainer.smt_config
     needs_warmup = config.selection is None and SCORERS[config.score].needs_warmup
     if trainer.model is not None:
@@ -39,7 +39,7 @@ def refuse_unusable(trainer: SMTTrainerMixin) -> None:
         _refuse_data_read_once(trainer.train_dataset)
 
 
-def _refuse_optimizers(trainer: SMTTrainerMixin) -> None:
+def _refuse_optimizers(trainer) -> None:
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise SMTError(
             "optimizers= holds an optimizer or scheduler bound to the parameters from before the blocks were chosen. "

@@ -74,9 +74,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         SMTError: ZeRO-3 has partitioned the parameter; its optimizer keeps a copy of its own.
     """
     if is_partitioned(parameter):
-        raise SMTError(
-            "values cannot be put into parameters that ZeRO-3 has partitioned; load them before training."
-        )
+        raise SMTError("values cannot be put into parameters that ZeRO-3 has partitioned; load them before training.")
     if isinstance(parameter, DTensor):
         local, row = parameter.to_local(), _first_row(parameter)
         local.copy_(value[row : row + len(local)])

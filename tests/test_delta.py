@@ -230,7 +230,7 @@ DAMAGE = {
     "index negative": (lambda folder: edit_tensors(folder, set_index(-1)), r"block \(-1, -1\) was asked for"),
     "index twice": (lambda folder: edit_tensors(folder, repeat_index), "name a block twice"),
     "indices flat": (lambda folder: edit_tensors(folder, flatten_indices), "is damaged"),
-    "block missing": (lambda folder: edit_tensors(folder, drop_a_block), "should have shape"),
+    "block missing": (lambda folder: edit_tensors(folder, drop_a_block), "is damaged"),
     "blocks of other shape": (lambda folder: edit_tensors(folder, reshape_blocks), "should have shape"),
     "stranger": (lambda folder: edit_tensors(folder, add_a_tensor), "expected the whole tensors"),
 }
