@@ -305,7 +305,8 @@ class SMTTrainerMixin:
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        model = model or self.model
+        # Not `model or ...`: a compiled model has no truth value.
+        model = self.model if model is None else model
         delta = Delta.read(resume_from_checkpoint)
         self._refuse_other_config(delta.selection.config, resume_from_checkpoint)
         put_delta(model, delta, has_weights=has_weights(self.accelerator))

@@ -45,6 +45,7 @@ CASES = {
     "fsdp-one-group": {"fsdp": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
     "fsdp-bf16": {"fsdp": FSDP, "arguments": {"bf16": True}},
     "fsdp-transposed": {"fsdp": FSDP | {"transformer_layer_cls_to_wrap": ["GPT2Block"]}, "model": "gpt2"},
+    "fsdp-compiled": {"fsdp": FSDP, "arguments": {"torch_compile": True, "torch_compile_backend": "aot_eager"}},
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "zero2-grad_signed": {"zero": 2, "smt": {"score": "grad_signed"}},
@@ -116,7 +117,9 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
 
 def base_model(case: dict, seed: int = 0):
     """The model of a case as it was before training."""
-    return getattr(tiny, case.get("model", "llama"))(seed=seed)
+    if case.get("model") == "gpt2":
+        return tiny.gpt2(seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return tiny.llama(seed=seed)
 
 
 def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
