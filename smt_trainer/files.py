@@ -17,7 +17,11 @@ from smt_trainer.errors import SMTError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step."""
+    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+
+    Raises:
+        OSError: the file could not be written; a full disk, for one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(descriptor)
@@ -28,9 +32,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         # mkstemp makes files private; give them the mode that open() would.
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,6 +49,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         SMTError: `output` exists and is not an empty folder.
+        OSError: a file in it could not be written; a full disk, for one.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SMTError(f"{output} exists and is not empty; give a new folder or empty it first.")
@@ -53,9 +59,10 @@ def new_folder(output: Path) -> Iterator[Path]:
         yield stage
         stage.chmod(0o777 & ~_umask())
         stage.replace(output)
-    except BaseException:
+    except SafetensorError as error:
+        raise OSError(f"{output} could not be written: {error}") from error
+    finally:
         shutil.rmtree(stage, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager

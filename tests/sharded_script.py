@@ -45,12 +45,16 @@ CASES = {
     "fsdp-one-group": {"fsdp": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
     "fsdp-bf16": {"fsdp": FSDP, "arguments": {"bf16": True}},
     "fsdp-transposed": {"fsdp": FSDP | {"transformer_layer_cls_to_wrap": ["GPT2Block"]}, "model": "gpt2"},
+    "fsdp-whole-module": {"fsdp": FSDP, "smt": {"modules_to_save": ["lm_head"]}},
+    "fsdp-tied": {"fsdp": FSDP | {"cpu_ram_efficient_loading": True}, "model": "tied"},
     "fsdp-compiled": {"fsdp": FSDP, "arguments": {"torch_compile": True, "torch_compile_backend": "aot_eager"}},
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "zero2-grad_signed": {"zero": 2, "smt": {"score": "grad_signed"}},
     "zero2-bf16": {"zero": 2, "arguments": {"bf16": True}},
     "zero3": {"zero": 3},
+    "zero3-whole-module": {"zero": 3, "smt": {"modules_to_save": ["lm_head"]}},
+    "zero3-tied": {"zero": 3, "model": "tied"},
     "zero3-partitioned": {"zero": 3, "smt": {"score": "magnitude"}, "partitioned": True},
 }
 # Sharded as `accelerate launch --config_file recipes/accelerate/NAME.yaml` says.
@@ -119,7 +123,7 @@ def base_model(case: dict, seed: int = 0):
     """The model of a case as it was before training."""
     if case.get("model") == "gpt2":
         return tiny.gpt2(seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return tiny.llama(seed=seed)
+    return tiny.llama(seed=seed, tie_word_embeddings=case.get("model") == "tied")
 
 
 def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:

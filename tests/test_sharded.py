@@ -93,7 +93,8 @@ def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of):
                 assert_same(weight[rows, columns], block)
                 assert changed[rows, columns].any()
                 changed[rows, columns] = False
-        assert not changed.any()
+        whole = "whole-module" in name and module == "lm_head"
+        assert changed.any() if whole else not changed.any()
 
 
 @every_case

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except SMTError as error:
+    except (SMTError, OSError) as error:
         print(f"smt: {error}", file=sys.stderr)
         return 1
     return 0
