@@ -92,7 +92,9 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
     """Arguments of a run whose global batch is the same on any number of processes."""
     how = {"use_cpu": not torch.cuda.is_available() and (processes == 1 or "zero" not in case)}
     if processes > 1 and "fsdp" in case and "launched" not in case:
-        how |= {"fsdp": True, "fsdp_config": dict(case["fsdp"])}
+        # Spelt as older versions of transformers want it; newer ones take True.
+        wrapped = "auto_wrap_policy" not in case["fsdp"]
+        how |= {"fsdp": "full_shard auto_wrap" if wrapped else "full_shard", "fsdp_config": dict(case["fsdp"])}
     if processes > 1 and "zero" in case and "launched" not in case:
         bf16 = {"bf16": {"enabled": True}} if "bf16" in case.get("arguments", ()) else {}
         how = {"deepspeed": ZERO | bf16 | {"zero_optimization": {"stage": case["zero"]}}}
