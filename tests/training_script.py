@@ -1,8 +1,8 @@
 """Runs of training in processes of their own: resumed from a checkpoint, killed, or on several ranks.
 
     python training_script.py resume FOLDER CHECKPOINT
-    accelerate launch --cpu --num_processes 2 training_script.py resume FOLDER CHECKPOINT
-    accelerate launch --cpu --num_processes 2 training_script.py ranks FOLDER
+    torchrun --nproc-per-node 2 training_script.py resume FOLDER CHECKPOINT
+    torchrun --nproc-per-node 2 training_script.py ranks FOLDER
 
 Writes what came out as `FOLDER/result-RANK.pt`. `launch` does the same without the seconds that a new interpreter takes
 to import everything: its processes are forked from a server that imported the libraries and did nothing else.

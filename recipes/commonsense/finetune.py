@@ -2,7 +2,8 @@
 
 An ordinary Trainer script: evaluate, train with `SMTTrainer`, evaluate, save the delta, merge it, check the merged
 checkpoint, report. `python -m recipes.commonsense.finetune --profile recipes/commonsense/default.args` runs the short
-profile; every argument below, and every one of `TrainingArguments`, can follow. `accelerate launch -m` works too.
+profile; every argument below, and every one of `TrainingArguments`, can follow. `accelerate launch -m` and
+`torchrun -m` work too.
 """
 
 import itertools
