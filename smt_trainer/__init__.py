@@ -24,6 +24,7 @@ _HOME = {
     "load_delta": "delta",
     "from_delta": "delta",
     "merge_checkpoint": "merge",
+    "Estimate": "estimate",
     "plot_selection": "plotting",
     "SMTCallback": "callbacks",
     "SMTTrainer": "trainer",

@@ -12,12 +12,12 @@ import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
 FLOORS = [
-    {"errors", "files", "config", "blocks", "targets", "sharding"},
+    {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
     {"scores", "selection", "ops", "ops.sparse_linear"},
     {"layers", "plotting", "card"},
-    {"convert", "delta", "merge", "warmup", "parallel", "refusals"},
+    {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "callbacks"},
-    {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta"},
+    {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta", "cli.estimate"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOMES_OF_TRAINER = {"trainer", "callbacks"}

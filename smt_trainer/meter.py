@@ -1,0 +1,170 @@
+"""What a training step takes, counted while it runs: bytes of the tensors alive, bytes saved for backward, FLOPs.
+
+A step on the meta device, where tensors have shapes but no values, counts as one elsewhere. Three things differ there
+and are put right: attention would fall apart into products of whole [seq, seq] matrices, autocast is unknown, and a
+value cannot be read. Models read values to see whether a sequence is padded or packed; the answer is that none is.
+
+A tensor's bytes are those of its storage, counted once for all its views from the operation that makes it until the
+last reference goes. What a kernel uses for itself and an allocator rounds up is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, UntypedStorage, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+FUSED = aten._scaled_dot_product_flash_attention_for_cpu
+FLOPS = flop_registry | {
+    FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(dy.shape, q.shape, k.shape, v.shape)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one step took, beyond what was there before it.
+
+    Attributes:
+        activations: bytes of the distinct tensors saved for backward when the output embeddings are reached.
+        loss: bytes that live at most from there until backward comes back there, on top of `activations`.
+        gradients: bytes of the gradients at the end.
+        peak: bytes that live at most.
+        flops: FLOPs of the matrix products of forward and backward, two for each multiplication with its addition.
+    """
+
+    activations: int
+    loss: int
+    gradients: int
+    peak: int
+    flops: int
+
+
+def read_step(
+    model: nn.Module, batch: int, seq: int, *, beside: Iterable[Tensor] = (), gradient_share: float = 1.0
+) -> Reading:
+    """Run forward and backward of one step of a causal language model, and count.
+
+    Args:
+        model: of transformers, on the meta device or a real one; what it trains has its gradients afterwards.
+        batch: number of sequences.
+        seq: tokens in each.
+        beside: tensors that were there before, other than the model's own.
+        gradient_share: the part of a gradient that stays once it is complete.
+    """
+    before = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *beside]]
+    alive, saved = _Alive(before), set()
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: alive.shrink(parameter.grad, gradient_share))
+        for parameter in model.parameters()
+        if parameter.requires_grad and gradient_share < 1
+    ]
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.add(_key(tensor.untyped_storage()))
+        return tensor
+
+    def reach_head(_, inputs: tuple[Tensor, ...]) -> None:
+        alive.start_phase()
+        activations.append(alive.bytes_of(saved))
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(lambda _: alive.start_phase())
+
+    activations: list[int] = []
+    handles.append(model.get_output_embeddings().register_forward_pre_hook(reach_head))
+    try:
+        with _like_elsewhere(), alive:
+            tokens = torch.zeros(batch, seq, dtype=torch.long, device=before[0].device)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            gradients = alive.bytes_of(_key(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Reading(activations[0], alive.peaks[1] - activations[0], gradients, max(alive.peaks), alive.flops)
+
+
+class _Alive(TorchDispatchMode):
+    """Counts FLOPs, and the bytes of the storages that are made while it is active, with their peak in each phase."""
+
+    def __init__(self, before: list[UntypedStorage]) -> None:
+        super().__init__()
+        self.before = before
+        self.sizes = dict.fromkeys(map(_key, before), 0)
+        self.now, self.peaks, self.flops = 0, [0], 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation is aten._local_scalar_dense.default and args[0].is_meta:
+            return True
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        if operation.overloadpacket in FLOPS:
+            self.flops += FLOPS[operation.overloadpacket](*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and _key(tensor.untyped_storage()) not in self.sizes:
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: UntypedStorage) -> None:
+        self._resize(_key(storage), storage.nbytes())
+        weakref.finalize(storage, self._forget, _key(storage))
+
+    def _forget(self, key: int) -> None:
+        self._resize(key, 0)
+        del self.sizes[key]
+
+    def _resize(self, key: int, size: int) -> None:
+        self.now += size - self.sizes.get(key, 0)
+        self.sizes[key] = size
+        self.peaks[-1] = max(self.peaks[-1], self.now)
+
+    def start_phase(self) -> None:
+        """Begin another peak."""
+        self.peaks.append(self.now)
+
+    def shrink(self, tensor: Tensor, share: float) -> None:
+        """Count a part of a tensor only, from now on."""
+        self._resize(_key(tensor.untyped_storage()), round(share * tensor.nbytes))
+
+    def bytes_of(self, keys: Iterable[int]) -> int:
+        """Bytes of those of the storages that were made here and are still alive."""
+        return sum(self.sizes.get(key, 0) for key in keys)
+
+
+def _key(storage: UntypedStorage) -> int:
+    """What tells storages apart while they live."""
+    return storage._cdata
+
+
+@contextlib.contextmanager
+def _like_elsewhere() -> Iterator[None]:
+    """Within this context, attention is one operation on the meta device too, and autocast is known to be off there."""
+    originals = attention, autocasts = F.scaled_dot_product_attention, torch.is_autocast_enabled
+
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if not query.is_meta or query.shape[-1] != value.shape[-1]:
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = attn_mask.logical_not().to(query.dtype)
+        return FUSED(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+    def autocasts_anything(*device_type):
+        return device_type != ("meta",) and autocasts(*device_type)
+
+    F.scaled_dot_product_attention, torch.is_autocast_enabled = attend, autocasts_anything
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, torch.is_autocast_enabled = originals
