@@ -7,7 +7,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-deepspeed test-oldest quality style commonsense clean
+.PHONY: help venv test test-slow test-deepspeed test-oldest quality style commonsense bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ style: venv ## lint and formatting, mended
 commonsense: venv ## fine-tune and evaluate on commonsense tasks (PROFILE=, MODEL=, DATA=, BUDGET=, OUT=, ARGS=)
 	$(BIN)/python -m recipes.commonsense.finetune --profile recipes/commonsense/$(PROFILE).args --output_dir "$(OUT)" \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+
+bench: OUT = runs/bench
+bench: venv ## step time and memory of SMT and its rivals (SHAPE=, OUT=, ARGS=)
+	$(BIN)/python -m recipes.benchmarks.training_step --output "$(OUT)" $(if $(SHAPE),--shape $(SHAPE)) $(ARGS)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .venv-oldest *.egg-info .pytest_cache .ruff_cache .hypothesis

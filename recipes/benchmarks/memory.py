@@ -1,0 +1,111 @@
+"""What a step computes and keeps: FLOPs, tensors saved for backward, gradients, optimizer state, peaks."""
+
+import itertools
+import multiprocessing
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from recipes.benchmarks.methods import Variant
+from recipes.benchmarks.models import tiny
+from recipes.benchmarks.setting import Setting, device
+from recipes.benchmarks.training import Training
+
+
+def account(training: Training, tokens: Tensor) -> dict[str, int | None]:
+    """Take one step and count.
+
+    `saved_bytes`: storages that autograd keeps from forward for backward, parameters and buffers excluded; None under
+    checkpointing, whose own saved tensors are out of sight. `live_bytes`: all tensors that exist at the step's peak,
+    weights and optimizer state included.
+    """
+    state = tensors_of_optimizer(training)
+    held = storages([*training.model.parameters(), *training.model.buffers()])
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.update(storages([tensor]))
+        return tensor
+
+    with profile(profile_memory=True) as profiler, FlopCounterMode(display=False) as counter:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = training.loss(tokens)
+        saved_bytes = sum(size for address, size in saved.items() if address not in held)
+        loss.backward()
+        gradients = sum(tensor.grad.nbytes for tensor in training.parameters)
+        training.update()
+    return {
+        "trainable": training.trainable,
+        "flops": counter.get_total_flops(),
+        "saved_bytes": None if training.setting.checkpointing else saved_bytes,
+        "gradient_bytes": gradients,
+        "optimizer_bytes": sum(tensor.nbytes for tensor in state),
+        "live_bytes": sum((held | storages(state)).values()) + most_allocated(profiler),
+    }
+
+
+def tensors_of_optimizer(training: Training) -> list[Tensor]:
+    """Its state on the device; counts of steps lie elsewhere."""
+    states = training.optimizer.state.values() if training.optimizer else ()
+    return [value for state in states for value in state.values() if torch.is_tensor(value) and value.ndim]
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes of the distinct storages behind tensors; a sparse tensor has those of its parts."""
+    found = {}
+    for tensor in tensors:
+        parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
+        found |= {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
+    return found
+
+
+def most_allocated(profiler: profile) -> int:
+    """Most bytes on the device, over what there was at the start, from the allocations in a profile."""
+    events = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type().name.lower() == device()
+    ]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def peaks(variants: Iterable[Variant], setting: Setting) -> dict[Variant, int]:
+    """`peak_bytes` of each variant, in a process of its own."""
+    # Processes are forked from a server that has imported this module and done nothing else.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        running = {variant: pool.submit(peak_bytes, variant, setting) for variant in variants}
+        return {variant: peak.result() for variant, peak in tqdm(running.items(), "memory")}
+
+
+def peak_bytes(variant: Variant, setting: Setting) -> int:
+    """Most memory of a step above the plain model's: allocated on the GPU, or else resident (Linux)."""
+    # Code that is loaded on first use is none of it.
+    small = Setting(tiny(2), setting.dtype, 1, 8)
+    Training(small.build(), Variant(variant.method, 0.05), small).step(small.tokens())
+    model, tokens = setting.build(), setting.tokens()
+    plain = torch.cuda.memory_allocated() if device() == "cuda" else resident("VmRSS")
+    training = Training(model, variant, setting)
+    if device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        training.step(tokens)
+        return torch.cuda.max_memory_allocated() - plain
+    # The kernel's record of the peak starts anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    training.step(tokens)
+    return resident("VmHWM") - plain
+
+
+def resident(field: str) -> int:
+    """Bytes of resident memory: now (`VmRSS`) or at most (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -1,0 +1,65 @@
+"""What all methods have in common: the model, the tokens, the precision, the threads."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from recipes.benchmarks.models import MODELS, Shape
+from smt_trainer.targets import count_parameters
+
+GPU_SHAPES = ("llama-3.2-3b", "llama-2-7b", "llama-3-8b")
+SHAPES = {name.lower(): MODELS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B", "Llama-2-7B", "Llama-3-8B")}
+# Two layers of LLaMA-7B, with its embeddings.
+SHAPES["wide"] = MODELS["Llama-2-7B"]._replace(num_hidden_layers=2)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model with random weights and the random tokens of a step; equal in every process.
+
+    Attributes:
+        dtype: of the weights; with "bf16" forward runs under autocast, as in `TrainingArguments(bf16=True)`.
+        batch: sequences of a step.
+        length: tokens of a sequence.
+        checkpointing: whether each layer's activations are computed again in backward.
+        threads: of the processor.
+    """
+
+    shape: Shape
+    dtype: str = "fp32"
+    batch: int = 2
+    length: int = 256
+    checkpointing: bool = False
+    threads: int = 1
+    seed: int = 0
+
+    def build(self) -> nn.Module:
+        """The plain model, on the GPU if there is one."""
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        with torch.device(device()):
+            model = self.shape.build()
+        if self.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model.to(DTYPES[self.dtype]).train()
+
+    def parameters(self) -> int:
+        """Of the model, tied weights counted once."""
+        with torch.device("meta"):
+            return count_parameters(self.shape.build())
+
+    def tokens(self) -> Tensor:
+        """[batch, length] token ids."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randint(self.shape.vocab_size, (self.batch, self.length), generator=generator).to(device())
+
+    def to_dict(self) -> dict:
+        """JSON types."""
+        return asdict(self) | {"shape": self.shape._asdict()}
+
+
+def device() -> str:
+    """Where everything runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,116 @@
+"""The measurements of a training step as Markdown."""
+
+from recipes.benchmarks.selection_scale import table
+
+
+def markdown(results: dict, chart: str) -> str:
+    """All tables; `chart` is the name of the picture beside them."""
+    setting = results["setting"]
+    other = {"processor": "clock", "clock": "processor"}[results["timer"]]
+    floor = results["methods"][0]
+    rounds = len(floor["rounds"])
+    parts = [
+        f"# A training step of {results['shape']}\n",
+        f"{results['parameters']:,} random weights in {setting['dtype']}"
+        f"{' under autocast' if setting['dtype'] == 'bf16' else ''}, "
+        f"{setting['batch']} x {setting['length']} random tokens, activation checkpointing "
+        f"{'on' if setting['checkpointing'] else 'off'}, `torch.optim.AdamW(fused=True)`. All methods train the query, "
+        "key and value projections, SMT blocks and rows drawn at random. Adapters are PEFT's, with the rank that comes "
+        "nearest to the budget.\n",
+        f"![Time and memory]({chart})\n",
+        "## Time\n",
+        f"Each of {rounds} rounds takes one step of each method in turn; the ratio is to the floor's step of the same "
+        "round. The floor is the same model with all weights frozen and backward through all layers; its second copy "
+        f"shows the noise. Medians (and quartiles), by time of the {_timer(results['timer'])}.\n",
+        table(
+            f"method|budget|trainable|of all|to the floor|by time {_on(other)}|seconds|seconds {_on(other)}",
+            [
+                [row["method"], percent(row["budget"]), f"{row['trainable']:,}"]
+                + [f"{100 * row['trainable'] / results['parameters']:.3f} %"]
+                + [spread(row["to_floor"][timer]) for timer in (results["timer"], other)]
+                + [f"{row['seconds'][timer]['median']:.3f}" for timer in (results["timer"], other)]
+                for row in results["methods"]
+            ],
+        ),
+        "## SMT's time to that of the others\n",
+        table(
+            "method|budget|ratio",
+            [
+                [row["method"], percent(row["budget"]), spread(row["ratio"][results["timer"]])]
+                for row in results["smt_to_others"]
+            ],
+        ),
+        "## Memory and arithmetic\n",
+        "MiB. Peak: most memory of a step above that of the plain model, in a process of its own "
+        f"({'allocated on the GPU' if results['timer'] == 'clock' else 'resident'}). Live: all tensors at the peak, "
+        "weights and optimizer state included. Saved: what autograd keeps from forward for backward, without "
+        "parameters.\n",
+        table(
+            "method|budget|peak|live|live, to the floor|saved|gradients|optimizer|GFLOP|GFLOP, to the floor",
+            [
+                [row["method"], percent(row["budget"]), mib(row["peak_bytes"]), mib(row["live_bytes"])]
+                + [f"{row['live_bytes'] / floor['live_bytes']:.3f}"]
+                + [mib(row[f"{what}_bytes"]) for what in ("saved", "gradient", "optimizer")]
+                + [f"{row['flops'] / 1e9:.4g}", f"{row['flops'] / floor['flops']:.3f}"]
+                for row in results["methods"]
+            ],
+        ),
+        *(_curves(results["curves"], results["timer"]) if "curves" in results else []),
+        table(
+            "|",
+            [
+                ["hardware", results["hardware"]],
+                ["load at start and end", ", ".join(f"{load:.1f}" for load in results["load"])],
+                ["environment", ", ".join(f"{name}={value}" for name, value in results["environment"].items())],
+                ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
+                ["seed", str(setting["seed"])],
+                ["command", f"`{results['command']}`"],
+            ],
+        ),
+    ]
+    return "\n".join(parts)
+
+
+def _curves(curves: dict, timer: str) -> list[str]:
+    floor = curves["floor"]
+
+    def rows(name: str, label) -> list[list[str]]:
+        return [
+            [label(row), f"{row['trainable']:,}", spread(row["to_floor"][timer])]
+            + [f"{row[what] / floor[what]:.3f}" for what in ("live_bytes", "flops")]
+            for row in curves[name]
+        ]
+
+    header = "trainable|time|live|GFLOP"
+    return [
+        "## SMT as its budget grows\n",
+        f"Ratios to the floor; rounds: {len(floor['rounds'])}.\n",
+        table(f"budget|{header}", rows("by_budget", lambda row: percent(row["budget"]))),
+        "## SMT as its lowest layer with blocks rises\n",
+        f"Budget {percent(curves['by_lowest_layer'][0]['budget'])}. Below the layer there is no backward, while the "
+        "floor's goes through all.\n",
+        table(f"layer|{header}", rows("by_lowest_layer", lambda row: str(row["lowest_layer"]))),
+    ]
+
+
+def _timer(timer: str) -> str:
+    return {"processor": "processor, over all threads", "clock": "clock"}[timer]
+
+
+def _on(timer: str) -> str:
+    return {"processor": "of the processor", "clock": "on the clock"}[timer]
+
+
+def spread(quartiles: dict[str, float]) -> str:
+    """Median (lower to upper quartile)."""
+    return "{median:.3f} ({lower:.3f} to {upper:.3f})".format(**quartiles)
+
+
+def percent(budget: float | None) -> str:
+    """A fraction of all parameters."""
+    return "" if budget is None else f"{100 * budget:g} %"
+
+
+def mib(count: int | None) -> str:
+    """Bytes in MiB."""
+    return "" if count is None else f"{count / 2**20:,.1f}"

@@ -1,0 +1,73 @@
+"""Step times of many trainings, taken in turns, and their ratios within each round."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.benchmarks.methods import Variant
+from recipes.benchmarks.training import Training
+
+
+class Seconds(NamedTuple):
+    """What one step took: of the processor, over all threads, and on the clock."""
+
+    processor: float
+    clock: float
+
+
+Round = Mapping[Variant, Seconds]
+
+
+def time_rounds(trainings: Mapping[Variant, Training], tokens: Tensor, rounds: int) -> list[Round]:
+    """In each round, one step of each training in turn: what slows the machine for a while slows them all.
+
+    Each round begins with another one, since the first finds cold caches.
+    """
+    samples, order = [], list(trainings)
+    for _ in tqdm(range(rounds), "rounds"):
+        gc.collect()
+        gc.disable()
+        samples.append({variant: timed(partial(trainings[variant].step, tokens)) for variant in order})
+        gc.enable()
+        order = order[1:] + order[:1]
+    return samples
+
+
+def timed(action: Callable[[], object]) -> Seconds:
+    """Run an action, and wait for the GPU to finish it."""
+    synchronize()
+    processor, clock = time.process_time(), time.perf_counter()
+    action()
+    synchronize()
+    return Seconds(time.process_time() - processor, time.perf_counter() - clock)
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(rounds: list[Round], variant: Variant) -> dict:
+    """Quartiles of a variant's step times, by either clock."""
+    return {timer: quartiles([getattr(each[variant], timer) for each in rounds]) for timer in Seconds._fields}
+
+
+def ratios(rounds: list[Round], variant: Variant, to: Variant) -> dict:
+    """Quartiles of the ratio of two variants' times of one round, by either clock."""
+    return {
+        timer: quartiles([getattr(each[variant], timer) / getattr(each[to], timer) for each in rounds])
+        for timer in Seconds._fields
+    }
+
+
+def quartiles(values: list[float]) -> dict[str, float]:
+    """Lower quartile, median and upper quartile."""
+    return dict(zip(("lower", "median", "upper"), np.quantile(values, (0.25, 0.5, 0.75)).tolist(), strict=True))

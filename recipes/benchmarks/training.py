@@ -1,0 +1,56 @@
+"""A model made trainable by one method, and its training step."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from recipes.benchmarks.methods import Variant
+from recipes.benchmarks.setting import DTYPES, Setting
+from smt_trainer.layers import smt_layers, write_back
+
+
+class Training:
+    """Changes `model` in place. The optimizer's state is allocated, as in every step but the first."""
+
+    def __init__(self, model: nn.Module, variant: Variant, setting: Setting) -> None:
+        self.setting = setting
+        self.model = variant.make_trainable(model, setting.seed).train()
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.layers = [layer for _, layer in smt_layers(self.model)]
+        self.optimizer = None
+        if self.parameters:
+            # Without weight decay, a step of all-zero gradients changes nothing.
+            self.optimizer = torch.optim.AdamW(self.parameters, fused=True, weight_decay=0)
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            self.update()
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Forward."""
+        dtype = DTYPES[self.setting.dtype]
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
+            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def update(self) -> None:
+        """What comes after backward."""
+        if self.optimizer:
+            self.optimizer.step()
+            write_back(self.layers)
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, tokens: Tensor) -> None:
+        """One whole step."""
+        self.loss(tokens).backward()
+        self.update()
+
+
+def copy_for(variant: Variant, model: nn.Module) -> nn.Module:
+    """A copy of a model that shares the parameters which the method leaves as they are, so that many copies fit."""
+    shared = {id(parameter): parameter for name, parameter in model.named_parameters() if not variant.writes_to(name)}
+    return copy.deepcopy(model, shared)

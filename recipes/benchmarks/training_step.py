@@ -1,0 +1,146 @@
+"""Time and memory of a training step: SMT against what else trains a model, all with as many parameters.
+
+python -m recipes.benchmarks.training_step --output recipes/benchmarks/results
+"""
+
+import argparse
+import gc
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from recipes.benchmarks.charts import draw
+from recipes.benchmarks.memory import account, peaks
+from recipes.benchmarks.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, Variant
+from recipes.benchmarks.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
+from recipes.benchmarks.tables import markdown
+from recipes.benchmarks.timing import Round, ratios, seconds, time_rounds
+from recipes.benchmarks.training import Training, copy_for
+from recipes.reporting import command, hardware, versions
+
+PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
+ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF")
+GROWTH = (0.001, 0.002, 0.005, 0.0084, 0.02, 0.05, 0.1)
+# The lowest layers with blocks, as parts of the model's depth, and a budget that the layers above the last one hold.
+DEPTHS = (0, 0.25, 0.5, 0.75, 0.875)
+DEPTHS_BUDGET = 0.0084
+
+
+def compare(setting: Setting, methods: Sequence[str], budgets: Sequence[float], rounds: int) -> dict:
+    """All methods at all budgets, and the ratio of SMT's time to that of the others."""
+    each = [Variant(method, budget) for budget in budgets for method in methods if method != FULL]
+    first, second = Variant(FLOOR), Variant(SECOND_FLOOR)
+    full = [Variant(FULL)] if FULL in methods else []
+    middle = len(each) // 2
+    variants = [first, *full, *each[:middle], second, *each[middle:]]
+    # While nothing else is in memory.
+    peak_bytes = peaks(variants, setting)
+    rows, samples = measure(setting, variants, rounds)
+    sparse = [variant for variant in each if variant.method == SMT]
+    return {
+        "methods": [rows[variant] | {"peak_bytes": peak_bytes[variant]} for variant in (first, second, *full, *each)],
+        "smt_to_others": [
+            {"budget": smt.budget, "method": other.method, "ratio": ratios(samples, smt, other)}
+            for smt in sparse
+            for other in (first, *full, *each)
+            if other.method != SMT and other.budget in (None, smt.budget)
+        ],
+    }
+
+
+def curves(setting: Setting, rounds: int) -> dict:
+    """SMT against the floor, as the budget grows and as the lowest layer with blocks rises."""
+    floor = Variant(FLOOR)
+    by_budget = [Variant(SMT, each) for each in GROWTH]
+    layers = dict.fromkeys(int(depth * setting.shape.num_hidden_layers) for depth in DEPTHS)
+    by_layer = [Variant(SMT, DEPTHS_BUDGET, layer) for layer in layers]
+    rows, _ = measure(setting, [floor, *by_budget, *by_layer], rounds)
+    return {
+        "floor": rows[floor],
+        "by_budget": [rows[variant] for variant in by_budget],
+        "by_lowest_layer": [rows[variant] for variant in by_layer],
+    }
+
+
+def measure(setting: Setting, variants: Sequence[Variant], rounds: int) -> tuple[dict[Variant, dict], list[Round]]:
+    """A row for each variant; the first step of each, slow in its own way, is counted and not timed."""
+    # Models hold themselves in circles: those of an earlier call are still there.
+    gc.collect()
+    model, tokens = setting.build(), setting.tokens()
+    trainings = {
+        variant: Training(copy_for(variant, model), variant, setting) for variant in tqdm(variants, "building")
+    }
+    accounts = {variant: account(training, tokens) for variant, training in tqdm(trainings.items(), "counting")}
+    samples = time_rounds(trainings, tokens, rounds)
+    rows = {
+        variant: variant._asdict()
+        | accounts[variant]
+        | {"to_floor": ratios(samples, variant, Variant(FLOOR)), "seconds": seconds(samples, variant)}
+        | {"rounds": [sample[variant]._asdict() for sample in samples]}
+        for variant in trainings
+    }
+    return rows, samples
+
+
+def report(arguments: argparse.Namespace, shape: str) -> None:
+    """Measure one shape, and write its three files."""
+    dtype = arguments.dtype or ("bf16" if shape in GPU_SHAPES else "fp32")
+    setting = Setting(
+        SHAPES[shape], dtype, arguments.batch, arguments.length, arguments.checkpointing, arguments.threads
+    )
+    load = os.getloadavg()[0]
+    results = compare(setting, arguments.methods, arguments.budgets, arguments.rounds)
+    if arguments.curve_rounds:
+        results["curves"] = curves(setting, arguments.curve_rounds)
+    results |= {
+        "shape": shape,
+        "parameters": setting.parameters(),
+        "setting": setting.to_dict(),
+        # Other programs add to time on the clock, not to that of the processor; a GPU has only the former.
+        "timer": "clock" if torch.cuda.is_available() else "processor",
+        "command": command("recipes.benchmarks.training_step"),
+        "hardware": hardware(),
+        "load": [load, os.getloadavg()[0]],
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "versions": versions(PACKAGES),
+    }
+    stem = "-".join(["step", shape, dtype, *(["checkpointing"] if arguments.checkpointing else [])])
+    write(results, arguments.output, stem)
+
+
+def write(results: dict, folder: Path, stem: str) -> None:
+    """The JSON, the tables and the chart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(markdown(results, f"{stem}.png"), encoding="utf-8")
+    draw(results, folder / f"{stem}.png")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure the shapes asked for, but on a machine without a GPU those that need one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for a .json, .md and .png of each shape")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["smollm2-135m"], help="the models")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="besides the floor")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.0084, 0.05], help="fractions of all parameters")
+    parser.add_argument("--rounds", type=int, default=4, help="steps of each method that are timed")
+    parser.add_argument("--curve-rounds", type=int, default=2, help="the same for the two curves; 0 leaves them out")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 for shapes that need a GPU")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor")
+    arguments = parser.parse_args(words)
+    for shape in arguments.shape:
+        if shape in GPU_SHAPES and not torch.cuda.is_available():
+            tqdm.write(f"{shape} is left out: it needs a GPU.")
+        else:
+            report(arguments, shape)
+
+
+if __name__ == "__main__":
+    main()
