@@ -286,7 +286,9 @@ class SMTTrainerMixin:
             # Of an earlier writing: a checkpoint counts as whole when it has one.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         delta.save(folder)
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
