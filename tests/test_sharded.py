@@ -147,7 +147,7 @@ def test_a_ready_configuration_of_accelerate_shards_as_it_says(name, tmp_path):
     torch.testing.assert_close(ours["weights"], single["weights"], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("path", CONFIGURATIONS.iterdir(), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.iterdir()), ids=lambda path: path.stem)
 def test_accelerate_reads_each_ready_configuration(path):
     expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert load_config_from_file(str(path)).distributed_type == expected[path.stem]
