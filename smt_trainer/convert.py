@@ -75,14 +75,25 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
         first.weight.dtype,
         frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     )
+    rewrite(model, selection, saved_modules, getattr(torch, config.master_dtype))
+    model.smt_state = state
+    return model
+
+
+def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> nn.Module:
+    """`convert_to_smt` without its checks and its memory: reads no value of the model, which may be on the meta device.
+
+    Args:
+        whole: full names of the modules to train whole.
+        master_dtype: of the trainable blocks.
+    """
     model.requires_grad_(False)
-    for name, linear in linears.items():
+    for name, block_indices in selection.block_indices.items():
         grid = selection.grids[name]
         kind = SMTConv1D if grid.transposed else SMTLinear
-        kind.from_linear(linear, grid, selection.block_indices[name], getattr(torch, config.master_dtype))
-    for name in saved_modules:
+        kind.from_linear(model.get_submodule(name), grid, block_indices, master_dtype)
+    for name in whole:
         model.get_submodule(name).requires_grad_(True)
-    model.smt_state = state
     return model
 
 

@@ -46,9 +46,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt_trainer.config import SCORES, SMTConfig
-from smt_trainer.convert import find_linears, find_modules_to_save
+from smt_trainer.convert import find_linears, find_modules_to_save, rewrite
 from smt_trainer.errors import SMTError
-from smt_trainer.layers import SMTConv1D, SMTLinear
 from smt_trainer.meter import read_step
 from smt_trainer.scores import Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, select_blocks
@@ -167,7 +166,7 @@ def estimate(
     master_dtype, trained = getattr(torch, config.master_dtype), selection.trainable_parameters
     return Estimate(
         selection,
-        smt=step.cost(_with_blocks(build(), selection, whole, master_dtype)),
+        smt=step.cost(rewrite(build(), selection, whole, master_dtype)),
         warmup=_warmup_cost(plain, scorers[config.score], config, step),
         lora=step.cost(_with_adapters(build(), selection, whole, rank)),
         full=step.cost(build()),
@@ -251,20 +250,6 @@ def _choose(model: nn.Module, config: SMTConfig) -> BlockSelection:
 def _equal_rank(selection: BlockSelection) -> int:
     """The rank at which adapters on all targets hold as many weights as the blocks."""
     return max(1, round(selection.trainable_parameters / sum(sum(g.weight_shape) for g in selection.grids.values())))
-
-
-def _with_blocks(
-    model: nn.Module, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype
-) -> nn.Module:
-    """As `convert_to_smt` rewrites a model, but for the fingerprint, which takes values."""
-    model.requires_grad_(False)
-    for name, indices in selection.block_indices.items():
-        grid = selection.grids[name]
-        kind = SMTConv1D if grid.transposed else SMTLinear
-        kind.from_linear(model.get_submodule(name), grid, indices, master_dtype)
-    for name in whole:
-        model.get_submodule(name).requires_grad_(True)
-    return model
 
 
 def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[str], rank: int) -> nn.Module:
