@@ -11,8 +11,8 @@ training: its linears rewritten, its activations checkpointed or not. What the s
                    adapters (in float32, as PEFT keeps them), or the accumulators of the warm-up
     optimizer    = AdamW: two moments in the dtype of what is trained, and a step count of 4 a tensor
     gradients    = as much as is trained, at the end of backward
-    activations  = the distinct tensors that autograd saves on the way to the output embeddings; with checkpointing
-                   the inputs of the layers
+    activations  = the distinct tensors that live when the output embeddings are reached: what autograd keeps for
+                   backward (with checkpointing the inputs of the layers), and their own input
     loss         = what comes on top in the output embeddings and the loss: T tokens x V words as logits, in float32
                    and as log-probabilities, and their gradients
 
@@ -71,7 +71,7 @@ class Cost:
         added: masters, adapters or accumulators beside them.
         optimizer: AdamW's state.
         gradients: at the end of backward, with DDP's buckets.
-        activations: saved for backward on the way to the output embeddings.
+        activations: alive when the output embeddings are reached.
         loss: what output embeddings and loss need at most on top of `activations`.
         peak: what lives at most at one time.
         flops: FLOPs of forward and backward.

@@ -37,7 +37,7 @@ class Reading:
     """What one step took, beyond what was there before it.
 
     Attributes:
-        activations: bytes of the distinct tensors saved for backward when the output embeddings are reached.
+        activations: bytes that live when the output embeddings are reached: what is kept for backward, and their input.
         loss: bytes that live at most from there until backward comes back there, on top of `activations`.
         gradients: bytes of the gradients at the end.
         peak: bytes that live at most.
@@ -64,20 +64,16 @@ def read_step(
         gradient_share: the part of a gradient that stays once it is complete.
     """
     before = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *beside]]
-    alive, saved = _Alive(before), set()
+    alive = _Alive(before)
     handles = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: alive.shrink(parameter.grad, gradient_share))
         for parameter in model.parameters()
         if parameter.requires_grad and gradient_share < 1
     ]
 
-    def keep(tensor: Tensor) -> Tensor:
-        saved.add(_key(tensor.untyped_storage()))
-        return tensor
-
     def reach_head(_, inputs: tuple[Tensor, ...]) -> None:
         alive.start_phase()
-        activations.append(alive.bytes_of(saved))
+        activations.append(alive.now)
         if inputs[0].requires_grad:
             inputs[0].register_hook(lambda _: alive.start_phase())
 
@@ -86,9 +82,7 @@ def read_step(
     try:
         with _like_elsewhere(), alive:
             tokens = torch.zeros(batch, seq, dtype=torch.long, device=before[0].device)
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-            loss.backward()
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
             gradients = alive.bytes_of(_key(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None)
     finally:
         for handle in handles:

@@ -13,7 +13,7 @@ import smt_trainer
 PACKAGE = Path(smt_trainer.__file__).parent
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
-    {"scores", "selection", "ops", "ops.sparse_linear"},
+    {"scores", "selection", "ops", "ops.kept_input", "ops.sparse_linear"},
     {"layers", "plotting", "card"},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "callbacks"},

@@ -1,6 +1,7 @@
 """The sparse linear's forward, gradients, memory and cost."""
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import BlockGrid
-from smt_trainer.ops.sparse_linear import plan_blocks, sparse_linear
+from smt_trainer.ops.sparse_linear import Group, plan_blocks, sparse_linear
 
 # Row, column, block and non-square block grids of one weight, with adjacent and scattered blocks.
 GRIDS = {
@@ -24,6 +25,7 @@ GRIDS = {
     "row": (BlockGrid(12, 8, 1, 8), [[3, 0], [11, 0], [4, 0]]),
     "column": (BlockGrid(12, 8, 12, 1), [[0, 7], [0, 2], [0, 3]]),
     "one line of columns": (BlockGrid(12, 8, 4, 2), [[1, 0], [1, 1], [1, 3]]),
+    "runs of wide blocks": (BlockGrid(48, 8, 8, 4), [[0, 0], [2, 0], [3, 0], [5, 0], [0, 1], [2, 1], [3, 1], [5, 1]]),
     "whole weight": (BlockGrid(12, 8, 12, 8), [[0, 0]]),
 }
 GRIDS |= {f"{name}, transposed": (replace(grid, transposed=True), chosen) for name, (grid, chosen) in GRIDS.items()}
@@ -63,16 +65,31 @@ def test_the_plan_covers_each_block_exactly_once(case):
     plan, stored, positions = plan_blocks(block_indices, grid)
     assert sorted(stored.tolist()) == sorted(block_indices.tolist())
     assert [group.first for group in plan.groups] == [0, *(group.last for group in plan.groups[:-1])]
-    assert plan.groups[-1].last == len(stored)
     edge = grid.block_rows if plan.by_column else grid.block_columns
+    covered = []
     for group in plan.groups:
-        along, across = stored[group.first : group.last].unbind(1)
-        lines, offsets = (across, along) if plan.by_column else (along, across)
-        features = [offset * edge + step for offset in offsets.tolist() for step in range(edge)]
-        assert set(lines.tolist()) == {group.line}
-        assert positions[group.first * edge : group.last * edge].tolist() == features
-        adjacent = features == list(range(features[0], features[0] + len(features)))
-        assert group.start == (offsets[0].item() if adjacent else None)
+        offsets = [start + step for start, length in group.runs for step in range(length)]
+        assert all(start + length < later for (start, length), (later, _) in pairwise(group.runs))
+        pairs = [(line, offset) for line in range(group.line, group.line + group.lines) for offset in offsets]
+        assert len(pairs) == group.last - group.first
+        covered += [(offset, line) if plan.by_column else (line, offset) for line, offset in pairs]
+    assert covered == [tuple(index) for index in stored.tolist()]
+    features = [
+        offset * edge + step
+        for row, column in covered
+        for offset in [row if plan.by_column else column]
+        for step in range(edge)
+    ]
+    assert positions.tolist() == features
+
+
+def test_neighbouring_lines_with_the_same_blocks_are_one_product():
+    grid = BlockGrid(12, 12, 2, 2)
+    every_other_row = [[row, column] for row in (0, 2, 4) for column in (1, 2, 3, 5)]
+    plan, *_ = plan_blocks(torch.tensor([*every_other_row, [1, 5]]), grid)
+    assert [(group.line, group.lines, len(group.runs)) for group in plan.groups] == [(1, 3, 3), (5, 1, 2)]
+    whole, *_ = plan_blocks(torch.cartesian_prod(torch.arange(6), torch.arange(6)), grid)
+    assert whole.groups == (Group(0, 36, 0, 6, ((0, 6),)),)
 
 
 @settings(max_examples=40)

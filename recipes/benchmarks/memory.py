@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -19,35 +18,30 @@ from recipes.benchmarks.setting import Setting, device
 from recipes.benchmarks.training import Training
 
 
-def account(training: Training, tokens: Tensor) -> dict[str, int | None]:
+def account(training: Training, tokens: Tensor) -> dict[str, int]:
     """Take one step and count.
 
-    `saved_bytes`: storages that autograd keeps from forward for backward, parameters and buffers excluded; None under
-    checkpointing, whose own saved tensors are out of sight. `live_bytes`: all tensors that exist at the step's peak,
-    weights and optimizer state included.
+    `saved_bytes`: what forward leaves behind, so what autograd keeps for backward. `live_bytes`: all tensors that exist
+    at the step's peak, weights and optimizer state included.
     """
     state = tensors_of_optimizer(training)
-    held = storages([*training.model.parameters(), *training.model.buffers()])
-    saved: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.update(storages([tensor]))
-        return tensor
-
-    with profile(profile_memory=True) as profiler, FlopCounterMode(display=False) as counter:
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
+    held = storages([*training.model.parameters(), *training.model.buffers(), *state])
+    with FlopCounterMode(display=False) as counter:
+        with profile(profile_memory=True) as forward:
             loss = training.loss(tokens)
-        saved_bytes = sum(size for address, size in saved.items() if address not in held)
-        loss.backward()
+        with profile(profile_memory=True) as backward:
+            loss.backward()
         gradients = sum(tensor.grad.nbytes for tensor in training.parameters)
-        training.update()
+        with profile(profile_memory=True) as update:
+            training.update()
+    levels = list(itertools.accumulate(change for part in (forward, backward, update) for change in changes(part)))
     return {
         "trainable": training.trainable,
         "flops": counter.get_total_flops(),
-        "saved_bytes": None if training.setting.checkpointing else saved_bytes,
+        "saved_bytes": sum(changes(forward)),
         "gradient_bytes": gradients,
         "optimizer_bytes": sum(tensor.nbytes for tensor in state),
-        "live_bytes": sum((held | storages(state)).values()) + most_allocated(profiler),
+        "live_bytes": sum(held.values()) + max(levels),
     }
 
 
@@ -66,15 +60,14 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return found
 
 
-def most_allocated(profiler: profile) -> int:
-    """Most bytes on the device, over what there was at the start, from the allocations in a profile."""
+def changes(profiler: profile) -> list[int]:
+    """Bytes allocated (or freed, below zero) on the device by each event of a profile, in order of time."""
     events = [
         event
         for event in profiler.profiler.kineto_results.events()
         if event.name() == "[memory]" and event.device_type().name.lower() == device()
     ]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes, initial=0))
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def peaks(variants: Iterable[Variant], setting: Setting) -> dict[Variant, int]:
