@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from smt_trainer.layers import smt_layers, write_back
+from smt_trainer.layers import SMTLayer, smt_layers, write_back
 from smt_trainer.selection import BlockSelection
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ class SMTCallback(TrainerCallback):
         self.progress: tqdm | None = None
         self.losses: list[float] = []
         self.report: dict[str, float] = {}
+        self._layers: tuple[nn.Module | None, list[SMTLayer]] = (None, [])
 
     def on_warmup_begin(self, args, num_steps: int) -> None:
         """The gradient warm-up begins; it has `num_steps` steps."""
@@ -54,11 +56,17 @@ class SMTCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Log the warm-up's results once, since reporters are set up only now."""
         # DeepSpeed may just have loaded blocks.
-        write_back(layer for _, layer in smt_layers(model))
+        write_back(self._layers_of(model))
         if self.report:
             self.trainer.log(self.report)
             self.report = {}
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
         """Bring the dense weights, which forward reads, up to date with the blocks that were just stepped."""
-        write_back(layer for _, layer in smt_layers(model))
+        write_back(self._layers_of(model))
+
+    def _layers_of(self, model: nn.Module) -> list[SMTLayer]:
+        """The rewritten linears of a model, looked for once."""
+        if self._layers[0] is not model:
+            self._layers = (model, [layer for _, layer in smt_layers(model)])
+        return self._layers[1]

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from smt_trainer.blocks import BlockGrid
 from smt_trainer.ops.sparse_linear import plan_blocks, sparse_linear
-from smt_trainer.sharding import Part, assign, full_tensor, is_sharded, local_parts
+from smt_trainer.sharding import Part, assign, full_tensor, full_tensors, is_sharded, local_parts
 
 # Modules that accelerate and torch.compile put around others; checkpoints do without their names.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+# Weights in a block from which `write_back` copies block by block on the CPU.
+LARGE_BLOCK = 2048
 
 
 class SMTLayer(nn.Module):
@@ -62,18 +64,16 @@ class SMTLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
 
-    def local_views(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of what this rank holds of the dense weight under the blocks, and the values of the blocks for each.
-
-        A collective when the blocks are sharded over ranks.
-        """
+    def cut(self, blocks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of what this rank holds of the dense weight under the blocks, and the part of `blocks` [n, br, bc] that
+        belongs into each."""
         parts = local_parts(self.weight)
         addresses = [part.values.data_ptr() for part in parts]
         if vars(self).get("_views", (None,))[0] != addresses:
             self._views = (addresses, *self._cut(parts))
         _, views, cuts = self._views
-        blocks = full_tensor(self.blocks).unbind(0)
-        return views, blocks if cuts is None else [blocks[block][rows, columns] for block, rows, columns in cuts]
+        whole = blocks.unbind(0)
+        return views, list(whole) if cuts is None else [whole[block][rows, columns] for block, rows, columns in cuts]
 
     def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]] | None]:
         """Views of the parts under the blocks, and which rows and columns of which block each is; None if all whole."""
@@ -158,11 +158,20 @@ def plain_name(name: str) -> str:
 
 @torch.no_grad()
 def write_back(layers: Iterable[SMTLayer]) -> None:
-    """Cast the blocks of all layers into their dense weights, in one fused copy; a collective when they are sharded."""
+    """Cast the blocks of all layers into their dense weights; a collective, only one, when they are sharded.
+
+    On the CPU all large blocks are one fused copy to views of the weights. Small ones cost more to view than to copy,
+    and a GPU has no fused copy to strided views: there each weight takes one indexed copy.
+    """
+    layers = list(layers)
     views, values = [], []
-    for layer in layers:
-        layer_views, layer_values = layer.local_views()
-        views += layer_views
-        values += layer_values
+    for layer, blocks in zip(layers, full_tensors([layer.blocks for layer in layers]), strict=True):
+        is_large = layer.grid.block_numel >= LARGE_BLOCK and blocks.device.type == "cpu"
+        if is_large or is_sharded(layer.weight):
+            layer_views, layer_values = layer.cut(blocks)
+            views += layer_views
+            values += layer_values
+        else:
+            layer.grid.scatter_(layer.weight, layer.block_indices, blocks)
     if views:
         torch._foreach_copy_(views, values)

@@ -2,15 +2,18 @@
 
 Each rank holds one run of a weight's values in row-major order: FSDP2 whole rows (a DTensor sharded in dimension 0),
 ZeRO-3 an equal share of the flat weight, which may begin and end inside a row (`ds_tensor`). `full_tensor` brings the
-whole value together; `local_parts` gives what this rank holds as rectangles of the weight, to be written in place.
+whole value together, `full_tensors` those of many; `local_parts` gives what this rank holds as rectangles of the
+weight, to be written in place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -50,6 +53,29 @@ def full_tensor(parameter: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter.detach()
+
+
+def full_tensors(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """`full_tensor` of many parameters; those that FSDP2 shards alike come together in a single collective."""
+    alike: dict[tuple, list[DTensor]] = {}
+    for parameter in parameters:
+        if isinstance(parameter, DTensor) and Shard(0) in parameter.placements:
+            alike.setdefault((parameter.device_mesh, parameter.placements, parameter.dtype), []).append(parameter)
+    gathered = {id(each): whole for group in alike.values() for each, whole in zip(group, _gather(group), strict=True)}
+    return [gathered[id(each)] if id(each) in gathered else full_tensor(each) for each in parameters]
+
+
+def _gather(parameters: list[DTensor]) -> Iterator[Tensor]:
+    """The whole values of parameters that lie over the same ranks, as many rows of each on every rank but the last."""
+    mesh, dimension = parameters[0].device_mesh, parameters[0].placements.index(Shard(0))
+    ranks = mesh.size(dimension)
+    sizes = [-(-parameter.shape[0] // ranks) * parameter.shape[1:].numel() for parameter in parameters]
+    locals_ = [parameter.to_local().detach().flatten() for parameter in parameters]
+    message = torch.cat([F.pad(local, (0, size - len(local))) for local, size in zip(locals_, sizes, strict=True)])
+    received = message.new_empty(ranks * len(message))
+    dist.all_gather_into_tensor(received, message, group=mesh.get_group(dimension))
+    for parameter, part in zip(parameters, received.view(ranks, -1).split(sizes, dim=1), strict=True):
+        yield part.flatten()[: parameter.numel()].view(parameter.shape)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
