@@ -19,9 +19,10 @@ def markdown(results: dict, chart: str) -> str:
         "nearest to the budget.\n",
         f"![Time and memory]({chart})\n",
         "## Time\n",
-        f"Each of {rounds} rounds takes one step of each method in turn; the ratio is to the floor's step of the same "
-        "round. The floor is the same model with all weights frozen and backward through all layers; its second copy "
-        f"shows the noise. Medians (and quartiles), by time of the {_timer(results['timer'])}.\n",
+        f"Each of {rounds} rounds takes one step of each method, in an order drawn anew. The floor is the same model "
+        "with all weights frozen and backward through all layers, twice: the ratio is to the mean of both in the same "
+        "round, and how far they are from 1 shows the noise. Medians (and quartiles), by time of the "
+        f"{_timer(results['timer'])}.\n",
         table(
             f"method|budget|trainable|of all|to the floor|by time {_on(other)}|seconds|seconds {_on(other)}",
             [
@@ -30,6 +31,17 @@ def markdown(results: dict, chart: str) -> str:
                 + [spread(row["to_floor"][timer]) for timer in (results["timer"], other)]
                 + [f"{row['seconds'][timer]['median']:.3f}" for timer in (results["timer"], other)]
                 for row in results["methods"]
+            ],
+        ),
+        "## What SMT adds to the floor\n",
+        "Its own parts of a step, timed where they run, in % of that step: finer than the ratio of whole steps.\n",
+        table(
+            "budget|" + "|".join(_own(results)[0]["own_work"]) + "|together",
+            [
+                [percent(row["budget"])]
+                + [f"{100 * part[results['timer']]['median']:.2f}" for part in row["own_work"].values()]
+                + [f"{100 * sum(part[results['timer']]['median'] for part in row['own_work'].values()):.2f}"]
+                for row in _own(results)
             ],
         ),
         "## SMT's time to that of the others\n",
@@ -91,6 +103,12 @@ def _curves(curves: dict, timer: str) -> list[str]:
         "floor's goes through all.\n",
         table(f"layer|{header}", rows("by_lowest_layer", lambda row: str(row["lowest_layer"]))),
     ]
+
+
+def _own(results: dict) -> list[dict]:
+    curves = results.get("curves", {"by_budget": []})
+    rows = [*results["methods"], *curves["by_budget"]]
+    return [row for row in rows if "own_work" in row]
 
 
 def _timer(timer: str) -> str:

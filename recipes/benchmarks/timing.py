@@ -1,9 +1,11 @@
 """Step times of many trainings, taken in turns, and their ratios within each round."""
 
 import gc
+import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -28,15 +30,15 @@ Round = Mapping[Variant, Seconds]
 def time_rounds(trainings: Mapping[Variant, Training], tokens: Tensor, rounds: int) -> list[Round]:
     """In each round, one step of each training in turn: what slows the machine for a while slows them all.
 
-    Each round begins with another one, since the first finds cold caches.
+    The order is another one in each round, since a step finds the memory and the caches as the one before left them.
     """
-    samples, order = [], list(trainings)
+    samples, order, shuffle = [], list(trainings), random.Random(0).shuffle
     for _ in tqdm(range(rounds), "rounds"):
+        shuffle(order)
         gc.collect()
         gc.disable()
         samples.append({variant: timed(partial(trainings[variant].step, tokens)) for variant in order})
         gc.enable()
-        order = order[1:] + order[:1]
     return samples
 
 
@@ -60,10 +62,12 @@ def seconds(rounds: list[Round], variant: Variant) -> dict:
     return {timer: quartiles([getattr(each[variant], timer) for each in rounds]) for timer in Seconds._fields}
 
 
-def ratios(rounds: list[Round], variant: Variant, to: Variant) -> dict:
-    """Quartiles of the ratio of two variants' times of one round, by either clock."""
+def ratios(rounds: list[Round], variant: Variant, to: Sequence[Variant]) -> dict:
+    """Quartiles of the ratio of a variant's time to the mean of others' in the same round, by either clock."""
     return {
-        timer: quartiles([getattr(each[variant], timer) / getattr(each[to], timer) for each in rounds])
+        timer: quartiles(
+            [getattr(each[variant], timer) / fmean(getattr(each[other], timer) for other in to) for each in rounds]
+        )
         for timer in Seconds._fields
     }
 

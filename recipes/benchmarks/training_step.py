@@ -16,6 +16,7 @@ from tqdm import tqdm
 from recipes.benchmarks.charts import draw
 from recipes.benchmarks.memory import account, peaks
 from recipes.benchmarks.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, Variant
+from recipes.benchmarks.own_work import own_work
 from recipes.benchmarks.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
 from recipes.benchmarks.tables import markdown
 from recipes.benchmarks.timing import Round, ratios, seconds, time_rounds
@@ -44,9 +45,9 @@ def compare(setting: Setting, methods: Sequence[str], budgets: Sequence[float], 
     return {
         "methods": [rows[variant] | {"peak_bytes": peak_bytes[variant]} for variant in (first, second, *full, *each)],
         "smt_to_others": [
-            {"budget": smt.budget, "method": other.method, "ratio": ratios(samples, smt, other)}
+            {"budget": smt.budget, "method": other.method, "ratio": ratios(samples, smt, [other])}
             for smt in sparse
-            for other in (first, *full, *each)
+            for other in (*full, *each)
             if other.method != SMT and other.budget in (None, smt.budget)
         ],
     }
@@ -54,13 +55,13 @@ def compare(setting: Setting, methods: Sequence[str], budgets: Sequence[float], 
 
 def curves(setting: Setting, rounds: int) -> dict:
     """SMT against the floor, as the budget grows and as the lowest layer with blocks rises."""
-    floor = Variant(FLOOR)
+    floors = [Variant(FLOOR), Variant(SECOND_FLOOR)]
     by_budget = [Variant(SMT, each) for each in GROWTH]
     layers = dict.fromkeys(int(depth * setting.shape.num_hidden_layers) for depth in DEPTHS)
     by_layer = [Variant(SMT, DEPTHS_BUDGET, layer) for layer in layers]
-    rows, _ = measure(setting, [floor, *by_budget, *by_layer], rounds)
+    rows, _ = measure(setting, [*floors, *by_budget, *by_layer], rounds)
     return {
-        "floor": rows[floor],
+        "floor": rows[floors[0]],
         "by_budget": [rows[variant] for variant in by_budget],
         "by_lowest_layer": [rows[variant] for variant in by_layer],
     }
@@ -76,12 +77,14 @@ def measure(setting: Setting, variants: Sequence[Variant], rounds: int) -> tuple
     }
     accounts = {variant: account(training, tokens) for variant, training in tqdm(trainings.items(), "counting")}
     samples = time_rounds(trainings, tokens, rounds)
+    floors = [variant for variant in variants if variant.method in (FLOOR, SECOND_FLOOR)]
     rows = {
         variant: variant._asdict()
         | accounts[variant]
-        | {"to_floor": ratios(samples, variant, Variant(FLOOR)), "seconds": seconds(samples, variant)}
+        | {"to_floor": ratios(samples, variant, floors), "seconds": seconds(samples, variant)}
         | {"rounds": [sample[variant]._asdict() for sample in samples]}
-        for variant in trainings
+        | ({"own_work": own_work(training, tokens, rounds)} if variant.method == SMT else {})
+        for variant, training in trainings.items()
     }
     return rows, samples
 
@@ -130,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="steps of each method that are timed")
     parser.add_argument("--curve-rounds", type=int, default=2, help="the same for the two curves; 0 leaves them out")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 for shapes that need a GPU")
-    parser.add_argument("--batch", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")

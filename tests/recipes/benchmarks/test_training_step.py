@@ -66,7 +66,7 @@ def test_every_method_and_budget_has_every_figure(results):
         assert row["gradient_bytes"] == 4 * row["trainable"] and (row["trainable"] == 0) == frozen
         assert row["optimizer_bytes"] == 2 * row["gradient_bytes"]
     others = {(row["method"], row["budget"]) for row in results["smt_to_others"]}
-    assert others == {(method, budget) for method in (FLOOR, *METHODS) if method != SMT for budget in BUDGETS}
+    assert others == {(method, budget) for method in METHODS if method != SMT for budget in BUDGETS}
     assert [row["budget"] for row in results["curves"]["by_budget"]] == list(GROWTH)
     assert [row["lowest_layer"] for row in results["curves"]["by_lowest_layer"]] == [0, 2, 4, 6, 7]
 
@@ -87,21 +87,33 @@ def test_every_method_trains_as_many_parameters_as_its_ranks_allow(results):
 
 
 def test_the_ratios_are_those_of_one_round(results):
-    floor = results["methods"][0]
+    floors = results["methods"][:2]
     for row in results["methods"]:
         for timer in ("processor", "clock"):
-            (mine,), (its,) = row["rounds"], floor["rounds"]
-            assert row["to_floor"][timer]["median"] == pytest.approx(mine[timer] / its[timer])
+            (mine,) = row["rounds"]
+            mean = sum(floor["rounds"][0][timer] for floor in floors) / 2
+            assert row["to_floor"][timer]["median"] == pytest.approx(mine[timer] / mean)
             assert row["seconds"][timer]["median"] == mine[timer]
 
 
 def test_a_ratio_is_taken_within_each_round_before_the_quartiles():
-    floor, smt = Variant(FLOOR), Variant(SMT, 0.02)
-    rounds = [{floor: Seconds(1, 10), smt: Seconds(3, 10)}, {floor: Seconds(4, 20), smt: Seconds(4, 10)}]
-    assert ratios(rounds, smt, floor) == {
+    floor, second, smt = Variant(FLOOR), Variant(SECOND_FLOOR), Variant(SMT, 0.02)
+    rounds = [
+        {floor: Seconds(0.5, 10), second: Seconds(1.5, 10), smt: Seconds(3, 10)},
+        {floor: Seconds(4, 15), second: Seconds(4, 25), smt: Seconds(4, 10)},
+    ]
+    assert ratios(rounds, smt, [floor, second]) == {
         timer: dict(zip(("lower", "median", "upper"), np.quantile(each, (0.25, 0.5, 0.75)), strict=True))
         for timer, each in {"processor": (3, 1), "clock": (1, 0.5)}.items()
     }
+
+
+def test_the_parts_of_smt_are_parts_of_its_step(results):
+    for row in [*results["methods"], *results["curves"]["by_budget"]]:
+        assert ("own_work" in row) == (row["method"] == SMT)
+        if row["method"] == SMT:
+            shares = [part["clock"]["median"] for part in row["own_work"].values()]
+            assert len(shares) == 4 and all(share > 0 for share in shares) and sum(shares) < 1
 
 
 @pytest.mark.parametrize("method", [SMT, ROWS])
