@@ -37,6 +37,25 @@ def trained(folder, model=None, smt_config=None, **overrides):
 # ---- against stock training ----
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_a_loss_in_chunks_of_tokens_trains_the_same(tmp_path):
+    class Chunked(tiny.RecordingSMTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            hidden = model.get_decoder()(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1].flatten(0, 1)
+            head, labels = model.get_output_embeddings().weight, inputs["labels"][:, 1:].flatten()
+            return torch.nn.functional.linear_cross_entropy(
+                hidden, head, labels, options=torch.nn.LinearCrossEntropyOptions()
+            )
+
+    smt_config = tiny.config(selection=tiny.choose(tiny.llama()))
+    chunked, plain = (
+        tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, kind=kind) for kind in (Chunked, tiny.RecordingSMTTrainer)
+    )
+    for trainer in (chunked, plain):
+        trainer.train()
+    assert tiny.logged(chunked, "loss") == pytest.approx(tiny.logged(plain, "loss"), rel=1e-6)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 # The gradients differ in the last bit only (other matrix products); AdamW divides by their size, which is near zero

@@ -24,6 +24,8 @@ class Setting:
         batch: sequences of a step.
         length: tokens of a sequence.
         checkpointing: whether each layer's activations are computed again in backward.
+        chunked_loss: whether the loss goes over the tokens in chunks, so that there are never logits of all of them
+            (`torch.nn.functional.linear_cross_entropy`).
         threads: of the processor.
     """
 
@@ -32,6 +34,7 @@ class Setting:
     batch: int = 2
     length: int = 256
     checkpointing: bool = False
+    chunked_loss: bool = False
     threads: int = 1
     seed: int = 0
 

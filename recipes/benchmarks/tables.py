@@ -14,9 +14,10 @@ def markdown(results: dict, chart: str) -> str:
         f"{results['parameters']:,} random weights in {setting['dtype']}"
         f"{' under autocast' if setting['dtype'] == 'bf16' else ''}, "
         f"{setting['batch']} x {setting['length']} random tokens, activation checkpointing "
-        f"{'on' if setting['checkpointing'] else 'off'}, `torch.optim.AdamW(fused=True)`. All methods train the query, "
-        "key and value projections, SMT blocks and rows drawn at random. Adapters are PEFT's, with the rank that comes "
-        "nearest to the budget.\n",
+        f"{'on' if setting['checkpointing'] else 'off'}, loss "
+        f"{'in chunks of tokens' if setting['chunked_loss'] else 'of all tokens at once'}, "
+        "`torch.optim.AdamW(fused=True)`. All methods train the query, key and value projections, SMT blocks and rows "
+        "drawn at random. Adapters are PEFT's, with the rank that comes nearest to the budget.\n",
         f"![Time and memory]({chart})\n",
         "## Time\n",
         f"Each of {rounds} rounds takes one step of each method, in an order drawn anew. The floor is the same model "

@@ -3,6 +3,8 @@
 import copy
 
 import torch
+import torch.nn.functional as F
+from peft import PeftModel
 from torch import Tensor, nn
 
 from recipes.benchmarks.methods import Variant
@@ -35,7 +37,14 @@ class Training:
         """Forward."""
         dtype = DTYPES[self.setting.dtype]
         with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
-            return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            if not self.setting.chunked_loss:
+                return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+            head = model.get_output_embeddings().weight
+            return F.linear_cross_entropy(
+                hidden[:, :-1].flatten(0, 1), head, tokens[:, 1:].flatten(), options=nn.LinearCrossEntropyOptions()
+            )
 
     def update(self) -> None:
         """What comes after backward."""

@@ -93,7 +93,13 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
     """Measure one shape, and write its three files."""
     dtype = arguments.dtype or ("bf16" if shape in GPU_SHAPES else "fp32")
     setting = Setting(
-        SHAPES[shape], dtype, arguments.batch, arguments.length, arguments.checkpointing, arguments.threads
+        SHAPES[shape],
+        dtype,
+        arguments.batch,
+        arguments.length,
+        arguments.checkpointing,
+        arguments.chunked_loss,
+        arguments.threads,
     )
     load = os.getloadavg()[0]
     results = compare(setting, arguments.methods, arguments.budgets, arguments.rounds)
@@ -111,7 +117,8 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "versions": versions(PACKAGES),
     }
-    stem = "-".join(["step", shape, dtype, *(["checkpointing"] if arguments.checkpointing else [])])
+    options = [name for name in ("checkpointing", "chunked_loss") if getattr(arguments, name)]
+    stem = "-".join(["step", shape, dtype, *options]).replace("_", "-")
     write(results, arguments.output, stem)
 
 
@@ -136,6 +143,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
+    parser.add_argument("--chunked-loss", action="store_true", help="the loss goes over the tokens in chunks")
     parser.add_argument("--threads", type=int, default=1, help="of the processor")
     arguments = parser.parse_args(words)
     for shape in arguments.shape:

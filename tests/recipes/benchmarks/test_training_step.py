@@ -1,6 +1,7 @@
 """The benchmark of a training step, on a model of no size."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -143,6 +144,20 @@ def test_no_method_changes_the_model_that_it_shares_weights_with(model, method):
     training.step(SETTING.tokens())
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert (training.loss(SETTING.tokens()).item() < loss) == (method != FLOOR)
+
+
+@pytest.mark.parametrize("method", [FLOOR, FULL, "LoRA", SMT])
+def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(model, method):
+    variant = Variant(method, None if method in (FLOOR, FULL) else 0.05)
+    found = []
+    for chunked_loss in (False, True):
+        setting = replace(SETTING, chunked_loss=chunked_loss)
+        torch.manual_seed(0)
+        training = Training(copy_for(variant, model), variant, setting)
+        loss = training.loss(setting.tokens())
+        loss.backward()
+        found.append((loss.detach(), [parameter.grad for parameter in training.parameters]))
+    torch.testing.assert_close(*found)
 
 
 def test_full_fine_tuning_saves_and_computes_more_than_smt_and_smt_about_what_the_floor_does(model):
