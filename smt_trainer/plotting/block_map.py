@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+# Layers in a strip: few, in large tiles, as long as two strips hold them.
+FEW, MANY = 16, 32
 # In inches: the widest tile, what stands above a projection, below a strip, above and below the whole, the colour bar
 # with its labels, and the smallest cell that the eye can tell.
 WIDEST_TILE, TITLE, LAYERS, HEADING, BAR, CELL = 0.8, 0.22, 0.17, 0.22, 0.65, 0.012
@@ -51,7 +53,7 @@ def plot_selection(selection: BlockSelection, path: str | Path | None = None) ->
     """
     projections = by_projection(selection.grids)
     most_layers = max(map(len, projections.values()))
-    rows = {name: strips(names, 16 if most_layers <= 32 else 32) for name, names in projections.items()}
+    rows = {name: strips(names, FEW if most_layers <= 2 * FEW else MANY) for name, names in projections.items()}
     across = max(len(strip) for parts in rows.values() for strip in parts) * (1 + GAP) - GAP
     tile = min(WIDEST_TILE, (PAGE_WIDTH - BAR) / across)
     sizes = _tile_sizes(selection)
@@ -79,7 +81,8 @@ def plot_selection(selection: BlockSelection, path: str | Path | None = None) ->
                 axis.tick_params(length=0, pad=1.5)
                 axis.spines[:].set_visible(False)
                 top = bottom - LAYERS
-        figure.text(0.01, 0.06 / height, "layer; in each tile, in features run right and out features down")
+        reading = "layer; in each tile, in features run right and out features down"
+        figure.text(0.01, 0.06 / height, f"{reading}, a cell is several blocks" if grouped else reading)
         figure.suptitle(
             f"{selection.num_blocks:,} trained blocks of {block_shapes(selection)} weights, "
             f"{selection.fraction_of_model:.2%} of {model_name(selection)}",
@@ -91,7 +94,7 @@ def plot_selection(selection: BlockSelection, path: str | Path | None = None) ->
             length = min(1.2, height - 4 * HEADING)
             place = (1 - (BAR - 0.1) / width, 1 - (HEADING + TITLE + length) / height, 0.1 / width, length / height)
             bar = figure.colorbar(axis.images[0], figure.add_axes(place), format=PERCENT, ticks=[0, most])
-            bar.set_label("trained of a cell's blocks", labelpad=-4, size=6)
+            bar.set_label("share trained", labelpad=-4)
             bar.outline.set_visible(False)
     return figure
 
