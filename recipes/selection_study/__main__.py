@@ -45,12 +45,12 @@ def main(words: Sequence[str] | None = None) -> None:
     facts = {
         "model": without_folder(arguments.model),
         "seeds": arguments.seeds,
-        "records a step": arguments.batch,
-        "block size": arguments.block_size,
+        "records_per_step": arguments.batch,
+        "block_size": arguments.block_size,
         "budget": arguments.budget,
         "seconds": round(time.perf_counter() - started),
-        "peak memory, MiB": round(peak_memory_bytes() / 2**20),
-        "command": f"`{command('recipes.selection_study')}`",
+        "peak_memory_mib": round(peak_memory_bytes() / 2**20),
+        "command": command("recipes.selection_study"),
         "hardware": hardware(),
         "versions": versions(PACKAGES),
     }

@@ -20,11 +20,11 @@ def write_report(outcomes: Outcomes, points: list[OverlapPoint], facts: dict, fo
         facts: what the run was: model, settings, command, hardware, versions.
         folder: where to.
     """
-    chosen = {
-        " ".join(map(str, (score, seed, steps))): outcome.selection.blocks_by_projection()
+    chosen = [
+        {"score": score, "seed": seed, "steps": steps, "blocks": outcome.selection.blocks_by_projection()}
         for (score, seed, steps), outcome in outcomes.items()
-    }
-    results = facts | {"points": [point._asdict() for point in points], "blocks_by_projection": chosen}
+    ]
+    results = facts | {"points": [point._asdict() for point in points], "selections": chosen}
     write_text(folder / "study.json", json.dumps(results, indent=2) + "\n")
     write_text(folder / "study.md", markdown(outcomes, points, facts))
     plot_overlap(points, folder / "overlap.png")
@@ -62,7 +62,7 @@ def markdown(outcomes: Outcomes, points: list[OverlapPoint], facts: dict) -> str
         "| score | steps | longest: Jaccard | Spearman | other seed: Jaccard | Spearman |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for score, steps in dict.fromkeys((point.score, point.steps) for point in points):
+    for score, steps in sorted({(point.score, point.steps) for point in points}):
         cells = [
             _mean(getattr(point, what) for point in points if point[:3] == (score, steps, against))
             for against in ("longest warm-up", "other seed")
@@ -81,7 +81,7 @@ def markdown(outcomes: Outcomes, points: list[OverlapPoint], facts: dict) -> str
         pictures = (f"![{stem} of {score}]({stem}-{score}.png)" for stem in ("selection", "layers", "shares", "scores"))
         lines += ["", f"### `{score}`\n", *pictures]
     lines += ["", "| | |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
+    lines += [f"| {name.replace('_', ' ')} | {_cell(value)} |" for name, value in facts.items()]
     return "\n".join(lines) + "\n"
 
 
