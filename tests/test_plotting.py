@@ -194,6 +194,14 @@ def test_the_histogram_is_cut_between_two_bars(selection, scores):
         assert (f"{zeros} with a score of 0" in axis.get_title(loc="left")) == (zeros > 0)
 
 
+def test_scores_of_one_magnitude_are_on_a_linear_axis(selection):
+    scores = {name: 1 + torch.rand(grid.shape) for name, grid in selection.grids.items()}
+    figure = plot_scores(scores, select_blocks(scores, selection.grids, selection.config, selection.num_parameters))
+    assert figure.axes[0].get_xscale() == "linear"
+    widths = np.diff(figure.axes[0].patches[0].get_data().edges)[1:]
+    np.testing.assert_allclose(widths, widths[0])
+
+
 @given(
     st.lists(st.floats(0, 2**100, width=32), min_size=12, max_size=12).filter(any),
     st.integers(1, 12),

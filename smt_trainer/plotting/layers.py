@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LAYERS_A_STRIP = 32
 # In inches: edge of a cell, labels of a strip, what stands beside them, a line of the title; and its letters per inch.
-CELL, LABELS, MARGIN, LINE, LETTERS = 0.19, 0.22, 0.6, 0.13, 16
+CELL, LABELS, MARGIN, LINE, LETTERS = 0.19, 0.22, 0.2, 0.13, 16
 
 
 def plot_layers(selection: BlockSelection, path: str | Path | None = None) -> Figure:
@@ -42,7 +42,7 @@ def plot_layers(selection: BlockSelection, path: str | Path | None = None) -> Fi
     cells = {(row.projection, row.layer): row for row in rows}
     parts = strips(sorted({row.layer for row in rows}), LAYERS_A_STRIP)
     most = max(row.trained / row.blocks for row in rows)
-    width = min(PAGE_WIDTH, max(COLUMN_WIDTH, len(parts[0]) * CELL + MARGIN))
+    width = min(PAGE_WIDTH, max(COLUMN_WIDTH, len(parts[0]) * CELL + MARGIN + max(map(len, projections)) / LETTERS))
     counts = {name: [row.trained for row in rows if row.projection == name] for name in projections}
     frozen = ", ".join(f"{name} {each.count(0)} of {len(each)}" for name, each in counts.items())
     lines = [

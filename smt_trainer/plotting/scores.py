@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from smt_trainer.plotting.style import COLUMN_WIDTH, FROZEN, TRAINED, drawing
-from smt_trainer.plotting.tables import ScoreRow, cut, score_rows, spans_decades
+from smt_trainer.plotting.tables import ScoreRow, cut, is_logarithmic, score_rows
 from smt_trainer.selection import BlockSelection
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def plot_scores(scores: Mapping[str, Tensor], selection: BlockSelection, path: s
     """A histogram of the scores of each projection, the trained blocks filled and the cut marked.
 
     The cut is the lowest score of a trained block. Numbers of blocks are on a logarithmic axis, scores on one where
-    they span more than a factor of 20; blocks with a score of 0, which it cannot show, are counted in the title.
+    their highest is more than ten times their median; blocks with a score of 0 then stand in the title.
 
     Args:
         scores: module name -> [R, C], as `select_blocks` took them.
@@ -51,7 +51,7 @@ def plot_scores(scores: Mapping[str, Tensor], selection: BlockSelection, path: s
             axis.axvline(lowest, color="black", lw=0.8, ls="--")
             axis.set_title(_title(projection, rows), size=7, pad=3)
         axes[0].set_yscale("log")
-        if spans_decades(_bars(rows)[0].low, rows[-1].high):
+        if is_logarithmic(scores, selection):
             axes[0].set_xscale("log")
         axes[0].set_ylim(bottom=0.7)
         figure.supylabel("blocks", size=7)
@@ -62,7 +62,7 @@ def plot_scores(scores: Mapping[str, Tensor], selection: BlockSelection, path: s
 
 def _bars(rows: list[ScoreRow]) -> list[ScoreRow]:
     """The rows that have a width; not that of the zeros."""
-    return [row for row in rows if row.high > row.low]
+    return [row for row in rows if row.high > 0]
 
 
 def _histogram(axis: Axes, rows: list[ScoreRow]) -> None:
@@ -75,5 +75,5 @@ def _histogram(axis: Axes, rows: list[ScoreRow]) -> None:
 
 def _title(projection: str, rows: list[ScoreRow]) -> str:
     trained, blocks = (sum(getattr(row, what) for row in rows) for what in ("trained", "blocks"))
-    zeros = sum(row.blocks for row in rows if row.high == row.low)
+    zeros = sum(row.blocks for row in rows if row.high == 0)
     return f"{projection}: {trained:,} of {blocks:,} trained" + (f", {zeros:,} with a score of 0" if zeros else "")

@@ -21,8 +21,8 @@ from smt_trainer.selection import BlockSelection
 from smt_trainer.targets import layer_index
 
 BINS = 40
-# Scores that span more than this factor are shown on a logarithmic axis.
-LOGARITHMIC_FROM = 20
+# Scores whose highest is more than this many times their median are shown on a logarithmic axis.
+LOGARITHMIC_FROM = 10
 
 
 class SelectionRow(NamedTuple):
@@ -139,8 +139,8 @@ def share_rows(selection: BlockSelection) -> list[ShareRow]:
 def score_rows(scores: Mapping[str, Tensor], selection: BlockSelection) -> list[ScoreRow]:
     """A histogram of each projection's scores, over the same intervals; the cut lies between two of them.
 
-    The intervals have one width, or one ratio of their ends where the positive scores span more than a factor of 20.
-    Blocks with a score of 0, which have no place on a logarithmic axis, then come first in an interval [0, 0).
+    The intervals have one width, or one ratio of their ends where the scores need a logarithmic axis. Blocks with a
+    score of 0, which have no place on it, then come first in an interval [0, 0).
 
     Args:
         scores: module name -> [R, C], at least 0, as `select_blocks` took them.
@@ -151,12 +151,13 @@ def score_rows(scores: Mapping[str, Tensor], selection: BlockSelection) -> list[
     """
     _check_scores(scores, selection)
     values = {name: score.double().numpy() for name, score in scores.items()}
-    edges = _edges(np.concatenate([each.ravel() for each in values.values()]), cut(scores, selection))
+    logarithmic = is_logarithmic(scores, selection)
+    edges = _edges(_all(scores), cut(scores, selection), logarithmic)
     rows = []
     for projection, names in by_projection(selection.grids).items():
         every = np.concatenate([values[name].ravel() for name in names])
         chosen = np.concatenate([_chosen(values[name], selection, name) for name in names])
-        if edges[0] > 0 and not every.all():
+        if logarithmic and not every.all():
             rows.append(ScoreRow(projection, 0.0, 0.0, int((every == 0).sum()), int((chosen == 0).sum())))
         counts = zip(np.histogram(every, edges)[0], np.histogram(chosen, edges)[0], strict=True)
         rows += [
@@ -171,6 +172,12 @@ def cut(scores: Mapping[str, Tensor], selection: BlockSelection) -> float:
     return min(
         float(scores[name][tuple(indices.T)].min()) for name, indices in selection.block_indices.items() if len(indices)
     )
+
+
+def is_logarithmic(scores: Mapping[str, Tensor], selection: BlockSelection) -> bool:
+    """Whether the scores need a logarithmic axis, and the cut has a place on it."""
+    values = _all(scores)
+    return cut(scores, selection) > 0 and values.max() > LOGARITHMIC_FROM * np.median(values[values > 0])
 
 
 def write_csv(rows: Sequence[NamedTuple], path: str | Path) -> None:
@@ -201,26 +208,26 @@ def _chosen(values: np.ndarray, selection: BlockSelection, name: str) -> np.ndar
     return values[:0].ravel() if indices is None else values[tuple(indices.T.numpy())]
 
 
-def _edges(values: np.ndarray, cut: float) -> list[float]:
-    """Ends of about `BINS` intervals, of one width or one ratio, that cover all values and meet at the cut."""
-    low, high = float(values.min()), float(values.max())
-    lowest_positive = float(values[values > 0].min(initial=high))
-    if cut > 0 and spans_decades(lowest_positive, high):
-        step = math.log(high / lowest_positive) / BINS
-        numbers = range(-math.ceil(math.log(cut / lowest_positive) / step), math.floor(math.log(high / cut) / step) + 2)
+def _all(scores: Mapping[str, Tensor]) -> np.ndarray:
+    return np.concatenate([score.double().flatten().numpy() for score in scores.values()])
+
+
+def _edges(values: np.ndarray, cut: float, logarithmic: bool) -> list[float]:
+    """Ends of about `BINS` intervals, of one width or one ratio, that cover all values (but 0) and meet at the cut."""
+    high = float(values.max())
+    if logarithmic:
+        low = float(values[values > 0].min())
+        step = math.log(high / low) / BINS
+        numbers = range(-math.ceil(math.log(cut / low) / step), math.floor(math.log(high / cut) / step) + 2)
         first, *inner, last = (cut * math.exp(step * number) for number in numbers)
-        first = min(first, lowest_positive)
+        first = min(first, low)
     else:
+        low = float(values.min())
         step = (high - low) / BINS or 1.0
         numbers = range(-math.ceil((cut - low) / step), math.floor((high - cut) / step) + 2)
         first, *inner, last = (cut + step * number for number in numbers)
         first = low
     return [first, *inner, max(last, math.nextafter(high, math.inf))]
-
-
-def spans_decades(low: float, high: float) -> bool:
-    """Whether an axis between two numbers should be logarithmic."""
-    return 0 < LOGARITHMIC_FROM * low < high
 
 
 def _check_scores(scores: Mapping[str, Tensor], selection: BlockSelection) -> None:
