@@ -26,8 +26,9 @@ from smt_trainer import (
 )
 from smt_trainer.plotting import layer_rows, score_rows, selection_rows, share_rows, write_csv
 from smt_trainer.plotting.block_map import trained_share
+from smt_trainer.plotting.histogram import cut
 from smt_trainer.plotting.style import strips
-from smt_trainer.plotting.tables import by_projection, cut
+from smt_trainer.plotting.tables import by_projection
 
 pytest.importorskip("matplotlib")
 

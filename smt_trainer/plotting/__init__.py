@@ -1,6 +1,7 @@
 """Pictures of selections and scores (matplotlib, from the extra `plot`), and their numbers as rows for CSV."""
 
 from smt_trainer.plotting.block_map import plot_selection
+from smt_trainer.plotting.histogram import ScoreRow, score_rows
 from smt_trainer.plotting.layers import plot_layers
 from smt_trainer.plotting.overlap import plot_overlap
 from smt_trainer.plotting.scores import plot_scores
@@ -8,11 +9,9 @@ from smt_trainer.plotting.shares import plot_shares
 from smt_trainer.plotting.tables import (
     LayerRow,
     OverlapPoint,
-    ScoreRow,
     SelectionRow,
     ShareRow,
     layer_rows,
-    score_rows,
     selection_rows,
     share_rows,
     write_csv,

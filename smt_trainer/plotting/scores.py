@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from smt_trainer.plotting.histogram import ScoreRow, cut, is_logarithmic, score_rows
 from smt_trainer.plotting.style import COLUMN_WIDTH, FROZEN, TRAINED, drawing
-from smt_trainer.plotting.tables import ScoreRow, cut, is_logarithmic, score_rows
 from smt_trainer.selection import BlockSelection
 
 if TYPE_CHECKING:

@@ -39,25 +39,13 @@ def plot_shares(selection: BlockSelection, path: str | Path | None = None) -> Fi
     places = np.arange(len(rows))
     with drawing(path, COLUMN_WIDTH, PAIR * len(rows) + LABELS) as figure:
         axis = figure.subplots()
-        for offset, label, colour, shares, counts in (
-            (
-                -THICKNESS / 2,
-                "trained weights",
-                TRAINED,
-                [row.share_of_trained for row in rows],
-                [row.trained for row in rows],
-            ),
-            (
-                THICKNESS / 2,
-                "targeted weights",
-                FROZEN,
-                [row.share_of_targets for row in rows],
-                [row.blocks for row in rows],
-            ),
+        for offset, label, colour, shares in (
+            (-THICKNESS / 2, "trained weights", TRAINED, [(row.share_of_trained, row.trained) for row in rows]),
+            (THICKNESS / 2, "targeted weights", FROZEN, [(row.share_of_targets, row.blocks) for row in rows]),
         ):
-            bars = axis.barh(places + offset, shares, THICKNESS, label=label, color=colour, edgecolor="black", lw=0.4)
-            texts = [f"{share:.1%} ({count:,})" for share, count in zip(shares, counts, strict=True)]
-            axis.bar_label(bars, texts, padding=2, size=6)
+            lengths = [share for share, _ in shares]
+            bars = axis.barh(places + offset, lengths, THICKNESS, label=label, color=colour, edgecolor="black", lw=0.4)
+            axis.bar_label(bars, [f"{share:.1%} ({blocks:,})" for share, blocks in shares], padding=2, size=6)
         axis.set_yticks(places, [row.projection for row in rows])
         axis.invert_yaxis()
         longest = max(max(row.share_of_trained, row.share_of_targets) for row in rows)

@@ -1,4 +1,4 @@
-"""The numbers behind each picture, as rows; no matplotlib.
+"""The numbers behind the pictures of a selection, as rows; no matplotlib.
 
 A projection is all modules that have one place in every layer: `v_proj` is `model.layers.*.self_attn.v_proj`.
 """
@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import csv
 import io
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
-from torch import Tensor
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_text
 from smt_trainer.selection import BlockSelection
 from smt_trainer.targets import layer_index
-
-BINS = 40
-# Scores whose highest is more than this many times their median are shown on a logarithmic axis.
-LOGARITHMIC_FROM = 10
 
 
 class SelectionRow(NamedTuple):
@@ -54,16 +46,6 @@ class ShareRow(NamedTuple):
     weights: int
     share_of_trained: float
     share_of_targets: float
-
-
-class ScoreRow(NamedTuple):
-    """Blocks of one projection with a score in [low, high), and how many of them are trained."""
-
-    projection: str
-    low: float
-    high: float
-    blocks: int
-    trained: int
 
 
 class OverlapPoint(NamedTuple):
@@ -103,7 +85,7 @@ def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def selection_rows(selection: BlockSelection) -> list[SelectionRow]:
-    """Every trained block, in the model's order and row by row."""
+    """Every trained block: projection by projection, in the model's order, row by row."""
     return [
         SelectionRow(name, projection, layer_index(name), *block)
         for projection, names in by_projection(selection.grids).items()
@@ -136,50 +118,6 @@ def share_rows(selection: BlockSelection) -> list[ShareRow]:
     return rows
 
 
-def score_rows(scores: Mapping[str, Tensor], selection: BlockSelection) -> list[ScoreRow]:
-    """A histogram of each projection's scores, over the same intervals; the cut lies between two of them.
-
-    The intervals have one width, or one ratio of their ends where the scores need a logarithmic axis. Blocks with a
-    score of 0, which have no place on it, then come first in an interval [0, 0).
-
-    Args:
-        scores: module name -> [R, C], at least 0, as `select_blocks` took them.
-        selection: what was chosen from them.
-
-    Raises:
-        SMTError: the scores are of other modules or grids than the selection.
-    """
-    _check_scores(scores, selection)
-    values = {name: score.double().numpy() for name, score in scores.items()}
-    logarithmic = is_logarithmic(scores, selection)
-    edges = _edges(_all(scores), cut(scores, selection), logarithmic)
-    rows = []
-    for projection, names in by_projection(selection.grids).items():
-        every = np.concatenate([values[name].ravel() for name in names])
-        chosen = np.concatenate([_chosen(values[name], selection, name) for name in names])
-        if logarithmic and not every.all():
-            rows.append(ScoreRow(projection, 0.0, 0.0, int((every == 0).sum()), int((chosen == 0).sum())))
-        counts = zip(np.histogram(every, edges)[0], np.histogram(chosen, edges)[0], strict=True)
-        rows += [
-            ScoreRow(projection, low, high, int(blocks), int(trained))
-            for low, high, (blocks, trained) in zip(edges, edges[1:], counts, strict=False)
-        ]
-    return rows
-
-
-def cut(scores: Mapping[str, Tensor], selection: BlockSelection) -> float:
-    """The lowest score of a trained block."""
-    return min(
-        float(scores[name][tuple(indices.T)].min()) for name, indices in selection.block_indices.items() if len(indices)
-    )
-
-
-def is_logarithmic(scores: Mapping[str, Tensor], selection: BlockSelection) -> bool:
-    """Whether the scores need a logarithmic axis, and the cut has a place on it."""
-    values = _all(scores)
-    return cut(scores, selection) > 0 and values.max() > LOGARITHMIC_FROM * np.median(values[values > 0])
-
-
 def write_csv(rows: Sequence[NamedTuple], path: str | Path) -> None:
     """Write rows of one kind as CSV (UTF-8, field names first), atomically.
 
@@ -200,42 +138,3 @@ def _blocks(selection: BlockSelection, names: Iterable[str]) -> tuple[int, int]:
     names = list(names)
     trained = sum(len(selection.block_indices.get(name, ())) for name in names)
     return trained, sum(selection.grids[name].num_blocks for name in names)
-
-
-def _chosen(values: np.ndarray, selection: BlockSelection, name: str) -> np.ndarray:
-    """The values of a module's trained blocks."""
-    indices = selection.block_indices.get(name)
-    return values[:0].ravel() if indices is None else values[tuple(indices.T.numpy())]
-
-
-def _all(scores: Mapping[str, Tensor]) -> np.ndarray:
-    return np.concatenate([score.double().flatten().numpy() for score in scores.values()])
-
-
-def _edges(values: np.ndarray, cut: float, logarithmic: bool) -> list[float]:
-    """Ends of about `BINS` intervals, of one width or one ratio, that cover all values (but 0) and meet at the cut."""
-    high = float(values.max())
-    if logarithmic:
-        low = float(values[values > 0].min())
-        step = math.log(high / low) / BINS
-        numbers = range(-math.ceil(math.log(cut / low) / step), math.floor(math.log(high / cut) / step) + 2)
-        first, *inner, last = (cut * math.exp(step * number) for number in numbers)
-        first = min(first, low)
-    else:
-        low = float(values.min())
-        step = (high - low) / BINS or 1.0
-        numbers = range(-math.ceil((cut - low) / step), math.floor((high - cut) / step) + 2)
-        first, *inner, last = (cut + step * number for number in numbers)
-        first = low
-    return [first, *inner, max(last, math.nextafter(high, math.inf))]
-
-
-def _check_scores(scores: Mapping[str, Tensor], selection: BlockSelection) -> None:
-    shapes = {name: tuple(score.shape) for name, score in scores.items()}
-    expected = {name: grid.shape for name, grid in selection.grids.items()}
-    if shapes != expected:
-        name = next(name for name in [*expected, *shapes] if shapes.get(name) != expected.get(name))
-        raise SMTError(
-            f"the scores do not belong to the selection: `{name}` has scores of shape {shapes.get(name)} and a grid of "
-            f"{expected.get(name)}. Give the scores that the blocks were chosen from."
-        )
