@@ -30,6 +30,23 @@ def block_mask(grid: BlockGrid, block_indices: Tensor) -> Tensor:
     return mask
 
 
+def cell_shares(rows: int, columns: int, chosen: set[int], most: tuple[int, int]) -> list[list[float]]:
+    """The share of chosen blocks, by flat position, in each cell of a grid that is drawn with at most so many cells."""
+    height, width = -(-rows // most[0]), -(-columns // most[1])
+    cells = [
+        [
+            [
+                r * columns + c in chosen
+                for r in range(rows)[top : top + height]
+                for c in range(columns)[left : left + width]
+            ]
+            for left in range(0, columns, width)
+        ]
+        for top in range(0, rows, height)
+    ]
+    return [[sum(cell) / len(cell) for cell in line] for line in cells]
+
+
 def ranked(scores: dict[str, Tensor]) -> list[tuple[str, int, int]]:
     """All blocks, best first; equal scores by module order, then row by row."""
     blocks = [

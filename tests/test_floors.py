@@ -11,10 +11,11 @@ import pytest
 import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
+PICTURES = ("block_map", "histogram", "layers", "overlap", "scores", "shares", "style", "tables")
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
     {"scores", "selection", "ops", "ops.kept_input", "ops.sparse_linear"},
-    {"layers", "plotting", "card"},
+    {"layers", "card", "plotting", *(f"plotting.{name}" for name in PICTURES)},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "callbacks"},
     {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta", "cli.estimate"},

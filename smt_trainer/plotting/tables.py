@@ -1,0 +1,140 @@
+"""The numbers behind the pictures of a selection, as rows; no matplotlib.
+
+A projection is all modules that have one place in every layer: `v_proj` is `model.layers.*.self_attn.v_proj`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from smt_trainer.errors import SMTError
+from smt_trainer.files import write_text
+from smt_trainer.selection import BlockSelection
+from smt_trainer.targets import layer_index
+
+
+class SelectionRow(NamedTuple):
+    """One trained block: row `row` and column `column` of its module's grid."""
+
+    module: str
+    projection: str
+    layer: int
+    row: int
+    column: int
+
+
+class LayerRow(NamedTuple):
+    """One projection in one layer: blocks trained, of how many; `layer` is -1 outside the layers."""
+
+    projection: str
+    layer: int
+    trained: int
+    blocks: int
+
+
+class ShareRow(NamedTuple):
+    """One projection: its blocks and weights, and its shares (0 to 1) of all trained and of all targeted weights."""
+
+    projection: str
+    trained: int
+    blocks: int
+    trained_weights: int
+    weights: int
+    share_of_trained: float
+    share_of_targets: float
+
+
+class OverlapPoint(NamedTuple):
+    """How much a selection after a short warm-up has in common with another one.
+
+    Attributes:
+        score: name of the score.
+        steps: length of the warm-up, in optimizer steps.
+        against: what it is compared with, such as "longest warm-up" or "other seed".
+        seed: label of the data order, or of the pair of them.
+        jaccard: blocks in both selections over blocks in either, 0 to 1.
+        chance: the Jaccard index expected of two random selections of this size.
+        rank_correlation: Spearman's, of the scores of all blocks, -1 to 1.
+    """
+
+    score: str
+    steps: int
+    against: str
+    seed: str
+    jaccard: float
+    chance: float
+    rank_correlation: float
+
+
+def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
+    """Projection -> its modules, in order. Its label is the last part of their names; where several projections share
+    that (T5's `q`), the parts in which they differ lead it: `decoder.EncDecAttention.q`."""
+    paths: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        paths.setdefault(tuple(part for part in name.split(".") if not part.isdigit()), []).append(name)
+    labelled: dict[str, list[str]] = {}
+    for path, modules in paths.items():
+        shared = set.intersection(*(set(other) for other in paths if other[-1] == path[-1]))
+        label = ".".join([*(part for part in path[:-1] if part not in shared), path[-1]])
+        labelled.setdefault(label, []).extend(modules)
+    return labelled
+
+
+def selection_rows(selection: BlockSelection) -> list[SelectionRow]:
+    """Every trained block: projection by projection, in the model's order, row by row."""
+    return [
+        SelectionRow(name, projection, layer_index(name), *block)
+        for projection, names in by_projection(selection.grids).items()
+        for name in names
+        if name in selection.block_indices
+        for block in selection.block_indices[name].tolist()
+    ]
+
+
+def layer_rows(selection: BlockSelection) -> list[LayerRow]:
+    """Trained blocks of each projection in each of its layers, the frozen ones included."""
+    rows = []
+    for projection, names in by_projection(selection.grids).items():
+        layers: dict[int, list[str]] = {}
+        for name in names:
+            layers.setdefault(layer_index(name), []).append(name)
+        rows += [LayerRow(projection, layer, *_blocks(selection, group)) for layer, group in sorted(layers.items())]
+    return rows
+
+
+def share_rows(selection: BlockSelection) -> list[ShareRow]:
+    """Each projection's part of the trained weights, and of the targeted ones."""
+    all_weights = sum(grid.num_blocks * grid.block_numel for grid in selection.grids.values())
+    rows = []
+    for projection, names in by_projection(selection.grids).items():
+        trained = sum(len(selection.block_indices.get(name, ())) * selection.grids[name].block_numel for name in names)
+        weights = sum(selection.grids[name].num_blocks * selection.grids[name].block_numel for name in names)
+        shares = trained / selection.trainable_parameters, weights / all_weights
+        rows.append(ShareRow(projection, *_blocks(selection, names), trained, weights, *shares))
+    return rows
+
+
+def write_csv(rows: Sequence[NamedTuple], path: str | Path) -> None:
+    """Write rows of one kind as CSV (UTF-8, field names first), atomically.
+
+    Raises:
+        SMTError: there is no row.
+    """
+    if not rows:
+        raise SMTError(f"no row to write to {path}: expected at least one.")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0]._fields)
+    writer.writerows(rows)
+    write_text(Path(path), text.getvalue())
+
+
+def _blocks(selection: BlockSelection, names: Iterable[str]) -> tuple[int, int]:
+    """Trained blocks of some modules, and all their blocks."""
+    names = list(names)
+    trained = sum(len(selection.block_indices.get(name, ())) for name in names)
+    return trained, sum(selection.grids[name].num_blocks for name in names)
