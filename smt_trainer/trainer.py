@@ -36,6 +36,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from smt_trainer.budget import check_budget_fits
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
 from smt_trainer.config import SMTConfig
@@ -62,7 +63,7 @@ from smt_trainer.parallel import (
 )
 from smt_trainer.refusals import refuse_unusable
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
+from smt_trainer.selection import BlockSelection, base_name, select_blocks
 from smt_trainer.targets import count_parameters, find_targets, target_grids
 from smt_trainer.warmup import LossScale, collect_scores, counters_preserved, rng_preserved
 

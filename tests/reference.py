@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -48,6 +49,23 @@ def blocks_within(ranking: list[tuple[str, int, int]], grids: dict[str, BlockGri
         total += grids[name].block_numel
         totals.append(total)
     return min(range(len(totals)), key=lambda i: (abs(totals[i] - wanted), -i)) + 1
+
+
+def under_cap(
+    ranking: list[tuple[str, int, int]], grids: dict[str, BlockGrid], layer_of: dict[str, str], cap: int | float
+) -> list[tuple[str, int, int]]:
+    """A ranking without what its layer has no room for: each layer gives its best blocks, up to the first too many."""
+    kept, blocks, weights, full = [], Counter(), Counter(), set()
+    for entry in ranking:
+        layer = layer_of[entry[0]]
+        total = sum(grid.num_blocks * grid.block_numel for name, grid in grids.items() if layer_of[name] == layer)
+        blocks[layer] += 1
+        weights[layer] += grids[entry[0]].block_numel
+        if blocks[layer] > cap if isinstance(cap, int) else weights[layer] > cap * total + 1e-3:
+            full.add(layer)
+        if layer not in full:
+            kept.append(entry)
+    return kept
 
 
 def summed_gradients(

@@ -13,8 +13,8 @@ import smt_trainer
 PACKAGE = Path(smt_trainer.__file__).parent
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
-    {"scores", "selection", "ops", "ops.sparse_linear"},
-    {"layers", "plotting", "card"},
+    {"scores", "budget", "selection", "block_scores", "ops", "ops.sparse_linear"},
+    {"layers", "plotting", "card", "overlap"},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "callbacks"},
     {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta", "cli.estimate"},
