@@ -76,19 +76,19 @@ class Share:
     def check_room(self, blocks: int, weights: float) -> None:
         """Raise `SMTError` unless so many blocks, of so many weights in all, are enough."""
         capped = "" if self.config.layer_cap is None else f" under layer_cap={self.config.layer_cap}"
-        remedy = f"Lower the budget, {'raise layer_cap' if capped else 'widen target_modules'}"
+        remedies = ["Lower the budget", "raise layer_cap" if capped else "widen target_modules"]
         if self.weights is not None:
             largest = max(grid.block_numel for grid in self.grids.values())
             if self.weights > weights + largest / 2 or not blocks:
                 raise SMTError(
                     f"{self.label} of {self.denominator:,} {_whose(self.config)} is more than the targets hold{capped} "
                     f"({int(weights):,} weights, {weights / self.denominator:.4f} of the {self.config.budget_of}). "
-                    f"{remedy}."
+                    f"{' or '.join(remedies)}."
                 )
         elif self.count > blocks:
+            pieces = PIECES[self.config.granularity]
             raise SMTError(
-                f"{self.label} {PIECES[self.config.granularity]} is more than the targets hold{capped} ({blocks}). "
-                f"{remedy}{' or use a smaller block_size' if self.config.granularity == 'block' else ''}."
+                f"{self.label} {pieces} is more than the targets hold{capped} ({blocks}). {' or '.join(remedies)}."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -88,3 +89,13 @@ def train_only(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
         weight = model.get_submodule(name).weight.requires_grad_(True)
         weight.register_hook(lambda gradient, mask=mask: gradient * mask)
     return model
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's: Pearson's correlation of ranks, a rank counting those below and half of the equal ones."""
+    ranks = [
+        [sum(b < a for b in values) + sum(b == a for b in values) / 2 for a in values] for values in (first, second)
+    ]
+    centred = [[rank - sum(column) / len(column) for rank in column] for column in ranks]
+    products = [[sum(a * b for a, b in zip(one, other, strict=True)) for other in centred] for one in centred]
+    return products[0][1] / math.sqrt(products[0][0] * products[1][1])

@@ -16,11 +16,11 @@ FLOORS = [
     {"scores", "budget", "selection", "block_scores", "ops", "ops.sparse_linear"},
     {"layers", "plotting", "card", "overlap"},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
-    {"trainer", "callbacks"},
+    {"trainer", "checkpoints", "callbacks"},
     {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta", "cli.estimate"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-HOMES_OF_TRAINER = {"trainer", "callbacks"}
+HOMES_OF_TRAINER = {"trainer", "checkpoints", "callbacks"}
 
 
 def module_name(path: Path) -> str:
