@@ -28,6 +28,7 @@ from smt_trainer.selection import BlockSelection, select_blocks
 from smt_trainer.sharding import full_shape
 from smt_trainer.targets import count_parameters, find_targets, is_transposed, matches, narrow
 
+SCORES_FILE = "smt_scores.safetensors"
 FORMAT = "1"
 MANIFEST = "smt_scores"
 

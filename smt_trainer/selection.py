@@ -23,6 +23,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import read_json, write_text
 
+SELECTION_FILE = "smt_selection.json"
 FORMAT = 1
 
 

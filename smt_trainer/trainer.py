@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from smt_trainer.block_scores import BlockScores, resolve_selection
+from smt_trainer.block_scores import SCORES_FILE, BlockScores, resolve_selection
 from smt_trainer.budget import check_budget_fits
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
@@ -64,14 +64,11 @@ from smt_trainer.parallel import (
 )
 from smt_trainer.refusals import refuse_unusable
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.selection import BlockSelection, base_name
+from smt_trainer.selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.targets import count_parameters, find_targets, target_grids
 from smt_trainer.warmup import LossScale, collect_scores, counters_preserved, optimizer_step_batches, rng_preserved
 
 logger = logging.getLogger(__name__)
-
-SELECTION_FILE = "smt_selection.json"
-SCORES_FILE = "smt_scores.safetensors"
 
 
 class SMTTrainerMixin:

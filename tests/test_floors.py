@@ -17,7 +17,10 @@ FLOORS = [
     {"layers", "plotting", "card", "overlap"},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "checkpoints", "callbacks"},
-    {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta", "cli.estimate"},
+    {
+        *("cli", "cli.main", "cli.options", "cli.examples"),
+        *("cli.merge_delta", "cli.inspect_artefact", "cli.estimate", "cli.select"),
+    },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 HOMES_OF_TRAINER = {"trainer", "checkpoints", "callbacks"}
