@@ -43,7 +43,7 @@ def test_the_scores_of_two_ranks_serve_one_process(runs):
     smt_config = tiny.config(selection=folder / "rank-0" / SCORES_FILE)
     trainer = tiny.smt_trainer(tiny.llama().double(), folder / "reused", smt_config)
     trainer.train()
-    torch.testing.assert_close(trainer.smt_selection.block_indices, rank["block_indices"], rtol=0, atol=0)
+    torch.testing.assert_close(trainer.smt_selection.block_indices, rank["block_indices"], check_dtype=False)
 
 
 def test_only_the_first_rank_writes(runs):

@@ -7,6 +7,8 @@ import csv
 import io
 from pathlib import Path
 
+from smt_trainer.config import SMTConfig
+
 RANGES = 4
 
 
@@ -75,7 +77,9 @@ def _describe(artefact):
         print(
             f"scores       of {count:,} blocks, from {min(found):.4g} to {max(found):.4g}; chosen by their own budget"
         )
-    print(f"chosen by    score={config.score}, scope={config.scope}, budget={config.budget}")
+    said = ["score", "scope", "budget"]
+    said += [name for name in ("budget_of", "layer_cap") if getattr(config, name) != getattr(SMTConfig, name)]
+    print(f"chosen by    {', '.join(f'{name}={getattr(config, name)}' for name in said)}")
     print(f"blocks       {selection.summary()}")
     if isinstance(artefact, Delta) and artefact.whole:
         numel = sum(tensor.numel() for tensor in artefact.whole.values())

@@ -68,15 +68,8 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
 
     from smt_trainer.trainer import SMTTrainer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        examples = make_examples(records, tokenizer, arguments.seq)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
-    except SMTError:
-        raise
-    except (OSError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise SMTError(f"no causal language model and tokenizer at {arguments.model}: {first_line}") from error
+    examples = make_examples(records, _load(AutoTokenizer, arguments.model), arguments.seq)
+    model = _load(AutoModelForCausalLM, arguments.model, dtype=arguments.dtype)
     if arguments.checkpointing:
         # Early versions 5 of transformers know the second name only, later ones warn of it.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -90,11 +83,13 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
         report_to=[],
         save_strategy="no",
     )
-    trainer = SMTTrainer(
-        model=model,
-        args=training,
-        train_dataset=examples,
-        data_collator=pad,
-        smt_config=config,
-    )
-    return trainer.select()
+    return SMTTrainer(model, training, pad, examples, smt_config=config).select()
+
+
+def _load(auto_class, name: str, **kwargs):
+    """What transformers loads by a name. Raises `SMTError` with the first line of its complaint."""
+    try:
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise SMTError(f"no causal language model with its tokenizer at {name}: {first_line}") from error
