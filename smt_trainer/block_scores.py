@@ -96,8 +96,8 @@ class BlockScores:
             )
         chosen_by = {name: getattr(config, name) for name in FREE}
         return select_blocks(
-            {name: self.scores[name] for name in self.grids if name in names},
-            {name: self.grids[name] for name in self.grids if name in names},
+            {name: self.scores[name] for name in names},
+            {name: self.grids[name] for name in names},
             replace(self.config, selection=None, **chosen_by),
             self.num_parameters,
             self.base_model,

@@ -117,10 +117,9 @@ class SMTTrainerMixin:
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def select(self) -> BlockSelection:
-        """Choose the blocks as `train` does, and no more: the model stays as it was.
-
-        Selection and scores are written to the output folder; either can be another run's `SMTConfig.selection`. For
-        less memory, make the model checkpoint its activations before.
+        """Choose the blocks as `train` does, and leave the model as it was. Selection and scores are written to the
+        output folder; either can be another run's `SMTConfig.selection`. Only `train` tells the model to checkpoint its
+        activations: do so before, where memory is short.
 
         Raises:
             SMTError: the model trains blocks already, or they cannot be chosen.

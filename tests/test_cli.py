@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smt_trainer import BlockScores, BlockSelection, __version__
 from smt_trainer.cli import main
+from smt_trainer.cli.examples import make_examples, pad, read_records
 from smt_trainer.scores import make_scorer
 from smt_trainer.targets import count_parameters, find_targets, target_grids
 
@@ -167,13 +168,30 @@ def test_select_chooses_again_from_scores_alone(scores, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["smt_selection.json"]
 
 
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_a_text_is_learnt_whole_to_its_end_and_a_long_one_cut(form, checkpoint, tmp_path):
+    # JSON lines end at a line feed only.
+    records = [{"text": "a b"}, {"text": "\u2028", "id": 7}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (tmp_path / "data").write_text("\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
+    assert read_records(tmp_path / "data") == records
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    a, space, b = map(token_of, b"a b")
+    for length, expected in ((5, [a, space, b, 2]), (2, [a, space])):
+        first, _ = make_examples(records, tokenizer, length)
+        assert first["input_ids"].tolist() == first["labels"].tolist() == expected
+    batch = pad([*make_examples(records[:1], tokenizer, 5), *make_examples(records[:1], tokenizer, 2)])
+    assert batch["labels"][1].tolist() == [a, space, -100, -100]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('[{"text": "a"}, {"prompt": "b"}]', "record 2 of data should have a text, or a prompt and a completion"),
         ('{"text": "a"}\n{"text": 3}', "record 2 of data should have"),
-        ('{"text": "a"}\n7', "record 2 of data should have .* got a int"),
-        ('{"text": "a"}\n{"text', "data is neither a JSON list nor JSON lines"),
+        ('{"text": "a"}\n7', "record 2 of data should have .* got int"),
+        ('{"text": "a"}\n{"text', "line 2 of data is no JSON"),
         ("", "data holds no records"),
         (json.dumps({"prompt": "long " * 200, "completion": "a"}), "no record has anything to learn within 512 tokens"),
     ],

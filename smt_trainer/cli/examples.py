@@ -32,16 +32,15 @@ def read_records(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         raise SMTError(f"no data at {path}: expected a file of JSON. Check the path.")
     text = path.read_text(encoding="utf-8")
-    try:
-        if text.lstrip().startswith("["):
-            records = json.loads(text)
-        else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
-        raise SMTError(f"{path} is neither a JSON list nor JSON lines ({error}).") from error
+    if text.lstrip().startswith("["):
+        records = _parse(text, str(path))
+    else:
+        # Not splitlines(), which also splits at separators that JSON allows within strings.
+        lines = enumerate(text.split("\n"), 1)
+        records = [_parse(line, f"line {number} of {path}") for number, line in lines if line.strip()]
     for place, record in enumerate(records, 1):
         if not _is_record(record):
-            found = f"the fields {', '.join(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+            found = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
             raise SMTError(
                 f"record {place} of {path} should have a text, or a prompt and a completion, as strings; got {found}."
             )
@@ -82,15 +81,22 @@ def make_examples(
 def pad(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """A batch of examples of different lengths; padding is masked and carries no label."""
     mask = [torch.ones_like(feature["labels"]) for feature in features]
-    columns = {"input_ids": 0, "labels": NO_LABEL}
-    batch: dict[str, Any] = {
-        key: nn.utils.rnn.pad_sequence([feature[key] for feature in features], True, value)
-        for key, value in columns.items()
+    ids, labels = ([feature[key] for feature in features] for key in ("input_ids", "labels"))
+    return {
+        "input_ids": nn.utils.rnn.pad_sequence(ids, True, 0),
+        "labels": nn.utils.rnn.pad_sequence(labels, True, NO_LABEL),
+        "attention_mask": nn.utils.rnn.pad_sequence(mask, True, 0),
     }
-    return batch | {"attention_mask": nn.utils.rnn.pad_sequence(mask, True, 0)}
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise SMTError(f"{where} is no JSON ({error}); expected a list of records, or one record a line.") from error
 
 
 def _is_record(record: Any) -> bool:
-    texts = [record[key] for key in ("text", "prompt", "completion") if key in record] if type(record) is dict else []
-    wanted = 1 if isinstance(record, dict) and "text" in record else 2
-    return len(texts) == wanted and all(isinstance(text, str) for text in texts)
+    if not isinstance(record, dict):
+        return False
+    return all(isinstance(record.get(key), str) for key in (["text"] if "text" in record else ["prompt", "completion"]))
