@@ -17,6 +17,8 @@ _HOME = {
     "collect_scores": "warmup",
     "BlockSelection": "selection",
     "select_blocks": "selection",
+    "BlockScores": "block_scores",
+    "Overlap": "overlap",
     "SMTLinear": "layers",
     "convert_to_smt": "convert",
     "merge_and_unload": "convert",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +75,19 @@ class BlockGrid:
     def block_numel(self) -> int:
         """Weights in one block, br * bc."""
         return self.block_rows * self.block_columns
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `from_dict` reads them back."""
+        return {
+            "weight_shape": list(self.weight_shape),
+            "block_shape": list(self.block_shape),
+            "transposed": self.transposed,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BlockGrid:
+        """Inverse of `to_dict`; further keys do not matter."""
+        return cls(*values["weight_shape"], *values["block_shape"], values.get("transposed", False))
 
     def split(self, weight: Tensor) -> Tensor:
         """View [R, C, br, bc] of a weight of `stored_shape`: writing to it writes to the weight."""

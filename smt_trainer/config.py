@@ -11,6 +11,7 @@ from smt_trainer.errors import SMTError
 
 SCORES = ("grad_l1", "grad_signed", "magnitude", "random")
 SCOPES = ("global", "per_module")
+DENOMINATORS = ("model", "targets")
 GRANULARITIES = ("block", "row", "column")
 ACCUMULATOR_DEVICES = ("auto", "device", "cpu")
 MASTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -64,15 +65,31 @@ class SMTConfig:
         default="block",
         metadata=_help("'block' (SMT), 'row' (SPSFT: blocks of 1 x in_features) or 'column' (out_features x 1)."),
     )
-    budget: float | int = field(
+    budget: float | int | dict[str, float | int] = field(
         default=0.0084,
         metadata=_help(
             "How much to train. A float in (0, 1]: fraction of all model parameters (tied weights counted once), "
-            "rounded to the nearest block. An int: number of blocks (with scope='per_module': in each module)."
+            "rounded to the nearest block. An int: number of blocks (with scope='per_module': in each module). A dict "
+            "(written attention=0.0042,mlp=100): a budget of its own for each group of targets, ranked apart from the "
+            "others; groups are 'qkv', 'attention', 'mlp' or names of modules or their endings."
+        ),
+    )
+    budget_of: str = field(
+        default="model",
+        metadata=_help(
+            "What a fraction in the budget is of: 'model' (all its parameters) or 'targets' (the weights of all "
+            "targets together)."
         ),
     )
     lowest_layer: int = field(
         default=0, metadata=_help("Choose blocks only in layers with this index or above; backward stops there.")
+    )
+    layer_cap: int | float | None = field(
+        default=None,
+        metadata=_help(
+            "The most that may be chosen in any one layer. An int: number of blocks. A float in (0, 1]: fraction of "
+            "the layer's targeted weights. With budgets by groups it holds for each group by itself."
+        ),
     )
     warmup_steps: int = field(
         default=100, metadata=_help("Batches, each as large as an optimizer step, over which gradients are summed.")
@@ -91,7 +108,10 @@ class SMTConfig:
     )
     selection: Any = field(
         default=None,
-        metadata=_help("A BlockSelection, or the path of its JSON file: train these blocks without a warm-up."),
+        metadata=_help(
+            "Train without a warm-up: on a BlockSelection, on the path of its JSON file, or on what the other fields "
+            "choose from a scores file (.safetensors)."
+        ),
     )
     master_dtype: str = field(
         default="float32",
@@ -108,6 +128,8 @@ class SMTConfig:
             )
         if isinstance(self.block_size, list):
             self.block_size = tuple(self.block_size)
+        if isinstance(self.budget, dict):
+            self.budget = dict(self.budget)
         if isinstance(self.selection, Path):
             self.selection = str(self.selection)
         self._validate()
@@ -116,12 +138,18 @@ class SMTConfig:
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("score", self.score, SCORES)
         _one_of("scope", self.scope, SCOPES)
+        _one_of("budget_of", self.budget_of, DENOMINATORS)
         _one_of("accumulator_device", self.accumulator_device, ACCUMULATOR_DEVICES)
         _one_of("master_dtype", self.master_dtype, MASTER_DTYPES)
         _at_least("lowest_layer", self.lowest_layer, 0)
         _at_least("warmup_steps", self.warmup_steps, 1)
         _check_block_size(self.block_size, self.granularity)
         check_budget(self.budget)
+        if self.layer_cap is not None and not _is_amount(self.layer_cap):
+            raise SMTError(
+                "layer_cap must be an int >= 1 (number of blocks), a float in (0, 1] (fraction of the layer's targeted "
+                f"weights) or None, got {self.layer_cap!r}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types; a `BlockSelection` becomes its own dictionary."""
@@ -160,33 +188,44 @@ class SMTConfig:
         ]
 
 
-def parse_budget(text: str) -> float | int:
-    """A budget written as text: `"100"` is a count of blocks, `"0.0084"` or `"1e-2"` a fraction.
+def parse_budget(text: str) -> float | int | dict[str, float | int]:
+    """A budget written as text: `"100"` is a count of blocks, `"0.0084"` or `"1e-2"` a fraction, and
+    `"attention=0.0042,mlp=100"` a budget for each group.
 
     Raises:
-        SMTError: the text is no number, or the number is out of range.
+        SMTError: the text is no budget, a number is out of range, or a group is named twice.
     """
-    try:
-        budget: float | int = int(text)
-    except ValueError:
+    if "=" not in text:
+        return check_budget(parse_amount("budget", text))
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    budgets = {group.strip(): parse_amount("budget", amount) for group, _, amount in pairs}
+    if len(budgets) < len(pairs):
+        raise SMTError(f"budget names a group twice: {text!r}. Give each group one budget.")
+    return check_budget(budgets)
+
+
+def parse_amount(name: str, text: str) -> float | int:
+    """A count such as `"100"`, or a fraction such as `"0.0084"`. Raises `SMTError` for anything but a number."""
+    for kind in (int, float):
         try:
-            budget = float(text)
+            return kind(text)
         except ValueError:
+            continue
+    raise SMTError(f"{name} must be a count of blocks such as 100 or a fraction such as 0.0084, got {text!r}.")
+
+
+def check_budget(budget: Any) -> Any:
+    """The budget itself, if it is a count >= 1, a fraction in (0, 1] or a dict of these by group; raises `SMTError`
+    otherwise."""
+    by_group = isinstance(budget, dict) and budget and all(isinstance(group, str) and group for group in budget)
+    amounts = {f"budget[{group!r}]": amount for group, amount in budget.items()} if by_group else {"budget": budget}
+    for label, amount in amounts.items():
+        if not _is_amount(amount):
             raise SMTError(
-                f"budget must be a count of blocks such as 100 or a fraction such as 0.0084, got {text!r}."
-            ) from None
-    return check_budget(budget)
-
-
-def check_budget(budget: float | int) -> float | int:
-    """The budget itself, if it is a count >= 1 or a fraction in (0, 1]; raises `SMTError` otherwise."""
-    is_count = isinstance(budget, int) and not isinstance(budget, bool)
-    if (is_count and budget >= 1) or (isinstance(budget, float) and 0.0 < budget <= 1.0):
-        return budget
-    raise SMTError(
-        f"budget must be a float in (0, 1] (fraction of all model parameters) or an int >= 1 (number of blocks), "
-        f"got {budget!r}."
-    )
+                f"{label} must be a float in (0, 1] (fraction of the parameters) or an int >= 1 (number of blocks)"
+                f"{'' if by_group else ', or a dict of these by group'}, got {amount!r}."
+            )
+    return budget
 
 
 def _names(name: str, value: Any) -> str | list[str]:
@@ -204,6 +243,11 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_amount(value: Any) -> bool:
+    """Whether a value is a count >= 1 or a fraction in (0, 1]."""
+    return (_is_int(value) and value >= 1) or (isinstance(value, float) and 0.0 < value <= 1.0)
 
 
 def _at_least(name: str, value: Any, least: int) -> None:

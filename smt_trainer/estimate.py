@@ -45,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from smt_trainer.block_scores import resolve_selection
 from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.convert import find_linears, find_modules_to_save, rewrite
 from smt_trainer.errors import SMTError
@@ -238,7 +239,7 @@ def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callab
 def _choose(model: nn.Module, config: SMTConfig) -> BlockSelection:
     """The configured selection, or as many blocks at random places."""
     if config.selection is not None:
-        selection = BlockSelection.resolve(config.selection)
+        selection = resolve_selection(config.selection, config, model)
         find_linears(model, selection)
         return selection
     targets = find_targets(model, config)

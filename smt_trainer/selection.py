@@ -1,8 +1,8 @@
 """Which blocks are trained: from scores and a budget to a `BlockSelection`, an artefact that can be kept and re-used.
 
-A float budget is a fraction of all P parameters of the model, so k blocks of m weights each are chosen with k * m as
-near to budget * P as whole blocks allow. Ranking is a stable sort, highest score first; ties go by the model's module
-order, then row by row, so every rank and machine chooses the same blocks from the same scores.
+How many are chosen from where is in `budget.py`. Ranking is a stable sort, highest score first; ties go by the model's
+module order, then row by row, so every rank and machine chooses the same blocks from the same scores. Under a cap each
+layer first gives the best of its own; the ranking goes on among these.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.blocks import BlockGrid
+from smt_trainer.budget import Share, check_budget_fits, shares
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import read_json, write_text
 
+SELECTION_FILE = "smt_selection.json"
 FORMAT = 1
 
 
@@ -94,12 +96,8 @@ class BlockSelection:
         """JSON types; `from_dict` reads them back."""
         config = self.config.to_dict() | {"selection": None}
         modules = {
-            name: {
-                "weight_shape": list(grid.weight_shape),
-                "block_shape": list(grid.block_shape),
-                "transposed": grid.transposed,
-                "block_indices": self.block_indices[name].tolist() if name in self.block_indices else [],
-            }
+            name: grid.to_dict()
+            | {"block_indices": self.block_indices[name].tolist() if name in self.block_indices else []}
             for name, grid in self.grids.items()
         }
         return {
@@ -119,10 +117,7 @@ class BlockSelection:
                     f"the selection has format {values['format']}, this version of smt_trainer reads {FORMAT}; "
                     "install the version that wrote it, or select anew."
                 )
-            grids = {
-                name: BlockGrid(*module["weight_shape"], *module["block_shape"], module.get("transposed", False))
-                for name, module in values["modules"].items()
-            }
+            grids = {name: BlockGrid.from_dict(module) for name, module in values["modules"].items()}
             block_indices = {
                 name: torch.tensor(module["block_indices"])
                 for name, module in values["modules"].items()
@@ -174,13 +169,13 @@ def select_blocks(
     Args:
         scores: module name -> [R, C], in the model's module order.
         grids: module name -> grid.
-        config: its `budget` and `scope` count here; see the top of this file for the denominator.
+        config: its `budget`, `budget_of`, `scope` and `layer_cap` count here (see `budget.py`).
         num_parameters: parameters of the whole model.
         base_model: name recorded in the selection.
 
     Raises:
-        SMTError: a score is NaN or infinite, all scores are zero, or the budget is below half a block or above what
-            the targets hold.
+        SMTError: a score is NaN or infinite, all scores that are ranked together are zero, or the budget does not fit
+            the targets.
     """
     for name, score in scores.items():
         if not score.isfinite().all():
@@ -188,69 +183,61 @@ def select_blocks(
                 f"the scores of `{name}` are not finite. Gradients overflowed in the warm-up: check the data for "
                 "batches without labels, or run the warm-up in bf16 or float32."
             )
-    if not any(score.any() for score in scores.values()):
-        raise SMTError(
-            "all scores are zero, so no block is better than another. No gradient reached the targets: check that "
-            "the labels are not all -100, and that the loss depends on the targeted modules."
-        )
     check_budget_fits(grids, config, num_parameters)
-    if config.scope == "per_module":
-        chosen = _best_of_each(scores, grids, config, num_parameters)
-    else:
-        chosen = _best_of_all(scores, grids, config, num_parameters)
-    block_indices = {
-        name: torch.stack(torch.unravel_index(blocks.sort().values, grids[name].shape), dim=1)
-        for name, blocks in chosen.items()
-        if len(blocks)
-    }
-    return BlockSelection(dict(grids), block_indices, num_parameters, config, base_model)
-
-
-def check_budget_fits(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> None:
-    """Raise `SMTError` unless the budget is at least half a block and at most what the targets hold."""
-    sizes = [grid.block_numel for grid in grids.values()]
-    capacity = sum(grid.num_blocks * grid.block_numel for grid in grids.values())
-    if isinstance(config.budget, float):
-        wanted = config.budget * num_parameters
-        if wanted < min(sizes) / 2:
+    block_indices: dict[str, Tensor] = {}
+    for share in shares(grids, config, num_parameters):
+        own = {name: score for name, score in scores.items() if name in share.grids}
+        if not any(score.any() for score in own.values()):
             raise SMTError(
-                f"budget={config.budget} of {num_parameters:,} parameters is {wanted:.0f} weights, less than half a "
-                f"block of {min(sizes):,}. Use at least {min(sizes) / num_parameters:.2g}, or a smaller block_size."
+                f"all scores are zero for {share.label}, so no block is better than another. No gradient reached the "
+                "targets: check that the labels are not all -100, and that the loss depends on the targeted modules."
             )
-        if wanted > capacity + max(sizes) / 2:
-            raise SMTError(
-                f"budget={config.budget} of {num_parameters:,} parameters is more than the targets hold ({capacity:,} "
-                f"weights, {capacity / num_parameters:.4f} of the model). Lower the budget or widen target_modules."
-            )
-        return
-    scope = f"the smallest of {len(grids)} modules holds" if config.scope == "per_module" else "the targets hold"
-    counts = [grid.num_blocks for grid in grids.values()]
-    available = min(counts) if config.scope == "per_module" else sum(counts)
-    if config.budget > available:
-        raise SMTError(
-            f"budget={config.budget} blocks is more than {scope} ({available}). Lower the budget, widen "
-            "target_modules or use a smaller block_size."
-        )
+        chosen = _best_of_each(own, share) if config.scope == "per_module" else _best_of_all(own, share)
+        block_indices |= {
+            name: torch.stack(torch.unravel_index(blocks.sort().values, grids[name].shape), dim=1)
+            for name, blocks in chosen.items()
+            if len(blocks)
+        }
+    in_order = {name: block_indices[name] for name in grids if name in block_indices}
+    return BlockSelection(dict(grids), in_order, num_parameters, config, base_model)
 
 
-def _best_of_all(
-    scores: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int
-) -> dict[str, Tensor]:
+def _best_of_all(scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
     """Module name -> flat positions of its blocks among the best of all modules together."""
     flat = torch.cat([score.flatten().float() for score in scores.values()])
-    counts = torch.tensor([grids[name].num_blocks for name in scores])
-    if isinstance(config.budget, float):
-        numels = torch.tensor([grids[name].block_numel for name in scores], dtype=torch.float64)
-        wanted = config.budget * num_parameters
-        best = _best(flat, min(len(flat), int(wanted / numels.min()) + 1))
+    counts = torch.tensor([share.grids[name].num_blocks for name in scores])
+    numels = torch.tensor([share.grids[name].block_numel for name in scores], dtype=torch.float64)
+    available = len(flat)
+    if share.config.layer_cap is not None:
+        allowed = _best_of_each_layer(flat, counts, numels, list(scores), share)
+        flat, available = flat.masked_fill(~allowed, -torch.inf), int(allowed.sum())
+        # Where a layer's blocks are of several sizes, what it can give depends on the scores.
+        share.check_room(available, float(numels.repeat_interleave(counts)[allowed].sum()))
+    if share.weights is not None:
+        best = _best(flat, min(available, int(share.weights / numels.min()) + 1))
         sizes = numels[torch.bucketize(best, counts.cumsum(0), right=True)]
         # The k blocks of highest score whose size is nearest to what is wanted, at least one.
-        best = best[: max(1, int((sizes.cumsum(0) - sizes / 2 <= wanted).sum()))]
+        best = best[: max(1, int((sizes.cumsum(0) - sizes / 2 <= share.weights).sum()))]
     else:
-        best = _best(flat, config.budget)
+        best = _best(flat, share.count)
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[best] = True
     return {name: part.nonzero().flatten() for name, part in zip(scores, chosen.split(counts.tolist()), strict=True)}
+
+
+def _best_of_each_layer(flat: Tensor, counts: Tensor, numels: Tensor, names: list[str], share: Share) -> Tensor:
+    """True at the blocks, of all in `flat`, that are the best of their layer up to its cap."""
+    allowed = torch.zeros(len(flat), dtype=torch.bool)
+    places = {name: place for place, name in enumerate(names)}
+    starts = counts.cumsum(0) - counts
+    for members in share.layers().values():
+        mine = sorted(places[name] for name in members)
+        positions = torch.cat([torch.arange(starts[place], starts[place] + counts[place]) for place in mine])
+        blocks, weights = share.cap(members)
+        best = torch.sort(flat[positions], descending=True, stable=True).indices
+        taken = numels[mine].repeat_interleave(counts[mine])[best].cumsum(0) <= weights
+        allowed[positions[best[taken][:blocks]]] = True
+    return allowed
 
 
 def _best(flat: Tensor, count: int) -> Tensor:
@@ -261,23 +248,7 @@ def _best(flat: Tensor, count: int) -> Tensor:
     return candidates[torch.sort(flat[candidates], descending=True, stable=True).indices[:count]]
 
 
-def _best_of_each(
-    scores: Mapping[str, Tensor], grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int
-) -> dict[str, Tensor]:
+def _best_of_each(scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
     """Module name -> flat positions of its own best blocks, as many as its share of the budget."""
-    if isinstance(config.budget, float):
-        quotas = _quotas(grids, config.budget * num_parameters)
-    else:
-        quotas = dict.fromkeys(grids, config.budget)
+    quotas = share.quotas()
     return {name: _best(score.flatten().float(), quotas[name]) for name, score in scores.items() if quotas[name]}
-
-
-def _quotas(grids: Mapping[str, BlockGrid], weights: float) -> dict[str, int]:
-    """Whole blocks per module in proportion to its size; what rounding down leaves goes by largest remainder."""
-    fraction = weights / sum(grid.num_blocks * grid.block_numel for grid in grids.values())
-    exact = {name: min(1.0, fraction) * grid.num_blocks for name, grid in grids.items()}
-    quotas = {name: int(share) for name, share in exact.items()}
-    left = max(1, round(sum(exact.values()))) - sum(quotas.values())
-    for name in sorted(exact, key=lambda name: quotas[name] - exact[name])[:left]:
-        quotas[name] += 1
-    return quotas

@@ -31,6 +31,7 @@ QKV_NAMES = frozenset(
     "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
 )
 ROUTER_NAMES = frozenset("gate router shared_expert_gate".split())
+GROUPS = ("qkv", "attention", "mlp")
 HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,6 +111,23 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
+    """Those of the targets of another configuration that this one wants as well."""
+    return [name for name in names if _is_wanted([name], config, heads=set())]
+
+
+def in_group(name: str, group: str) -> bool:
+    """Whether a target belongs to 'qkv', 'attention' or 'mlp', or is the module, or ends like the module, named."""
+    return _is_target(name, group, heads=set()) if group in GROUPS else matches(name, [group])
+
+
+def layer_name(name: str) -> str:
+    """A module's path up to the first number in it ("encoder.layers.7.fc1" -> "encoder.layers.7"); "" outside the
+    layers."""
+    path = name.split(".")
+    return next((".".join(path[: place + 1]) for place, part in enumerate(path) if part.isdigit()), "")
 
 
 def layer_index(name: str) -> int:

@@ -21,7 +21,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
@@ -36,8 +35,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from smt_trainer.block_scores import SCORES_FILE, BlockScores, resolve_selection
+from smt_trainer.budget import check_budget_fits
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
+from smt_trainer.checkpoints import last_checkpoint
 from smt_trainer.config import SMTConfig
 from smt_trainer.convert import (
     convert_to_smt,
@@ -49,7 +51,7 @@ from smt_trainer.convert import (
 )
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
 from smt_trainer.errors import SMTError
-from smt_trainer.files import new_folder, read_json
+from smt_trainer.files import new_folder
 from smt_trainer.layers import plain_name, smt_layers, write_back
 from smt_trainer.parallel import (
     bare_autocast,
@@ -62,14 +64,11 @@ from smt_trainer.parallel import (
 )
 from smt_trainer.refusals import refuse_unusable
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.selection import BlockSelection, base_name, check_budget_fits, select_blocks
+from smt_trainer.selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.targets import count_parameters, find_targets, target_grids
-from smt_trainer.warmup import LossScale, collect_scores, counters_preserved, rng_preserved
+from smt_trainer.warmup import LossScale, collect_scores, counters_preserved, optimizer_step_batches, rng_preserved
 
 logger = logging.getLogger(__name__)
-
-SELECTION_FILE = "smt_selection.json"
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class SMTTrainerMixin:
@@ -117,6 +116,22 @@ class SMTTrainerMixin:
                 resume_from_checkpoint = checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def select(self) -> BlockSelection:
+        """Choose the blocks as `train` does, and leave the model as it was. Selection and scores are written to the
+        output folder; either can be another run's `SMTConfig.selection`. Only `train` tells the model to checkpoint its
+        activations: do so before, where memory is short.
+
+        Raises:
+            SMTError: the model trains blocks already, or they cannot be chosen.
+        """
+        if is_smt_model(self.model):
+            raise SMTError("this model trains blocks already; select on the plain model, as it was loaded.")
+        was_training = self.model.training
+        try:
+            return self._choose_blocks(Path(self.args.output_dir))
+        finally:
+            self.model.train(was_training)
+
     def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, **kwargs):
         if args.auto_find_batch_size:
             self._train_batch_size = batch_size
@@ -137,18 +152,21 @@ class SMTTrainerMixin:
         return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, **kwargs)
 
     def _choose_blocks(self, folder: Path) -> BlockSelection:
-        """The configured selection, or the one a warm-up leads to: the same on all ranks, kept in the output folder."""
+        """The configured selection, or the one a warm-up leads to: the same on all ranks, kept in the output folder
+        beside the scores of all blocks."""
         selection = self._given_selection
         if selection is None and self._was_interrupted:
             selection = BlockSelection.load(folder / SELECTION_FILE)
             self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
             _, grids = self._plan_blocks()
-            scores = self._score_blocks(grids)
-            selection = select_blocks(
-                scores, grids, self.smt_config, count_parameters(self.model), base_name(self.model)
+            scores = BlockScores(
+                grids, self._score_blocks(grids), count_parameters(self.model), self.smt_config, base_name(self.model)
             )
-            selection = broadcast_object_list([selection])[0]
+            if self.args.should_save:
+                # First, so that the warm-up is not lost where the budget turns out not to fit.
+                scores.save(folder / SCORES_FILE)
+            selection = broadcast_object_list([scores.select()])[0]
             if self.args.should_save:
                 selection.save(folder / SELECTION_FILE)
         for callback in self._smt_callbacks:
@@ -182,7 +200,7 @@ class SMTTrainerMixin:
                 callback.on_warmup_end(self.args)
 
     def _warmup_steps(self, model: nn.Module) -> Iterator[Callable[[], None]]:
-        batches = itertools.islice(self._optimizer_step_batches(), self.smt_config.warmup_steps)
+        batches = itertools.islice(optimizer_step_batches(self), self.smt_config.warmup_steps)
         for step, (micro_batches, num_items) in enumerate(batches):
             yield functools.partial(self._warmup_step, model, step, micro_batches, num_items)
 
@@ -191,26 +209,6 @@ class SMTTrainerMixin:
         loss = sum(self.training_step(model, inputs, num_items) for inputs in micro_batches)
         for callback in self._smt_callbacks:
             callback.on_warmup_step(self.args, step, float(loss))
-
-    def _optimizer_step_batches(self) -> Iterator[tuple[list, Tensor | int | None]]:
-        """The main loop's batches in its order, as many at a time as one optimizer step takes, epoch after epoch."""
-        loader = self.get_train_dataloader()
-        for epoch in itertools.count():
-            # accelerate does not pass the epoch on to a batch sampler that it shards.
-            for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):
-                if hasattr(part, "set_epoch"):
-                    part.set_epoch(epoch)
-            iterator, empty = iter(loader), True
-            while True:
-                micro_batches, num_items = self.get_batch_samples(
-                    iterator, self.args.gradient_accumulation_steps, self.args.device
-                )
-                if not micro_batches:
-                    break
-                empty = False
-                yield micro_batches, num_items
-            if empty:
-                raise SMTError("the training data gave no batch; the warm-up needs at least one. Check train_dataset.")
 
     def _let_backward_stop_early(self) -> None:
         """Undo that Trainer asks for the gradient of the embeddings when it checkpoints activations: only the reentrant
@@ -248,7 +246,8 @@ class SMTTrainerMixin:
         """The configured selection, trained as this trainer's configuration says."""
         if self.smt_config.selection is None:
             return None
-        selection = BlockSelection.resolve(self.smt_config.selection)
+        plain = None if is_smt_model(self.model) else self.model
+        selection = resolve_selection(self.smt_config.selection, self.smt_config, plain)
         config = replace(
             selection.config,
             master_dtype=self.smt_config.master_dtype,
@@ -380,18 +379,6 @@ class SMTTrainerMixin:
             f"trainable parameters: {trained:,} of {selection.num_parameters:,} "
             f"({trained / selection.num_parameters:.3%} of the model)"
         )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder that was written to its end: Trainer writes `trainer_state.json` last."""
-    steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
-    for _, checkpoint in sorted(steps.items(), reverse=True):
-        try:
-            read_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
-            return str(checkpoint)
-        except SMTError as error:
-            logger.warning("%s is left out, its writing broke off: %s", checkpoint.name, error)
-    return None
 
 
 class SMTTrainer(SMTTrainerMixin, Trainer):

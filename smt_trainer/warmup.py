@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import logging
 import random
 from collections import deque
@@ -92,6 +93,32 @@ def collect_scores(
             scale.report()
         average_over_ranks(scorer.statistics())
     return scorer.scores()
+
+
+def optimizer_step_batches(trainer) -> Iterator[tuple[list, Tensor | int | None]]:
+    """A trainer's batches in the order of its main loop, as many at a time as one optimizer step takes, and how many
+    labels they hold, if the trainer counts them; epoch after epoch.
+
+    Raises:
+        SMTError: an epoch has no batch.
+    """
+    loader = trainer.get_train_dataloader()
+    for epoch in itertools.count():
+        # accelerate does not pass the epoch on to a batch sampler that it shards.
+        for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        iterator, empty = iter(loader), True
+        while True:
+            micro_batches, num_items = trainer.get_batch_samples(
+                iterator, trainer.args.gradient_accumulation_steps, trainer.args.device
+            )
+            if not micro_batches:
+                break
+            empty = False
+            yield micro_batches, num_items
+        if empty:
+            raise SMTError("the training data gave no batch; the warm-up needs at least one. Check train_dataset.")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
@@ -67,6 +69,23 @@ def blocks_within(ranking: list[tuple[str, int, int]], grids: dict[str, BlockGri
     return min(range(len(totals)), key=lambda i: (abs(totals[i] - wanted), -i)) + 1
 
 
+def under_cap(
+    ranking: list[tuple[str, int, int]], grids: dict[str, BlockGrid], layer_of: dict[str, str], cap: int | float
+) -> list[tuple[str, int, int]]:
+    """A ranking without what its layer has no room for: each layer gives its best blocks, up to the first too many."""
+    kept, blocks, weights, full = [], Counter(), Counter(), set()
+    for entry in ranking:
+        layer = layer_of[entry[0]]
+        total = sum(grid.num_blocks * grid.block_numel for name, grid in grids.items() if layer_of[name] == layer)
+        blocks[layer] += 1
+        weights[layer] += grids[entry[0]].block_numel
+        if blocks[layer] > cap if isinstance(cap, int) else weights[layer] > cap * total + 1e-3:
+            full.add(layer)
+        if layer not in full:
+            kept.append(entry)
+    return kept
+
+
 def summed_gradients(
     model: nn.Module, modules: Iterable[str], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
@@ -87,3 +106,13 @@ def train_only(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
         weight = model.get_submodule(name).weight.requires_grad_(True)
         weight.register_hook(lambda gradient, mask=mask: gradient * mask)
     return model
+
+
+def rank_correlation(first: list[float], second: list[float]) -> float:
+    """Spearman's: Pearson's correlation of ranks, a rank counting those below and half of the equal ones."""
+    ranks = [
+        [sum(b < a for b in values) + sum(b == a for b in values) / 2 for a in values] for values in (first, second)
+    ]
+    centred = [[rank - sum(column) / len(column) for rank in column] for column in ranks]
+    products = [[sum(a * b for a, b in zip(one, other, strict=True)) for other in centred] for one in centred]
+    return products[0][1] / math.sqrt(products[0][0] * products[1][1])

@@ -24,6 +24,7 @@ def test_every_field_has_a_help_text():
         {},
         {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*", "modules_to_save": []},
         {"block_size": (64, 32), "budget": 7, "scope": "per_module", "lowest_layer": 3},
+        {"budget": {"attention": 0.0042, "mlp": 100}, "budget_of": "targets", "layer_cap": 0.5},
         {"granularity": "row", "score": "magnitude", "selection": "selection.json", "master_dtype": "bfloat16"},
     ],
 )
@@ -43,6 +44,14 @@ def test_json_gives_the_same_configuration_back(values):
         ({"budget": True}, "budget must be a float in"),
         ({"budget": float("nan")}, "budget must be a float in"),
         ({"budget": "0.1"}, "budget must be a float in"),
+        ({"budget": {}}, "budget must be a float in .* or a dict of these by group"),
+        ({"budget": {"": 3}}, "budget must be a float in"),
+        ({"budget": {"mlp": 0, "attention": 3}}, r"budget\['mlp'\] must be a float in"),
+        ({"budget": {"mlp": {"up_proj": 3}}}, r"budget\['mlp'\] must be a float in"),
+        ({"budget_of": "all"}, "budget_of must be one of model, targets"),
+        ({"layer_cap": 0}, "layer_cap must be an int >= 1"),
+        ({"layer_cap": 1.5}, "layer_cap must be an int >= 1"),
+        ({"layer_cap": True}, "layer_cap must be an int >= 1"),
         ({"block_size": 0}, "block_size must be"),
         ({"block_size": True}, "block_size must be"),
         ({"block_size": 16.0}, "block_size must be"),
@@ -78,9 +87,13 @@ def test_a_budget_without_a_point_is_a_count_and_with_one_a_fraction(text, budge
     assert parsed == budget and type(parsed) is type(budget)
 
 
-@pytest.mark.parametrize("text", ["many", "", "0", "-3", "1.5", "nan"])
+def test_a_budget_by_groups_is_written_with_equals_signs():
+    assert parse_budget("attention=0.0042, mlp=100") == {"attention": 0.0042, "mlp": 100}
+
+
+@pytest.mark.parametrize("text", ["many", "", "0", "-3", "1.5", "nan", "mlp=", "=3", "mlp=3,attention", "mlp=1,mlp=2"])
 def test_a_text_that_is_no_budget_is_refused(text):
-    with pytest.raises(SMTError, match="budget must be"):
+    with pytest.raises(SMTError, match=r"budget must be|budget names a group twice"):
         parse_budget(text)
 
 

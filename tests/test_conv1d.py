@@ -30,11 +30,13 @@ def test_a_model_is_trained_saved_loaded_merged_inspected_and_plotted(score, gra
 
     selection = trainer.smt_selection
     assert {grid.transposed for grid in selection.grids.values()} == {True}
-    assert main(["inspect", str(tmp_path / "delta")]) == 0
-    printed = capsys.readouterr().out
-    for name in selection.block_indices:
-        rows, columns = selection.grids[name].block_shape
-        assert any(line.startswith(f"{name} ") and f" {rows}x{columns} " in line for line in printed.splitlines())
+    assert main(["inspect", str(tmp_path / "delta"), "--csv", str(tmp_path / "blocks.csv")]) == 0
+    assert selection.summary() in capsys.readouterr().out
+    written = (tmp_path / "blocks.csv").read_text().splitlines()
+    for name, indices in selection.block_indices.items():
+        grid = selection.grids[name]
+        shapes = ",".join(map(str, (*grid.weight_shape, *grid.block_shape, len(indices), grid.num_blocks)))
+        assert any(line.startswith(f"{name},") and line.endswith(f",{shapes}") for line in written)
     pytest.importorskip("matplotlib")
     plot_selection(selection, tmp_path / "selection.png")
     assert (tmp_path / "selection.png").is_file()

@@ -7,6 +7,7 @@ import training_script
 
 from smt_trainer import load_delta
 from smt_trainer.delta import Delta
+from smt_trainer.trainer import SCORES_FILE
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 
@@ -35,6 +36,14 @@ def test_two_ranks_score_select_and_train_as_one_process(runs):
     assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
     base = tiny.llama().double().state_dict()
     assert any((tensor - base[name]).abs().max() > 1e-3 for name, tensor in rank["weights"].items() if name in base)
+
+
+def test_the_scores_of_two_ranks_serve_one_process(runs):
+    folder, (rank, _), _ = runs
+    smt_config = tiny.config(selection=folder / "rank-0" / SCORES_FILE)
+    trainer = tiny.smt_trainer(tiny.llama().double(), folder / "reused", smt_config)
+    trainer.train()
+    torch.testing.assert_close(trainer.smt_selection.block_indices, rank["block_indices"], check_dtype=False)
 
 
 def test_only_the_first_rank_writes(runs):

@@ -14,14 +14,17 @@ PACKAGE = Path(smt_trainer.__file__).parent
 PICTURES = ("block_map", "histogram", "layers", "overlap", "scores", "shares", "style", "tables")
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
-    {"scores", "selection", "ops", "ops.kept_input", "ops.sparse_linear"},
-    {"layers", "card", "plotting", *(f"plotting.{name}" for name in PICTURES)},
+    {"scores", "budget", "selection", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"},
+    {"layers", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
-    {"trainer", "callbacks"},
-    {"cli", "cli.main", "cli.merge_delta", "cli.inspect_delta", "cli.estimate"},
+    {"trainer", "checkpoints", "callbacks"},
+    {
+        *("cli", "cli.main", "cli.options", "cli.examples"),
+        *("cli.merge_delta", "cli.inspect_artefact", "cli.estimate", "cli.select"),
+    },
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-HOMES_OF_TRAINER = {"trainer", "callbacks"}
+HOMES_OF_TRAINER = {"trainer", "checkpoints", "callbacks"}
 
 
 def module_name(path: Path) -> str:

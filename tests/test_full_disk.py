@@ -19,7 +19,7 @@ import smt_trainer.delta
 from smt_trainer import BlockSelection, convert_to_smt, load_delta, save_delta
 from smt_trainer.cli import main
 from smt_trainer.delta import DELTA_FILE
-from smt_trainer.trainer import SELECTION_FILE, last_checkpoint
+from smt_trainer.trainer import SCORES_FILE, SELECTION_FILE, last_checkpoint
 
 # torch.save raises a RuntimeError.
 FULL = pytest.raises((OSError, RuntimeError), match=r"File too large|unexpected pos")
@@ -65,6 +65,7 @@ def test_an_older_selection_is_still_there(uninterrupted, fills_up, monkeypatch,
     fills_up(BlockSelection, "save")
     with FULL:
         training_script.resumable(tmp_path).train()
+    (tmp_path / SCORES_FILE).unlink()
     assert contents(tmp_path) == before
     monkeypatch.undo()
     trainer = training_script.resumable(tmp_path)

@@ -14,7 +14,7 @@ from test_callbacks import Noting
 
 from smt_trainer import SMTError, convert_to_smt
 from smt_trainer.convert import is_smt_model
-from smt_trainer.trainer import SELECTION_FILE, last_checkpoint
+from smt_trainer.trainer import SCORES_FILE, SELECTION_FILE, last_checkpoint
 
 
 def assert_same(ours, theirs) -> None:
@@ -75,7 +75,7 @@ def interrupted(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         training_script.resumable(tmp_path, kind=Breaking).train()
-    assert [path.name for path in tmp_path.iterdir()] == [SELECTION_FILE]
+    assert {path.name for path in tmp_path.iterdir()} == {SELECTION_FILE, SCORES_FILE}
     return tmp_path
 
 

@@ -125,7 +125,7 @@ def test_scores_that_are_all_zero_are_refused():
     ("fields", "message"),
     [
         ({"budget": 25}, r"budget=25 blocks is more than the targets hold \(24\)"),
-        ({"budget": 9, "scope": "per_module"}, r"more than the smallest of 2 modules holds \(8\)"),
+        ({"budget": 9, "scope": "per_module"}, r"more than `layers\.0\.v_proj` holds: a weight of 32x64 has 8 blocks"),
         ({"budget": 0.5}, r"more than the targets hold \(6,144 weights, 0\.0614 of the model\)"),
         ({"budget": 0.001}, r"100 weights, less than half a block of 256. Use at least 0\.0026"),
     ],

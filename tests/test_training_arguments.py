@@ -39,7 +39,7 @@ from transformers.training_args import OptimizerNames
 from smt_trainer import SMTCallback
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE
 from smt_trainer.refusals import REFUSED_OPTIMIZERS
-from smt_trainer.trainer import SELECTION_FILE
+from smt_trainer.trainer import SCORES_FILE, SELECTION_FILE
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "recipes" / "training_arguments.md"
@@ -179,7 +179,9 @@ def files(folder) -> list[str]:
     """What lies in an output folder, whatever form the model has."""
     names = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
     names = [name.replace(DELTA_FILE, "the model").replace("model.safetensors", "the model") for name in names]
-    return sorted(name for name in names if Path(name).name not in (SELECTION_FILE, CONFIG_FILE, *STOCK_CONFIGS))
+    return sorted(
+        name for name in names if Path(name).name not in (SCORES_FILE, SELECTION_FILE, CONFIG_FILE, *STOCK_CONFIGS)
+    )
 
 
 STOCK_CONFIGS = ("config.json", "generation_config.json")

@@ -9,8 +9,9 @@ import tiny
 import torch
 from reference import block_scores, summed_gradients
 
-from smt_trainer import BlockSelection, SMTError
-from smt_trainer.trainer import SELECTION_FILE
+from smt_trainer import BlockScores, BlockSelection, SMTError
+from smt_trainer.convert import is_smt_model
+from smt_trainer.trainer import SCORES_FILE, SELECTION_FILE
 from smt_trainer.warmup import frozen, rng_preserved
 
 QKV = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkv"]
@@ -284,6 +285,50 @@ def test_the_selection_of_a_run_can_be_used_again_without_a_warm_up(tmp_path):
     assert second.model.smt_state.selection.block_indices.keys() == chosen.keys()
     for name, indices in second.model.smt_state.selection.block_indices.items():
         assert torch.equal(indices, chosen[name])
+
+
+def test_another_budget_can_be_chosen_from_the_scores_of_a_run_without_a_warm_up(tmp_path):
+    tiny.smt_trainer(tiny.llama(), tmp_path / "first").train()
+    fields = {"budget": {"v_proj": 3, "q_proj": 2}, "target_modules": ["q_proj", "v_proj"]}
+    anew = tiny.smt_trainer(tiny.llama(), tmp_path / "anew", tiny.config(**fields))
+    anew.train()
+    smt_config = tiny.config(selection=tmp_path / "first" / SCORES_FILE, **fields)
+    again = tiny.smt_trainer(tiny.llama(), tmp_path / "again", smt_config)
+    again.train()
+    assert tiny.logged(again, "smt_warmup_steps") == [] and again.losses == anew.losses
+    assert again.smt_selection.to_dict() == anew.smt_selection.to_dict()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_select_chooses_what_training_would_and_leaves_the_model_and_the_run_as_they_were(training, tmp_path):
+    model = tiny.llama().train(training)
+    trainer = tiny.smt_trainer(model, tmp_path / "selected")
+    before, states = tiny.weights(model), random_states()
+    selection = trainer.select()
+    assert random_states() == states
+    assert not is_smt_model(model) and model.training is training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.weights(model).items())
+    assert BlockSelection.load(tmp_path / "selected" / SELECTION_FILE).to_dict() == selection.to_dict()
+    assert BlockScores.load(tmp_path / "selected" / SCORES_FILE).select().to_dict() == selection.to_dict()
+    twin = tiny.smt_trainer(tiny.llama(), tmp_path / "trained")
+    for run in (trainer, twin):
+        run.train()
+    assert trainer.losses == twin.losses
+    assert twin.smt_selection.to_dict() == selection.to_dict()
+    with pytest.raises(SMTError, match="trains blocks already"):
+        trainer.select()
+
+
+def test_scores_of_another_model_are_refused_when_the_trainer_is_made(tmp_path):
+    tiny.smt_trainer(tiny.llama(), tmp_path).select()
+    with pytest.raises(SMTError, match=r"scores of `model\.layers\.0\.self_attn\.q_proj` are of a weight of 64x64"):
+        tiny.smt_trainer(tiny.llama(hidden_size=32), tmp_path, tiny.config(selection=tmp_path / SCORES_FILE))
+
+
+def test_a_budget_that_fits_no_layer_cap_is_refused_before_the_warm_up(tmp_path):
+    with pytest.raises(SMTError, match=r"more than the targets hold under layer_cap=5 \(10\)"):
+        tiny.smt_trainer(tiny.llama(), tmp_path, tiny.config(layer_cap=5))
 
 
 @pytest.mark.parametrize("score", ["magnitude", "random"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 
-from smt_trainer.config import GRANULARITIES, SCORES, SMTConfig, parse_budget
+from smt_trainer.cli.options import add_config_options, given_fields
+from smt_trainer.config import SMTConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+OPTIONS = "target_modules budget budget_of block_size granularity lowest_layer layer_cap score scope".split()
 ROWS = {
     "weights": "weights",
     "added": "added",
@@ -31,18 +32,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="number of devices")
     parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of ZeRO; 3 is FSDP2, too")
     parser.add_argument("--card", type=float, default=24.0, help="memory of a device in GiB")
-    options = {
-        "target_modules": {"nargs": "+", "default": ["qkv"]},
-        "budget": {},
-        "block_size": {},
-        "granularity": {"choices": GRANULARITIES},
-        "lowest_layer": {"type": int},
-        "score": {"choices": SCORES},
-    }
-    for field in fields(SMTConfig):
-        if field.name in options:
-            text, flag = field.metadata["help"].replace("%", "%%"), f"--{field.name.replace('_', '-')}"
-            parser.add_argument(flag, help=text, **{"default": field.default} | options[field.name])
+    add_config_options(parser, OPTIONS)
     parser.set_defaults(run=run)
 
 
@@ -54,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     found = estimate(
         arguments.model,
-        _config(arguments),
+        SMTConfig(**given_fields(arguments, OPTIONS)),
         batch=arguments.batch,
         seq=arguments.seq,
         dtype=getattr(torch, arguments.dtype),
@@ -77,18 +67,6 @@ def run(arguments: argparse.Namespace) -> None:
     spare = round(arguments.card * 2**30) - found.peak
     verdict = f"yes, {_amount(spare)} to spare" if spare >= 0 else f"no, {_amount(-spare)} too much"
     print(f"\nfits a {arguments.card:g} GB card: {verdict}")
-
-
-def _config(arguments: argparse.Namespace) -> SMTConfig:
-    targets, size = arguments.target_modules, arguments.block_size
-    return SMTConfig(
-        target_modules=targets[0] if len(targets) == 1 else targets,
-        budget=parse_budget(str(arguments.budget)),
-        block_size=int(size) if size.isdigit() else size,
-        granularity=arguments.granularity,
-        lowest_layer=arguments.lowest_layer,
-        score=arguments.score,
-    )
 
 
 def _amount(size: float) -> str:

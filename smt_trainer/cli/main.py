@@ -6,15 +6,17 @@ import argparse
 import sys
 
 from smt_trainer import __version__
-from smt_trainer.cli import estimate, inspect_delta, merge_delta
+from smt_trainer.cli import estimate, inspect_artefact, merge_delta, select
 from smt_trainer.errors import SMTError
 
-COMMANDS = (merge_delta, inspect_delta, estimate)
+COMMANDS = (select, inspect_artefact, merge_delta, estimate)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `smt` with the given arguments (those of the process by default); returns the exit status."""
-    parser = argparse.ArgumentParser(prog="smt", description="Sparse Matrix Tuning: what a run takes, and its deltas.")
+    parser = argparse.ArgumentParser(
+        prog="smt", description="Sparse Matrix Tuning: what a run takes, which blocks it trains, and its deltas."
+    )
     parser.add_argument("--version", action="version", version=f"smt_trainer {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

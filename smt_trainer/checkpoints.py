@@ -1,0 +1,28 @@
+"""Which checkpoint a run is resumed from."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+
+from smt_trainer.errors import SMTError
+from smt_trainer.files import read_json
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint in a folder that was written to its end: Trainer writes `trainer_state.json` last."""
+    steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
+    for _, checkpoint in sorted(steps.items(), reverse=True):
+        try:
+            read_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
+            return str(checkpoint)
+        except SMTError as error:
+            logger.warning("%s is left out, its writing broke off: %s", checkpoint.name, error)
+    return None

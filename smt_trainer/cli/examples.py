@@ -1,0 +1,102 @@
+"""Training examples from a JSON file: a list of records, or one record a line.
+
+A record has a `text`, which is learnt whole, or a `prompt` and a `completion`, of which the completion is learnt.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.errors import SMTError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+NO_LABEL = -100
+
+
+def read_records(path: Path) -> list[dict[str, str]]:
+    """The records of a file.
+
+    Raises:
+        SMTError: there is no such file, it holds no records, or one of them is malformed.
+    """
+    if not path.is_file():
+        raise SMTError(f"no data at {path}: expected a file of JSON. Check the path.")
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        records = _parse(text, str(path))
+    else:
+        # Not splitlines(), which also splits at separators that JSON allows within strings.
+        lines = enumerate(text.split("\n"), 1)
+        records = [_parse(line, f"line {number} of {path}") for number, line in lines if line.strip()]
+    for place, record in enumerate(records, 1):
+        if not _is_record(record):
+            found = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
+            raise SMTError(
+                f"record {place} of {path} should have a text, or a prompt and a completion, as strings; got {found}."
+            )
+    if not records:
+        raise SMTError(f"{path} holds no records; the warm-up needs some.")
+    return records
+
+
+def make_examples(
+    records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, length: int
+) -> list[dict[str, Tensor]]:
+    """Token ids and labels of each record, cut to `length` tokens; records of which nothing is learnt are left out.
+
+    Raises:
+        SMTError: nothing is learnt of any record.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    examples = []
+    for record in records:
+        if "text" in record:
+            prompt, learnt = [], tokenizer(record["text"])["input_ids"]
+        else:
+            prompt = tokenizer(record["prompt"])["input_ids"]
+            learnt = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([*prompt, *learnt, *end][:length])
+        labels = ids.clone()
+        labels[: len(prompt)] = NO_LABEL
+        # The first token is predicted from nothing.
+        if (labels[1:] != NO_LABEL).any():
+            examples.append({"input_ids": ids, "labels": labels})
+    if not examples:
+        raise SMTError(f"no record has anything to learn within {length} tokens; raise --seq.")
+    if len(examples) < len(records):
+        logger.warning("%d of %d records are left out: no label.", len(records) - len(examples), len(records))
+    return examples
+
+
+def pad(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of examples of different lengths; padding is masked and carries no label."""
+    mask = [torch.ones_like(feature["labels"]) for feature in features]
+    ids, labels = ([feature[key] for feature in features] for key in ("input_ids", "labels"))
+    return {
+        "input_ids": nn.utils.rnn.pad_sequence(ids, True, 0),
+        "labels": nn.utils.rnn.pad_sequence(labels, True, NO_LABEL),
+        "attention_mask": nn.utils.rnn.pad_sequence(mask, True, 0),
+    }
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise SMTError(f"{where} is no JSON ({error}); expected a list of records, or one record a line.") from error
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict):
+        return False
+    return all(isinstance(record.get(key), str) for key in (["text"] if "text" in record else ["prompt", "completion"]))

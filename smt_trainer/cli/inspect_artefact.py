@@ -1,0 +1,138 @@
+"""`smt inspect PATH [OTHER]`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from smt_trainer.config import SMTConfig
+
+RANGES = 4
+
+
+def add_parser(commands) -> None:
+    """Add the command to the parser of `smt`."""
+    parser = commands.add_parser("inspect", help="say what a delta, a selection or a scores file holds")
+    parser.add_argument(
+        "path", help="delta folder or checkpoint of SMTTrainer, selection (.json) or scores (.safetensors)"
+    )
+    parser.add_argument("other", nargs="?", help="another one: say how far their blocks agree")
+    parser.add_argument("--plot", type=Path, help="draw the map of the chosen blocks to this file (PNG, PDF or SVG)")
+    parser.add_argument("--csv", type=Path, help="write the blocks of each module to this file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print base, configuration and where the blocks lie; or what two artefacts share."""
+    from smt_trainer.errors import SMTError
+
+    artefact = _load(arguments.path)
+    if arguments.other is not None:
+        if arguments.plot or arguments.csv:
+            raise SMTError("--plot and --csv are of one artefact; inspect each of the two by itself.")
+        _print_overlap(artefact, _load(arguments.other))
+        return
+    selection = _describe(artefact)
+    _print_table(selection)
+    if arguments.plot is not None:
+        from smt_trainer.plotting import plot_selection
+
+        plot_selection(selection, arguments.plot)
+    if arguments.csv is not None:
+        from smt_trainer.files import write_text
+
+        write_text(arguments.csv, _csv(selection))
+
+
+def _load(path: str):
+    """What lies at a path: a `BlockScores`, a `BlockSelection` or a `Delta`."""
+    from smt_trainer.block_scores import BlockScores
+    from smt_trainer.delta import Delta
+    from smt_trainer.selection import BlockSelection
+
+    kinds = {".safetensors": BlockScores.load, ".json": BlockSelection.load}
+    return kinds.get(Path(path).suffix, Delta.read)(path)
+
+
+def _selection(artefact):
+    return getattr(artefact, "selection", artefact)
+
+
+def _describe(artefact):
+    """Print what kind of artefact it is and how it came about; returns the selection that it holds or leads to."""
+    from smt_trainer.block_scores import BlockScores
+    from smt_trainer.delta import Delta
+
+    selection = artefact.select() if isinstance(artefact, BlockScores) else _selection(artefact)
+    config = selection.config
+    print(f"base         {selection.base_model or 'not recorded'}")
+    if isinstance(artefact, Delta):
+        dtype = str(artefact.weight_dtype).removeprefix("torch.")
+        print(f"fingerprint  {artefact.fingerprint[:16]}, weights in {dtype}")
+    if isinstance(artefact, BlockScores):
+        found = [score for scores in artefact.scores.values() for score in (scores.min().item(), scores.max().item())]
+        count = sum(grid.num_blocks for grid in artefact.grids.values())
+        print(
+            f"scores       of {count:,} blocks, from {min(found):.4g} to {max(found):.4g}; chosen by their own budget"
+        )
+    said = ["score", "scope", "budget"]
+    said += [name for name in ("budget_of", "layer_cap") if getattr(config, name) != getattr(SMTConfig, name)]
+    print(f"chosen by    {', '.join(f'{name}={getattr(config, name)}' for name in said)}")
+    print(f"blocks       {selection.summary()}")
+    if isinstance(artefact, Delta) and artefact.whole:
+        numel = sum(tensor.numel() for tensor in artefact.whole.values())
+        print(f"whole        {', '.join(artefact.whole)} ({numel:,} parameters)")
+    return selection
+
+
+def _print_table(selection) -> None:
+    """Chosen blocks of each projection, in layers from bottom to top and in all, and their share of its blocks."""
+    from smt_trainer.targets import layer_index
+
+    layers = sorted({layer_index(name) for name in selection.grids})
+    length = -(-len(layers) // RANGES)
+    ranges = [layers[start : start + length] for start in range(0, len(layers), length)]
+    titles = [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in ranges]
+    titles = ["outside" if title == "-1" else title for title in titles]
+    rows: dict[str, list[int]] = {}
+    for name, grid in selection.grids.items():
+        place = next(place for place, part in enumerate(ranges) if layer_index(name) in part)
+        for row in (rows.setdefault(leaf, [0] * (len(ranges) + 2)) for leaf in (name.rpartition(".")[2], "all")):
+            chosen = len(selection.block_indices.get(name, ()))
+            row[place] += chosen
+            row[-2] += chosen
+            row[-1] += grid.num_blocks
+    rows["all"] = rows.pop("all")
+    width = max(map(len, [*rows, "layers"]))
+    print(f"\n{'layers':<{width}}" + "".join(f"{title:>9}" for title in [*titles, "chosen", "of"]) + f"{'share':>10}")
+    for leaf, row in rows.items():
+        print(f"{leaf:<{width}}" + "".join(f"{count:>9,}" for count in row) + f"{row[-2] / row[-1]:>10.3%}")
+
+
+def _csv(selection) -> str:
+    """One line for each target."""
+    from smt_trainer.targets import layer_index
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow("module layer out_features in_features block_rows block_columns chosen blocks".split())
+    for name, grid in selection.grids.items():
+        chosen = len(selection.block_indices.get(name, ()))
+        writer.writerow([name, layer_index(name), *grid.weight_shape, *grid.block_shape, chosen, grid.num_blocks])
+    return text.getvalue()
+
+
+def _print_overlap(first, second) -> None:
+    """Shared blocks, Jaccard index and, of two scores files, Spearman's rank correlation, by projection and in all."""
+    from smt_trainer.overlap import Overlap
+
+    found = Overlap.of(_selection(first), _selection(second))
+    width = max(map(len, [*found.by_projection, "projection"]))
+    columns = "first second shared Jaccard".split() + (["Spearman"] if found.spearman is not None else [])
+    print(f"{'projection':<{width}}" + "".join(f"{title:>10}" for title in columns))
+    for leaf, part in {**found.by_projection, "all": found}.items():
+        counts = "".join(f"{count:>10,}" for count in (part.first, part.second, part.shared))
+        rho = "" if part.spearman is None else f"{part.spearman:>10.3f}"
+        print(f"{leaf:<{width}}{counts}{part.jaccard:>10.3f}{rho}")
