@@ -71,23 +71,21 @@ def scores(llama, tmp_path):
     return tmp_path / "scores.safetensors"
 
 
-def test_inspect_says_what_a_scores_file_and_a_selection_hold_and_writes_a_table_and_a_picture(
-    scores, tmp_path, capsys
-):
+def test_inspect_says_what_a_scores_file_and_a_selection_hold_and_draws_them(scores, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    BlockScores.load(scores).select().save(tmp_path / "selection.json")
+    selection = BlockScores.load(scores).select()
+    selection.save(tmp_path / "selection.json")
     outputs = []
-    for path in (scores, tmp_path / "selection.json"):
-        assert main(["inspect", str(path), "--csv", str(tmp_path / "a.csv"), "--plot", str(tmp_path / "a.svg")]) == 0
-        outputs.append(capsys.readouterr().out)
-        rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
-        selection = BlockScores.load(scores).select()
-        assert [row["module"] for row in rows] == list(selection.grids)
-        assert sum(int(row["chosen"]) for row in rows) == 12 and sum(int(row["blocks"]) for row in rows) == 64
-        assert "<svg" in (tmp_path / "a.svg").read_text()
-        (tmp_path / "a.svg").unlink()
+    for path, stems in ((scores, ["layers", "scores", "selection", "shares"]), (tmp_path / "selection.json", None)):
+        folder = tmp_path / path.stem
+        assert main(["inspect", str(path), "--plot", str(folder)]) == 0
+        outputs.append(capsys.readouterr().out.partition("\n\n")[0])
+        stems = stems or ["layers", "selection", "shares"]
+        assert sorted(path.name for path in folder.iterdir()) == [f"{s}.{end}" for s in stems for end in ("csv", "png")]
+        rows = list(csv.DictReader((folder / "layers.csv").read_text().splitlines()))
+        assert sum(int(row["trained"]) for row in rows) == 12 and sum(int(row["blocks"]) for row in rows) == 64
     assert "scores       of 64 blocks" in outputs[0]
-    assert outputs[1] == "".join(line for line in outputs[0].splitlines(True) if not line.startswith("scores"))
+    assert outputs[1].splitlines() == [line for line in outputs[0].splitlines() if not line.startswith("scores")]
 
 
 def test_inspect_of_two_says_what_they_share(scores, delta, tmp_path, capsys):

@@ -11,7 +11,7 @@ import pytest
 import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
-PICTURES = ("block_map", "histogram", "layers", "overlap", "scores", "shares", "style", "tables")
+PICTURES = ("block_map", "folder", "histogram", "layers", "overlap", "scores", "shares", "style", "tables")
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
     {"scores", "budget", "selection", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"},

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from recipes.selection_study.overlap import jaccard
 from recipes.selection_study.study import Outcomes
-from smt_trainer import OverlapPoint, plot_layers, plot_overlap, plot_scores, plot_selection, plot_shares
+from smt_trainer import BlockScores, Overlap, OverlapPoint, plot_overlap
 from smt_trainer.files import write_text
-from smt_trainer.plotting import layer_rows, score_rows, selection_rows, share_rows, write_csv
+from smt_trainer.plotting import plot_all, write_csv
 
 
 def write_report(outcomes: Outcomes, points: list[OverlapPoint], facts: dict, folder: Path) -> None:
@@ -21,7 +20,7 @@ def write_report(outcomes: Outcomes, points: list[OverlapPoint], facts: dict, fo
         folder: where to.
     """
     chosen = [
-        {"score": score, "seed": seed, "steps": steps, "blocks": outcome.selection.blocks_by_projection()}
+        {"score": score, "seed": seed, "steps": steps, "blocks": outcome.select().blocks_by_projection()}
         for (score, seed, steps), outcome in outcomes.items()
     ]
     results = facts | {"points": [point._asdict() for point in points], "selections": chosen}
@@ -30,21 +29,10 @@ def write_report(outcomes: Outcomes, points: list[OverlapPoint], facts: dict, fo
     plot_overlap(points, folder / "overlap.png")
     write_csv(points, folder / "overlap.csv")
     for score, outcome in longest(outcomes).items():
-        scores, selection = outcome.scores, outcome.selection
-        for stem, rows in (
-            ("selection", selection_rows(selection)),
-            ("layers", layer_rows(selection)),
-            ("shares", share_rows(selection)),
-            ("scores", score_rows(scores, selection)),
-        ):
-            write_csv(rows, folder / f"{stem}-{score}.csv")
-        plot_selection(selection, folder / f"selection-{score}.png")
-        plot_layers(selection, folder / f"layers-{score}.png")
-        plot_shares(selection, folder / f"shares-{score}.png")
-        plot_scores(scores, selection, folder / f"scores-{score}.png")
+        plot_all(outcome.select(), folder, outcome.scores, f"-{score}")
 
 
-def longest(outcomes: Outcomes) -> dict:
+def longest(outcomes: Outcomes) -> dict[str, BlockScores]:
     """Score -> what it gave after the longest warm-up with the first seed."""
     _, seed, _ = next(iter(outcomes))
     most = max(steps for *_, steps in outcomes)
@@ -70,10 +58,10 @@ def markdown(outcomes: Outcomes, points: list[OverlapPoint], facts: dict) -> str
         ]
         lines.append(f"| `{score}` | {steps} | " + " | ".join(cells) + " |")
     lines += ["", "![Overlap](overlap.png)\n", "## After the longest warm-up, first seed\n"]
-    lines += [f"- `{score}`: {outcome.selection.summary()}" for score, outcome in last.items()]
+    lines += [f"- `{score}`: {outcome.select().summary()}" for score, outcome in last.items()]
     names = list(last)
     lines += [
-        f"- `{first}` and `{second}`: Jaccard index {jaccard(last[first].selection, last[second].selection):.3f}"
+        f"- `{first}` and `{second}`: Jaccard index {Overlap.of(last[first], last[second]).jaccard:.3f}"
         for place, first in enumerate(names)
         for second in names[place + 1 :]
     ]

@@ -2,31 +2,19 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from recipes.selection_study.overlap import chance, jaccard, rank_correlation
+from recipes.selection_study.chance import chance
 from recipes.selection_study.warmup import scores_along
-from smt_trainer import BlockSelection, OverlapPoint, SMTConfig, find_targets, make_scorer, select_blocks
+from smt_trainer import BlockScores, Overlap, OverlapPoint, SMTConfig, find_targets, make_scorer
 from smt_trainer.selection import base_name
 from smt_trainer.targets import count_parameters, target_grids
 
-Scores = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one score gave after some steps of one warm-up."""
-
-    scores: Scores
-    selection: BlockSelection
-
-
-# (score, seed, steps) -> outcome.
-Outcomes = dict[tuple[str, int, int], Outcome]
+# (score, seed, steps) -> the scores after so many steps of one warm-up.
+Outcomes = dict[tuple[str, int, int], BlockScores]
 
 
 def run(
@@ -49,8 +37,7 @@ def run(
         batches = tqdm(itertools.islice(loader, max(steps)), f"warm-up, seed {seed}", max(steps))
         for step, every in scores_along(model, scorers, batches, steps):
             for score, scores in every.items():
-                selection = select_blocks(scores, grids, configs[score], num_parameters, name)
-                outcomes[score, seed, step] = Outcome(scores, selection)
+                outcomes[score, seed, step] = BlockScores(grids, scores, num_parameters, configs[score], name)
     return outcomes
 
 
@@ -71,7 +58,6 @@ def compare(outcomes: Outcomes) -> list[OverlapPoint]:
     return points
 
 
-def _point(score: str, steps: int, against: str, seed: str, first: Outcome, second: Outcome) -> OverlapPoint:
-    common = jaccard(first.selection, second.selection)
-    correlation = rank_correlation(first.scores, second.scores)
-    return OverlapPoint(score, steps, against, seed, common, chance(first.selection), correlation)
+def _point(score: str, steps: int, against: str, seed: str, first: BlockScores, second: BlockScores) -> OverlapPoint:
+    common = Overlap.of(first, second)
+    return OverlapPoint(score, steps, against, seed, common.jaccard, chance(first.select()), common.spearman)

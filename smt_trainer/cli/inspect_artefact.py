@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 from smt_trainer.config import SMTConfig
@@ -19,8 +17,7 @@ def add_parser(commands) -> None:
         "path", help="delta folder or checkpoint of SMTTrainer, selection (.json) or scores (.safetensors)"
     )
     parser.add_argument("other", nargs="?", help="another one: say how far their blocks agree")
-    parser.add_argument("--plot", type=Path, help="draw the map of the chosen blocks to this file (PNG, PDF or SVG)")
-    parser.add_argument("--csv", type=Path, help="write the blocks of each module to this file")
+    parser.add_argument("--plot", type=Path, help="folder for all pictures, each with its numbers as CSV")
     parser.set_defaults(run=run)
 
 
@@ -30,20 +27,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     artefact = _load(arguments.path)
     if arguments.other is not None:
-        if arguments.plot or arguments.csv:
-            raise SMTError("--plot and --csv are of one artefact; inspect each of the two by itself.")
+        if arguments.plot:
+            raise SMTError("--plot is of one artefact; inspect each of the two by itself.")
         _print_overlap(artefact, _load(arguments.other))
         return
     selection = _describe(artefact)
     _print_table(selection)
     if arguments.plot is not None:
-        from smt_trainer.plotting import plot_selection
+        from smt_trainer.plotting import plot_all
 
-        plot_selection(selection, arguments.plot)
-    if arguments.csv is not None:
-        from smt_trainer.files import write_text
-
-        write_text(arguments.csv, _csv(selection))
+        pictures = plot_all(selection, arguments.plot, getattr(artefact, "scores", None))
+        print(f"\n{', '.join(picture.name for picture in pictures)} in {arguments.plot}")
 
 
 def _load(path: str):
@@ -109,19 +103,6 @@ def _print_table(selection) -> None:
     print(f"\n{'layers':<{width}}" + "".join(f"{title:>9}" for title in [*titles, "chosen", "of"]) + f"{'share':>10}")
     for leaf, row in rows.items():
         print(f"{leaf:<{width}}" + "".join(f"{count:>9,}" for count in row) + f"{row[-2] / row[-1]:>10.3%}")
-
-
-def _csv(selection) -> str:
-    """One line for each target."""
-    from smt_trainer.targets import layer_index
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow("module layer out_features in_features block_rows block_columns chosen blocks".split())
-    for name, grid in selection.grids.items():
-        chosen = len(selection.block_indices.get(name, ()))
-        writer.writerow([name, layer_index(name), *grid.weight_shape, *grid.block_shape, chosen, grid.num_blocks])
-    return text.getvalue()
 
 
 def _print_overlap(first, second) -> None:

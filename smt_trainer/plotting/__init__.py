@@ -1,6 +1,7 @@
 """Pictures of selections and scores (matplotlib, from the extra `plot`), and their numbers as rows for CSV."""
 
 from smt_trainer.plotting.block_map import plot_selection
+from smt_trainer.plotting.folder import plot_all
 from smt_trainer.plotting.histogram import ScoreRow, score_rows
 from smt_trainer.plotting.layers import plot_layers
 from smt_trainer.plotting.overlap import plot_overlap
@@ -24,6 +25,7 @@ __all__ = [
     "SelectionRow",
     "ShareRow",
     "layer_rows",
+    "plot_all",
     "plot_layers",
     "plot_overlap",
     "plot_scores",
