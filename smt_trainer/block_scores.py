@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smt_trainer.blocks import BlockGrid
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TRAINING_FIELDS, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import open_tensors, write_atomically
 from smt_trainer.selection import BlockSelection, select_blocks
@@ -36,7 +36,7 @@ DECISIVE = ("score", "block_size", "granularity")
 # What the scores do not depend on. The targets may only become fewer.
 FREE = (
     *("budget", "budget_of", "scope", "layer_cap", "lowest_layer", "target_modules", "exclude_modules"),
-    *("master_dtype", "modules_to_save"),
+    *TRAINING_FIELDS,
 )
 # Keywords of `target_modules` and those that take in all that they do.
 WIDER = {"qkv": ("attention", "all-linear"), "attention": ("all-linear",), "mlp": ("all-linear",)}

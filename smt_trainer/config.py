@@ -18,6 +18,8 @@ MASTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # What a resumed run may change: neither alters which weights are trained nor how.
 _FREE_ON_RESUME = ("selection", "accumulator_device")
+# What decides how chosen blocks are trained, and what else, rather than which are chosen.
+TRAINING_FIELDS = ("master_dtype", "modules_to_save", "train_norm", "train_bias")
 
 
 def _help(text: str) -> dict[str, str]:
@@ -53,6 +55,15 @@ class SMTConfig:
             "Modules to train whole and store in the delta. Default: the new head of a sequence or token "
             "classification model, nothing otherwise. An empty list trains no module whole."
         ),
+    )
+    train_norm: bool = field(
+        default=False,
+        metadata=_help(
+            "Train the normalisation layers whole, too: those of the layers from lowest_layer on, and any outside."
+        ),
+    )
+    train_bias: bool = field(
+        default=False, metadata=_help("Train the biases of the linears that have blocks whole, too.")
     )
     block_size: str | int | tuple[int, int] = field(
         default="auto",
@@ -141,6 +152,8 @@ class SMTConfig:
         _one_of("budget_of", self.budget_of, DENOMINATORS)
         _one_of("accumulator_device", self.accumulator_device, ACCUMULATOR_DEVICES)
         _one_of("master_dtype", self.master_dtype, MASTER_DTYPES)
+        _expect_bool("train_norm", self.train_norm)
+        _expect_bool("train_bias", self.train_bias)
         _at_least("lowest_layer", self.lowest_layer, 0)
         _at_least("warmup_steps", self.warmup_steps, 1)
         _check_block_size(self.block_size, self.granularity)
@@ -239,6 +252,11 @@ def _names(name: str, value: Any) -> str | list[str]:
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
         raise SMTError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+
+
+def _expect_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise SMTError(f"{name} must be True or False, got {value!r}.")
 
 
 def _is_int(value: Any) -> bool:

@@ -14,7 +14,8 @@ from smt_trainer.errors import SMTError
 from smt_trainer.layers import SMTConv1D, SMTLinear, plain_name, smt_layers
 from smt_trainer.selection import BlockSelection
 from smt_trainer.sharding import full_shape, full_tensor, is_sharded
-from smt_trainer.targets import has_plain_weight, head_names, is_linear, is_transposed, matches, refuse_adapters
+from smt_trainer.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
+from smt_trainer.whole import find_whole, get_whole
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class SMTState:
 
     Attributes:
         selection: the blocks it trains.
-        modules_to_save: full names of the modules trained whole.
+        whole: full names of the modules and biases trained whole.
         fingerprint: checksum of the chosen blocks before training (see `fingerprint`).
         weight_dtype: dtype of the dense weights, in which merging is exact.
         was_trainable: names of the parameters that asked for a gradient before rewriting.
     """
 
     selection: BlockSelection
-    modules_to_save: tuple[str, ...]
+    whole: tuple[str, ...]
     fingerprint: str
     weight_dtype: torch.dtype
     was_trainable: frozenset[str]
@@ -53,7 +54,7 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
 
     Args:
         model: a plain model; its modules keep their identity, names, hooks and ties.
-        selection: its config gives the `master_dtype` and `modules_to_save`.
+        selection: its config gives the `master_dtype` and what is trained whole.
 
     Returns:
         The same model.
@@ -66,16 +67,16 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
         raise SMTError("this model already trains blocks; call merge_and_unload on it before choosing others.")
     config = selection.config
     linears = find_linears(model, selection)
-    saved_modules = find_modules_to_save(model, config.modules_to_save, linears)
+    whole = find_whole(model, config, linears)
     first = next(iter(linears.values()))
     state = SMTState(
         selection,
-        saved_modules,
+        whole,
         fingerprint(model, selection, first.weight.dtype),
         first.weight.dtype,
         frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
     )
-    rewrite(model, selection, saved_modules, getattr(torch, config.master_dtype))
+    rewrite(model, selection, whole, getattr(torch, config.master_dtype))
     model.smt_state = state
     return model
 
@@ -84,7 +85,7 @@ def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], m
     """`convert_to_smt` without its checks and its memory: reads no value of the model, which may be on the meta device.
 
     Args:
-        whole: full names of the modules to train whole.
+        whole: full names of the modules and biases to train whole.
         master_dtype: of the trainable blocks.
     """
     model.requires_grad_(False)
@@ -93,7 +94,7 @@ def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], m
         kind = SMTConv1D if grid.transposed else SMTLinear
         kind.from_linear(model.get_submodule(name), grid, block_indices, master_dtype)
     for name in whole:
-        model.get_submodule(name).requires_grad_(True)
+        get_whole(model, name).requires_grad_(True)
     return model
 
 
@@ -141,43 +142,15 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
     )
 
 
-def find_modules_to_save(model: nn.Module, names: list[str] | None, targets: Iterable[str]) -> tuple[str, ...]:
-    """Full names of the modules to train whole: those named, or by default the head of a classification model.
-
-    Raises:
-        SMTError: a name matches no module, or one of the `targets` lies in a module to train whole.
-    """
-    found = head_names(model) if names is None else _find_named(model, names)
-    for target in targets:
-        whole = next((name for name in found if f"{target}.".startswith(f"{name}.")), None)
-        if whole is not None:
-            raise SMTError(
-                f"`{target}` is a target, and lies in `{whole}`, which modules_to_save trains whole. Name it in "
-                "exclude_modules, or leave it out of modules_to_save."
-            )
-    return tuple(found)
-
-
-def _find_named(model: nn.Module, names: list[str]) -> list[str]:
-    found = []
-    for wanted in names:
-        matching = [name for name, _ in model.named_modules() if matches(name, [wanted])]
-        if not matching:
-            raise SMTError(
-                f"modules_to_save names {wanted!r}, which this model does not have. Its top-level modules are: "
-                f"{', '.join(name for name, _ in model.named_children())}."
-            )
-        found += matching
-    return list(dict.fromkeys(found))
-
-
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, with full names, of the modules that a rewritten model trains whole; tied ones once."""
-    prefixes, seen = tuple(f"{name}." for name in get_state(model).modules_to_save), set()
+    """Parameters and buffers, with full names, that a rewritten model trains whole; tied ones once."""
+    names, seen = get_state(model).whole, set()
+    prefixes = tuple(f"{name}." for name in names)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if plain_name(name).startswith(prefixes) and id(tensor) not in seen:
+        found = plain_name(name)
+        if (found in names or found.startswith(prefixes)) and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield plain_name(name), tensor
+            yield found, tensor
 
 
 def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:

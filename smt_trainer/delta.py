@@ -2,7 +2,7 @@
 
     smt_delta.safetensors   <module>.blocks         [n, br, bc]  trained values (not differences, so merging is exact)
                             <module>.block_indices  [n, 2] int32 (row, column) in the module's grid
-                            <parameter>             whole tensors of `modules_to_save`
+                            <parameter>             whole tensors of `modules_to_save`, norms, biases
                             and in its metadata the manifest: format, configuration, grids, name and fingerprint of the
                             base, dtype of its weights
     smt_config.json         the manifest once more, for people and other programs to read
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from smt_trainer.convert import (
     convert_to_smt,
     find_linears,
-    find_modules_to_save,
     fingerprint,
     get_state,
     is_smt_model,
@@ -38,6 +37,7 @@ from smt_trainer.files import open_tensors, write_atomically, write_text
 from smt_trainer.layers import plain_name, smt_layers, write_back
 from smt_trainer.selection import BlockSelection, base_name
 from smt_trainer.sharding import assign, full_shape, full_tensor
+from smt_trainer.whole import find_whole
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Delta:
     Attributes:
         selection: which blocks, of which model, chosen how.
         blocks: module name -> trained values [n, br, bc], row by row like `selection.block_indices`.
-        whole: parameter name -> tensor, of the modules trained whole.
+        whole: parameter name -> tensor, of what is trained whole.
         fingerprint: checksum of the base values of the blocks (see `convert.fingerprint`).
         weight_dtype: dtype of the base weights in training; merging into it is exact.
     """
@@ -258,7 +258,7 @@ def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
 
 
 def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
-    find_modules_to_save(model, delta.selection.config.modules_to_save, delta.selection.block_indices)
+    find_whole(model, delta.selection.config, delta.selection.block_indices)
     destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in delta.whole.items():
         if name not in destinations or full_shape(destinations[name]) != tuple(tensor.shape):

@@ -47,13 +47,14 @@ from torch import Tensor, nn
 
 from smt_trainer.block_scores import resolve_selection
 from smt_trainer.config import SCORES, SMTConfig
-from smt_trainer.convert import find_linears, find_modules_to_save, rewrite
+from smt_trainer.convert import find_linears, rewrite
 from smt_trainer.errors import SMTError
 from smt_trainer.meter import read_step
 from smt_trainer.scores import Scorer, make_scorer
 from smt_trainer.selection import BlockSelection, base_name, select_blocks
 from smt_trainer.targets import count_parameters, find_targets, layer_index, target_grids
 from smt_trainer.warmup import frozen
+from smt_trainer.whole import find_whole, get_whole
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -155,7 +156,7 @@ def estimate(
     build = _builder(model, dtype)
     plain = build()
     selection = _choose(plain, config)
-    whole = find_modules_to_save(plain, config.modules_to_save, selection.block_indices)
+    whole = find_whole(plain, config, selection.block_indices)
     rank = _equal_rank(selection)
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, weights=_bytes(_tensors(plain)))
     targets = {name: plain.get_submodule(name) for name in selection.grids}
@@ -163,7 +164,7 @@ def estimate(
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
         for score in SCORES
     }
-    stored = sum(_bytes(_tensors(plain.get_submodule(name))) for name in whole)
+    stored = sum(_bytes(_parts(plain, name)) for name in whole)
     master_dtype, trained = getattr(torch, config.master_dtype), selection.trainable_parameters
     return Estimate(
         selection,
@@ -262,7 +263,7 @@ def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[
         linear.lora_b = nn.Parameter(torch.empty(grid.out_features, rank, device="meta"))
         linear.register_forward_hook(_adapt)
     for name in whole:
-        model.get_submodule(name).requires_grad_(True)
+        get_whole(model, name).requires_grad_(True)
     return model
 
 
@@ -303,6 +304,12 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, tied ones once."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+def _parts(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """The tensors of something that is trained whole."""
+    whole = get_whole(model, name)
+    return iter([whole]) if isinstance(whole, Tensor) else _tensors(whole)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -40,10 +40,9 @@ from smt_trainer.budget import check_budget_fits
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
 from smt_trainer.checkpoints import last_checkpoint
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TRAINING_FIELDS, SMTConfig
 from smt_trainer.convert import (
     convert_to_smt,
-    find_modules_to_save,
     get_state,
     is_smt_model,
     plain_state_dict,
@@ -67,6 +66,7 @@ from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.targets import count_parameters, find_targets, target_grids
 from smt_trainer.warmup import LossScale, collect_scores, counters_preserved, optimizer_step_batches, rng_preserved
+from smt_trainer.whole import find_whole
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ class SMTTrainerMixin:
         """Targets and grids of the model, once it is sure that the configuration fits it."""
         targets = find_targets(self.model, self.smt_config)
         grids = target_grids(targets, self.smt_config)
-        find_modules_to_save(self.model, self.smt_config.modules_to_save, targets)
+        find_whole(self.model, self.smt_config, targets)
         check_budget_fits(grids, self.smt_config, count_parameters(self.model))
         return targets, grids
 
@@ -248,12 +248,8 @@ class SMTTrainerMixin:
             return None
         plain = None if is_smt_model(self.model) else self.model
         selection = resolve_selection(self.smt_config.selection, self.smt_config, plain)
-        config = replace(
-            selection.config,
-            master_dtype=self.smt_config.master_dtype,
-            modules_to_save=self.smt_config.modules_to_save,
-        )
-        return replace(selection, config=config)
+        trained_by = {name: getattr(self.smt_config, name) for name in TRAINING_FIELDS}
+        return replace(selection, config=replace(selection.config, **trained_by))
 
     @property
     def _smt_callbacks(self) -> list[SMTCallback]:

@@ -15,7 +15,7 @@ PICTURES = ("block_map", "folder", "histogram", "layers", "overlap", "scores", "
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
     {"scores", "budget", "selection", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"},
-    {"layers", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
+    {"layers", "whole", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "checkpoints", "callbacks"},
     {
