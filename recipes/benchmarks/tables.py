@@ -19,6 +19,8 @@ def markdown(results: dict, chart: str) -> str:
         "`torch.optim.AdamW(fused=True)`. All methods train the query, key and value projections, SMT blocks and rows "
         "drawn at random. Adapters are PEFT's, with the rank that comes nearest to the budget.\n",
         f"![Time and memory]({chart})\n",
+        "## In short\n",
+        summary(results),
         "## Time\n",
         f"Each of {rounds} rounds takes one step of each method, in an order drawn anew. The floor is the same model "
         "with all weights frozen and backward through all layers, twice: the ratio is to the mean of both in the same "
@@ -82,6 +84,20 @@ def markdown(results: dict, chart: str) -> str:
         ),
     ]
     return "\n".join(parts)
+
+
+def summary(results: dict) -> str:
+    """Ratios to the floor, one line for each method and budget."""
+    floor, timer = results["methods"][0], results["timer"]
+    return table(
+        "method|budget|step time / floor|live memory / floor|saved for backward / floor|FLOPs / floor|optimizer, MiB",
+        [
+            [row["method"], percent(row["budget"]), f"{row['to_floor'][timer]['median']:.2f}"]
+            + [f"{row[what] / floor[what]:.3f}" for what in ("live_bytes", "saved_bytes", "flops")]
+            + [mib(row["optimizer_bytes"])]
+            for row in results["methods"]
+        ],
+    )
 
 
 def _curves(curves: dict, timer: str) -> list[str]:

@@ -1,0 +1,95 @@
+"""`smt estimate` beside what the benchmark of a training step measured, for every result in a folder.
+
+python -m recipes.benchmarks.estimator --results recipes/benchmarks/results
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from recipes.benchmarks.methods import FULL, SMT
+from recipes.benchmarks.models import Shape
+from recipes.benchmarks.selection_scale import table
+from recipes.benchmarks.setting import DTYPES
+from recipes.benchmarks.tables import mib, percent
+from recipes.reporting import command
+from smt_trainer import SMTConfig
+from smt_trainer.estimate import estimate
+
+# Method -> the estimate's name for it.
+ESTIMATED = {SMT: "smt", "LoRA": "lora", FULL: "full"}
+
+
+def compare(results: dict) -> list[dict]:
+    """Each estimated method and budget of one result: bytes and FLOPs, measured and estimated."""
+    setting, rows = results["setting"], []
+    measured = {(row["method"], row["budget"]): row for row in results["methods"]}
+    config = LlamaConfig(**Shape(**setting["shape"])._asdict())
+    for budget in dict.fromkeys(row["budget"] for row in results["methods"] if row["method"] == SMT):
+        found = estimate(
+            config,
+            SMTConfig(budget=budget, score="random", scope="per_module"),
+            batch=setting["batch"],
+            seq=setting["length"],
+            dtype=DTYPES[setting["dtype"]],
+            checkpointing=setting["checkpointing"],
+        )
+        for method, name in ESTIMATED.items():
+            row, cost = measured.get((method, None if method == FULL else budget)), getattr(found, name)
+            if row is not None:
+                rows.append(
+                    {"shape": results["shape"], "dtype": setting["dtype"], "checkpointing": setting["checkpointing"]}
+                    | {"method": method, "budget": row["budget"]}
+                    | {"measured_bytes": row["live_bytes"], "estimated_bytes": cost.peak}
+                    | {"measured_flops": row["flops"], "estimated_flops": cost.flops}
+                )
+    return list({(row["method"], row["budget"]): row for row in rows}.values())
+
+
+def markdown(rows: list[dict]) -> str:
+    """One line for each."""
+    return "\n".join(
+        [
+            "# The estimator beside measurements\n",
+            "`smt estimate` reads a configuration alone; measured are all tensors alive at the peak of a real step on "
+            "the CPU and its FLOPs (`step-*.md`). MiB and GFLOP.\n",
+            table(
+                "model|dtype|checkpointing|method|budget|measured|estimated|ratio|GFLOP|estimated|ratio",
+                [
+                    [
+                        row["shape"],
+                        row["dtype"],
+                        "on" if row["checkpointing"] else "off",
+                        row["method"],
+                        percent(row["budget"]),
+                        mib(row["measured_bytes"]),
+                        mib(row["estimated_bytes"]),
+                        f"{row['estimated_bytes'] / row['measured_bytes']:.3f}",
+                        f"{row['measured_flops'] / 1e9:.4g}",
+                        f"{row['estimated_flops'] / 1e9:.4g}",
+                        f"{row['estimated_flops'] / row['measured_flops']:.3f}",
+                    ]
+                    for row in rows
+                ],
+            ),
+            f"Command: `{command('recipes.benchmarks.estimator')}`\n",
+        ]
+    )
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Compare all results of the folder, but those with a loss in chunks, which the estimator does not know."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="folder of step-*.json; the comparison goes there")
+    folder = parser.parse_args(words).results
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("step-*.json"))]
+    rows = [row for results in found if not results["setting"]["chunked_loss"] for row in compare(results)]
+    (folder / "estimator.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (folder / "estimator.md").write_text(markdown(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

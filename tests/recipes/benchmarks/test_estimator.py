@@ -1,0 +1,29 @@
+"""The estimator beside the committed measurements."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.benchmarks.estimator import compare, main
+from recipes.benchmarks.methods import FULL, SMT
+
+RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results"
+MEASURED = [path for path in sorted(RESULTS.glob("step-*.json")) if "chunked" not in path.name]
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
+def test_memory_and_flops_are_within_a_tenth_of_what_was_measured(path):
+    rows = compare(json.loads(path.read_text()))
+    assert {SMT, FULL} <= {row["method"] for row in rows}
+    for row in rows:
+        assert row["estimated_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1), row
+        assert row["estimated_flops"] == pytest.approx(row["measured_flops"], rel=0.1), row
+
+
+def test_the_comparison_of_a_folder_is_written_beside_its_results(tmp_path):
+    (tmp_path / MEASURED[0].name).write_text(MEASURED[0].read_text())
+    main(["--results", str(tmp_path)])
+    rows = json.loads((tmp_path / "estimator.json").read_text())
+    table = (tmp_path / "estimator.md").read_text()
+    assert len(rows) > 2 and all(f"| {row['method']} |" in table for row in rows)
