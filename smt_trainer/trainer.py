@@ -38,6 +38,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
+from smt_trainer.classes import collating_classes
 from smt_trainer.config import SMTConfig
 from smt_trainer.convert import (
     convert_to_smt,
@@ -159,42 +160,54 @@ class SMTTrainerMixin:
         """The scores of all blocks, from a warm-up if the configured score needs one."""
         if not SCORERS[self.smt_config.score].needs_warmup:
             return self._make_scorer(self.model, grids).scores()
-        scale = LossScale() if self.accelerator.mixed_precision == "fp16" else None
-        with warmup_model(self.model, self.accelerator) as model, self._warm_up(model, scale) as steps:
-            return collect_scores(model, self._make_scorer(model, grids), steps, scale)
+        needs_backward = SCORERS[self.smt_config.score].needs_backward
+        scale = LossScale() if needs_backward and self.accelerator.mixed_precision == "fp16" else None
+        with warmup_model(self.model, self.accelerator) as model:
+            scorer = self._make_scorer(model, grids)
+            with self._warm_up(model, scorer, scale) as steps:
+                return collect_scores(model, scorer, steps, scale)
 
     def _make_scorer(self, model: nn.Module, grids: dict) -> Scorer:
         modules = {plain_name(name): module for name, module in model.named_modules()}
         return make_scorer({name: modules[name] for name in grids}, grids, self.smt_config, self.args.seed)
 
     @contextlib.contextmanager
-    def _warm_up(self, model: nn.Module, scale: LossScale | None) -> Iterator[Iterator[Callable[[], None]]]:
+    def _warm_up(
+        self, model: nn.Module, scorer: Scorer, scale: LossScale | None
+    ) -> Iterator[Iterator[Callable[[], None]]]:
         """The warm-up's steps, in a context that leaves no trace in the random state or the trainer's counters."""
         self._warming_up = True
         for callback in self._smt_callbacks:
             callback.on_warmup_begin(self.args, self.smt_config.warmup_steps)
         try:
-            with rng_preserved(), counters_preserved(self), bare_backward(self.accelerator, scale):
-                yield self._warmup_steps(model)
+            backward = bare_backward(self.accelerator, scale, scorer.needs_backward)
+            with rng_preserved(), counters_preserved(self), backward:
+                yield self._warmup_steps(model, scorer)
         finally:
             self._warming_up = False
             for callback in self._smt_callbacks:
                 callback.on_warmup_end(self.args)
 
-    def _warmup_steps(self, model: nn.Module) -> Iterator[Callable[[], None]]:
+    def _warmup_steps(self, model: nn.Module, scorer: Scorer) -> Iterator[Callable[[], None]]:
         batches = itertools.islice(self._optimizer_step_batches(), self.smt_config.warmup_steps)
         for step, (micro_batches, num_items) in enumerate(batches):
-            yield functools.partial(self._warmup_step, model, step, micro_batches, num_items)
+            yield functools.partial(self._warmup_step, model, scorer, step, micro_batches, num_items)
 
-    def _warmup_step(self, model: nn.Module, step: int, micro_batches: list, num_items: Tensor | int | None) -> None:
+    def _warmup_step(
+        self, model: nn.Module, scorer: Scorer, step: int, micro_batches: list, num_items: Tensor | int | None
+    ) -> None:
         self.current_gradient_accumulation_steps = len(micro_batches)
-        loss = sum(self.training_step(model, inputs, num_items) for inputs in micro_batches)
+        loss = 0.0
+        for inputs in micro_batches:
+            scorer.begin_batch(inputs)
+            loss += self.training_step(model, inputs, num_items)
         for callback in self._smt_callbacks:
             callback.on_warmup_step(self.args, step, float(loss))
 
     def _optimizer_step_batches(self) -> Iterator[tuple[list, Tensor | int | None]]:
         """The main loop's batches in its order, as many at a time as one optimizer step takes, epoch after epoch."""
-        loader = self.get_train_dataloader()
+        with collating_classes(self, self._class_column):
+            loader = self.get_train_dataloader()
         for epoch in itertools.count():
             # accelerate does not pass the epoch on to a batch sampler that it shards.
             for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):
@@ -232,6 +245,11 @@ class SMTTrainerMixin:
         stack.enter_context(context)
         stack.enter_context(bare_autocast(self.accelerator))
         return stack
+
+    @property
+    def _class_column(self) -> str | None:
+        """The column of the training data that the warm-up needs beside what the model takes."""
+        return self.smt_config.class_column if self.smt_config.score == "qm_taylor" else None
 
     # ---- what is to be trained ----
 

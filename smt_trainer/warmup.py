@@ -52,7 +52,7 @@ class LossScale:
             self.value /= 2
             return
         for total, part in contributions:
-            total.add_(part.to(total.device), alpha=1 / self.value)
+            total.add_(part.to(total.device), alpha=1 / self.value if part.is_floating_point() else 1)
 
     def report(self) -> None:
         """Say how many steps do not count. Raises `SMTError` if none does."""
@@ -73,7 +73,8 @@ def collect_scores(
     Args:
         model: the bare model, not wrapped for several devices.
         scorer: from `make_scorer`; without need of a warm-up it is only asked for its scores.
-        steps: each item, when called, runs forward and backward of one optimizer step's batch.
+        steps: each item, when called, runs forward, and backward if the scorer `needs_backward`, of one
+            optimizer step's batch, and calls the scorer's `begin_batch` before the forward of each micro-batch.
         scale: the loss scale that the steps run backward with, under fp16; a step that overflows does not count.
 
     Returns:

@@ -12,8 +12,19 @@ import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
 FLOORS = [
-    {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
-    {"scores", "selection", "ops", "ops.sparse_linear"},
+    {"errors", "files", "config", "blocks", "targets", "sharding", "meter", "classes"},
+    {
+        "scores",
+        "scores.scorer",
+        "scores.accumulated",
+        "scores.activation",
+        "scores.block_sums",
+        "scores.classwise",
+        "scores.weights",
+        "selection",
+        "ops",
+        "ops.sparse_linear",
+    },
     {"layers", "plotting", "card"},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "callbacks"},

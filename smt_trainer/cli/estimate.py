@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from smt_trainer.config import GRANULARITIES, SCORES, SMTConfig, parse_budget
+from smt_trainer.config import GRANULARITIES, SCORE_ALIASES, SCORES, SMTConfig, parse_budget
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS = {
@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
         "block_size": {},
         "granularity": {"choices": GRANULARITIES},
         "lowest_layer": {"type": int},
-        "score": {"choices": SCORES},
+        "score": {"choices": (*SCORES, *SCORE_ALIASES)},
     }
     for field in fields(SMTConfig):
         if field.name in options:
