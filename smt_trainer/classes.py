@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from smt_trainer.errors import SMTError
 
@@ -56,7 +57,8 @@ def take_classes(inputs: MutableMapping[str, Any], column: str | None) -> Tensor
 def refuse_missing_column(dataset: Any, column: str) -> None:
     """Raise `SMTError` where a data set is known not to have a column; one that is read in order shows it later."""
     columns = getattr(dataset, "column_names", None)
-    if columns is None and hasattr(dataset, "__getitem__") and len(dataset) and isinstance(dataset[0], Mapping):
+    is_map = isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset)
+    if columns is None and is_map and len(dataset) and isinstance(dataset[0], Mapping):
         columns = list(dataset[0])
     if columns is not None and column not in columns:
         raise _missing(column, columns)
@@ -116,5 +118,5 @@ class ClassCollator:
 
 def _number(value: Any) -> int:
     """A hash of a value: the same in every process, and for a number in whatever type it comes."""
-    value = value.item() if hasattr(value, "item") else value
+    value = value.tolist() if hasattr(value, "tolist") else value
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), signed=True)
