@@ -17,10 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 
 CLASSES_KEY = "smt_classes"
 NO_LABEL = -100
+
+
+def class_column(config: SMTConfig) -> str | None:
+    """The column that the configured score reads classes from; None for the labels, and for other scores."""
+    return config.class_column if config.score == "qm_taylor" else None
 
 
 def take_classes(inputs: MutableMapping[str, Any], column: str | None) -> Tensor:
@@ -54,8 +60,10 @@ def take_classes(inputs: MutableMapping[str, Any], column: str | None) -> Tensor
     return labels.gather(1, first).squeeze(1)
 
 
-def refuse_missing_column(dataset: Any, column: str) -> None:
+def refuse_missing_column(dataset: Any, column: str | None) -> None:
     """Raise `SMTError` where a data set is known not to have a column; one that is read in order shows it later."""
+    if column is None:
+        return
     columns = getattr(dataset, "column_names", None)
     is_map = isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset)
     if columns is None and is_map and len(dataset) and isinstance(dataset[0], Mapping):

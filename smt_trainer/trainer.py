@@ -38,7 +38,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
-from smt_trainer.classes import collating_classes
+from smt_trainer.classes import class_column, collating_classes
 from smt_trainer.config import SMTConfig
 from smt_trainer.convert import (
     convert_to_smt,
@@ -206,7 +206,7 @@ class SMTTrainerMixin:
 
     def _optimizer_step_batches(self) -> Iterator[tuple[list, Tensor | int | None]]:
         """The main loop's batches in its order, as many at a time as one optimizer step takes, epoch after epoch."""
-        with collating_classes(self, self._class_column):
+        with collating_classes(self, class_column(self.smt_config)):
             loader = self.get_train_dataloader()
         for epoch in itertools.count():
             # accelerate does not pass the epoch on to a batch sampler that it shards.
@@ -245,11 +245,6 @@ class SMTTrainerMixin:
         stack.enter_context(context)
         stack.enter_context(bare_autocast(self.accelerator))
         return stack
-
-    @property
-    def _class_column(self) -> str | None:
-        """The column of the training data that the warm-up needs beside what the model takes."""
-        return self.smt_config.class_column if self.smt_config.score == "qm_taylor" else None
 
     # ---- what is to be trained ----
 
