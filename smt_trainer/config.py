@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from smt_trainer.errors import SMTError
 
-SCORES = ("grad_l1", "grad_signed", "magnitude", "random")
+SCORES = (
+    "grad_l1",
+    "grad_l2",
+    "grad_signed",
+    "grad_abs",
+    "taylor",
+    "qm_taylor",
+    "activation",
+    "magnitude",
+    "random",
+)
+# How the authors' released code calls scores; its `mean_abs` takes the absolute value of the mean, and its `L1` sums
+# where `grad_l1` takes the mean, which ranks blocks of one size alike.
+SCORE_ALIASES = {"mean_abs": "grad_signed", "abs_mean": "grad_l1", "L1": "grad_l1", "L2": "grad_l2"}
 SCOPES = ("global", "per_module")
 DENOMINATORS = ("model", "targets")
 GRANULARITIES = ("block", "row", "column")
 ACCUMULATOR_DEVICES = ("auto", "device", "cpu")
+ACCUMULATOR_DTYPES = ("float32", "bfloat16")
 MASTER_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 # What a resumed run may change: neither alters which weights are trained nor how.
@@ -112,7 +127,27 @@ class SMTConfig:
             "device if they take at most half of its free memory)."
         ),
     )
-    score: str = field(default="grad_l1", metadata=_help(f"How blocks are ranked: one of {', '.join(SCORES)}."))
+    accumulator_dtype: str = field(
+        default="float32",
+        metadata=_help(
+            "Dtype of the summed gradients of 'grad_l1' and 'grad_l2': 'float32', or 'bfloat16', which takes half the "
+            "memory and rounds each addition to 8 bits."
+        ),
+    )
+    score: str = field(
+        default="grad_l1",
+        metadata=_help(
+            f"How blocks are ranked: one of {', '.join(SCORES)}. The names in the authors' code are understood, too: "
+            f"{', '.join(f'{alias} ({score})' for alias, score in SCORE_ALIASES.items())}."
+        ),
+    )
+    class_column: str | None = field(
+        default=None,
+        metadata=_help(
+            "Column of the training data that holds the class of an example, for the score 'qm_taylor'. Default: its "
+            "label; with a label for each token, the first that is not -100."
+        ),
+    )
     scope: str = field(
         default="global",
         metadata=_help("'global': the best blocks of all targets together; 'per_module': the best of each module."),
@@ -141,16 +176,21 @@ class SMTConfig:
             self.block_size = tuple(self.block_size)
         if isinstance(self.budget, dict):
             self.budget = dict(self.budget)
+        if isinstance(self.score, str):
+            self.score = SCORE_ALIASES.get(self.score, self.score)
         if isinstance(self.selection, Path):
             self.selection = str(self.selection)
         self._validate()
 
     def _validate(self) -> None:
         _one_of("granularity", self.granularity, GRANULARITIES)
-        _one_of("score", self.score, SCORES)
+        _one_of("score", self.score, SCORES, SCORE_ALIASES)
         _one_of("scope", self.scope, SCOPES)
         _one_of("budget_of", self.budget_of, DENOMINATORS)
         _one_of("accumulator_device", self.accumulator_device, ACCUMULATOR_DEVICES)
+        _one_of("accumulator_dtype", self.accumulator_dtype, ACCUMULATOR_DTYPES)
+        if self.class_column is not None and not (isinstance(self.class_column, str) and self.class_column):
+            raise SMTError(f"class_column must be the name of a column or None, got {self.class_column!r}.")
         _one_of("master_dtype", self.master_dtype, MASTER_DTYPES)
         _expect_bool("train_norm", self.train_norm)
         _expect_bool("train_bias", self.train_bias)
@@ -249,9 +289,10 @@ def _names(name: str, value: Any) -> str | list[str]:
     raise SMTError(f"{name} must be a name, a regular expression or a non-empty list of names, got {value!r}.")
 
 
-def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+def _one_of(name: str, value: Any, known: Iterable[str], aliases: Iterable[str] = ()) -> None:
     if value not in known:
-        raise SMTError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+        also = f" (or {', '.join(aliases)})" if aliases else ""
+        raise SMTError(f"{name} must be one of {', '.join(known)}{also}, got {value!r}.")
 
 
 def _expect_bool(name: str, value: Any) -> None:

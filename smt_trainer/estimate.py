@@ -101,7 +101,7 @@ class Estimate:
         lora: a step of LoRA of `lora_rank`.
         full: a step of full fine-tuning, all in the dtype of the weights.
         lora_rank: the rank at which LoRA trains as many parameters as SMT does, at least 1.
-        accumulators: score -> bytes that its warm-up sums gradients in, on all devices together.
+        accumulators: score -> bytes that its warm-up sums in, on all devices together; of `qm_taylor`, for one class.
         write_back: bytes that are read and written after each step.
         delta: bytes of the saved tensors; their names and the manifest come on top.
     """
@@ -164,6 +164,8 @@ def estimate(
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
         for score in SCORES
     }
+    for scorer in scorers.values():
+        scorer.begin_batch({"labels": torch.zeros(batch, dtype=torch.long)})
     stored = sum(_bytes(_parts(plain, name)) for name in whole)
     master_dtype, trained = getattr(torch, config.master_dtype), selection.trainable_parameters
     return Estimate(
@@ -277,9 +279,17 @@ def _warmup_cost(model: nn.Module, scorer: Scorer, config: SMTConfig, step: _Ste
     """The cost of a step of the warm-up, if there is one."""
     if not scorer.needs_warmup or config.selection is not None:
         return None
+    handle = None if scorer.needs_backward else model.register_forward_hook(_start_at_loss)
     with frozen(model), scorer.attached():
         cost = step.cost(model, sums=list(scorer.statistics()))
+    if handle is not None:
+        handle.remove()
     return cost if config.accumulator_device != "cpu" else replace(cost, added=0, peak=cost.peak - cost.added)
+
+
+def _start_at_loss(_, __, output) -> None:
+    """Let a backward that goes nowhere begin and end at the loss."""
+    output.loss.requires_grad_(True)
 
 
 def _checkpoint(model: nn.Module) -> None:

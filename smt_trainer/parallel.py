@@ -62,13 +62,13 @@ def bare_autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def bare_backward(accelerator: Accelerator, scale: LossScale | None) -> Iterator[None]:
+def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: bool = True) -> Iterator[None]:
     """`accelerator.backward` for a model that was not prepared: with the warm-up's own loss scale, and without
-    DeepSpeed's engine, which there is none of yet."""
-    if scale is None and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    DeepSpeed's engine, which there is none of yet; nothing where only forward is `needed`."""
+    if needed and scale is None and accelerator.distributed_type != DistributedType.DEEPSPEED:
         yield
         return
-    accelerator.backward = scale.backward if scale else lambda loss, **_: loss.backward()
+    accelerator.backward = scale.backward if scale else lambda loss, **_: loss.backward() if needed else None
     try:
         yield
     finally:

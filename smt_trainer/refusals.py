@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
 
+from smt_trainer.classes import class_column, refuse_missing_column
 from smt_trainer.errors import SMTError
 from smt_trainer.scores import SCORERS
 from smt_trainer.sharding import is_partitioned
@@ -37,6 +38,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_copies_by_name(trainer.args)
     if needs_warmup:
         _refuse_data_read_once(trainer.train_dataset)
+        refuse_missing_column(trainer.train_dataset, class_column(config))
 
 
 def _refuse_optimizers(trainer) -> None:

@@ -12,7 +12,7 @@ Checkpoints hold the delta in place of the model.
 
 Private methods of Trainer that this file relies on: by overriding `_inner_training_loop`, `_save`,
 `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
-`_push_from_checkpoint`; by calling `_get_output_dir`.
+`_push_from_checkpoint`; by calling `_get_output_dir`, and in `classes.py` `_set_signature_columns_if_needed`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from smt_trainer.budget import check_budget_fits
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
 from smt_trainer.checkpoints import last_checkpoint
+from smt_trainer.classes import class_column, collating_classes
 from smt_trainer.config import TRAINING_FIELDS, SMTConfig
 from smt_trainer.convert import (
     convert_to_smt,
@@ -177,36 +178,49 @@ class SMTTrainerMixin:
         """The scores of all blocks, from a warm-up if the configured score needs one."""
         if not SCORERS[self.smt_config.score].needs_warmup:
             return self._make_scorer(self.model, grids).scores()
-        scale = LossScale() if self.accelerator.mixed_precision == "fp16" else None
-        with warmup_model(self.model, self.accelerator) as model, self._warm_up(model, scale) as steps:
-            return collect_scores(model, self._make_scorer(model, grids), steps, scale)
+        needs_backward = SCORERS[self.smt_config.score].needs_backward
+        scale = LossScale() if needs_backward and self.accelerator.mixed_precision == "fp16" else None
+        with warmup_model(self.model, self.accelerator) as model:
+            scorer = self._make_scorer(model, grids)
+            with self._warm_up(model, scorer, scale) as steps:
+                return collect_scores(model, scorer, steps, scale)
 
     def _make_scorer(self, model: nn.Module, grids: dict) -> Scorer:
         modules = {plain_name(name): module for name, module in model.named_modules()}
         return make_scorer({name: modules[name] for name in grids}, grids, self.smt_config, self.args.seed)
 
     @contextlib.contextmanager
-    def _warm_up(self, model: nn.Module, scale: LossScale | None) -> Iterator[Iterator[Callable[[], None]]]:
+    def _warm_up(
+        self, model: nn.Module, scorer: Scorer, scale: LossScale | None
+    ) -> Iterator[Iterator[Callable[[], None]]]:
         """The warm-up's steps, in a context that leaves no trace in the random state or the trainer's counters."""
         self._warming_up = True
         for callback in self._smt_callbacks:
             callback.on_warmup_begin(self.args, self.smt_config.warmup_steps)
         try:
-            with rng_preserved(), counters_preserved(self), bare_backward(self.accelerator, scale):
-                yield self._warmup_steps(model)
+            backward = bare_backward(self.accelerator, scale, scorer.needs_backward)
+            with rng_preserved(), counters_preserved(self), backward:
+                yield self._warmup_steps(model, scorer)
         finally:
             self._warming_up = False
             for callback in self._smt_callbacks:
                 callback.on_warmup_end(self.args)
 
-    def _warmup_steps(self, model: nn.Module) -> Iterator[Callable[[], None]]:
-        batches = itertools.islice(optimizer_step_batches(self), self.smt_config.warmup_steps)
+    def _warmup_steps(self, model: nn.Module, scorer: Scorer) -> Iterator[Callable[[], None]]:
+        with collating_classes(self, class_column(self.smt_config)):
+            loader = self.get_train_dataloader()
+        batches = itertools.islice(optimizer_step_batches(self, loader), self.smt_config.warmup_steps)
         for step, (micro_batches, num_items) in enumerate(batches):
-            yield functools.partial(self._warmup_step, model, step, micro_batches, num_items)
+            yield functools.partial(self._warmup_step, model, scorer, step, micro_batches, num_items)
 
-    def _warmup_step(self, model: nn.Module, step: int, micro_batches: list, num_items: Tensor | int | None) -> None:
+    def _warmup_step(
+        self, model: nn.Module, scorer: Scorer, step: int, micro_batches: list, num_items: Tensor | int | None
+    ) -> None:
         self.current_gradient_accumulation_steps = len(micro_batches)
-        loss = sum(self.training_step(model, inputs, num_items) for inputs in micro_batches)
+        loss = 0.0
+        for inputs in micro_batches:
+            scorer.begin_batch(inputs)
+            loss += self.training_step(model, inputs, num_items)
         for callback in self._smt_callbacks:
             callback.on_warmup_step(self.args, step, float(loss))
 

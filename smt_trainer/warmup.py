@@ -53,7 +53,7 @@ class LossScale:
             self.value /= 2
             return
         for total, part in contributions:
-            total.add_(part.to(total.device), alpha=1 / self.value)
+            total.add_(part.to(total.device), alpha=1 / self.value if part.is_floating_point() else 1)
 
     def report(self) -> None:
         """Say how many steps do not count. Raises `SMTError` if none does."""
@@ -74,7 +74,8 @@ def collect_scores(
     Args:
         model: the bare model, not wrapped for several devices.
         scorer: from `make_scorer`; without need of a warm-up it is only asked for its scores.
-        steps: each item, when called, runs forward and backward of one optimizer step's batch.
+        steps: each item, when called, runs forward, and backward if the scorer `needs_backward`, of one
+            optimizer step's batch, and calls the scorer's `begin_batch` before the forward of each micro-batch.
         scale: the loss scale that the steps run backward with, under fp16; a step that overflows does not count.
 
     Returns:
@@ -95,14 +96,13 @@ def collect_scores(
     return scorer.scores()
 
 
-def optimizer_step_batches(trainer) -> Iterator[tuple[list, Tensor | int | None]]:
-    """A trainer's batches in the order of its main loop, as many at a time as one optimizer step takes, and how many
-    labels they hold, if the trainer counts them; epoch after epoch.
+def optimizer_step_batches(trainer, loader: Iterable) -> Iterator[tuple[list, Tensor | int | None]]:
+    """The batches of a trainer's data loader in the order of its main loop, as many at a time as one optimizer step
+    takes, and how many labels they hold, if the trainer counts them; epoch after epoch.
 
     Raises:
         SMTError: an epoch has no batch.
     """
-    loader = trainer.get_train_dataloader()
     for epoch in itertools.count():
         # accelerate does not pass the epoch on to a batch sampler that it shards.
         for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):

@@ -99,6 +99,43 @@ def summed_gradients(
     return gradients
 
 
+def examples_of_class(inputs: dict[str, Tensor], classes: Tensor, label: int) -> tuple[dict[str, Tensor], float]:
+    """The examples of one class of a batch of equally long ones, and their share of its loss."""
+    mine = classes == label
+    return {key: value[mine] for key, value in inputs.items()}, mine.float().mean().item()
+
+
+def taylor(weight: Tensor, gradient: Tensor, grid: BlockGrid) -> Tensor:
+    """|<W, G>| of every block [R, C]."""
+    return block_scores(weight.detach() * gradient, grid, lambda terms: terms.sum().abs())
+
+
+def quantile_mean(scores: list[Tensor]) -> Tensor:
+    """Mean of the 0, 10, ..., 100 % quantiles of tensors [R, C], number by number."""
+    mean = torch.zeros_like(scores[0])
+    for row, column in torch.cartesian_prod(*map(torch.arange, mean.shape)).tolist():
+        values = sorted(score[row, column].item() for score in scores)
+        for k in range(11):
+            place = (len(values) - 1) * k / 10
+            below = int(place)
+            above = min(below + 1, len(values) - 1)
+            mean[row, column] += (values[below] + (place - below) * (values[above] - values[below])) / 11
+    return mean
+
+
+def inputs_of_linears(model: nn.Module, modules: Iterable[str], batches: Iterable[dict[str, Tensor]]) -> dict:
+    """Module name -> [tokens, I], all that the named linears get."""
+    seen, handles = {name: [] for name in modules}, []
+    for name, inputs in seen.items():
+        keep = lambda _, args, inputs=inputs: inputs.append(args[0].detach().flatten(0, -2))  # noqa: E731
+        handles.append(model.get_submodule(name).register_forward_pre_hook(keep))
+    for inputs in batches:
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(inputs) for name, inputs in seen.items()}
+
+
 def train_only(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     """Make the named linears trainable where their mask is True: the gradient is set to zero elsewhere."""
     model.requires_grad_(False)

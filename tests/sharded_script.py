@@ -37,6 +37,11 @@ ZERO = {
 CASES = {
     "fsdp": {"fsdp": FSDP},
     "fsdp-grad_signed": {"fsdp": FSDP, "smt": {"score": "grad_signed"}},
+    "fsdp-grad_l2": {"fsdp": FSDP, "smt": {"score": "grad_l2", "accumulator_dtype": "bfloat16"}},
+    "fsdp-grad_abs": {"fsdp": FSDP, "smt": {"score": "grad_abs"}},
+    "fsdp-taylor": {"fsdp": FSDP, "smt": {"score": "taylor"}},
+    "fsdp-qm_taylor": {"fsdp": FSDP, "smt": {"score": "qm_taylor"}},
+    "fsdp-activation": {"fsdp": FSDP, "smt": {"score": "activation"}},
     "fsdp-magnitude": {"fsdp": FSDP, "smt": {"score": "magnitude"}},
     "fsdp-rows": {"fsdp": FSDP, "smt": {"granularity": "row", "block_size": "auto", "budget": 7}},
     "fsdp-one-rank-loads": {"fsdp": FSDP | {"cpu_ram_efficient_loading": True}},

@@ -59,7 +59,11 @@ def test_json_gives_the_same_configuration_back(values):
         ({"block_size": "large"}, "block_size must be"),
         ({"block_size": 16, "granularity": "row"}, "fixes the block's shape"),
         ({"granularity": "cell"}, "granularity must be one of block, row, column"),
-        ({"score": "grad"}, "score must be one of"),
+        ({"score": "grad"}, r"score must be one of grad_l1, .*, random \(or mean_abs, abs_mean, L1, L2\), got 'grad'"),
+        ({"score": ["grad_l1"]}, "score must be one of"),
+        ({"accumulator_dtype": "float16"}, "accumulator_dtype must be one of float32, bfloat16"),
+        ({"class_column": ""}, "class_column must be the name of a column"),
+        ({"class_column": ["a"]}, "class_column must be the name of a column"),
         ({"scope": "layer"}, "scope must be one of"),
         ({"accumulator_device": "gpu"}, "accumulator_device must be one of"),
         ({"master_dtype": "float8"}, "master_dtype must be one of"),
@@ -74,6 +78,15 @@ def test_json_gives_the_same_configuration_back(values):
 def test_a_value_out_of_range_is_refused_naming_the_field(values, message):
     with pytest.raises(SMTError, match=message):
         SMTConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("alias", "score"), [("mean_abs", "grad_signed"), ("abs_mean", "grad_l1"), ("L1", "grad_l1"), ("L2", "grad_l2")]
+)
+def test_the_names_of_the_authors_code_are_kept_under_ours(alias, score):
+    config = SMTConfig(score=alias)
+    assert config.score == score and config == SMTConfig.from_dict(SMTConfig().to_dict() | {"score": alias})
+    assert config.differences(SMTConfig(score=score)) == []
 
 
 def test_an_unknown_field_is_refused_and_the_known_ones_listed():

@@ -1,5 +1,7 @@
 """The estimate of a run, against what really happens on the CPU."""
 
+import math
+
 import pytest
 import tiny
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
 from smt_trainer import SMTConfig, SMTError, convert_to_smt, make_scorer, save_delta
 from smt_trainer.cli import main
+from smt_trainer.config import SCORES
 from smt_trainer.estimate import estimate
 from smt_trainer.meter import read_step
 from smt_trainer.warmup import frozen
@@ -107,19 +110,39 @@ def test_a_step_on_the_meta_device_counts_as_on_the_cpu(name, checkpointing):
         assert reading.peak == cost.peak - cost.weights - cost.added - cost.optimizer
 
 
-@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+@pytest.mark.parametrize("score", SCORES[:-2])
 def test_the_warm_up_counts_as_on_the_cpu(llama, score):
     smt_config = tiny.config(score=score)
     found = guess(llama, smt_config)
     targets = {name: llama.get_submodule(name) for name in found.selection.grids}
     scorer = make_scorer(targets, found.selection.grids, smt_config)
+    scorer.begin_batch({"labels": torch.zeros(BATCH, dtype=torch.long)})
     sums = list(scorer.statistics())
+    if not scorer.needs_backward:
+        llama.register_forward_hook(lambda _, __, output: output.loss.requires_grad_() and None)
     with frozen(llama.train()), scorer.attached():
         reading = read_step(llama, BATCH, LENGTH, beside=sums)
     assert sum(total.nbytes for total in sums) == found.accumulators[score] == found.warmup.added
     assert reading.activations == found.warmup.activations
     assert reading.peak == found.warmup.peak - found.warmup.weights - found.warmup.added
     assert found.warmup.optimizer == found.warmup.gradients == found.warmup.trainable == 0
+
+
+def test_the_scores_differ_in_what_a_warm_up_takes(llama):
+    found = {score: guess(llama, tiny.config(score=score)) for score in SCORES[:-2]}
+    grids = found["grad_l1"].selection.grids.values()
+    weights = sum(math.prod(grid.weight_shape) for grid in grids)
+    blocks, columns = sum(grid.num_blocks for grid in grids), sum(grid.shape[1] for grid in grids)
+    numbers = {"grad_l1": weights, "grad_l2": weights, "activation": columns}
+    for score, size in found["grad_l1"].accumulators.items():
+        # `qm_taylor` counts the examples of its one class besides.
+        expected = 4 * numbers.get(score, blocks) + 8 * (score == "qm_taylor")
+        assert size == (expected if score in found else 0)
+    halved = guess(llama, tiny.config(accumulator_dtype="bfloat16")).accumulators
+    assert halved == found["grad_l1"].accumulators | {score: 2 * weights for score in ("grad_l1", "grad_l2")}
+    # Forward alone; a product more for each weight gradient.
+    assert found["activation"].warmup.flops < found["grad_signed"].warmup.flops < found["taylor"].warmup.flops
+    assert found["taylor"].warmup.flops == found["grad_l1"].warmup.flops == found["qm_taylor"].warmup.flops
 
 
 def test_sums_on_the_cpu_are_not_on_the_device(llama):

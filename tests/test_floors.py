@@ -11,10 +11,14 @@ import pytest
 import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
+SCORERS = ("accumulated", "activation", "block_sums", "classwise", "scorer", "weights")
 PICTURES = ("block_map", "folder", "histogram", "layers", "overlap", "scores", "shares", "style", "tables")
 FLOORS = [
-    {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
-    {"scores", "budget", "selection", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"},
+    {"errors", "files", "config", "blocks", "targets", "sharding", "meter", "classes"},
+    {
+        *("budget", "selection", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"),
+        *("scores", *(f"scores.{name}" for name in SCORERS)),
+    },
     {"layers", "whole", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "checkpoints", "callbacks"},

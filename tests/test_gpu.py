@@ -7,6 +7,7 @@ import torch
 from training_script import torchrun
 
 from smt_trainer import SMTTrainer
+from smt_trainer.config import SCORES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -15,15 +16,19 @@ def on_gpu(folder, smt_config=None, **overrides) -> SMTTrainer:
     return tiny.smt_trainer(tiny.llama(), folder, smt_config, use_cpu=False, max_steps=8, **overrides)
 
 
-@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+@pytest.mark.parametrize("score", SCORES[:-2])
 def test_a_gpu_scores_as_a_cpu(score, tmp_path):
     smt_config = tiny.config(score=score)
     ours = tiny.warm_up(on_gpu(tmp_path, smt_config))
     torch.testing.assert_close(ours, tiny.warm_up(tiny.smt_trainer(tiny.llama(), tmp_path, smt_config)))
 
 
-def test_where_the_sums_are_kept_does_not_change_the_scores(tmp_path):
-    kept = {place: tiny.warm_up(on_gpu(tmp_path, tiny.config(accumulator_device=place))) for place in ("device", "cpu")}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_the_sums_are_kept_does_not_change_the_scores(dtype, tmp_path):
+    kept = {
+        place: tiny.warm_up(on_gpu(tmp_path, tiny.config(accumulator_device=place, accumulator_dtype=dtype)))
+        for place in ("device", "cpu")
+    }
     torch.testing.assert_close(kept["cpu"], kept["device"])
 
 

@@ -17,7 +17,7 @@ OVERRIDDEN = {
     "_load_best_model": [],
     "_push_from_checkpoint": ["checkpoint_folder"],
 }
-CALLED = {"_get_output_dir": ["trial"]}
+CALLED = {"_get_output_dir": ["trial"], "_set_signature_columns_if_needed": []}
 EXPECTED = OVERRIDDEN | CALLED
 
 

@@ -10,10 +10,13 @@ import torch
 from reference import block_scores, summed_gradients
 
 from smt_trainer import BlockScores, BlockSelection, SMTError
+from smt_trainer.config import SCORES
 from smt_trainer.convert import is_smt_model
 from smt_trainer.trainer import SCORES_FILE, SELECTION_FILE
 from smt_trainer.warmup import frozen, rng_preserved
 
+WARMUP_SCORES = SCORES[:-2]
+GRADIENT_SCORES = SCORES[:-3]
 QKV = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkv"]
 
 
@@ -29,7 +32,7 @@ def random_states() -> tuple:
 # ---- no trace ----
 
 
-@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+@pytest.mark.parametrize("score", WARMUP_SCORES)
 def test_the_warm_up_leaves_weights_gradients_flags_and_random_states_as_they_were(score, tmp_path):
     model = dropping_llama()
     model.lm_head.requires_grad_(False)
@@ -101,7 +104,7 @@ class Failing(tiny.RecordingSMTTrainer):
         return super().compute_loss(*args, **kwargs)
 
 
-@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+@pytest.mark.parametrize("score", WARMUP_SCORES)
 def test_a_failed_warm_up_leaves_no_trace_and_can_be_run_again(score, tmp_path):
     model = dropping_llama()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -109,7 +112,7 @@ def test_a_failed_warm_up_leaves_no_trace_and_can_be_run_again(score, tmp_path):
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     for module in model.modules():
-        assert not module._forward_hooks
+        assert not module._forward_hooks and not module._forward_pre_hooks
     for name, parameter in model.named_parameters():
         assert not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
         assert parameter.grad is None and parameter.requires_grad is flags[name]
@@ -163,7 +166,7 @@ def test_the_warm_up_scores_the_gradients_of_the_main_loops_first_batches(score,
     torch.testing.assert_close(shares(tiny.warm_up(trainer)), shares(expected), rtol=1e-4, atol=5e-7)
 
 
-@pytest.mark.parametrize("score", TWINS)
+@pytest.mark.parametrize("score", WARMUP_SCORES)
 @pytest.mark.parametrize(
     ("overrides", "tolerance"),
     [
@@ -176,6 +179,8 @@ def test_the_warm_up_scores_the_gradients_of_the_main_loops_first_batches(score,
     ids=["accumulation", "reentrant", "non-reentrant", "bf16"],
 )
 def test_how_a_step_is_computed_does_not_change_the_scores(score, overrides, tolerance, tmp_path):
+    if score == "grad_abs" and "gradient_accumulation_steps" in overrides:
+        pytest.skip("the one score that depends on how a step is cut")
     smt_config = tiny.config(score=score)
     expected = tiny.warm_up(tiny.smt_trainer(tiny.llama(), tmp_path, smt_config))
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, **overrides)
@@ -227,19 +232,24 @@ def fp16_scores(factors, folder, score):
     return tiny.warm_up(tiny.smt_trainer(tiny.llama(), folder, smt_config, kind, gradient_accumulation_steps=2))
 
 
-@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+@pytest.mark.parametrize("score", WARMUP_SCORES)
 def test_the_loss_scale_does_not_change_the_scores(score, tmp_path):
     smt_config = tiny.config(score=score, warmup_steps=3)
     plain = tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, gradient_accumulation_steps=2)
     torch.testing.assert_close(fp16_scores((1.0, 1.0, 1.0), tmp_path, score), tiny.warm_up(plain))
 
 
-@pytest.mark.parametrize("score", ["grad_l1", "grad_signed"])
+@pytest.mark.parametrize("score", GRADIENT_SCORES)
 def test_a_step_that_overflows_does_not_count(score, tmp_path, caplog):
     caplog.set_level("INFO", logger="smt_trainer")
-    overflowed = fp16_scores((1.0, 1e38, 1.0), tmp_path, score)
+    overflowed = fp16_scores((1.0, 1.0, 1e38), tmp_path, score)
     assert "1 of 3 warm-up steps overflowed under fp16" in caplog.text
-    torch.testing.assert_close(overflowed, fp16_scores((1.0, 0.0, 1.0), tmp_path, score))
+    torch.testing.assert_close(overflowed, fp16_scores((1.0, 1.0), tmp_path, score))
+
+
+def test_a_step_that_overflows_halves_the_scale_for_those_after_it(tmp_path):
+    overflowed = fp16_scores((1.0, 1e38, 1.0), tmp_path, "grad_l1")
+    torch.testing.assert_close(overflowed, fp16_scores((1.0, 0.0, 1.0), tmp_path, "grad_l1"))
 
 
 def test_a_warm_up_that_overflows_in_every_step_is_an_error(tmp_path):

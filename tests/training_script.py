@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
 
@@ -28,6 +29,7 @@ import torch
 from transformers import TrainerState
 
 from smt_trainer import BlockSelection, SMTCallback, delta
+from smt_trainer.config import SCORES
 from smt_trainer.files import write_atomically
 from smt_trainer.layers import smt_layers
 from smt_trainer.trainer import SELECTION_FILE
@@ -75,7 +77,11 @@ def ranked(folder: Path, processes: int) -> dict:
         learning_rate=1.0,
         ddp_find_unused_parameters=False,
     )
-    scores = tiny.warm_up(trainer)
+    scores = {}
+    for score in SCORES:
+        trainer.smt_config = replace(smt_config, score=score)
+        scores[score] = tiny.warm_up(trainer)
+    trainer.smt_config = smt_config
     trainer.train()
     trainer.save_model(folder / "delta")
     trainer.merge_and_save(folder / "merged")

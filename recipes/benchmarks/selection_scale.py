@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from recipes.benchmarks.hooks import SCORES, measure_warmup
 from recipes.benchmarks.models import MODELS, Shape
 from recipes.benchmarks.selection import measure_selection
-from recipes.benchmarks.warmup import SCORES, measure_warmup
 from recipes.reporting import command, hardware, versions
 
 PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")

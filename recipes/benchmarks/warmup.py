@@ -1,40 +1,140 @@
-"""What the scorers' hooks add to a step of the warm-up, on real models of many tiny targets."""
+"""What the gradient warm-up takes: a step for each score, beside a step of training.
+
+python -m recipes.benchmarks.warmup --output recipes/benchmarks/results
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from recipes.benchmarks.models import tiny
-from recipes.benchmarks.selection import seconds
+from recipes.benchmarks.memory import peaks
+from recipes.benchmarks.methods import FLOOR, SMT, Variant
+from recipes.benchmarks.models import MODELS
+from recipes.benchmarks.scoring import Scoring, scoring_peaks
+from recipes.benchmarks.selection_scale import table
+from recipes.benchmarks.setting import Setting
+from recipes.benchmarks.tables import mib, spread
+from recipes.benchmarks.timing import ratios, seconds, time_rounds
+from recipes.benchmarks.training import Training, copy_for
+from recipes.reporting import command, hardware, versions
 from smt_trainer import SMTConfig
-from smt_trainer.blocks import make_grids
-from smt_trainer.scores import make_scorer
-from smt_trainer.targets import find_targets
-from smt_trainer.warmup import frozen
+from smt_trainer.scores import SCORERS
+from smt_trainer.targets import count_parameters, find_targets
 
-SCORES = ("grad_l1", "grad_signed")
+SHAPE = "SmolLM2-135M"
+PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
+ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+BUDGET = 0.0084
+LORA = "LoRA r=8"
 
 
-def measure_warmup(layers: int, rounds: int, seed: int) -> dict:
-    """Seconds of forward and backward through a frozen model, and what each scorer adds to them."""
-    torch.manual_seed(seed)
-    model = tiny(layers).build().train()
-    # Without it nothing in a frozen model asks for a gradient.
-    model.enable_input_require_grads()
-    tokens = torch.randint(model.config.vocab_size, (1, 8))
-    targets = find_targets(model, SMTConfig())
-    grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, SMTConfig())
+def compare(setting: Setting, rounds: int) -> dict:
+    """Steps of the warm-up for each score, of training and of a floor, by turns; ratios within each round."""
+    scores = [score for score, scorer in SCORERS.items() if scorer.needs_warmup]
+    variants = {FLOOR: Variant(FLOOR), SMT: Variant(SMT, BUDGET), LORA: Variant("LoRA", _budget_of_rank(setting, 8))}
+    # While nothing else is in memory.
+    peak_bytes = {name: peaks([variant], setting)[variant] for name, variant in variants.items()}
+    peak_bytes |= scoring_peaks(scores, setting)
+    model, tokens = setting.build(), setting.tokens()
+    steps = {name: Training(copy_for(variant, model), variant, setting) for name, variant in variants.items()}
+    steps |= {score: Scoring(copy_for(variants[FLOOR], model), score) for score in scores}
+    for step in steps.values():
+        # The first is slow in its own way.
+        step.step(tokens)
+    samples = time_rounds(steps, tokens, rounds)
+    return {
+        "steps": [
+            {"step": name, "peak_bytes": peak_bytes[name]}
+            | {"accumulator_bytes": step.accumulator_bytes if name in scores else None}
+            | {"to": {other: ratios(samples, name, other) for other in variants}}
+            | {"seconds": seconds(samples, name), "rounds": [sample[name]._asdict() for sample in samples]}
+            for name, step in steps.items()
+        ]
+    }
 
-    def step() -> float:
-        return seconds(lambda: model(input_ids=tokens, labels=tokens).loss.backward())
 
-    steps = {score: [] for score in ("plain", *SCORES)}
-    with frozen(model):
-        step()
-        for _ in range(rounds):
-            steps["plain"].append(step())
-            for score in SCORES:
-                with make_scorer(targets, grids, SMTConfig(score=score)).attached():
-                    steps[score].append(step())
-    # The lower quartile: other programs only ever make a step slower.
-    plain, *scored = (sorted(times)[len(times) // 4] for times in steps.values())
-    row = {"layers": layers, "targets": len(targets), "plain_seconds": plain}
-    return row | {f"{score}_added_seconds": time - plain for score, time in zip(SCORES, scored, strict=True)}
+def _budget_of_rank(setting: Setting, rank: int) -> float:
+    """The fraction of all parameters that adapters of a rank have, on the query, key and value projections."""
+    with torch.device("meta"):
+        model = setting.shape.build()
+    targets = find_targets(model, SMTConfig()).values()
+    return rank * sum(sum(linear.weight.shape) for linear in targets) / count_parameters(model)
+
+
+def markdown(results: dict) -> str:
+    """The tables of `warmup.md`."""
+    setting, timer, steps = results["setting"], results["timer"], results["steps"]
+    others = list(steps[0]["to"])
+    return "\n".join(
+        [
+            f"# A warm-up step of {results['shape']}\n",
+            f"Random weights in {setting['dtype']}, {setting['batch']} x {setting['length']} random tokens. Each score "
+            "ranks the blocks of the query, key and value projections; the classes of `qm_taylor` are the first "
+            f"tokens. The floor is the same model with all weights frozen and backward through all layers; `{SMT}` and "
+            f"`{LORA}` are training steps with `torch.optim.AdamW(fused=True)`, on the same projections, of "
+            f"{100 * BUDGET:g} % of all parameters and of PEFT's adapters.\n",
+            f"Each of {len(steps[0]['rounds'])} rounds takes one step of each in turn; a ratio is that of two steps of "
+            f"one round. Medians (and quartiles), by time of the {timer}. MiB; peak: most memory of a step above that "
+            "of the plain model, in a process of its own.\n",
+            table(
+                "|".join(["step", *(f"to {other}" for other in others), "seconds", "peak", "accumulators"]),
+                [
+                    [row["step"], *(spread(row["to"][other][timer]) for other in others)]
+                    + [f"{row['seconds'][timer]['median']:.3f}"]
+                    + [mib(row[f"{what}_bytes"]) for what in ("peak", "accumulator")]
+                    for row in steps
+                ],
+            ),
+            table(
+                "|",
+                [
+                    ["hardware", results["hardware"]],
+                    ["load at start and end", ", ".join(f"{load:.1f}" for load in results["load"])],
+                    ["environment", ", ".join(f"{name}={value}" for name, value in results["environment"].items())],
+                    ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
+                    ["seed", str(setting["seed"])],
+                    ["command", f"`{results['command']}`"],
+                ],
+            ),
+        ]
+    )
+
+
+def report(shape: str, setting: Setting, rounds: int) -> dict:
+    """The contents of `warmup.json`."""
+    load = os.getloadavg()[0]
+    return compare(setting, rounds) | {
+        "shape": shape,
+        "setting": setting.to_dict(),
+        # Other programs add to time on the clock, not to that of the processor; a GPU has only the former.
+        "timer": "clock" if torch.cuda.is_available() else "processor",
+        "command": command("recipes.benchmarks.warmup"),
+        "hardware": hardware(),
+        "load": [load, os.getloadavg()[0]],
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "versions": versions(PACKAGES),
+    }
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure, and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for warmup.json and warmup.md")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each kind that are timed")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--threads", type=int, default=1, help="of the processor")
+    arguments = parser.parse_args(words)
+    setting = Setting(MODELS[SHAPE], batch=arguments.batch, length=arguments.length, threads=arguments.threads)
+    results = report(SHAPE, setting, arguments.rounds)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "warmup.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (arguments.output / "warmup.md").write_text(markdown(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

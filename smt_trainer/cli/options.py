@@ -9,9 +9,11 @@ from typing import Any
 
 from smt_trainer.config import (
     ACCUMULATOR_DEVICES,
+    ACCUMULATOR_DTYPES,
     DENOMINATORS,
     GRANULARITIES,
     SCOPES,
+    SCORE_ALIASES,
     SCORES,
     SMTConfig,
     parse_amount,
@@ -26,7 +28,8 @@ KINDS = {
     "lowest_layer": {"type": int},
     "warmup_steps": {"type": int},
     "accumulator_device": {"choices": ACCUMULATOR_DEVICES},
-    "score": {"choices": SCORES},
+    "accumulator_dtype": {"choices": ACCUMULATOR_DTYPES},
+    "score": {"choices": (*SCORES, *SCORE_ALIASES)},
     "scope": {"choices": SCOPES},
 }
 

@@ -13,7 +13,7 @@ from smt_trainer.errors import SMTError
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIONS = (
     "target_modules exclude_modules block_size granularity budget budget_of lowest_layer layer_cap warmup_steps "
-    "accumulator_device score scope"
+    "accumulator_device accumulator_dtype score scope"
 ).split()
 
 

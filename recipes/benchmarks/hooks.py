@@ -1,0 +1,40 @@
+"""What the scorers' hooks add to a step of the warm-up, on real models of many tiny targets."""
+
+import torch
+
+from recipes.benchmarks.models import tiny
+from recipes.benchmarks.selection import seconds
+from smt_trainer import SMTConfig
+from smt_trainer.blocks import make_grids
+from smt_trainer.scores import make_scorer
+from smt_trainer.targets import find_targets
+from smt_trainer.warmup import frozen
+
+SCORES = ("grad_l1", "grad_signed")
+
+
+def measure_warmup(layers: int, rounds: int, seed: int) -> dict:
+    """Seconds of forward and backward through a frozen model, and what each scorer adds to them."""
+    torch.manual_seed(seed)
+    model = tiny(layers).build().train()
+    # Without it nothing in a frozen model asks for a gradient.
+    model.enable_input_require_grads()
+    tokens = torch.randint(model.config.vocab_size, (1, 8))
+    targets = find_targets(model, SMTConfig())
+    grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, SMTConfig())
+
+    def step() -> float:
+        return seconds(lambda: model(input_ids=tokens, labels=tokens).loss.backward())
+
+    steps = {score: [] for score in ("plain", *SCORES)}
+    with frozen(model):
+        step()
+        for _ in range(rounds):
+            steps["plain"].append(step())
+            for score in SCORES:
+                with make_scorer(targets, grids, SMTConfig(score=score)).attached():
+                    steps[score].append(step())
+    # The lower quartile: other programs only ever make a step slower.
+    plain, *scored = (sorted(times)[len(times) // 4] for times in steps.values())
+    row = {"layers": layers, "targets": len(targets), "plain_seconds": plain}
+    return row | {f"{score}_added_seconds": time - plain for score, time in zip(SCORES, scored, strict=True)}

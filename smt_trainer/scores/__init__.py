@@ -1,0 +1,54 @@
+"""Scores: how much each block of the targeted weights matters for the task.
+
+G = sum over warm-up steps t of G_t is the summed gradient of one weight W [O, I], where G_t is the gradient of the loss
+of one optimizer step (all micro-batches and ranks together) at the base weights. Of each block:
+
+    grad_l1      mean of |G|                         SMT, section 3.2 and appendix B
+    grad_l2      root of the sum of G^2
+    grad_signed  |mean of G|                         what the authors' released code ranks by
+    grad_abs     sum over t of the mean of |G_t|     here G_t is that of each backward, micro-batch by micro-batch
+    taylor       |<W, G>|                            SPSFT, section 3.2, eq. 6
+    qm_taylor    mean of quantiles over the classes  SPSFT, section 3.2, eq. 7
+    activation   L2 norm of its columns' inputs      SMT's selection by activations (forward only)
+    magnitude    L2 norm of W                        SPSFT, section 3.2 (no warm-up)
+    random       uniform, seeded                     the baseline a score has to beat (no warm-up)
+
+What ranks average is linear in the data: sums of G, of <W, G>, of squares; absolute values and roots come after. Only
+`grad_abs` depends on how the data are cut. Each file of this package derives its own scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from smt_trainer.blocks import BlockGrid
+from smt_trainer.config import SMTConfig
+from smt_trainer.scores.accumulated import GradL1, GradL2
+from smt_trainer.scores.activation import Activation
+from smt_trainer.scores.block_sums import GradAbs, GradSigned, Taylor
+from smt_trainer.scores.classwise import QMTaylor
+from smt_trainer.scores.scorer import Scorer
+from smt_trainer.scores.weights import Magnitude, Random
+
+__all__ = ["SCORERS", "Scorer", "make_scorer"]
+
+SCORERS: dict[str, type[Scorer]] = {
+    "grad_l1": GradL1,
+    "grad_l2": GradL2,
+    "grad_signed": GradSigned,
+    "grad_abs": GradAbs,
+    "taylor": Taylor,
+    "qm_taylor": QMTaylor,
+    "activation": Activation,
+    "magnitude": Magnitude,
+    "random": Random,
+}
+
+
+def make_scorer(
+    targets: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
+) -> Scorer:
+    """The scorer that `config.score` names."""
+    return SCORERS[config.score](targets, grids, config, seed)

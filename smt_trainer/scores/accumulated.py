@@ -1,0 +1,134 @@
+"""Scores of the summed gradient G itself, from an accumulator as large as the targets.
+
+    grad_l1      mean over the block of |G|
+    grad_l2      root of the sum over the block of G^2
+
+|.| and the square come last, so the whole signed sum is needed: how the data are cut into micro-batches, or spread over
+ranks, cannot change it. An accumulator in bfloat16 takes half the memory and rounds at each addition, to 8 bits: what
+one backward adds is lost where it is smaller than 1/256 of the sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.config import SMTConfig
+from smt_trainer.scores.scorer import Scorer, weight_gradients
+from smt_trainer.sharding import gather_like, is_sharded, local_tensor
+
+COPIES_UNDER_WAY = 2
+
+
+class Accumulated(Scorer):
+    """Sums the gradients of the targets in `config.accumulator_dtype`, sharded as the targets are."""
+
+    def __init__(self, targets, grids, config, seed) -> None:
+        super().__init__(targets, grids, config, seed)
+        dtype = getattr(torch, config.accumulator_dtype)
+        device = _accumulator_device(targets, config, dtype)
+        self.sums = {
+            name: torch.zeros_like(local_tensor(linear.weight), dtype=dtype, device=device)
+            for name, linear in targets.items()
+        }
+        self.copies = _Copies()
+
+    @contextlib.contextmanager
+    def attached(self, hold: bool = False) -> Iterator[None]:
+        with weight_gradients(self.targets, None if hold else self._add):
+            yield
+        self.copies.finish()
+
+    def _add(self, name: str, weight: Tensor) -> None:
+        total, gradient = self.sums[name], local_tensor(weight.grad)
+        if gradient.is_cuda and not total.is_cuda:
+            self.copies.add(total, gradient)
+        else:
+            total.add_(gradient.to(total.device))
+
+    def take_step(self) -> list[tuple[Tensor, Tensor]]:
+        taken = []
+        for name, linear in self.targets.items():
+            if linear.weight.grad is not None:
+                taken.append((self.sums[name], local_tensor(linear.weight.grad)))
+                linear.weight.grad = None
+        return taken
+
+    def statistics(self) -> Iterator[Tensor]:
+        # FSDP2 averages the gradients of sharded weights itself.
+        yield from (self.sums[name] for name, linear in self.targets.items() if not is_sharded(linear.weight))
+
+    def scores(self) -> dict[str, Tensor]:
+        return {
+            name: self.norms(self.grids[name].split(gather_like(self.sums[name], linear.weight)).float()).cpu()
+            for name, linear in self.targets.items()
+        }
+
+    @staticmethod
+    def norms(blocks: Tensor) -> Tensor:
+        """The score [R, C] of summed gradients [R, C, br, bc]."""
+        raise NotImplementedError
+
+
+class GradL1(Accumulated):
+    """`grad_l1`: mean over the block of |G| (SMT, section 3.2 and appendix B)."""
+
+    @staticmethod
+    def norms(blocks: Tensor) -> Tensor:
+        return blocks.abs().mean((2, 3))
+
+
+class GradL2(Accumulated):
+    """`grad_l2`: root of the sum over the block of G^2."""
+
+    @staticmethod
+    def norms(blocks: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(blocks, dim=(2, 3))
+
+
+def _accumulator_device(targets: Mapping[str, nn.Module], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
+    """The CPU, or None for the device of each weight."""
+    if config.accumulator_device == "auto":
+        device = next(iter(targets.values())).weight.device
+        if device.type != "cuda":
+            return None
+        needed = dtype.itemsize * sum(linear.weight.numel() for linear in targets.values())
+        return None if needed <= torch.cuda.mem_get_info(device)[0] / 2 else torch.device("cpu")
+    return torch.device("cpu") if config.accumulator_device == "cpu" else None
+
+
+class _Copies:
+    """Gradients on their way from the GPU to sums on the CPU: each is copied into pinned memory on a stream of its own,
+    and added when others are under way already, so that backward does not wait for it."""
+
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.under_way: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+
+    def add(self, total: Tensor, gradient: Tensor) -> None:
+        """Add a gradient to a sum, sooner or later."""
+        stream = self.streams.setdefault(gradient.device, torch.cuda.Stream(gradient.device))
+        stream.wait_stream(torch.cuda.current_stream(gradient.device))
+        copy = torch.empty_like(gradient, device="cpu", pin_memory=True)
+        with torch.cuda.stream(stream):
+            copy.copy_(gradient, non_blocking=True)
+            copied = stream.record_event()
+        # Its memory may be used again by backward only once it is copied.
+        gradient.record_stream(stream)
+        self.under_way.append((total, copy, copied))
+        while len(self.under_way) > COPIES_UNDER_WAY:
+            self._add_oldest()
+
+    def finish(self) -> None:
+        """Add all that are under way."""
+        while self.under_way:
+            self._add_oldest()
+
+    def _add_oldest(self) -> None:
+        total, copy, copied = self.under_way.popleft()
+        copied.synchronize()
+        total.add_(copy)

@@ -1,0 +1,145 @@
+"""Scores of which one number per block is kept, summed in float32.
+
+    grad_signed  |mean over the block of G|
+    grad_abs     sum over t of the mean over the block of |G_t|
+    taylor       |<W, G>|, the sum over the block of W * G
+
+The mean over a block is linear, and G_t = dy^T x (dy [T, O], x [T, I], T tokens), so that with p(.) the mean over
+the br or bc neighbouring features of one block row or column
+
+    mean over block (r, c) of G_t = sum over tokens of p(dy)[:, r] * p(x)[:, c]
+
+and `grad_signed` needs no weight gradient at all: one product of pooled activations. The other two form the gradient of
+one weight at a time, reduce it to one number per block and drop it; since <W, G> = sum over t of <W, G_t>, `taylor`
+needs no sum of gradients either.
+
+Where FSDP2 shards a weight over n ranks, each holds some of its rows and reduces these, n-fold: the mean over ranks,
+which all sums go through, is then the sum over the whole block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from smt_trainer.blocks import BlockGrid
+from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
+from smt_trainer.sharding import local_parts, local_tensor
+
+
+class BlockSums(Scorer):
+    """Keeps a sum for each block, whose absolute value is the score."""
+
+    def __init__(self, targets, grids, config, seed) -> None:
+        super().__init__(targets, grids, config, seed)
+        self.sums = {
+            name: torch.zeros(grids[name].shape, device=linear.weight.device) for name, linear in targets.items()
+        }
+
+    @contextlib.contextmanager
+    def attached(self, hold: bool = False) -> Iterator[None]:
+        self.step_sums = {name: torch.zeros_like(total) for name, total in self.sums.items()} if hold else self.sums
+        with self.observing():
+            yield
+
+    def observing(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which each backward adds to `step_sums`."""
+        raise NotImplementedError
+
+    def take_step(self) -> list[tuple[Tensor, Tensor]]:
+        taken = []
+        for name, contribution in self.step_sums.items():
+            taken.append((self.sums[name], contribution.clone()))
+            contribution.zero_()
+        return taken
+
+    def statistics(self) -> Iterator[Tensor]:
+        yield from self.sums.values()
+
+    def scores(self) -> dict[str, Tensor]:
+        return {name: total.abs().cpu() for name, total in self.sums.items()}
+
+
+class GradSigned(BlockSums):
+    """`grad_signed`: |mean over the block of G|, what the authors' released code ranks by."""
+
+    def observing(self) -> contextlib.AbstractContextManager[None]:
+        return output_gradients(self.targets, self._observe)
+
+    def _observe(self, name: str, linear: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
+        rows, columns = self.grids[name].shape
+        pooled_x, total = _pool(x, columns), self.step_sums[name]
+
+        def add(dy: Tensor) -> None:
+            total.addmm_(_pool(dy, rows).t(), pooled_x)
+
+        return add
+
+
+def _pool(features: Tensor, parts: int) -> Tensor:
+    """Means [T, parts] over equal runs of the last dimension of `features` [..., parts * edge], in float32."""
+    return features.detach().reshape(-1, parts, features.shape[-1] // parts).mean(2, dtype=torch.float32)
+
+
+class Reduced(BlockSums):
+    """Reduces each gradient that backward delivers to a sum for each block."""
+
+    def observing(self) -> contextlib.AbstractContextManager[None]:
+        return weight_gradients(self.targets, self._add)
+
+    def _add(self, name: str, weight: Tensor) -> None:
+        gradient, grid = local_tensor(weight.grad), self.grids[name]
+        for values, row, _ in local_parts(weight):
+            add_block_sums(self.step_sums[name], grid, self.terms(grid, values, gradient), row, _shards(weight))
+
+    @staticmethod
+    def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
+        """What to sum over each block, in the shape of the weight."""
+        raise NotImplementedError
+
+
+class GradAbs(Reduced):
+    """`grad_abs`: sum over t of the mean over the block of |G_t|, G_t being the gradient that one backward delivers.
+
+    Depends on how the data are cut: into micro-batches, and over the ranks of DDP, each of which has a backward of its
+    own. FSDP2 delivers the mean over its ranks; reentrant checkpointing, a gradient for each use of a shared layer.
+    """
+
+    @staticmethod
+    def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.float().abs() / grid.block_numel
+
+
+class Taylor(Reduced):
+    """`taylor`: |<W, G>|, to first order what removing the block changes in the loss (SPSFT, section 3.2, eq. 6)."""
+
+    @staticmethod
+    def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
+        return weight.float() * gradient.float()
+
+
+def add_block_sums(total: Tensor, grid: BlockGrid, values: Tensor, first_row: int = 0, factor: int = 1) -> None:
+    """Add `factor` times the sums over the blocks of `values` to `total` [R, C].
+
+    Args:
+        values: rows of a tensor of the grid's `stored_shape`, from `first_row` on; may begin and end inside a block.
+    """
+    height, width = grid.block_shape[::-1] if grid.transposed else grid.block_shape
+    sums = values.unflatten(1, (-1, width)).sum(2)
+    sums = F.pad(sums, (0, 0, first_row % height, -(first_row + len(sums)) % height)).unflatten(0, (-1, height)).sum(1)
+    total = total.t() if grid.transposed else total
+    total[first_row // height :][: len(sums)].add_(sums, alpha=factor)
+
+
+def _shards(weight: Tensor) -> int:
+    """Over how many ranks FSDP2 spreads a weight; copies of it do not count."""
+    if not isinstance(weight, DTensor):
+        return 1
+    sizes = zip(weight.device_mesh.shape, weight.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())

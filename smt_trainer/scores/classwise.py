@@ -1,0 +1,149 @@
+"""`qm_taylor`: the Taylor score of each class of examples, and the mean of its quantiles over the classes.
+
+G^c is what the n_c examples of class c contribute to G, n = sum over c of n_c. The gradient of the class's mean loss is
+n / n_c * G^c, up to a factor that all classes share, so that (SPSFT, section 3.2, eq. 6 and 7)
+
+    eta^c      = n / n_c * |<W, G^c>|
+    qm_taylor  = (1 / 11) * sum over k = 0..10 of the 10 k % quantile of {eta^c}_c
+
+with quantiles between two classes interpolated linearly; with a single class it is `taylor`.
+
+One backward gives all G^c: the gradient dy of a linear's output holds those of the examples one by one, so that with
+x[c] and dy[c] the tokens of the examples of class c, G^c = dy[c]^T x[c]. Together these take as many FLOPs as G; each
+is reduced to one number per block and dropped. Examples must not look at each other, as in batch normalisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from smt_trainer.classes import NO_LABEL, take_classes
+from smt_trainer.errors import SMTError
+from smt_trainer.scores.block_sums import BlockSums, add_block_sums
+from smt_trainer.scores.scorer import output_gradients
+
+QUANTILES = np.linspace(0, 1, 11)
+
+
+class QMTaylor(BlockSums):
+    """`qm_taylor`: mean of the 0, 10, ..., 100 % quantiles of the classes' Taylor scores (SPSFT, eq. 7).
+
+    Keeps one number per block and class. Before each forward `begin_batch` has to tell the classes of its examples.
+    """
+
+    def __init__(self, targets, grids, config, seed) -> None:
+        super().__init__(targets, grids, config, seed)
+        # [classes, R, C], with room for some more classes.
+        self.sums = {name: total.new_zeros(0, *total.shape) for name, total in self.sums.items()}
+        self.step_sums = self.sums
+        self.counts = self.step_counts = torch.zeros(0, dtype=torch.long)
+        self.places: dict[int, int] = {}
+
+    @contextlib.contextmanager
+    def attached(self, hold: bool = False) -> Iterator[None]:
+        self.step_counts = torch.zeros_like(self.counts) if hold else self.counts
+        with super().attached(hold):
+            yield
+
+    def begin_batch(self, inputs: MutableMapping[str, Any]) -> None:
+        """As in `Scorer`. Raises `SMTError` where classes cannot be told."""
+        self.classes = take_classes(inputs, self.config.class_column)
+        labels, counts = self.classes[self.classes != NO_LABEL].unique(return_counts=True)
+        for label in labels.tolist():
+            self.places.setdefault(label, len(self.places))
+        self._make_room(len(self.places))
+        self.step_counts[torch.tensor([self.places[label] for label in labels.tolist()], dtype=torch.long)] += counts
+
+    def _make_room(self, classes: int) -> None:
+        if classes <= len(self.counts):
+            return
+        size, held = max(classes, 2 * len(self.counts)), self.step_sums is not self.sums
+        self.sums = {name: _extended(total, size) for name, total in self.sums.items()}
+        self.counts = _extended(self.counts, size)
+        if held:
+            self.step_sums = {name: _extended(total, size) for name, total in self.step_sums.items()}
+            self.step_counts = _extended(self.step_counts, size)
+        else:
+            self.step_sums, self.step_counts = self.sums, self.counts
+
+    def observing(self) -> contextlib.AbstractContextManager[None]:
+        return output_gradients(self.targets, self._observe)
+
+    def _observe(self, name: str, linear: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
+        if x.shape[0] != len(self.classes):
+            raise SMTError(
+                f"'qm_taylor' tells examples apart by the first dimension of a linear's input: `{name}` should get "
+                f"{len(self.classes)} of them, got {list(x.shape)}. Examples that are packed into one sequence have "
+                "no class each; use 'taylor', or leave such modules out."
+            )
+        kept = _Kept.apply(x, torch.ones((), requires_grad=True)).grad_fn
+        return lambda dy: self._add(name, linear, kept.saved_tensors[0], dy)
+
+    def _add(self, name: str, linear: nn.Module, x: Tensor, dy: Tensor) -> None:
+        grid, x = self.grids[name], x.to(dy.dtype)
+        weight, present = linear.weight.detach(), self.classes.unique()
+        for label in present[present != NO_LABEL].tolist():
+            examples = (self.classes == label).nonzero().flatten().to(x.device)
+            mine = (x, dy) if len(present) == 1 else (x[examples], dy[examples])
+            into, out = (part.reshape(-1, part.shape[-1]) for part in mine)
+            gradient = into.t() @ out if grid.transposed else out.t() @ into
+            add_block_sums(self.step_sums[name][self.places[label]], grid, weight.float() * gradient.float())
+
+    def take_step(self) -> list[tuple[Tensor, Tensor]]:
+        taken = [*super().take_step(), (self.counts, self.step_counts.clone())]
+        self.step_counts.zero_()
+        return taken
+
+    def statistics(self) -> Iterator[Tensor]:
+        # Ranks see different classes; after this, all know all, in one order.
+        labels = sorted(set().union(*_gathered(list(self.places))))
+        self._make_room(len(self.places) + 1)
+        order = [self.places.get(label, len(self.places)) for label in labels]
+        self.sums = {name: total[order] for name, total in self.sums.items()}
+        self.counts = self.counts[order].double()
+        self.step_sums, self.step_counts = self.sums, self.counts
+        self.places = {label: place for place, label in enumerate(labels)}
+        yield from self.sums.values()
+        yield self.counts
+
+    def scores(self) -> dict[str, Tensor]:
+        seen = self.counts > 0
+        weights = (self.counts.sum() / self.counts[seen]).view(-1, 1, 1)
+        return {name: _quantile_mean(weights * total.cpu()[seen].abs()) for name, total in self.sums.items()}
+
+
+class _Kept(torch.autograd.Function):
+    """Keeps a tensor as autograd keeps what it needs for backward, so that checkpointing and offloading see to it."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.clone()
+
+
+def _extended(tensor: Tensor, size: int) -> Tensor:
+    """The tensor with zeros after it, `size` in its first dimension."""
+    return torch.cat([tensor, tensor.new_zeros(size - len(tensor), *tensor.shape[1:])])
+
+
+def _gathered(labels: list[int]) -> list[list[int]]:
+    """The labels of all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [labels]
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, labels)
+    return everywhere
+
+
+def _quantile_mean(scores: Tensor) -> Tensor:
+    """Mean [R, C] of the quantiles over the first dimension of [classes, R, C], in float32."""
+    if not len(scores):
+        return scores.sum(0).float()
+    return torch.from_numpy(np.quantile(scores.numpy(), QUANTILES, axis=0).mean(0)).float()

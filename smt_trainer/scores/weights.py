@@ -1,0 +1,31 @@
+"""Scores that need no warm-up: of the base weights alone, or of nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from smt_trainer.scores.scorer import Scorer
+from smt_trainer.sharding import full_tensor
+
+
+class Magnitude(Scorer):
+    """`magnitude`: L2 norm of the block of the base weight (SPSFT, section 3.2)."""
+
+    needs_warmup = False
+
+    def scores(self) -> dict[str, Tensor]:
+        return {
+            name: torch.linalg.vector_norm(self.grids[name].split(full_tensor(linear.weight)).float(), dim=(2, 3)).cpu()
+            for name, linear in self.targets.items()
+        }
+
+
+class Random(Scorer):
+    """`random`: uniform in (0, 1], from the run's seed."""
+
+    needs_warmup = False
+
+    def scores(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {name: 1.0 - torch.rand(grid.shape, generator=generator) for name, grid in self.grids.items()}
