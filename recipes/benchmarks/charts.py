@@ -27,6 +27,11 @@ def draw(results: dict, path: Path) -> None:
     if curves:
         budgets = [100 * row["budget"] for row in curves["by_budget"]]
         curve(axes[1, 0], budgets, curves["by_budget"], curves["floor"], timer)
+        own = [sum(part[timer]["median"] for part in row["own_work"].values()) for row in curves["by_budget"]]
+        axes[1, 0].plot(
+            budgets, [1 / (1 - share) for share in own], "^-", color=COLOURS[3], label="time, by its own work"
+        )
+        axes[1, 0].legend(frameon=False, fontsize=8)
         axes[1, 0].set_xscale("log")
         axes[1, 0].set_xticks(budgets, [f"{budget:g}" for budget in budgets])
         axes[1, 0].minorticks_off()
