@@ -14,6 +14,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.scores import SCORERS
 from smt_trainer.sharding import is_partitioned
 from smt_trainer.targets import refuse_adapters
+from smt_trainer.warmup import rng_preserved
 
 # Optimizers that keep their own map of the model's matrices, or swap values behind forward's back.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
@@ -38,7 +39,9 @@ def refuse_unusable(trainer) -> None:
     _refuse_copies_by_name(trainer.args)
     if needs_warmup:
         _refuse_data_read_once(trainer.train_dataset)
-        refuse_missing_column(trainer.train_dataset, class_column(config))
+        with rng_preserved():
+            # A look at the first example may draw random numbers.
+            refuse_missing_column(trainer.train_dataset, class_column(config))
 
 
 def _refuse_optimizers(trainer) -> None:
