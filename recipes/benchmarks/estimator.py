@@ -24,7 +24,7 @@ ESTIMATED = {SMT: "smt", "LoRA": "lora", FULL: "full"}
 
 
 def compare(results: dict) -> list[dict]:
-    """Each estimated method and budget of one result: bytes and FLOPs, measured and estimated."""
+    """Each estimated method and budget of one result: most memory in bytes, measured and estimated."""
     setting, rows = results["setting"], []
     measured = {(row["method"], row["budget"]): row for row in results["methods"]}
     config = LlamaConfig(**Shape(**setting["shape"])._asdict())
@@ -44,7 +44,6 @@ def compare(results: dict) -> list[dict]:
                     {"shape": results["shape"], "dtype": setting["dtype"], "checkpointing": setting["checkpointing"]}
                     | {"method": method, "budget": row["budget"]}
                     | {"measured_bytes": row["live_bytes"], "estimated_bytes": cost.peak}
-                    | {"measured_flops": row["flops"], "estimated_flops": cost.flops}
                 )
     return list({(row["method"], row["budget"]): row for row in rows}.values())
 
@@ -54,10 +53,10 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(
         [
             "# The estimator beside measurements\n",
-            "`smt estimate` reads a configuration alone; measured are all tensors alive at the peak of a real step on "
-            "the CPU and its FLOPs (`step-*.md`). MiB and GFLOP.\n",
+            "`smt estimate` reads a configuration alone; measured are all tensors alive at the peak of a real step "
+            "(`step-*.md`). MiB.\n",
             table(
-                "model|dtype|checkpointing|method|budget|measured|estimated|ratio|GFLOP|estimated|ratio",
+                "model|dtype|checkpointing|method|budget|measured|estimated|ratio",
                 [
                     [
                         row["shape"],
@@ -68,9 +67,6 @@ def markdown(rows: list[dict]) -> str:
                         mib(row["measured_bytes"]),
                         mib(row["estimated_bytes"]),
                         f"{row['estimated_bytes'] / row['measured_bytes']:.3f}",
-                        f"{row['measured_flops'] / 1e9:.4g}",
-                        f"{row['estimated_flops'] / 1e9:.4g}",
-                        f"{row['estimated_flops'] / row['measured_flops']:.3f}",
                     ]
                     for row in rows
                 ],

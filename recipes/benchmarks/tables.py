@@ -59,7 +59,7 @@ def markdown(results: dict, chart: str) -> str:
         "MiB. Peak: most memory of a step above that of the plain model, in a process of its own "
         f"({'allocated on the GPU' if results['timer'] == 'clock' else 'resident'}). Live: all tensors at the peak, "
         "weights and optimizer state included. Saved: what autograd keeps from forward for backward, without "
-        "parameters.\n",
+        "parameters. FLOPs: of matrix products, but for those within fused attention, as torch counts them.\n",
         table(
             "method|budget|peak|live|live, to the floor|saved|gradients|optimizer|GFLOP|GFLOP, to the floor",
             [

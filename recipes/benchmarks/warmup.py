@@ -50,7 +50,7 @@ def compare(setting: Setting, rounds: int) -> dict:
         "steps": [
             {"step": name, "peak_bytes": peak_bytes[name]}
             | {"accumulator_bytes": step.accumulator_bytes if name in scores else None}
-            | {"to": {other: ratios(samples, name, other) for other in variants}}
+            | {"to": {other: ratios(samples, name, [other]) for other in variants}}
             | {"seconds": seconds(samples, name), "rounds": [sample[name]._asdict() for sample in samples]}
             for name, step in steps.items()
         ]

@@ -13,12 +13,11 @@ MEASURED = [path for path in sorted(RESULTS.glob("step-*.json")) if "chunked" no
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)
-def test_memory_and_flops_are_within_a_tenth_of_what_was_measured(path):
+def test_memory_is_within_a_tenth_of_what_was_measured(path):
     rows = compare(json.loads(path.read_text()))
     assert {SMT, FULL} <= {row["method"] for row in rows}
     for row in rows:
         assert row["estimated_bytes"] == pytest.approx(row["measured_bytes"], rel=0.1), row
-        assert row["estimated_flops"] == pytest.approx(row["measured_flops"], rel=0.1), row
 
 
 def test_the_comparison_of_a_folder_is_written_beside_its_results(tmp_path):
