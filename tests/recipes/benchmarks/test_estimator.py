@@ -8,6 +8,7 @@ import pytest
 from recipes.benchmarks.estimator import compare, main
 from recipes.benchmarks.methods import FULL, SMT
 
+pytestmark = pytest.mark.slow
 RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results"
 MEASURED = [path for path in sorted(RESULTS.glob("step-*.json")) if "chunked" not in path.name]
 
