@@ -14,7 +14,7 @@ PACKAGE = Path(smt_trainer.__file__).parent
 PICTURES = ("block_map", "folder", "histogram", "layers", "overlap", "scores", "shares", "style", "tables")
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter"},
-    {"scores", "budget", "selection", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"},
+    {"scores", "budget", "selection", "dependencies", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"},
     {"layers", "whole", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
     {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "checkpoints", "callbacks"},
