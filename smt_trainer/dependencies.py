@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 # Noise that a ReLU makes 0 at all tokens would hide a column: 1 in 2**TOKENS.
 TOKENS = 32
+
+# By model: a trainer asks when it is made, to refuse what does not fit, and again when it trains.
+_found: weakref.WeakKeyDictionary[nn.Module, list[Dependency]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,15 +79,17 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
         SMTError: the model takes no token ids or is sharded over ranks, or no column depends on the targets.
     """
     _refuse_unsuited(model)
-    targets, found = set(targets), []
+    targets, kept = set(targets), []
     sources, readers = set(), set()
     tunable = find_targets(model, replace(config, target_modules="all-linear"))
-    for one in _all_dependencies(model):
+    if model not in _found:
+        _found[model] = _all_dependencies(model)
+    for one in _found[model]:
         if one.source in targets - readers and one.reader in tunable.keys() - sources:
             sources.add(one.source)
             readers.add(one.reader)
-            found.append(one)
-    if not found:
+            kept.append(one)
+    if not kept:
         raise SMTError(
             f"train_dependents=True, but no column depends on the rows of target_modules={config.target_modules!r}. "
             "Leave it at False, or target modules such as value or up projections."
@@ -93,7 +99,7 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
         level = logging.INFO if config.target_modules in (*GROUPS, "all-linear") else logging.WARNING
         message = "%s: columns that depend on rows of other targets are trained, no rows of its own (train_dependents)."
         logger.log(level, message, ", ".join(both))
-    return found
+    return kept
 
 
 def add_columns(selection: BlockSelection, dependencies: Iterable[Dependency]) -> BlockSelection:
@@ -132,7 +138,7 @@ def _refuse_unsuited(model: nn.Module) -> None:
 
 
 def _all_dependencies(model: nn.Module) -> list[Dependency]:
-    """The dependencies between any two linears of a model."""
+    """The dependencies between any two linears of a model, by source and reader in its order."""
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     grids = target_grids(linears, SMTConfig(granularity="column"))
     kinds: dict[str, list[str]] = {}
