@@ -3,6 +3,8 @@
     smt_scores.safetensors   <module>  [R, C] float32, the scores of a module's blocks
                              and in its metadata the manifest: format, configuration, grids, name and number of
                              parameters of the model
+    <module> > <module>      [n, 2] int32, with `train_dependents`: rows of one and the columns of another that depend
+                             on them
 
 The file holds 4 bytes a block: 96 KiB for the query, key and value projections of Llama-2-7B in blocks of 256x256,
 2.3 MB for those of Llama-3.1-405B. It is plain data, the same on every machine and for every number of ranks.
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from smt_trainer.blocks import BlockGrid
 from smt_trainer.config import TRAINING_FIELDS, SMTConfig
+from smt_trainer.dependencies import Dependency, add_columns
 from smt_trainer.errors import SMTError
 from smt_trainer.files import open_tensors, write_atomically
 from smt_trainer.selection import BlockSelection, select_blocks
@@ -31,8 +34,9 @@ from smt_trainer.targets import count_parameters, find_targets, is_transposed, m
 SCORES_FILE = "smt_scores.safetensors"
 FORMAT = "1"
 MANIFEST = "smt_scores"
+BETWEEN = " > "
 
-DECISIVE = ("score", "block_size", "granularity")
+DECISIVE = ("score", "block_size", "granularity", "train_dependents")
 # What the scores do not depend on. The targets may only become fewer.
 FREE = (
     *("budget", "budget_of", "scope", "layer_cap", "lowest_layer", "target_modules", "exclude_modules"),
@@ -52,6 +56,7 @@ class BlockScores:
         num_parameters: parameters of the whole model, tied weights counted once.
         config: the configuration that they were computed under.
         base_model: name of the model, if known.
+        dependencies: of the targets, with `train_dependents`.
     """
 
     grids: dict[str, BlockGrid]
@@ -59,6 +64,7 @@ class BlockScores:
     num_parameters: int
     config: SMTConfig
     base_model: str | None = None
+    dependencies: list[Dependency] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.grids.keys() != self.scores.keys():
@@ -83,8 +89,8 @@ class BlockScores:
             The selection. Its configuration is that of the scores, with what the given one chooses and trains by.
 
         Raises:
-            SMTError: the given `score`, `block_size` or `granularity` is another one, it wants targets without
-                scores, or as `select_blocks`.
+            SMTError: the given `score`, `block_size`, `granularity` or `train_dependents` is another one, it wants
+                targets without scores, or as `select_blocks`.
         """
         config = config or self.config
         self._refuse_other(config)
@@ -95,13 +101,14 @@ class BlockScores:
                 f"`{next(iter(self.grids))}`. Narrow them less."
             )
         chosen_by = {name: getattr(config, name) for name in FREE}
-        return select_blocks(
+        selection = select_blocks(
             {name: self.scores[name] for name in names},
             {name: self.grids[name] for name in names},
             replace(self.config, selection=None, **chosen_by),
             self.num_parameters,
             self.base_model,
         )
+        return add_columns(selection, self.dependencies)
 
     def check_model(self, model: nn.Module, config: SMTConfig) -> None:
         """Raise `SMTError` unless these are scores of this plain model, of all targets that `config` wants of it."""
@@ -120,7 +127,8 @@ class BlockScores:
                 f"the scores were computed on {self.base_model or 'a model'} of {self.num_parameters:,} parameters; "
                 f"this model has {count_parameters(model):,}. Load that model, or score the blocks anew."
             )
-        missing = [name for name in find_targets(model, config) if name not in self.grids]
+        readers = {one.reader for one in self.dependencies}
+        missing = [name for name in find_targets(model, config) if name not in self.grids.keys() | readers]
         if missing:
             raise SMTError(
                 f"{_targets(config)} want {len(missing)} modules without scores, such as `{missing[0]}`. Narrow them, "
@@ -135,8 +143,10 @@ class BlockScores:
             "num_parameters": self.num_parameters,
             "config": self.config.to_dict() | {"selection": None},
             "modules": {name: grid.to_dict() for name, grid in self.grids.items()},
+            "readers": {one.reader: one.grid.to_dict() for one in self.dependencies},
         }
         tensors = {name: found.contiguous() for name, found in self.scores.items()}
+        tensors |= {f"{one.source}{BETWEEN}{one.reader}": one.pairs.contiguous() for one in self.dependencies}
         metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
         write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
@@ -158,7 +168,12 @@ class BlockScores:
                 )
             grids = {name: BlockGrid.from_dict(module) for name, module in values["modules"].items()}
             config = SMTConfig.from_dict(values["config"])
-            return cls(grids, tensors, values["num_parameters"], config, values["base_model"])
+            readers = {name: BlockGrid.from_dict(module) for name, module in values.get("readers", {}).items()}
+            dependencies = []
+            for key in [key for key in tensors if BETWEEN in key]:
+                source, _, reader = key.partition(BETWEEN)
+                dependencies.append(Dependency(source, reader, tensors.pop(key), readers[reader]))
+            return cls(grids, tensors, values["num_parameters"], config, values["base_model"], dependencies)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise SMTError(
                 f"the scores in {path} are damaged ({type(error).__name__}: {error}); save or download them again."

@@ -91,6 +91,14 @@ class SMTConfig:
         default="block",
         metadata=_help("'block' (SMT), 'row' (SPSFT: blocks of 1 x in_features) or 'column' (out_features x 1)."),
     )
+    train_dependents: bool = field(
+        default=False,
+        metadata=_help(
+            "With granularity='row', train with each chosen row the columns of other linears that read nothing but "
+            "what the row computes (SPSFT's 'dep'). They come on top of the budget, about as much again: SPSFT halves "
+            "it. A linear with such columns gives no rows itself."
+        ),
+    )
     budget: float | int | dict[str, float | int] = field(
         default=0.0084,
         metadata=_help(
@@ -194,6 +202,11 @@ class SMTConfig:
         _one_of("master_dtype", self.master_dtype, MASTER_DTYPES)
         _expect_bool("train_norm", self.train_norm)
         _expect_bool("train_bias", self.train_bias)
+        _expect_bool("train_dependents", self.train_dependents)
+        if self.train_dependents and self.granularity != "row":
+            raise SMTError(
+                f"train_dependents=True needs granularity='row', got {self.granularity!r}: columns depend on rows."
+            )
         _at_least("lowest_layer", self.lowest_layer, 0)
         _at_least("warmup_steps", self.warmup_steps, 1)
         _check_block_size(self.block_size, self.granularity)

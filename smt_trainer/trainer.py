@@ -50,6 +50,7 @@ from smt_trainer.convert import (
     trainable_parameters,
 )
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
+from smt_trainer.dependencies import Dependency, find_dependencies
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
 from smt_trainer.layers import plain_name, smt_layers, write_back
@@ -160,9 +161,14 @@ class SMTTrainerMixin:
             selection = BlockSelection.load(folder / SELECTION_FILE)
             self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
-            _, grids = self._plan_blocks()
+            _, grids, dependencies = self._plan_blocks()
             scores = BlockScores(
-                grids, self._score_blocks(grids), count_parameters(self.model), self.smt_config, base_name(self.model)
+                grids,
+                self._score_blocks(grids),
+                count_parameters(self.model),
+                self.smt_config,
+                base_name(self.model),
+                dependencies,
             )
             if self.args.should_save:
                 # First, so that the warm-up is not lost where the budget turns out not to fit.
@@ -247,13 +253,17 @@ class SMTTrainerMixin:
 
     # ---- what is to be trained ----
 
-    def _plan_blocks(self) -> tuple[dict, dict]:
-        """Targets and grids of the model, once it is sure that the configuration fits it."""
-        targets = find_targets(self.model, self.smt_config)
+    def _plan_blocks(self) -> tuple[dict, dict, list[Dependency]]:
+        """Targets, their grids and dependencies, once it is sure that the configuration fits the model."""
+        targets, dependencies = find_targets(self.model, self.smt_config), []
+        if self.smt_config.train_dependents:
+            dependencies = find_dependencies(self.model, self.smt_config, targets)
+        readers = dict.fromkeys(one.reader for one in dependencies)
+        targets = {name: linear for name, linear in targets.items() if name not in readers}
         grids = target_grids(targets, self.smt_config)
-        find_whole(self.model, self.smt_config, targets)
+        find_whole(self.model, self.smt_config, [*targets, *readers])
         check_budget_fits(grids, self.smt_config, count_parameters(self.model))
-        return targets, grids
+        return targets, grids, dependencies
 
     @functools.cached_property
     def _given_selection(self) -> BlockSelection | None:

@@ -153,3 +153,33 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
     centred = [[rank - sum(column) / len(column) for rank in column] for column in ranks]
     products = [[sum(a * b for a, b in zip(one, other, strict=True)) for other in centred] for one in centred]
     return products[0][1] / math.sqrt(products[0][0] * products[1][1])
+
+
+def recorded_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Module name -> input [tokens, I] of each linear in a forward pass, `Conv1D`s included."""
+    found = {}
+
+    def record(name: str) -> Callable:
+        return lambda module, args: found.update({name: args[0].flatten(0, -2).clone()})
+
+    linears = {name: module for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")}
+    hooks = [module.register_forward_pre_hook(record(name)) for name, module in linears.items()]
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def with_row(model: nn.Module, source: str, row: int, factor: float, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`recorded_inputs` while one row of a linear, its bias included, is multiplied by a factor."""
+    linear = model.get_submodule(source)
+    weight = linear.weight.data.T if type(linear).__name__ == "Conv1D" else linear.weight.data
+    parts = [part[row] for part in (weight, getattr(linear, "bias", None)) if part is not None]
+    before = [part.detach().clone() for part in parts]
+    for part in parts:
+        part.data.mul_(factor)
+    found = recorded_inputs(model, inputs)
+    for part, value in zip(parts, before, strict=True):
+        part.data.copy_(value)
+    return found

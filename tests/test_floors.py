@@ -16,7 +16,7 @@ PICTURES = ("block_map", "folder", "histogram", "layers", "overlap", "scores", "
 FLOORS = [
     {"errors", "files", "config", "blocks", "targets", "sharding", "meter", "classes"},
     {
-        *("budget", "selection", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"),
+        *("budget", "selection", "dependencies", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"),
         *("scores", *(f"scores.{name}" for name in SCORERS)),
     },
     {"layers", "whole", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
