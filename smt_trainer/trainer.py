@@ -36,7 +36,6 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.block_scores import SCORES_FILE, BlockScores, resolve_selection
-from smt_trainer.budget import check_budget_fits
 from smt_trainer.callbacks import SMTCallback
 from smt_trainer.card import delta_section
 from smt_trainer.checkpoints import last_checkpoint
@@ -50,7 +49,6 @@ from smt_trainer.convert import (
     trainable_parameters,
 )
 from smt_trainer.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
-from smt_trainer.dependencies import Dependency, find_dependencies
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
 from smt_trainer.layers import plain_name, smt_layers, write_back
@@ -63,12 +61,12 @@ from smt_trainer.parallel import (
     save_optimizer,
     warmup_model,
 )
+from smt_trainer.plan import plan_blocks
 from smt_trainer.refusals import refuse_unusable
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.selection import SELECTION_FILE, BlockSelection, base_name
-from smt_trainer.targets import count_parameters, find_targets, target_grids
+from smt_trainer.targets import count_parameters
 from smt_trainer.warmup import LossScale, collect_scores, counters_preserved, optimizer_step_batches, rng_preserved
-from smt_trainer.whole import find_whole
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +91,7 @@ class SMTTrainerMixin:
         super().__init__(*args, **kwargs)
         refuse_unusable(self)
         if self.model_init is None and not is_smt_model(self.model) and self._given_selection is None:
-            self._plan_blocks()
+            plan_blocks(self.model, self.smt_config)
         if not self._smt_callbacks:
             self.add_callback(SMTCallback())
         for callback in self._smt_callbacks:
@@ -161,7 +159,7 @@ class SMTTrainerMixin:
             selection = BlockSelection.load(folder / SELECTION_FILE)
             self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
-            _, grids, dependencies = self._plan_blocks()
+            grids, dependencies = plan_blocks(self.model, self.smt_config)
             scores = BlockScores(
                 grids,
                 self._score_blocks(grids),
@@ -250,20 +248,6 @@ class SMTTrainerMixin:
         stack.enter_context(context)
         stack.enter_context(bare_autocast(self.accelerator))
         return stack
-
-    # ---- what is to be trained ----
-
-    def _plan_blocks(self) -> tuple[dict, dict, list[Dependency]]:
-        """Targets, their grids and dependencies, once it is sure that the configuration fits the model."""
-        targets, dependencies = find_targets(self.model, self.smt_config), []
-        if self.smt_config.train_dependents:
-            dependencies = find_dependencies(self.model, self.smt_config, targets)
-        readers = dict.fromkeys(one.reader for one in dependencies)
-        targets = {name: linear for name, linear in targets.items() if name not in readers}
-        grids = target_grids(targets, self.smt_config)
-        find_whole(self.model, self.smt_config, [*targets, *readers])
-        check_budget_fits(grids, self.smt_config, count_parameters(self.model))
-        return targets, grids, dependencies
 
     @functools.cached_property
     def _given_selection(self) -> BlockSelection | None:

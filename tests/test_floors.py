@@ -20,7 +20,7 @@ FLOORS = [
         *("scores", *(f"scores.{name}" for name in SCORERS)),
     },
     {"layers", "whole", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
-    {"convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
+    {"plan", "convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
     {"trainer", "checkpoints", "callbacks"},
     {
         *("cli", "cli.main", "cli.options", "cli.examples"),

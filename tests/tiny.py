@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
+from smt_trainer.plan import plan_blocks
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection import select_blocks
 from smt_trainer.targets import count_parameters, find_targets, target_grids
@@ -171,7 +172,7 @@ def stock_trainer(model: nn.Module, folder: str | Path, data=None, collator=None
 
 def warm_up(trainer: SMTTrainer) -> dict[str, Tensor]:
     """The scores of a trainer's warm-up, without what comes after it."""
-    return trainer._score_blocks(trainer._plan_blocks()[1])
+    return trainer._score_blocks(plan_blocks(trainer.model, trainer.smt_config)[0])
 
 
 def logged(trainer: transformers.Trainer, key: str) -> list:
