@@ -79,3 +79,19 @@ def test_the_result_is_that_of_the_committed_run():
     missing = [line for line in shown if line not in README]
     assert missing == []
     assert "recipes/commonsense/results/selection.png" in README and (folder / "selection.png").is_file()
+
+
+def test_the_figures_of_a_step_are_those_of_the_committed_measurement():
+    report = (ROOT / "recipes/benchmarks/results/step-smollm2-135m-fp32.md").read_text(encoding="utf-8")
+    shown = [line for line in report.partition("## Time")[0].splitlines() if line.startswith("| ")]
+    assert len(shown) > 20 and [line for line in shown if line not in README] == []
+    own = report.partition("## What SMT adds to the floor")[2].splitlines()[6:8]
+    assert [line.split(" | ")[0] for line in own] == ["| 0.84 %", "| 5 %"]
+    first, second = (f"{float(line.rstrip(' |').rpartition(' | ')[2]):.1f} %" for line in own)
+    assert f"{first} of a step at 0.84 % of the parameters, {second} at 5 %" in README
+
+
+def test_the_figures_of_the_study_are_those_of_the_committed_run():
+    report = (ROOT / "recipes/selection_study/results/study.md").read_text(encoding="utf-8")
+    assert "q_proj 6, k_proj 7, v_proj 263" in report and "k_proj 33, v_proj 188" in report
+    assert "| `grad_l1` | 10 | 0.964 | 0.998 | 0.957 |" in report and "| `grad_signed` | 10 | 0.856 |" in report
