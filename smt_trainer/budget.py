@@ -16,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from smt_trainer.blocks import BlockGrid
 from smt_trainer.config import SMTConfig
@@ -52,14 +53,14 @@ class Share:
             layers.setdefault(layer_name(name), []).append(name)
         return layers
 
-    def cap(self, names: Iterable[str]) -> tuple[int, float]:
+    def cap(self, names: Iterable[str]) -> tuple[int, int]:
         """The most blocks, and the most weights, that may be chosen from the targets of one layer."""
         cap, total = self.config.layer_cap, numel(self.grids[name] for name in names)
         blocks = sum(self.grids[name].num_blocks for name in names)
         if cap is None:
             return blocks, total
-        # Rounded, so that 0.29 of a hundred weights is 29 in floating point, too.
-        return (min(cap, blocks), total) if isinstance(cap, int) else (blocks, round(cap * total, 3))
+        # In decimals, as it is written: 0.29 of a hundred weights is 28.999... in floating point.
+        return (min(cap, blocks), total) if isinstance(cap, int) else (blocks, int(Fraction(str(cap)) * total))
 
     def quotas(self) -> dict[str, int]:
         """Per module: whole blocks in proportion to its size; what rounding down leaves goes by largest remainder."""
@@ -184,7 +185,7 @@ def _check_modules(share: Share) -> None:
             )
 
 
-def _room(share: Share, names: list[str]) -> tuple[int, float]:
+def _room(share: Share, names: list[str]) -> tuple[int, int]:
     """The most blocks, and the most weights, that one layer can give under its cap, whatever the scores."""
     blocks, weights = share.cap(names)
     sizes = Counter()
@@ -194,13 +195,13 @@ def _room(share: Share, names: list[str]) -> tuple[int, float]:
     step = math.gcd(*sizes)
     most_blocks, most_weights, left = 0, 0, weights
     for size in sorted(sizes):
-        taken = min(sizes[size], int(left / size))
+        taken = min(sizes[size], left // size)
         most_blocks, left = most_blocks + taken, left - taken * size
     left = blocks
     for size in sorted(sizes, reverse=True):
         taken = min(sizes[size], left)
         most_weights, left = most_weights + taken * size, left - taken
-    return min(blocks, most_blocks), min(most_weights, step * int(weights / step))
+    return min(blocks, most_blocks), min(most_weights, weights // step * step)
 
 
 def _whose(config: SMTConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,7 @@ def under_cap(
         total = sum(grid.num_blocks * grid.block_numel for name, grid in grids.items() if layer_of[name] == layer)
         blocks[layer] += 1
         weights[layer] += grids[entry[0]].block_numel
-        if blocks[layer] > cap if isinstance(cap, int) else weights[layer] > cap * total + 1e-3:
+        if blocks[layer] > cap if isinstance(cap, int) else weights[layer] > Fraction(str(cap)) * total:
             full.add(layer)
         if layer not in full:
             kept.append(entry)

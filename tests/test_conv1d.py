@@ -5,7 +5,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import from_delta, plot_selection
+from smt_trainer import from_delta
 from smt_trainer.cli import main
 
 
@@ -30,13 +30,9 @@ def test_a_model_is_trained_saved_loaded_merged_inspected_and_plotted(score, gra
 
     selection = trainer.smt_selection
     assert {grid.transposed for grid in selection.grids.values()} == {True}
-    assert main(["inspect", str(tmp_path / "delta"), "--csv", str(tmp_path / "blocks.csv")]) == 0
-    assert selection.summary() in capsys.readouterr().out
-    written = (tmp_path / "blocks.csv").read_text().splitlines()
-    for name, indices in selection.block_indices.items():
-        grid = selection.grids[name]
-        shapes = ",".join(map(str, (*grid.weight_shape, *grid.block_shape, len(indices), grid.num_blocks)))
-        assert any(line.startswith(f"{name},") and line.endswith(f",{shapes}") for line in written)
     pytest.importorskip("matplotlib")
-    plot_selection(selection, tmp_path / "selection.png")
-    assert (tmp_path / "selection.png").is_file()
+    assert main(["inspect", str(tmp_path / "delta"), "--plot", str(tmp_path / "pictures")]) == 0
+    assert selection.summary() in capsys.readouterr().out
+    written = (tmp_path / "pictures" / "layers.csv").read_text().splitlines()[1:]
+    assert sum(int(line.split(",")[2]) for line in written) == selection.num_blocks
+    assert (tmp_path / "pictures" / "selection.png").is_file()
