@@ -2,20 +2,22 @@
 
 import itertools
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from recipes.benchmarks.methods import Variant
 from recipes.benchmarks.models import tiny
 from recipes.benchmarks.setting import Setting, device
 from recipes.benchmarks.training import Training
+
+Start = Callable[[nn.Module, Setting], Any]
 
 
 def account(training: Training, tokens: Tensor) -> dict[str, int]:
@@ -70,31 +72,35 @@ def changes(profiler: profile) -> list[int]:
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
-def peaks(variants: Iterable[Variant], setting: Setting) -> dict[Variant, int]:
-    """`peak_bytes` of each variant, in a process of its own."""
+def peaks(starts: Mapping[Hashable, Start], setting: Setting) -> dict[Hashable, int]:
+    """`peak_bytes` of each of what is started, in a process of its own."""
     # Processes are forked from a server that has imported this module and done nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        running = {variant: pool.submit(peak_bytes, variant, setting) for variant in variants}
-        return {variant: peak.result() for variant, peak in tqdm(running.items(), "memory")}
+        running = {name: pool.submit(peak_bytes, start, setting) for name, start in starts.items()}
+        return {name: peak.result() for name, peak in tqdm(running.items(), "memory")}
 
 
-def peak_bytes(variant: Variant, setting: Setting) -> int:
-    """Most memory of a step above the plain model's: allocated on the GPU, or else resident (Linux)."""
+def peak_bytes(start: Start, setting: Setting) -> int:
+    """Most memory of a step above the plain model's: allocated on the GPU, or else resident (Linux).
+
+    Args:
+        start: makes of a plain model what has a `step`; picklable.
+    """
     # Code that is loaded on first use is none of it.
     small = Setting(tiny(2), setting.dtype, 1, 8)
-    Training(small.build(), Variant(variant.method, 0.05), small).step(small.tokens())
+    start(small.build(), small).step(small.tokens())
     model, tokens = setting.build(), setting.tokens()
     plain = torch.cuda.memory_allocated() if device() == "cuda" else resident("VmRSS")
-    training = Training(model, variant, setting)
+    started = start(model, setting)
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        training.step(tokens)
+        started.step(tokens)
         return torch.cuda.max_memory_allocated() - plain
     # The kernel's record of the peak starts anew.
     Path("/proc/self/clear_refs").write_text("5")
-    training.step(tokens)
+    started.step(tokens)
     return resident("VmHWM") - plain
 
 

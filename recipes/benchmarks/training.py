@@ -63,3 +63,8 @@ def copy_for(variant: Variant, model: nn.Module) -> nn.Module:
     """A copy of a model that shares the parameters which the method leaves as they are, so that many copies fit."""
     shared = {id(parameter): parameter for name, parameter in model.named_parameters() if not variant.writes_to(name)}
     return copy.deepcopy(model, shared)
+
+
+def start(variant: Variant, model: nn.Module, setting: Setting) -> Training:
+    """`Training` with its arguments in the order of `functools.partial(start, variant)`."""
+    return Training(model, variant, setting)

@@ -8,6 +8,7 @@ import gc
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from recipes.benchmarks.own_work import own_work
 from recipes.benchmarks.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
 from recipes.benchmarks.tables import markdown
 from recipes.benchmarks.timing import Round, ratios, seconds, time_rounds
-from recipes.benchmarks.training import Training, copy_for
+from recipes.benchmarks.training import Training, copy_for, start
 from recipes.reporting import command, hardware, versions
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
@@ -39,7 +40,7 @@ def compare(setting: Setting, methods: Sequence[str], budgets: Sequence[float], 
     middle = len(each) // 2
     variants = [first, *full, *each[:middle], second, *each[middle:]]
     # While nothing else is in memory.
-    peak_bytes = peaks(variants, setting)
+    peak_bytes = peaks({variant: partial(start, variant) for variant in variants}, setting)
     rows, samples = measure(setting, variants, rounds)
     sparse = [variant for variant in each if variant.method == SMT]
     return {

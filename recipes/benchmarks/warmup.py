@@ -7,14 +7,16 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from recipes.benchmarks import scoring, training
 from recipes.benchmarks.memory import peaks
 from recipes.benchmarks.methods import FLOOR, SMT, Variant
 from recipes.benchmarks.models import MODELS
-from recipes.benchmarks.scoring import Scoring, scoring_peaks
+from recipes.benchmarks.scoring import Scoring
 from recipes.benchmarks.selection_scale import table
 from recipes.benchmarks.setting import Setting
 from recipes.benchmarks.tables import mib, spread
@@ -37,8 +39,8 @@ def compare(setting: Setting, rounds: int) -> dict:
     scores = [score for score, scorer in SCORERS.items() if scorer.needs_warmup]
     variants = {FLOOR: Variant(FLOOR), SMT: Variant(SMT, BUDGET), LORA: Variant("LoRA", _budget_of_rank(setting, 8))}
     # While nothing else is in memory.
-    peak_bytes = {name: peaks([variant], setting)[variant] for name, variant in variants.items()}
-    peak_bytes |= scoring_peaks(scores, setting)
+    starts = {name: partial(training.start, variant) for name, variant in variants.items()}
+    peak_bytes = peaks(starts | {score: partial(scoring.start, score) for score in scores}, setting)
     model, tokens = setting.build(), setting.tokens()
     steps = {name: Training(copy_for(variant, model), variant, setting) for name, variant in variants.items()}
     steps |= {score: Scoring(copy_for(variants[FLOOR], model), score) for score in scores}
