@@ -1,12 +1,17 @@
 """What all methods have in common: the model, the tokens, the precision, the threads."""
 
+import os
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from recipes.benchmarks.models import MODELS, Shape
+from recipes.reporting import command, hardware, versions
 from smt_trainer.targets import count_parameters
+
+PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
+ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF")
 
 GPU_SHAPES = ("llama-3.2-3b", "llama-2-7b", "llama-3-8b")
 SHAPES = {name.lower(): MODELS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B", "Llama-2-7B", "Llama-3-8B")}
@@ -61,6 +66,24 @@ class Setting:
     def to_dict(self) -> dict:
         """JSON types."""
         return asdict(self) | {"shape": self.shape._asdict()}
+
+    def circumstances(self, module: str, load: float) -> dict:
+        """What a result says of where and how it was measured.
+
+        Args:
+            module: what runs.
+            load: of the machine when it began.
+        """
+        return {
+            "setting": self.to_dict(),
+            # Other programs add to time on the clock, not to that of the processor; a GPU has only the former.
+            "timer": "clock" if torch.cuda.is_available() else "processor",
+            "command": command(module),
+            "hardware": hardware(),
+            "load": [load, os.getloadavg()[0]],
+            "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+            "versions": versions(PACKAGES),
+        }
 
 
 def device() -> str:

@@ -71,19 +71,24 @@ def markdown(results: dict, chart: str) -> str:
             ],
         ),
         *(_curves(results["curves"], results["timer"]) if "curves" in results else []),
-        table(
-            "|",
-            [
-                ["hardware", results["hardware"]],
-                ["load at start and end", ", ".join(f"{load:.1f}" for load in results["load"])],
-                ["environment", ", ".join(f"{name}={value}" for name, value in results["environment"].items())],
-                ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
-                ["seed", str(setting["seed"])],
-                ["command", f"`{results['command']}`"],
-            ],
-        ),
+        circumstances(results),
     ]
     return "\n".join(parts)
+
+
+def circumstances(results: dict) -> str:
+    """Where, with what and how it was measured."""
+    return table(
+        "|",
+        [
+            ["hardware", results["hardware"]],
+            ["load at start and end", ", ".join(f"{load:.1f}" for load in results["load"])],
+            ["environment", ", ".join(f"{name}={value}" for name, value in results["environment"].items())],
+            ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
+            ["seed", str(results["setting"]["seed"])],
+            ["command", f"`{results['command']}`"],
+        ],
+    )
 
 
 def summary(results: dict) -> str:

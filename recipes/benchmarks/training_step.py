@@ -22,10 +22,7 @@ from recipes.benchmarks.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
 from recipes.benchmarks.tables import markdown
 from recipes.benchmarks.timing import Round, ratios, seconds, time_rounds
 from recipes.benchmarks.training import Training, copy_for, start
-from recipes.reporting import command, hardware, versions
 
-PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
-ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF")
 GROWTH = (0.001, 0.002, 0.005, 0.0084, 0.02, 0.05, 0.1)
 # The lowest layers with blocks, as parts of the model's depth, and a budget that the layers above the last one hold.
 DEPTHS = (0, 0.25, 0.5, 0.75, 0.875)
@@ -109,14 +106,7 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
     results |= {
         "shape": shape,
         "parameters": setting.parameters(),
-        "setting": setting.to_dict(),
-        # Other programs add to time on the clock, not to that of the processor; a GPU has only the former.
-        "timer": "clock" if torch.cuda.is_available() else "processor",
-        "command": command("recipes.benchmarks.training_step"),
-        "hardware": hardware(),
-        "load": [load, os.getloadavg()[0]],
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "versions": versions(PACKAGES),
+        **setting.circumstances("recipes.benchmarks.training_step", load),
     }
     options = [name for name in ("checkpointing", "chunked_loss") if getattr(arguments, name)]
     stem = "-".join(["step", shape, dtype, *options]).replace("_", "-")

@@ -19,17 +19,14 @@ from recipes.benchmarks.models import MODELS
 from recipes.benchmarks.scoring import Scoring
 from recipes.benchmarks.selection_scale import table
 from recipes.benchmarks.setting import Setting
-from recipes.benchmarks.tables import mib, spread
+from recipes.benchmarks.tables import circumstances, mib, spread
 from recipes.benchmarks.timing import ratios, seconds, time_rounds
 from recipes.benchmarks.training import Training, copy_for
-from recipes.reporting import command, hardware, versions
 from smt_trainer import SMTConfig
 from smt_trainer.scores import SCORERS
 from smt_trainer.targets import count_parameters, find_targets
 
 SHAPE = "SmolLM2-135M"
-PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
-ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 BUDGET = 0.0084
 LORA = "LoRA r=8"
 
@@ -91,17 +88,7 @@ def markdown(results: dict) -> str:
                     for row in steps
                 ],
             ),
-            table(
-                "|",
-                [
-                    ["hardware", results["hardware"]],
-                    ["load at start and end", ", ".join(f"{load:.1f}" for load in results["load"])],
-                    ["environment", ", ".join(f"{name}={value}" for name, value in results["environment"].items())],
-                    ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
-                    ["seed", str(setting["seed"])],
-                    ["command", f"`{results['command']}`"],
-                ],
-            ),
+            circumstances(results),
         ]
     )
 
@@ -111,14 +98,7 @@ def report(shape: str, setting: Setting, rounds: int) -> dict:
     load = os.getloadavg()[0]
     return compare(setting, rounds) | {
         "shape": shape,
-        "setting": setting.to_dict(),
-        # Other programs add to time on the clock, not to that of the processor; a GPU has only the former.
-        "timer": "clock" if torch.cuda.is_available() else "processor",
-        "command": command("recipes.benchmarks.warmup"),
-        "hardware": hardware(),
-        "load": [load, os.getloadavg()[0]],
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "versions": versions(PACKAGES),
+        **setting.circumstances("recipes.benchmarks.warmup", load),
     }
 
 
