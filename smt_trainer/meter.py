@@ -1,4 +1,4 @@
-"""What a training step takes, counted while it runs: bytes of the tensors alive, bytes saved for backward, FLOPs.
+"""What a training step takes, counted while it runs: bytes of the tensors alive, and FLOPs.
 
 A step on the meta device, where tensors have shapes but no values, counts as one elsewhere. Three things differ there
 and are put right: attention would fall apart into products of whole [seq, seq] matrices, autocast is unknown, and a
