@@ -28,7 +28,7 @@ test-slow: venv ## the tests that need the real model and data, or minutes
 
 test-deepspeed: venv ## the tests of DeepSpeed ZeRO, which is installed for them (on the CPU; needs a C++ compiler)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
-	$(BIN)/python -m pytest -m "" tests/test_sharded.py -k zero
+	$(BIN)/python -m pytest -m "" tests/runs/test_sharded.py -k zero
 
 test-oldest: .venv-oldest/.complete ## the library's tests with the oldest versions it supports, in .venv-oldest
 	.venv-oldest/bin/python -m pytest -m "not slow" --ignore tests/recipes

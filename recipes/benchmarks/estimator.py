@@ -17,7 +17,7 @@ from recipes.benchmarks.setting import DTYPES
 from recipes.benchmarks.tables import mib, percent
 from recipes.reporting import command
 from smt_trainer import SMTConfig
-from smt_trainer.estimate import estimate
+from smt_trainer.estimation.estimate import estimate
 
 # Method -> the estimate's name for it.
 ESTIMATED = {SMT: "smt", "LoRA": "lora", FULL: "full"}

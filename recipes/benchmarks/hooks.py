@@ -5,10 +5,10 @@ import torch
 from recipes.benchmarks.models import tiny
 from recipes.benchmarks.selection import seconds
 from smt_trainer import SMTConfig
-from smt_trainer.blocks import make_grids
+from smt_trainer.model.grid import make_grids
+from smt_trainer.model.targets import find_targets
 from smt_trainer.scores import make_scorer
-from smt_trainer.targets import find_targets
-from smt_trainer.warmup import frozen
+from smt_trainer.scores.collect import frozen
 
 SCORES = ("grad_l1", "grad_signed")
 

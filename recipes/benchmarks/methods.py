@@ -7,7 +7,7 @@ import peft
 from torch import nn
 
 from smt_trainer import SMTConfig, convert_to_smt, find_targets, make_scorer, select_blocks
-from smt_trainer.targets import count_parameters, target_grids
+from smt_trainer.model.targets import count_parameters, target_grids
 
 FLOOR, SECOND_FLOOR, FULL, ROWS, SMT = "floor", "floor, second copy", "full fine-tuning", "SPSFT rows", "SMT blocks"
 ADAPTERS = ("LoRA", "rsLoRA", "DoRA", "MiSS", "SHiRA", "Super-Tuning", "WaveFT")

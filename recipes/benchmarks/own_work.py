@@ -15,7 +15,7 @@ from tqdm import tqdm
 from recipes.benchmarks import training as training_module
 from recipes.benchmarks.timing import Seconds, quartiles, timed
 from recipes.benchmarks.training import Training
-from smt_trainer.ops import sparse_linear
+from smt_trainer.sparse import sparse_linear
 
 PARTS = {
     "block gradients": (sparse_linear, "block_gradients"),

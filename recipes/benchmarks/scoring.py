@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.setting import Setting
 from smt_trainer import SMTConfig, find_targets, make_scorer
-from smt_trainer.targets import target_grids
+from smt_trainer.model.targets import target_grids
 
 
 class Scoring:

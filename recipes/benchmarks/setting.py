@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.models import MODELS, Shape
 from recipes.reporting import command, hardware, versions
-from smt_trainer.targets import count_parameters
+from smt_trainer.model.targets import count_parameters
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
 ENVIRONMENT = ("OMP_NUM_THREADS", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF")

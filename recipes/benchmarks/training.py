@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.methods import Variant
 from recipes.benchmarks.setting import DTYPES, Setting
-from smt_trainer.layers import smt_layers, write_back
+from smt_trainer.sparse.linear import smt_layers, write_back
 
 
 class Training:

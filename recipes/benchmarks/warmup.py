@@ -23,8 +23,8 @@ from recipes.benchmarks.tables import circumstances, mib, spread
 from recipes.benchmarks.timing import ratios, seconds, time_rounds
 from recipes.benchmarks.training import Training, copy_for
 from smt_trainer import SMTConfig
+from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.scores import SCORERS
-from smt_trainer.targets import count_parameters, find_targets
 
 SHAPE = "SmolLM2-135M"
 BUDGET = 0.0084

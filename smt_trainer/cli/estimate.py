@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print what the run takes, beside LoRA and full fine-tuning; see `smt_trainer/estimate.py` for each line."""
     import torch
 
-    from smt_trainer.estimate import estimate
+    from smt_trainer.estimation.estimate import estimate
 
     found = estimate(
         arguments.model,

@@ -42,9 +42,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _load(path: str):
     """What lies at a path: a `BlockScores`, a `BlockSelection` or a `Delta`."""
-    from smt_trainer.block_scores import BlockScores
-    from smt_trainer.delta import Delta
-    from smt_trainer.selection import BlockSelection
+    from smt_trainer.delta.delta import Delta
+    from smt_trainer.selection.block_scores import BlockScores
+    from smt_trainer.selection.block_selection import BlockSelection
 
     kinds = {".safetensors": BlockScores.load, ".json": BlockSelection.load}
     return kinds.get(Path(path).suffix, Delta.read)(path)
@@ -56,8 +56,8 @@ def _selection(artefact):
 
 def _describe(artefact):
     """Print what kind of artefact it is and how it came about; returns the selection that it holds or leads to."""
-    from smt_trainer.block_scores import BlockScores
-    from smt_trainer.delta import Delta
+    from smt_trainer.delta.delta import Delta
+    from smt_trainer.selection.block_scores import BlockScores
 
     selection = artefact.select() if isinstance(artefact, BlockScores) else _selection(artefact)
     config = selection.config
@@ -83,7 +83,7 @@ def _describe(artefact):
 
 def _print_table(selection) -> None:
     """Chosen blocks of each projection, in layers from bottom to top and in all, and their share of its blocks."""
-    from smt_trainer.targets import layer_index
+    from smt_trainer.model.targets import layer_index
 
     layers = sorted({layer_index(name) for name in selection.grids})
     length = -(-len(layers) // RANGES)
@@ -107,7 +107,7 @@ def _print_table(selection) -> None:
 
 def _print_overlap(first, second) -> None:
     """Shared blocks, Jaccard index and, of two scores files, Spearman's rank correlation, by projection and in all."""
-    from smt_trainer.overlap import Overlap
+    from smt_trainer.selection.overlap import Overlap
 
     found = Overlap.of(_selection(first), _selection(second))
     width = max(map(len, [*found.by_projection, "projection"]))

@@ -17,7 +17,7 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Merge shard by shard; see `merge_checkpoint`."""
-    from smt_trainer.merge import merge_checkpoint
+    from smt_trainer.delta.merge import merge_checkpoint
 
     merge_checkpoint(arguments.base, arguments.delta, arguments.out, revision=arguments.revision)
     print(f"merged checkpoint in {arguments.out}")

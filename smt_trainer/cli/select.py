@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _choose_again(arguments: argparse.Namespace, given: dict):
     """The selection from a scores file, by its own configuration but for what was given."""
-    from smt_trainer.block_scores import BlockScores
-    from smt_trainer.selection import SELECTION_FILE
+    from smt_trainer.selection.block_scores import BlockScores
+    from smt_trainer.selection.block_selection import SELECTION_FILE
 
     scores = BlockScores.load(arguments.scores)
     selection = scores.select(replace(scores.config, **given))
@@ -66,7 +66,7 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-    from smt_trainer.trainer import SMTTrainer
+    from smt_trainer.training.trainer import SMTTrainer
 
     examples = make_examples(records, _load(AutoTokenizer, arguments.model), arguments.seq)
     model = _load(AutoModelForCausalLM, arguments.model, dtype=arguments.dtype)

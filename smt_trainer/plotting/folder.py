@@ -13,7 +13,7 @@ from smt_trainer.plotting.layers import plot_layers
 from smt_trainer.plotting.scores import plot_scores
 from smt_trainer.plotting.shares import plot_shares
 from smt_trainer.plotting.tables import layer_rows, selection_rows, share_rows, write_csv
-from smt_trainer.selection import BlockSelection
+from smt_trainer.selection.block_selection import BlockSelection
 
 
 def plot_all(

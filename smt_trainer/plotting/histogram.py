@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smt_trainer.errors import SMTError
 from smt_trainer.plotting.tables import by_projection
-from smt_trainer.selection import BlockSelection
+from smt_trainer.selection.block_selection import BlockSelection
 
 BINS = 40
 # Scores whose highest is more than this many times their median are shown on a logarithmic axis.

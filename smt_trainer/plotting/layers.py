@@ -10,7 +10,7 @@ import numpy as np
 
 from smt_trainer.plotting.style import COLUMN_WIDTH, PAGE_WIDTH, RULE, drawing, model_name, shades, strips
 from smt_trainer.plotting.tables import layer_rows
-from smt_trainer.selection import BlockSelection
+from smt_trainer.selection.block_selection import BlockSelection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

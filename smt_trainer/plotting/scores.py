@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smt_trainer.plotting.histogram import ScoreRow, cut, is_logarithmic, score_rows
 from smt_trainer.plotting.style import COLUMN_WIDTH, FROZEN, TRAINED, drawing
-from smt_trainer.selection import BlockSelection
+from smt_trainer.selection.block_selection import BlockSelection
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

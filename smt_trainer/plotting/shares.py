@@ -9,7 +9,7 @@ import numpy as np
 
 from smt_trainer.plotting.style import COLUMN_WIDTH, FROZEN, PERCENT, TRAINED, drawing
 from smt_trainer.plotting.tables import share_rows
-from smt_trainer.selection import BlockSelection
+from smt_trainer.selection.block_selection import BlockSelection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
-from smt_trainer.selection import BlockSelection
+from smt_trainer.selection.block_selection import BlockSelection
 
 if TYPE_CHECKING:
     from matplotlib.colors import Colormap

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_text
-from smt_trainer.selection import BlockSelection
-from smt_trainer.targets import layer_index
+from smt_trainer.model.targets import layer_index
+from smt_trainer.selection.block_selection import BlockSelection
 
 
 class SelectionRow(NamedTuple):

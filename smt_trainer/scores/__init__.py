@@ -23,8 +23,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from smt_trainer.blocks import BlockGrid
 from smt_trainer.config import SMTConfig
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.scores.accumulated import GradL1, GradL2
 from smt_trainer.scores.activation import Activation
 from smt_trainer.scores.block_sums import GradAbs, GradSigned, Taylor

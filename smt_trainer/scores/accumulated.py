@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
+from smt_trainer.model.sharded import gather_like, is_sharded, local_tensor
 from smt_trainer.scores.scorer import Scorer, weight_gradients
-from smt_trainer.sharding import gather_like, is_sharded, local_tensor
 
 COPIES_UNDER_WAY = 2
 

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from smt_trainer.blocks import BlockGrid
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.sharded import local_parts, local_tensor
 from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
-from smt_trainer.sharding import local_parts, local_tensor
 
 
 class BlockSums(Scorer):

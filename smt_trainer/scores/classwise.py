@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from smt_trainer.classes import NO_LABEL, take_classes
 from smt_trainer.errors import SMTError
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
+from smt_trainer.scores.classes import NO_LABEL, take_classes
 from smt_trainer.scores.scorer import output_gradients
 
 QUANTILES = np.linspace(0, 1, 11)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.blocks import BlockGrid
 from smt_trainer.config import SMTConfig
+from smt_trainer.model.grid import BlockGrid
 
 
 class Scorer(ABC):

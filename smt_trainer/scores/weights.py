@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from smt_trainer.model.sharded import full_tensor
 from smt_trainer.scores.scorer import Scorer
-from smt_trainer.sharding import full_tensor
 
 
 class Magnitude(Scorer):

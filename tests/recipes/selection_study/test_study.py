@@ -14,7 +14,7 @@ from recipes.selection_study.__main__ import main
 from recipes.selection_study.study import compare, run
 from recipes.selection_study.warmup import SCORES, scores_along
 from smt_trainer import collect_scores, find_targets, make_scorer
-from smt_trainer.targets import target_grids
+from smt_trainer.model.targets import target_grids
 
 STEPS = (1, 2, 4)
 

@@ -1,0 +1,1 @@
+"""What is saved: the trained blocks, and their merge into a checkpoint."""

@@ -1,0 +1,270 @@
+"""The delta: a folder with the trained blocks, their positions and what they were trained on.
+
+    smt_delta.safetensors   <module>.blocks         [n, br, bc]  trained values (not differences, so merging is exact)
+                            <module>.block_indices  [n, 2] int32 (row, column) in the module's grid
+                            <parameter>             whole tensors of `modules_to_save`, norms, biases
+                            and in its metadata the manifest: format, configuration, grids, name and fingerprint of the
+                            base, dtype of its weights
+    smt_config.json         the manifest once more, for people and other programs to read
+
+The tensors file alone is the delta, and it is replaced in one step: a write that breaks off leaves the delta of before.
+All is plain data: nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from smt_trainer.errors import SMTError
+from smt_trainer.files import open_tensors, write_atomically, write_text
+from smt_trainer.model.sharded import assign, full_shape, full_tensor
+from smt_trainer.model.whole import find_whole
+from smt_trainer.selection.block_selection import BlockSelection, base_name
+from smt_trainer.sparse.convert import (
+    convert_to_smt,
+    find_linears,
+    fingerprint,
+    get_state,
+    is_smt_model,
+    merge_and_unload,
+    whole_parameters,
+)
+from smt_trainer.sparse.linear import plain_name, smt_layers, write_back
+
+logger = logging.getLogger(__name__)
+
+DELTA_FILE = "smt_delta.safetensors"
+CONFIG_FILE = "smt_config.json"
+FORMAT = "1"
+MANIFEST = "smt"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta in memory, checked.
+
+    Attributes:
+        selection: which blocks, of which model, chosen how.
+        blocks: module name -> trained values [n, br, bc], row by row like `selection.block_indices`.
+        whole: parameter name -> tensor, of what is trained whole.
+        fingerprint: checksum of the base values of the blocks (see `convert.fingerprint`).
+        weight_dtype: dtype of the base weights in training; merging into it is exact.
+    """
+
+    selection: BlockSelection
+    blocks: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    fingerprint: str
+    weight_dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for name, indices in self.selection.block_indices.items():
+            values, expected = self.blocks.get(name), (len(indices), *self.selection.grids[name].block_shape)
+            if values is None or tuple(values.shape) != expected:
+                found = "none" if values is None else f"shape {list(values.shape)}"
+                raise SMTError(
+                    f"the delta's blocks of `{name}` should have shape {list(expected)}, got {found}. It is "
+                    "damaged; save or download it again."
+                )
+
+    @classmethod
+    def of(cls, model: nn.Module, *, master: bool = False) -> Delta:
+        """The delta of a rewritten model: a collective when the model is sharded over ranks.
+
+        Args:
+            model: rewritten by `convert_to_smt`, `load_delta` or SMTTrainer.
+            master: keep the blocks in the master dtype, to go on training; by default they are cast to the dtype of
+                the weights, which is what forward and merging use.
+
+        Raises:
+            SMTError: the model trains no blocks.
+        """
+        state, blocks = get_state(model), {}
+        for name, layer in smt_layers(model):
+            dtype = layer.blocks.dtype if master else layer.weight.dtype
+            blocks[name] = full_tensor(layer.blocks).to("cpu", dtype)[layer.row_major_order()]
+        whole = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in whole_parameters(model)}
+        return cls(state.selection, blocks, whole, state.fingerprint, state.weight_dtype)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the delta to a folder, made if need be; an older delta in it is replaced, in one step."""
+        selection = self.selection.to_dict()
+        for module in selection["modules"].values():
+            del module["block_indices"]
+        manifest = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
+            "whole": sorted(self.whole),
+            "selection": selection,
+        }
+        tensors = {f"{name}.blocks": blocks for name, blocks in self.blocks.items()}
+        tensors |= {f"{name}.block_indices": found.int() for name, found in self.selection.block_indices.items()}
+        metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
+        write_atomically(
+            Path(folder, DELTA_FILE), lambda path: save_file(tensors | self.whole, path, metadata=metadata)
+        )
+        write_text(Path(folder, CONFIG_FILE), json.dumps(manifest, indent=2))
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Delta:
+        """Read and check a delta folder. Raises `SMTError` when it is missing, damaged or out of range."""
+        folder = Path(folder)
+        with open_tensors(folder / DELTA_FILE, "delta") as file:
+            manifest = (file.metadata() or {}).get(MANIFEST, "no manifest")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        try:
+            manifest = json.loads(manifest)
+            if manifest["format"] != FORMAT:
+                raise SMTError(
+                    f"the delta in {folder} has format {manifest['format']}, this version of smt_trainer reads "
+                    f"{FORMAT}; install the version that wrote it."
+                )
+            blocks, described = {}, manifest["selection"]
+            for name, module in described["modules"].items():
+                indices = tensors.pop(f"{name}.block_indices", torch.empty(0, 2, dtype=torch.int32)).long()
+                order = torch.argsort(indices[:, 0] * (1 + indices[:, 1].max()) + indices[:, 1]) if len(indices) else []
+                module["block_indices"] = indices[order].tolist()
+                if len(indices):
+                    blocks[name] = tensors.pop(f"{name}.blocks")[order]
+            selection = BlockSelection.from_dict(described)
+            dtype = getattr(torch, manifest["weight_dtype"])
+            expected_whole, base_fingerprint = manifest["whole"], manifest["fingerprint"]
+        except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+            raise SMTError(
+                f"the delta in {folder} is damaged ({type(error).__name__}: {error}); save or download it again."
+            ) from error
+        if sorted(tensors) != sorted(expected_whole):
+            raise SMTError(
+                f"the delta in {folder} is damaged: expected the whole tensors {expected_whole}, got "
+                f"{sorted(tensors)}. Save or download it again."
+            )
+        return cls(selection, blocks, tensors, base_fingerprint, dtype)
+
+
+def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) -> None:
+    """Write the trained blocks of a rewritten model: `Delta.of(model, master=master).save(folder)`.
+
+    Raises:
+        SMTError: the model trains no blocks.
+    """
+    Delta.of(model, master=master).save(folder)
+
+
+def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> nn.Module:
+    """Put a delta into a model, in place.
+
+    Args:
+        model: the plain base model, which becomes a rewritten one that can be trained further; or a model that
+            already trains the same blocks.
+        folder: a delta folder or a checkpoint of SMTTrainer.
+        merge: make the model plain again with the trained values in its weights.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SMTError: the delta is damaged, or belongs to another base or other blocks; the model is unchanged then.
+    """
+    put_delta(model, Delta.read(folder))
+    return merge_and_unload(model) if merge else model
+
+
+def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> None:
+    """`load_delta` for a delta that was read already, without merging.
+
+    Args:
+        has_weights: False on a rank that will get the base weights from another one; they are not checked then.
+    """
+    if is_smt_model(model):
+        _check_same_blocks(model, delta)
+        whole = _whole_destinations(model, delta)
+    else:
+        find_linears(model, delta.selection)
+        found = fingerprint(model, delta.selection, delta.weight_dtype)
+        if has_weights:
+            check_base(delta, base_name(model), found)
+        whole = _whole_destinations(model, delta)
+        convert_to_smt(model, delta.selection)
+        model.smt_state = replace(model.smt_state, fingerprint=delta.fingerprint)
+    for name, layer in smt_layers(model):
+        assign(layer.blocks, delta.blocks[name][layer.row_major_order().argsort()])
+    for name, tensor in delta.whole.items():
+        assign(whole[name], tensor)
+    write_back(layer for _, layer in smt_layers(model))
+
+
+def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None = None, merge: bool = True, **kwargs):
+    """Load a delta's base model and put the delta into it.
+
+    Args:
+        folder: a delta folder.
+        auto_class: the class to load the base with; `transformers.AutoModelForCausalLM` by default.
+        base: hub name or path of the base; by default the name that the delta records.
+        merge: return a plain model.
+        kwargs: for `auto_class.from_pretrained`; `dtype` is that of training by default.
+
+    Raises:
+        SMTError: as `load_delta`, and when neither `base` is given nor one is recorded.
+    """
+    if auto_class is None:
+        from transformers import AutoModelForCausalLM as auto_class
+    delta = Delta.read(folder)
+    if base is None:
+        base, _, revision = (delta.selection.base_model or "").partition("@")
+        if revision:
+            kwargs.setdefault("revision", revision)
+    if not base:
+        raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
+    model = auto_class.from_pretrained(base, **{"dtype": delta.weight_dtype} | kwargs)
+    put_delta(model, delta)
+    return merge_and_unload(model) if merge else model
+
+
+def check_base(delta: Delta, name: str | None, found: str) -> None:
+    """Refuse a base whose blocks are not those the delta was trained from; warn when only its name differs.
+
+    Raises:
+        SMTError: the fingerprints differ.
+    """
+    expected = delta.selection.base_model
+    if found != delta.fingerprint:
+        raise SMTError(
+            f"the delta was trained on {expected or 'another base model'}, and the weights of "
+            f"{name or 'this model'} differ from it where the blocks lie (fingerprint {found[:12]}, expected "
+            f"{delta.fingerprint[:12]}). Load the base that the delta was trained on, in {delta.weight_dtype} or finer."
+        )
+    if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
+        logger.warning("The delta names %s as its base, this is %s; the weights agree.", expected, name)
+
+
+def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
+    state = get_state(model)
+    ours, theirs = state.selection.block_indices, delta.selection.block_indices
+    same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if not same or state.fingerprint != delta.fingerprint:
+        raise SMTError(
+            "the delta holds other blocks, or of another base, than this model trains. Load it into the plain base "
+            "model instead."
+        )
+
+
+def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
+    find_whole(model, delta.selection.config, delta.selection.block_indices)
+    destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, tensor in delta.whole.items():
+        if name not in destinations or full_shape(destinations[name]) != tuple(tensor.shape):
+            found = list(full_shape(destinations[name])) if name in destinations else "none"
+            raise SMTError(
+                f"the delta holds `{name}` of shape {list(tensor.shape)}; this model has {found}. Load the base with "
+                "the same head (number of labels) as in training."
+            )
+    return destinations

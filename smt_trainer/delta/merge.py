@@ -1,0 +1,145 @@
+"""Merge a delta into a checkpoint on disk, shard by shard: peak memory is one shard, no model is built."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from smt_trainer.delta.delta import Delta, check_base
+from smt_trainer.errors import SMTError
+from smt_trainer.files import new_folder, open_tensors, read_json
+from smt_trainer.sparse.convert import update_fingerprint
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx")
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+
+
+def merge_checkpoint(
+    base: str | Path, delta_folder: str | Path, output: str | Path, *, revision: str | None = None
+) -> Path:
+    """Write base plus delta as a plain checkpoint, with the sharding, metadata, dtype and other files of the base.
+
+    Args:
+        base: folder or hub name of the base checkpoint, in safetensors format.
+        delta_folder: a delta folder.
+        output: folder to make; it appears whole or not at all.
+        revision: of a base on the hub.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        SMTError: the output exists and is not empty, the delta is damaged or belongs to another base, or the base is
+            no safetensors checkpoint; nothing is written then.
+    """
+    with new_folder(Path(output)) as stage:
+        _merge_into(stage, base, delta_folder, revision)
+    return Path(output)
+
+
+def _merge_into(stage: Path, base: str | Path, delta_folder: str | Path, revision: str | None) -> None:
+    delta = Delta.read(delta_folder)
+    folder = _find_checkpoint(base, revision)
+    shard_of = _shards(folder)
+    keys = {name: _find_key(f"{name}.weight", shard_of, base) for name in delta.selection.block_indices}
+    whole = {_find_key(name, shard_of, base): tensor for name, tensor in delta.whole.items()}
+    _check_weights(delta, folder, shard_of, keys, whole)
+
+    modules = {key: name for name, key in keys.items()}
+    for shard in tqdm(sorted(set(shard_of.values())), desc="Merging", unit="shard"):
+        _merge_shard(folder / shard, stage / shard, delta, modules, whole)
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix not in WEIGHT_SUFFIXES and not path.name.startswith("."):
+            shutil.copyfile(path, stage / path.name)
+
+
+def _find_checkpoint(base: str | Path, revision: str | None) -> Path:
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(base), revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:
+        raise SMTError(
+            f"{base} is no folder and could not be fetched from the hub ({error}). Give the folder of the base "
+            "checkpoint, or its hub name with a connection."
+        ) from error
+
+
+def _shards(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, for a checkpoint in one or several safetensors files."""
+    if (folder / INDEX_FILE).is_file():
+        return read_json(folder / INDEX_FILE, "index of the base")["weight_map"]
+    if (folder / SINGLE_FILE).is_file():
+        with open_tensors(folder / SINGLE_FILE, "base") as file:
+            return dict.fromkeys(file.keys(), SINGLE_FILE)
+    raise SMTError(
+        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Convert the base to safetensors first "
+        "(from_pretrained, then save_pretrained)."
+    )
+
+
+def _find_key(name: str, shard_of: dict[str, str], base: str | Path) -> str:
+    """A tensor's name in the checkpoint, which may lack or add the prefix of the base model (`model.`)."""
+    if name in shard_of:
+        return name
+    similar = [key for key in shard_of if key.endswith("." + name) or name.endswith("." + key)]
+    if len(similar) == 1:
+        return similar[0]
+    raise SMTError(
+        f"{base} has no tensor `{name}`. If its architecture renames tensors on loading, or the delta has a new head, "
+        "merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
+    )
+
+
+def _check_weights(
+    delta: Delta, folder: Path, shard_of: dict[str, str], keys: dict[str, str], whole: dict[str, Tensor]
+) -> None:
+    digest, dtypes = hashlib.sha256(), set()
+    for name, key in keys.items():
+        weight, expected = _read(folder / shard_of[key], key), delta.selection.grids[name].stored_shape
+        if tuple(weight.shape) != expected:
+            raise SMTError(f"`{key}` of {folder} is {list(weight.shape)}, the delta expects {list(expected)}.")
+        update_fingerprint(digest, name, weight, delta.selection, delta.weight_dtype)
+        dtypes.add(weight.dtype)
+    check_base(delta, folder.resolve().name if folder.is_dir() else None, digest.hexdigest())
+    for key, tensor in whole.items():
+        if _read(folder / shard_of[key], key).shape != tensor.shape:
+            raise SMTError(f"`{key}` of {folder} has another shape than in the delta, {list(tensor.shape)}.")
+    for dtype in dtypes - {delta.weight_dtype}:
+        logger.warning(
+            "The delta was trained on %s and is merged into %s weights: the result is not exactly the trained model.",
+            delta.weight_dtype,
+            dtype,
+        )
+
+
+def _read(path: Path, key: str) -> Tensor:
+    with open_tensors(path, "base") as file:
+        return file.get_tensor(key)
+
+
+def _merge_shard(
+    source: Path, destination: Path, delta: Delta, modules: dict[str, str], whole: dict[str, Tensor]
+) -> None:
+    with open_tensors(source, "base") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    for key, tensor in tensors.items():
+        if key in modules:
+            name = modules[key]
+            delta.selection.grids[name].scatter_(tensor, delta.selection.block_indices[name], delta.blocks[name])
+        elif key in whole:
+            tensor.copy_(whole[key])
+    save_file(tensors, destination, metadata=metadata)

@@ -1,0 +1,38 @@
+"""What a model card says about a delta."""
+
+from __future__ import annotations
+
+from smt_trainer.selection.block_selection import BlockSelection
+
+SECTION = """
+## Sparse Matrix Tuning
+
+This repository holds a delta, not a model: the trained values of {num_blocks:,} blocks of the weights of {base}.
+
+| | |
+|---|---|
+| trained | {summary} |
+| chosen by | score `{score}` over {warmup_steps} warm-up steps, scope `{scope}`, budget `{budget}` |
+
+```python
+from huggingface_hub import snapshot_download
+from smt_trainer import from_delta
+
+model = from_delta(snapshot_download("{repository}"))  # loads the base and puts the trained values into it
+```
+"""
+
+
+def delta_section(selection: BlockSelection, repository: str) -> str:
+    """A section in Markdown: base, selection and budget of a delta, and how to load it from its repository."""
+    config = selection.config
+    return SECTION.format(
+        num_blocks=selection.num_blocks,
+        base=f"`{selection.base_model}`" if selection.base_model else "a base model that was not recorded",
+        summary=selection.summary(),
+        score=config.score,
+        warmup_steps=config.warmup_steps,
+        scope=config.scope,
+        budget=config.budget,
+        repository=repository,
+    )

@@ -1,0 +1,1 @@
+"""What a run takes, from the model's configuration alone."""

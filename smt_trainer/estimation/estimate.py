@@ -1,0 +1,326 @@
+"""What a run will take, from the model's configuration alone: memory, FLOPs, size of the delta; and what LoRA and full
+fine-tuning would take.
+
+The model is built on the meta device, where a tensor has a shape but no values, and does one step there as it does in
+training: its linears rewritten, its activations checkpointed or not. What the step takes is counted, not modelled (see
+`meter.py`). In bytes, for each device:
+
+    peak         = weights + added + optimizer + largest sum of all other tensors alive at one time of the step
+    weights      = those of the model and its buffers
+    added        = what lies beside them throughout: the masters of n blocks of m weights and their positions, LoRA's
+                   adapters (in float32, as PEFT keeps them), or the accumulators of the warm-up
+    optimizer    = AdamW: two moments in the dtype of what is trained, and a step count of 4 a tensor
+    gradients    = as much as is trained, at the end of backward
+    activations  = the distinct tensors that live when the output embeddings are reached: what autograd keeps for
+                   backward (with checkpointing the inputs of the layers), and their own input
+    loss         = what comes on top in the output embeddings and the loss: T tokens x V words as logits, in float32
+                   and as log-probabilities, and their gradients
+
+so that peak = weights + added + optimizer + activations + loss, unless backward needs more than the loss: for its
+gradients (full fine-tuning), or for the activations of the layer it recomputes (checkpointing).
+
+Over R ranks, each with its own batch, ZeRO divides by R: the optimizer's state from stage 1 on; each gradient, once it
+is complete, from stage 2 on; weights and what is added in stage 3 (and FSDP2), where those of two layers and all that
+lies outside the layers are gathered. Under DDP, stage 0, the gradients exist once more, in its buckets.
+
+LoRA has adapters of one rank r on all targets, r (O + I) weights for each [O, I], where r makes it train as many
+weights as SMT. A write-back reads n m masters, writes as many weights, and keeps nothing. The delta holds n m weights
+in the dtype of the model, and 8 bytes a block for its position.
+
+Approximate: no sequence is padded (with padding, attention saves a mask [batch, seq, seq] in each layer); attention is
+fused and its FLOPs are those of all pairs of tokens; blocks lie at random, and where they lie changes little; sums of
+the warm-up that `accumulator_device` may move to the CPU are on the device. On top come the memory of the device's
+runtime and of its kernels, and what its allocator rounds up and cannot use.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smt_trainer.config import SCORES, SMTConfig
+from smt_trainer.errors import SMTError
+from smt_trainer.estimation.meter import read_step
+from smt_trainer.model.targets import count_parameters, find_targets, layer_index, target_grids
+from smt_trainer.model.whole import find_whole, get_whole
+from smt_trainer.scores import Scorer, make_scorer
+from smt_trainer.scores.collect import frozen
+from smt_trainer.selection.block_scores import resolve_selection
+from smt_trainer.selection.block_selection import BlockSelection, base_name, select_blocks
+from smt_trainer.sparse.convert import find_linears, rewrite
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STEP_COUNT_BYTES = 4
+POSITION_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step takes on each device: bytes, but for the first and the last; see the top of this file.
+
+    Attributes:
+        trainable: parameters that are trained; 0 in the warm-up.
+        weights: of the model, with its buffers.
+        added: masters, adapters or accumulators beside them.
+        optimizer: AdamW's state.
+        gradients: at the end of backward, with DDP's buckets.
+        activations: alive when the output embeddings are reached.
+        loss: what output embeddings and loss need at most on top of `activations`.
+        peak: what lives at most at one time.
+        flops: FLOPs of forward and backward.
+    """
+
+    trainable: int
+    weights: int
+    added: int
+    optimizer: int
+    gradients: int
+    activations: int
+    loss: int
+    peak: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run of SMT takes on each device, and what others would.
+
+    Attributes:
+        selection: as many blocks as will be chosen, at random places unless the configuration names them.
+        smt: a step of sparse training.
+        warmup: a step of the warm-up; None where the configuration needs none.
+        lora: a step of LoRA of `lora_rank`.
+        full: a step of full fine-tuning, all in the dtype of the weights.
+        lora_rank: the rank at which LoRA trains as many parameters as SMT does, at least 1.
+        accumulators: score -> bytes that its warm-up sums in, on all devices together; of `qm_taylor`, for one class.
+        write_back: bytes that are read and written after each step.
+        delta: bytes of the saved tensors; their names and the manifest come on top.
+    """
+
+    selection: BlockSelection
+    smt: Cost
+    warmup: Cost | None
+    lora: Cost
+    full: Cost
+    lora_rank: int
+    accumulators: dict[str, int]
+    write_back: int
+    delta: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes that warm-up and training need at most on each device."""
+        return max(self.smt.peak, self.warmup.peak if self.warmup else 0)
+
+
+def estimate(
+    model: str | Path | PretrainedConfig,
+    config: SMTConfig,
+    *,
+    batch: int = 1,
+    seq: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = False,
+    ranks: int = 1,
+    zero_stage: int = 0,
+) -> Estimate:
+    """What it takes to train a causal language model of transformers; nothing of it is loaded but its configuration.
+
+    Args:
+        model: hub name, folder with a `config.json`, or a configuration.
+        config: what to train and how to choose it.
+        batch: sequences that a device takes at a time.
+        seq: tokens of a sequence.
+        dtype: of the weights, in which forward and backward run.
+        checkpointing: recompute the activations of each layer in backward.
+        ranks: number of devices.
+        zero_stage: 0 for DDP, 1, 2, or 3 also for FSDP2.
+
+    Raises:
+        SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it.
+    """
+    for name, value in {"batch": batch, "seq": seq, "ranks": ranks}.items():
+        if value < 1:
+            raise SMTError(f"{name} must be at least 1, got {value}.")
+    if zero_stage not in range(4):
+        raise SMTError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage}.")
+    build = _builder(model, dtype)
+    plain = build()
+    selection = _choose(plain, config)
+    whole = find_whole(plain, config, selection.block_indices)
+    rank = _equal_rank(selection)
+    step = _Step(batch, seq, checkpointing, ranks, zero_stage, weights=_bytes(_tensors(plain)))
+    targets = {name: plain.get_submodule(name) for name in selection.grids}
+    scorers = {
+        score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
+        for score in SCORES
+    }
+    for scorer in scorers.values():
+        scorer.begin_batch({"labels": torch.zeros(batch, dtype=torch.long)})
+    stored = sum(_bytes(_parts(plain, name)) for name in whole)
+    master_dtype, trained = getattr(torch, config.master_dtype), selection.trainable_parameters
+    return Estimate(
+        selection,
+        smt=step.cost(rewrite(build(), selection, whole, master_dtype)),
+        warmup=_warmup_cost(plain, scorers[config.score], config, step),
+        lora=step.cost(_with_adapters(build(), selection, whole, rank)),
+        full=step.cost(build()),
+        lora_rank=rank,
+        accumulators={score: _bytes(scorer.statistics()) for score, scorer in scorers.items()},
+        write_back=(master_dtype.itemsize + dtype.itemsize) * trained,
+        delta=dtype.itemsize * trained + POSITION_BYTES * selection.num_blocks + stored,
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What steps have in common, of whatever is trained; `weights` are bytes, the rest is as in `estimate`."""
+
+    batch: int
+    seq: int
+    checkpointing: bool
+    ranks: int
+    zero_stage: int
+    weights: int
+
+    def cost(self, model: nn.Module, sums: list[Tensor] | None = None) -> Cost:
+        """The cost of a step of what asks for a gradient; of a step of the warm-up, if its sums are given."""
+        if self.checkpointing:
+            _checkpoint(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad and sums is None]
+        added = _bytes(_tensors(model)) - self.weights + _bytes(sums or [])
+        optimizer = 2 * _bytes(trained) + STEP_COUNT_BYTES * len(trained)
+        share = [1 / self.ranks if self.zero_stage >= stage else 1 for stage in range(4)]
+        kept = share[2] if sums is None else 1
+        try:
+            reading = read_step(model, self.batch, self.seq, beside=sums or [], gradient_share=kept)
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            raise SMTError(f"{type(model).__name__} cannot be run without its values: {first_line}") from error
+        buckets = _bytes(trained) if self.ranks > 1 and self.zero_stage == 0 else 0
+        weights, added, optimizer = round(share[3] * self.weights), round(share[3] * added), round(share[1] * optimizer)
+        gathered = round((1 - share[3]) * _gathered(model))
+        return Cost(
+            trainable=sum(parameter.numel() for parameter in trained),
+            weights=weights,
+            added=added,
+            optimizer=optimizer,
+            gradients=reading.gradients + buckets,
+            activations=reading.activations,
+            loss=reading.loss,
+            peak=weights + added + optimizer + buckets + gathered + reading.peak,
+            flops=reading.flops,
+        )
+
+
+def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callable[[], nn.Module]:
+    """Makes the model anew on the meta device at each call."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def build() -> nn.Module:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
+
+    try:
+        config = AutoConfig.from_pretrained(model) if isinstance(model, (str, Path)) else model
+        build()
+    except (OSError, ValueError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise SMTError(f"no causal language model can be made of {model}: {first_line}") from error
+    return build
+
+
+def _choose(model: nn.Module, config: SMTConfig) -> BlockSelection:
+    """The configured selection, or as many blocks at random places."""
+    if config.selection is not None:
+        selection = resolve_selection(config.selection, config, model)
+        find_linears(model, selection)
+        return selection
+    targets = find_targets(model, config)
+    grids = target_grids(targets, config)
+    scores = make_scorer(targets, grids, replace(config, score="random")).scores()
+    return select_blocks(scores, grids, config, count_parameters(model), base_name(model))
+
+
+def _equal_rank(selection: BlockSelection) -> int:
+    """The rank at which adapters on all targets hold as many weights as the blocks."""
+    return max(1, round(selection.trainable_parameters / sum(sum(g.weight_shape) for g in selection.grids.values())))
+
+
+def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[str], rank: int) -> nn.Module:
+    """A model with LoRA's adapters on all targets."""
+    model.requires_grad_(False)
+    for name, grid in selection.grids.items():
+        linear = model.get_submodule(name)
+        linear.lora_a = nn.Parameter(torch.empty(rank, grid.in_features, device="meta"))
+        linear.lora_b = nn.Parameter(torch.empty(grid.out_features, rank, device="meta"))
+        linear.register_forward_hook(_adapt)
+    for name in whole:
+        get_whole(model, name).requires_grad_(True)
+    return model
+
+
+def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """y + s B A x in the dtype of the adapters, as PEFT computes it."""
+    x = inputs[0].to(linear.lora_a.dtype)
+    return (output + F.linear(F.linear(x, linear.lora_a), linear.lora_b) * 2.0).to(output.dtype)
+
+
+def _warmup_cost(model: nn.Module, scorer: Scorer, config: SMTConfig, step: _Step) -> Cost | None:
+    """The cost of a step of the warm-up, if there is one."""
+    if not scorer.needs_warmup or config.selection is not None:
+        return None
+    handle = None if scorer.needs_backward else model.register_forward_hook(_start_at_loss)
+    with frozen(model), scorer.attached():
+        cost = step.cost(model, sums=list(scorer.statistics()))
+    if handle is not None:
+        handle.remove()
+    return cost if config.accumulator_device != "cpu" else replace(cost, added=0, peak=cost.peak - cost.added)
+
+
+def _start_at_loss(_, __, output) -> None:
+    """Let a backward that goes nowhere begin and end at the loss."""
+    output.loss.requires_grad_(True)
+
+
+def _checkpoint(model: nn.Module) -> None:
+    """Recompute activations as SMTTrainer has it: without asking for the gradient of the embeddings."""
+    # Early versions 5 of transformers know the second name only, later ones warn of it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+
+
+def _gathered(model: nn.Module) -> int:
+    """Bytes of the parameters of two layers, the largest, and of all that lies outside the layers."""
+    layers: dict[int, int] = {}
+    for name, parameter in model.named_parameters():
+        index = layer_index(name)
+        layers[index] = layers.get(index, 0) + parameter.nbytes
+    outside = layers.pop(-1, 0)
+    return outside + 2 * max(layers.values(), default=0)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, tied ones once."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _parts(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """The tensors of something that is trained whole."""
+    whole = get_whole(model, name)
+    return iter([whole]) if isinstance(whole, Tensor) else _tensors(whole)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,1 @@
+"""Reading a plain model: its grids, names, targets, and what is trained whole."""

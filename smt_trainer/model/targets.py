@@ -1,0 +1,245 @@
+"""Which linears of a model are targets, and why the others are not.
+
+A linear is an `nn.Linear` with its weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O].
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError
+from smt_trainer.model.grid import BlockGrid, make_grids
+from smt_trainer.model.sharded import full_shape
+
+logger = logging.getLogger(__name__)
+
+# Names under which transformers' architectures keep the query, key and value projections, apart or fused.
+QKV_NAMES = frozenset(
+    "q_proj k_proj v_proj query key value query_proj key_proj value_proj q_lin k_lin v_lin q k v "
+    "linear_q linear_k linear_v to_q to_k to_v to_kv Wq Wk Wv query_global key_global value_global kv_proj "
+    "qkv qkv_proj query_key_value Wqkv W_pack wqkv c_attn q_attn att_proj in_proj in_proj_qkv in_proj_qkvz qkv_linear "
+    "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+)
+ROUTER_NAMES = frozenset("gate router shared_expert_gate".split())
+GROUPS = ("qkv", "attention", "mlp")
+HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
+CONV1D = ("transformers.pytorch_utils", "Conv1D")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, nn.Module]:
+    """The linears to choose blocks from, by full module name, in the model's own order.
+
+    A linear that matches but cannot be tuned is left out with a warning: its weight is shared (tied) or is no plain
+    matrix of floats (quantised), or its `forward` is replaced on the instance (offloading hooks) or never called. So
+    are experts that match but are kept as 3-D parameters.
+
+    Raises:
+        SMTError: the model holds PEFT adapters, nothing matches, or nothing that matches can be tuned; the message
+            lists the model's linears.
+    """
+    refuse_adapters(model)
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    heads = _heads(model)
+    matching = {name: module for name, module in linears.items() if _is_wanted([name], config, heads)}
+    shared = _shared_weights(model)
+    targets = {}
+    for name, module in matching.items():
+        reason = _why_not(module, shared)
+        if reason is None:
+            targets[name] = module
+        else:
+            logger.warning("`%s` is not tuned: %s.", name, reason)
+    experts = _stacked_experts(model)
+    if not targets:
+        raise SMTError(_nothing_matches(config, linears, matching, experts))
+    if any(_is_wanted([name, name.rpartition(".")[0]], config, heads) for name in experts):
+        logger.warning("%s", _about_experts(experts))
+    return targets
+
+
+def target_grids(targets: Mapping[str, nn.Module], config: SMTConfig) -> dict[str, BlockGrid]:
+    """One grid per target, by the config's `granularity` and `block_size`; transposed where the weight is.
+
+    Raises:
+        SMTError: as `make_grids`.
+    """
+    grids = make_grids({name: _weight_shape(linear) for name, linear in targets.items()}, config)
+    return {name: replace(grid, transposed=is_transposed(targets[name])) for name, grid in grids.items()}
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise `SMTError` if a model is wrapped by PEFT or holds layers of it."""
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise SMTError(
+                f"{f'`{name}`' if name else 'the model'} is a {type(module).__name__} of PEFT; blocks are trained in "
+                "plain weights. Merge the adapter with model = model.merge_and_unload() or drop it with "
+                "model.unload() first, or pass the base model as it was loaded."
+            )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is an `nn.Linear` or a `Conv1D`."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a `Conv1D`; told by its name, since loading transformers takes seconds."""
+    return any((base.__module__, base.__name__) == CONV1D for base in type(module).__mro__)
+
+
+def has_plain_weight(linear: nn.Module) -> bool:
+    """Whether a linear's weight is a matrix of floats: not quantised, packed, sharded or computed."""
+    shape = _weight_shape(linear)[::-1] if is_transposed(linear) else _weight_shape(linear)
+    weight = linear.weight
+    return type(weight) is nn.Parameter and weight.dtype in WEIGHT_DTYPES and full_shape(weight) == shape
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
+    """Those of the targets of another configuration that this one wants as well."""
+    return [name for name in names if _is_wanted([name], config, heads=set())]
+
+
+def in_group(name: str, group: str) -> bool:
+    """Whether a target belongs to 'qkv', 'attention' or 'mlp', or is the module, or ends like the module, named."""
+    return _is_target(name, group, heads=set()) if group in GROUPS else matches(name, [group])
+
+
+def layer_name(name: str) -> str:
+    """A module's path up to the first number in it ("encoder.layers.7.fc1" -> "encoder.layers.7"); "" outside the
+    layers."""
+    path = name.split(".")
+    return next((".".join(path[: place + 1]) for place, part in enumerate(path) if part.isdigit()), "")
+
+
+def layer_index(name: str) -> int:
+    """The first number in a module's path (`model.layers.7.self_attn.q_proj` -> 7); -1 outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Children of a sequence or token classification model that hold its new head, such as `score`."""
+    if not type(model).__name__.endswith(HEADED_CLASSES):
+        return []
+    base = getattr(model, "base_model_prefix", "")
+    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters of a model, tied weights counted once: the denominator of the papers' `#Params%`."""
+    return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
+
+
+def _weight_shape(linear: nn.Module) -> tuple[int, int]:
+    return (linear.nf, linear.nx) if is_transposed(linear) else (linear.out_features, linear.in_features)
+
+
+def _heads(model: nn.Module) -> set[str]:
+    """Names of the modules that 'all-linear' leaves out: the output embeddings, a classification head."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
+
+
+def _is_wanted(names: list[str], config: SMTConfig, heads: set[str]) -> bool:
+    """Whether the configuration asks for what goes by any of these names."""
+    return (
+        any(_is_target(name, config.target_modules, heads) for name in names)
+        and not (config.exclude_modules and any(matches(name, config.exclude_modules) for name in names))
+        and (config.lowest_layer == 0 or layer_index(names[0]) >= config.lowest_layer)
+    )
+
+
+def _is_target(name: str, target_modules: str | list[str], heads: set[str]) -> bool:
+    *path, leaf = name.split(".")
+    inside_layer = layer_index(name) >= 0
+    inside_attention = inside_layer and any("att" in part.lower() for part in path)
+    is_router = not ROUTER_NAMES.isdisjoint([*path, leaf])
+    if target_modules == "qkv":
+        return inside_attention and leaf in QKV_NAMES
+    if target_modules == "attention":
+        return inside_attention
+    if target_modules == "mlp":
+        return inside_layer and not inside_attention and not is_router
+    if target_modules == "all-linear":
+        return not is_router and not any(f"{name}.".startswith(f"{head}.") for head in heads)
+    return matches(name, target_modules)
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {identity for identity, count in counts.items() if count > 1}
+
+
+def _why_not(linear: nn.Module, shared: set[int]) -> str | None:
+    weight = linear.weight
+    if id(weight) in shared:
+        return "its weight is shared with another module"
+    if not has_plain_weight(linear):
+        return (
+            f"its weight is no plain matrix of floats but a {type(weight).__name__} of {weight.dtype} "
+            f"{list(weight.shape)}"
+        )
+    if "forward" in vars(linear):
+        return "its forward is replaced on the instance (a device map or an offloading hook)"
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it"
+    return None
+
+
+def _stacked_experts(model: nn.Module) -> dict[str, Tensor]:
+    """The experts that are kept as 3-D parameters [experts, ., .], by full parameter name."""
+    return {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if "expert" in f"{name}.{type(module).__name__}".lower()
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+
+
+def _about_experts(experts: dict[str, Tensor]) -> str:
+    name, first = next(iter(experts.items()))
+    return (
+        f"The experts of this model are not tuned: they are kept as 3-D parameters ({len(experts)} such as `{name}` of "
+        f"{'x'.join(map(str, first.shape))}), not as linears. Leave them out with target_modules='qkv' or 'attention'."
+    )
+
+
+def _nothing_matches(
+    config: SMTConfig, linears: dict[str, nn.Module], matching: dict[str, nn.Module], experts: dict[str, Tensor]
+) -> str:
+    if matching:
+        return (
+            f"target_modules={config.target_modules!r} matches {len(matching)} linears, none of which can be tuned "
+            "(see the warnings above). Choose other modules, or load the model unquantised and without a device map."
+        )
+    shapes = Counter((name.rpartition(".")[2], *_weight_shape(linear)) for name, linear in linears.items())
+    listing = ", ".join(f"{leaf} ({count} of {out}x{into})" for (leaf, out, into), count in shapes.items())
+    restrictions = "".join(
+        f", {name}={value!r}"
+        for name, value in (("exclude_modules", config.exclude_modules), ("lowest_layer", config.lowest_layer))
+        if value
+    )
+    return (
+        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears are: "
+        f"{listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them in target_modules."
+        f"{' ' + _about_experts(experts) if experts else ''}"
+    )

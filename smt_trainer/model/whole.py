@@ -1,0 +1,79 @@
+"""What is trained whole beside the blocks, and stored in the delta: modules named in `modules_to_save` or the new head
+of a classification model, normalisation layers (`train_norm`), biases of the linears with blocks (`train_bias`).
+
+Whole parameters have no masters: they are trained in the dtype of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError
+from smt_trainer.model.targets import head_names, layer_index, matches
+
+
+def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> tuple[str, ...]:
+    """Full names of the modules, and of the biases, to train whole.
+
+    Args:
+        model: a plain model.
+        config: its `modules_to_save`, `train_norm` and `train_bias`.
+        linears: names of those that have blocks, or may get them.
+
+    Raises:
+        SMTError: a name matches no module, a linear lies in a module to train whole, or there are no norms or biases.
+    """
+    linears = list(linears)
+    found = head_names(model) if config.modules_to_save is None else _find_named(model, config.modules_to_save)
+    for linear in linears:
+        whole = next((name for name in found if f"{linear}.".startswith(f"{name}.")), None)
+        if whole is not None:
+            raise SMTError(
+                f"`{linear}` is a target, and lies in `{whole}`, which modules_to_save trains whole. Name it in "
+                "exclude_modules, or leave it out of modules_to_save."
+            )
+    if config.train_norm:
+        found += _expect(_norms(model, config.lowest_layer), "train_norm=True, but this model has no norm layer")
+    if config.train_bias:
+        biases = [f"{name}.bias" for name in linears if getattr(model.get_submodule(name), "bias", None) is not None]
+        found += _expect(biases, "train_bias=True, but none of the linears with blocks has a bias")
+    return tuple(dict.fromkeys(found))
+
+
+def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
+    """The module, or the bias, of a name that `find_whole` found."""
+    parent, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
+
+
+def _find_named(model: nn.Module, names: list[str]) -> list[str]:
+    found = []
+    for wanted in names:
+        matching = [name for name, _ in model.named_modules() if matches(name, [wanted])]
+        if not matching:
+            raise SMTError(
+                f"modules_to_save names {wanted!r}, which this model does not have. Its top-level modules are: "
+                f"{', '.join(name for name, _ in model.named_children())}."
+            )
+        found += matching
+    return list(dict.fromkeys(found))
+
+
+def _norms(model: nn.Module, lowest_layer: int) -> list[str]:
+    """Normalisation layers outside the layers and from the lowest one on: modules called so that have parameters."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower()
+        and any(True for _ in module.parameters(recurse=False))
+        and (layer_index(name) == -1 or layer_index(name) >= lowest_layer)
+    ]
+
+
+def _expect(names: list[str], complaint: str) -> list[str]:
+    if not names:
+        raise SMTError(f"{complaint}. Leave it at False.")
+    return names

@@ -1,1 +1,0 @@
-"""The autograd operations that training spends its time in."""

@@ -1,0 +1,236 @@
+"""The scores of all blocks as an artefact: another budget, scope or cap needs no second warm-up.
+
+    smt_scores.safetensors   <module>  [R, C] float32, the scores of a module's blocks
+                             and in its metadata the manifest: format, configuration, grids, name and number of
+                             parameters of the model
+    <module> > <module>      [n, 2] int32, with `train_dependents`: rows of one and the columns of another that depend
+                             on them
+
+The file holds 4 bytes a block: 96 KiB for the query, key and value projections of Llama-2-7B in blocks of 256x256,
+2.3 MB for those of Llama-3.1-405B. It is plain data, the same on every machine and for every number of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from smt_trainer.config import TRAINING_FIELDS, SMTConfig
+from smt_trainer.errors import SMTError
+from smt_trainer.files import open_tensors, write_atomically
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.sharded import full_shape
+from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, matches, narrow
+from smt_trainer.selection.block_selection import BlockSelection, select_blocks
+from smt_trainer.selection.dependencies import Dependency, add_columns
+
+SCORES_FILE = "smt_scores.safetensors"
+FORMAT = "1"
+MANIFEST = "smt_scores"
+BETWEEN = " > "
+
+DECISIVE = ("score", "block_size", "granularity", "train_dependents")
+# What the scores do not depend on. The targets may only become fewer.
+FREE = (
+    *("budget", "budget_of", "scope", "layer_cap", "lowest_layer", "target_modules", "exclude_modules"),
+    *TRAINING_FIELDS,
+)
+# Keywords of `target_modules` and those that take in all that they do.
+WIDER = {"qkv": ("attention", "all-linear"), "attention": ("all-linear",), "mlp": ("all-linear",)}
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScores:
+    """The scores of all blocks of a model's targets.
+
+    Attributes:
+        grids: module name -> grid, for every target, in the model's order.
+        scores: module name -> [R, C] float32 on the CPU.
+        num_parameters: parameters of the whole model, tied weights counted once.
+        config: the configuration that they were computed under.
+        base_model: name of the model, if known.
+        dependencies: of the targets, with `train_dependents`.
+    """
+
+    grids: dict[str, BlockGrid]
+    scores: dict[str, Tensor]
+    num_parameters: int
+    config: SMTConfig
+    base_model: str | None = None
+    dependencies: list[Dependency] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.grids.keys() != self.scores.keys():
+            odd = sorted(self.grids.keys() ^ self.scores.keys())[0]
+            raise SMTError(f"the scores are damaged: `{odd}` has a grid or scores, not both. Score the blocks anew.")
+        for name, grid in self.grids.items():
+            found = self.scores[name]
+            if tuple(found.shape) != grid.shape or found.dtype != torch.float32:
+                raise SMTError(
+                    f"the scores of `{name}` should be float32 of shape {list(grid.shape)}, got {found.dtype} of shape "
+                    f"{list(found.shape)}. They are damaged or belong to another grid; score the blocks anew."
+                )
+
+    def select(self, config: SMTConfig | None = None) -> BlockSelection:
+        """The highest-scoring blocks within a budget; see `select_blocks`.
+
+        Args:
+            config: the scores' own by default. Another one may differ in `budget`, `budget_of`, `scope`, `layer_cap`,
+                and in `lowest_layer`, `target_modules` and `exclude_modules` if these leave fewer targets.
+
+        Returns:
+            The selection. Its configuration is that of the scores, with what the given one chooses and trains by.
+
+        Raises:
+            SMTError: the given `score`, `block_size`, `granularity` or `train_dependents` is another one, it wants
+                targets without scores, or as `select_blocks`.
+        """
+        config = config or self.config
+        self._refuse_other(config)
+        names = narrow(self.grids, config)
+        if not names:
+            raise SMTError(
+                f"{_targets(config)} leave none of the {len(self.grids)} scored modules, such as "
+                f"`{next(iter(self.grids))}`. Narrow them less."
+            )
+        chosen_by = {name: getattr(config, name) for name in FREE}
+        selection = select_blocks(
+            {name: self.scores[name] for name in names},
+            {name: self.grids[name] for name in names},
+            replace(self.config, selection=None, **chosen_by),
+            self.num_parameters,
+            self.base_model,
+        )
+        return add_columns(selection, self.dependencies)
+
+    def check_model(self, model: nn.Module, config: SMTConfig) -> None:
+        """Raise `SMTError` unless these are scores of this plain model, of all targets that `config` wants of it."""
+        linears = dict(model.named_modules())
+        for name, grid in self.grids.items():
+            weight = getattr(linears.get(name), "weight", None)
+            shape = None if weight is None else full_shape(weight)
+            if shape != grid.stored_shape or is_transposed(linears[name]) != grid.transposed:
+                wanted, found = ("x".join(map(str, size)) for size in (grid.stored_shape, shape or ["no such module"]))
+                raise SMTError(
+                    f"the scores of `{name}` are of a weight of {wanted}; this model has {found}. They were computed "
+                    f"on {self.base_model or 'another model'}: load that, or score the blocks anew."
+                )
+        if count_parameters(model) != self.num_parameters:
+            raise SMTError(
+                f"the scores were computed on {self.base_model or 'a model'} of {self.num_parameters:,} parameters; "
+                f"this model has {count_parameters(model):,}. Load that model, or score the blocks anew."
+            )
+        readers = {one.reader for one in self.dependencies}
+        missing = [name for name in find_targets(model, config) if name not in self.grids.keys() | readers]
+        if missing:
+            raise SMTError(
+                f"{_targets(config)} want {len(missing)} modules without scores, such as `{missing[0]}`. Narrow them, "
+                "or score the blocks anew."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the scores and the manifest as one safetensors file, atomically."""
+        manifest = {
+            "format": FORMAT,
+            "base_model": self.base_model,
+            "num_parameters": self.num_parameters,
+            "config": self.config.to_dict() | {"selection": None},
+            "modules": {name: grid.to_dict() for name, grid in self.grids.items()},
+            "readers": {one.reader: one.grid.to_dict() for one in self.dependencies},
+        }
+        tensors = {name: found.contiguous() for name, found in self.scores.items()}
+        tensors |= {f"{one.source}{BETWEEN}{one.reader}": one.pairs.contiguous() for one in self.dependencies}
+        metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
+        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: str | Path) -> BlockScores:
+        """Read what `save` wrote. Raises `SMTError` for a missing or damaged file, or one that holds something else."""
+        path = Path(path)
+        with open_tensors(path, "scores") as file:
+            manifest = (file.metadata() or {}).get(MANIFEST)
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if manifest else {}  # noqa: SIM118
+        if manifest is None:
+            raise SMTError(f"{path} holds no scores of blocks; give a file that SMTTrainer or `smt select` wrote.")
+        try:
+            values = json.loads(manifest)
+            if values["format"] != FORMAT:
+                raise SMTError(
+                    f"the scores in {path} have format {values['format']}, this version of smt_trainer reads {FORMAT}; "
+                    "install the version that wrote them."
+                )
+            grids = {name: BlockGrid.from_dict(module) for name, module in values["modules"].items()}
+            config = SMTConfig.from_dict(values["config"])
+            readers = {name: BlockGrid.from_dict(module) for name, module in values.get("readers", {}).items()}
+            dependencies = []
+            for key in [key for key in tensors if BETWEEN in key]:
+                source, _, reader = key.partition(BETWEEN)
+                dependencies.append(Dependency(source, reader, tensors.pop(key), readers[reader]))
+            return cls(grids, tensors, values["num_parameters"], config, values["base_model"], dependencies)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise SMTError(
+                f"the scores in {path} are damaged ({type(error).__name__}: {error}); save or download them again."
+            ) from error
+
+    def _refuse_other(self, config: SMTConfig) -> None:
+        """Raise `SMTError` if a configuration needs other scores, or, as far as names tell, more of them."""
+        for name in DECISIVE:
+            if getattr(config, name) != getattr(self.config, name):
+                self._refuse(name, config, "score the blocks anew")
+        if not _narrows(config.target_modules, self.config.target_modules, self.grids):
+            self._refuse("target_modules", config, "name fewer of the scored modules, or score the blocks anew")
+        if not _excludes_as_much(config.exclude_modules, self.config.exclude_modules):
+            self._refuse("exclude_modules", config, "exclude these as well, or score the blocks anew")
+        if config.lowest_layer < self.config.lowest_layer:
+            self._refuse("lowest_layer", config, "raise it, or score the blocks anew")
+
+    def _refuse(self, name: str, config: SMTConfig, remedy: str) -> None:
+        raise SMTError(
+            f"the scores were computed with {name}={getattr(self.config, name)!r}, which {name}="
+            f"{getattr(config, name)!r} does not fit; {remedy}."
+        )
+
+
+def resolve_selection(
+    selection: BlockSelection | Mapping[str, Any] | str | Path, config: SMTConfig, model: nn.Module | None
+) -> BlockSelection:
+    """What `SMTConfig.selection` stands for: a selection, its dictionary or file, or what `config` chooses from a
+    scores file, whose name ends in .safetensors.
+
+    Raises:
+        SMTError: the file is missing or damaged, or the scores do not fit `config` or the plain model, if one is given.
+    """
+    if not isinstance(selection, (str, Path)) or Path(selection).suffix != ".safetensors":
+        return BlockSelection.resolve(selection)
+    scores = BlockScores.load(selection)
+    chosen = scores.select(config)
+    if model is not None:
+        scores.check_model(model, config)
+    return chosen
+
+
+def _targets(config: SMTConfig) -> str:
+    fields = ("target_modules", "exclude_modules", "lowest_layer")
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in fields)
+
+
+def _narrows(ours: str | list[str], theirs: str | list[str], names: Mapping[str, BlockGrid]) -> bool:
+    """Whether `target_modules` asks for no more than was scored; of a regular expression only a model can tell."""
+    if ours == theirs:
+        return True
+    if isinstance(ours, list):
+        return all(any(matches(name, [pattern]) for name in names) for pattern in ours)
+    return theirs in WIDER[ours] if ours in WIDER else ours != "all-linear"
+
+
+def _excludes_as_much(ours: str | list[str] | None, theirs: str | list[str] | None) -> bool:
+    if theirs is None or ours == theirs:
+        return True
+    return isinstance(ours, list) and isinstance(theirs, list) and set(theirs) <= set(ours)

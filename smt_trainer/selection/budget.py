@@ -1,0 +1,208 @@
+"""What a budget buys: how many blocks, from which targets, and whether they hold as many.
+
+A fraction f is of D weights: the P parameters of the model, or the T weights of all targets (`budget_of`). It asks for
+f * D weights, and blocks of m weights each are chosen with k * m as near to f * D as whole blocks allow. A count asks
+for k blocks. Budgets by group, as those of SMT's tables 4 and 6, each ask for their own `Share`, which is ranked apart
+from the others and meets its budget by itself.
+
+In each module alone (`scope="per_module"`), a count is of each, and f * D is divided in proportion to the modules'
+sizes. What goes into one layer may be capped (`layer_cap`), at n blocks or at a fraction of the layer's weights in the
+share: then a layer gives its best blocks up to there, and the targets hold less.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.targets import in_group, layer_name
+
+PIECES = {"block": "blocks", "row": "rows", "column": "columns"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """Targets that are ranked together, and how much of them is to be chosen.
+
+    Attributes:
+        label: what errors call the budget, such as "budget=0.0084" or "budget['mlp']=100".
+        grids: module name -> grid, in the model's order.
+        config: the configuration that the budget is of.
+        count: number of blocks asked for (of each module, per module); None for a fraction.
+        weights: number of weights asked for; None for a count.
+        denominator: weights that the fraction is of.
+    """
+
+    label: str
+    grids: dict[str, BlockGrid]
+    config: SMTConfig
+    count: int | None
+    weights: float | None
+    denominator: int
+
+    def layers(self) -> dict[str, list[str]]:
+        """Layer -> the names of its targets; "" for those outside the layers."""
+        layers: dict[str, list[str]] = {}
+        for name in self.grids:
+            layers.setdefault(layer_name(name), []).append(name)
+        return layers
+
+    def cap(self, names: Iterable[str]) -> tuple[int, int]:
+        """The most blocks, and the most weights, that may be chosen from the targets of one layer."""
+        cap, total = self.config.layer_cap, numel(self.grids[name] for name in names)
+        blocks = sum(self.grids[name].num_blocks for name in names)
+        if cap is None:
+            return blocks, total
+        # In decimals, as it is written: 0.29 of a hundred weights is 28.999... in floating point.
+        return (min(cap, blocks), total) if isinstance(cap, int) else (blocks, int(Fraction(str(cap)) * total))
+
+    def quotas(self) -> dict[str, int]:
+        """Per module: whole blocks in proportion to its size; what rounding down leaves goes by largest remainder."""
+        if self.count is not None:
+            return dict.fromkeys(self.grids, self.count)
+        fraction = min(1.0, self.weights / numel(self.grids.values()))
+        exact = {name: fraction * grid.num_blocks for name, grid in self.grids.items()}
+        quotas = {name: int(part) for name, part in exact.items()}
+        left = max(1, round(sum(exact.values()))) - sum(quotas.values())
+        for name in sorted(exact, key=lambda name: quotas[name] - exact[name])[:left]:
+            quotas[name] += 1
+        return quotas
+
+    def check_room(self, blocks: int, weights: float) -> None:
+        """Raise `SMTError` unless so many blocks, of so many weights in all, are enough."""
+        capped = "" if self.config.layer_cap is None else f" under layer_cap={self.config.layer_cap}"
+        remedies = ["Lower the budget", "raise layer_cap" if capped else "widen target_modules"]
+        if self.weights is not None:
+            largest = max(grid.block_numel for grid in self.grids.values())
+            if self.weights > weights + largest / 2 or not blocks:
+                raise SMTError(
+                    f"{self.label} of {self.denominator:,} {_whose(self.config)} is more than the targets hold{capped} "
+                    f"({int(weights):,} weights, {weights / self.denominator:.4f} of the {self.config.budget_of}). "
+                    f"{' or '.join(remedies)}."
+                )
+        elif self.count > blocks:
+            pieces = PIECES[self.config.granularity]
+            raise SMTError(
+                f"{self.label} {pieces} is more than the targets hold{capped} ({blocks}). {' or '.join(remedies)}."
+            )
+
+
+def numel(grids: Iterable[BlockGrid]) -> int:
+    """Weights in all grids together."""
+    return sum(grid.num_blocks * grid.block_numel for grid in grids)
+
+
+def shares(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> list[Share]:
+    """The budget's shares: one of all targets, or one for each group.
+
+    Args:
+        grids: module name -> grid, for every target.
+        config: its `budget`, `budget_of`, `scope` and `layer_cap` count here.
+        num_parameters: parameters of the whole model.
+
+    Raises:
+        SMTError: a target belongs to no group or to two, or a group has no target.
+    """
+    denominator = num_parameters if config.budget_of == "model" else numel(grids.values())
+    if not isinstance(config.budget, dict):
+        return [_share(f"budget={config.budget}", dict(grids), config, config.budget, denominator)]
+    members: dict[str, dict[str, BlockGrid]] = {group: {} for group in config.budget}
+    strays: dict[str, list[str]] = {}
+    for name, grid in grids.items():
+        found = [group for group in members if in_group(name, group)]
+        if len(found) == 1:
+            members[found[0]][name] = grid
+        else:
+            strays[name] = found
+    if strays:
+        listed = "; ".join(f"`{name}` to {' and '.join(found) or 'none'}" for name, found in list(strays.items())[:4])
+        raise SMTError(
+            f"every target must belong to exactly one group of the budget ({', '.join(members)}): {listed}"
+            f"{f'; and {len(strays) - 4} more' if len(strays) > 4 else ''}. Add a group, or leave modules out with "
+            "exclude_modules."
+        )
+    for group, own in members.items():
+        if not own:
+            raise SMTError(
+                f"budget has a group {group!r}, to which none of the {len(grids)} targets of "
+                f"target_modules={config.target_modules!r} belongs. Widen target_modules or drop the group."
+            )
+    return [
+        _share(f"budget[{group!r}]={amount}", members[group], config, amount, denominator)
+        for group, amount in config.budget.items()
+    ]
+
+
+def check_budget_fits(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> None:
+    """Raise `SMTError` unless each share is at least half a block and at most what its targets hold under the cap."""
+    for share in shares(grids, config, num_parameters):
+        smallest = min(grid.block_numel for grid in share.grids.values())
+        if share.weights is not None and share.weights < smallest / 2:
+            raise SMTError(
+                f"{share.label} of {share.denominator:,} {_whose(config)} is {share.weights:.0f} weights, less than "
+                f"half a block of {smallest:,}. Use at least {smallest / share.denominator:.2g}, or a smaller "
+                "block_size."
+            )
+        if config.scope == "per_module":
+            _check_modules(share)
+        else:
+            rooms = [_room(share, names) for names in share.layers().values()]
+            share.check_room(sum(blocks for blocks, _ in rooms), sum(weights for _, weights in rooms))
+
+
+def _share(label: str, grids: dict[str, BlockGrid], config: SMTConfig, budget: float | int, denominator: int) -> Share:
+    counted = isinstance(budget, int)
+    return Share(
+        label, grids, config, budget if counted else None, None if counted else budget * denominator, denominator
+    )
+
+
+def _check_modules(share: Share) -> None:
+    """As `check_budget_fits`, where each module has its own quota."""
+    quotas, pieces = share.quotas(), PIECES[share.config.granularity]
+    if share.weights is not None:
+        share.check_room(sum(quotas.values()), numel(share.grids.values()))
+    for name, grid in share.grids.items():
+        if quotas[name] > grid.num_blocks:
+            raise SMTError(
+                f"{share.label} {pieces} of each module is more than `{name}` holds: a weight of "
+                f"{'x'.join(map(str, grid.weight_shape))} has {grid.num_blocks} {pieces}. Lower the budget or exclude "
+                "the module."
+            )
+    for layer, names in share.layers().items():
+        blocks, weights = share.cap(names)
+        wanted = sum(quotas[name] for name in names)
+        if wanted > blocks or sum(quotas[name] * share.grids[name].block_numel for name in names) > weights:
+            raise SMTError(
+                f"{share.label} with scope='per_module' takes {wanted} {pieces} of `{layer}`, more than "
+                f"layer_cap={share.config.layer_cap} allows. Lower the budget or raise layer_cap."
+            )
+
+
+def _room(share: Share, names: list[str]) -> tuple[int, int]:
+    """The most blocks, and the most weights, that one layer can give under its cap, whatever the scores."""
+    blocks, weights = share.cap(names)
+    sizes = Counter()
+    for name in names:
+        sizes[share.grids[name].block_numel] += share.grids[name].num_blocks
+    # Most blocks: the smallest first. Most weights: the largest first, in whole steps of what all sizes have in common.
+    step = math.gcd(*sizes)
+    most_blocks, most_weights, left = 0, 0, weights
+    for size in sorted(sizes):
+        taken = min(sizes[size], left // size)
+        most_blocks, left = most_blocks + taken, left - taken * size
+    left = blocks
+    for size in sorted(sizes, reverse=True):
+        taken = min(sizes[size], left)
+        most_weights, left = most_weights + taken * size, left - taken
+    return min(blocks, most_blocks), min(most_weights, weights // step * step)
+
+
+def _whose(config: SMTConfig) -> str:
+    return "parameters" if config.budget_of == "model" else "targeted weights"

@@ -1,0 +1,257 @@
+"""Which columns of a linear belong to a row of another, and a selection of rows with these columns (SPSFT's `dep`).
+
+Let y be the output of a linear A at all tokens and x the input of a linear B. Row i of A and column j of B depend on
+each other if x_j is 0 at every token whenever y_i is, whatever all other outputs are: column j then reads nothing but
+what row i computes. This is the dependency of structured pruning, where removing the row leaves the column nothing to
+multiply. In Llama row i of `gate_proj` and of `up_proj` go with column i of `down_proj`, and row i of `v_proj` with one
+column of `o_proj` for each query head of its group. A row of `q_proj` or `k_proj` reaches all columns of its head but
+decides none; what is added to the residual stream is never alone there.
+
+The search asks the model itself, and the weights of its linears do not count. A forward pass in which all linears give
+noise, and the outputs in a set S give 0, shows in which columns all is 0: those that depend on a member of S. If S_b
+holds the outputs whose index has bit b set, and T_b the others, a column with one row turns 0 under exactly one of S_b
+and T_b for each b, and so spells the row's index. One with several rows, as behind a fused gate and up projection,
+turns 0 under both somewhere, and is asked again in each half of the outputs. So 2 log2 n passes do for the n outputs of
+the linears of one kind in all layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.sharded import full_shape
+from smt_trainer.model.targets import GROUPS, find_targets, is_linear, matches, target_grids
+from smt_trainer.selection.block_selection import BlockSelection
+
+logger = logging.getLogger(__name__)
+
+# Noise that a ReLU makes 0 at all tokens would hide a column: 1 in 2**TOKENS.
+TOKENS = 32
+
+# By model: a trainer asks when it is made, to refuse what does not fit, and again when it trains.
+_found: weakref.WeakKeyDictionary[nn.Module, list[Dependency]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Dependency:
+    """The rows of a linear and the columns of another that depend on each other.
+
+    Attributes:
+        source: full name of the linear with the rows.
+        reader: full name of the linear with the columns.
+        pairs: [n, 2] int32 (row of the source, column of the reader), by column; a row may have several columns, a
+            column several rows.
+        grid: the cut of the reader into columns.
+    """
+
+    source: str
+    reader: str
+    pairs: Tensor
+    grid: BlockGrid
+
+
+def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str]) -> list[Dependency]:
+    """The dependencies of a model's targets; the model is left as it was, and so is the random state.
+
+    A target whose columns depend on rows of another gives no rows itself, since a weight has one grid: it is said so in
+    the log, as a warning where `target_modules` names modules.
+
+    Args:
+        model: a plain model that takes token ids.
+        config: what it excludes has no columns to train.
+        targets: names of the linears to choose rows from.
+
+    Returns:
+        By source and reader, in the model's order. No reader is a source.
+
+    Raises:
+        SMTError: the model takes no token ids or is sharded over ranks, or no column depends on the targets.
+    """
+    _refuse_unsuited(model)
+    targets, kept = set(targets), []
+    sources, readers = set(), set()
+    tunable = find_targets(model, replace(config, target_modules="all-linear"))
+    if model not in _found:
+        _found[model] = _all_dependencies(model)
+    for one in _found[model]:
+        if one.source in targets - readers and one.reader in tunable.keys() - sources:
+            sources.add(one.source)
+            readers.add(one.reader)
+            kept.append(one)
+    if not kept:
+        raise SMTError(
+            f"train_dependents=True, but no column depends on the rows of target_modules={config.target_modules!r}. "
+            "Leave it at False, or target modules such as value or up projections."
+        )
+    both = sorted({name.rpartition(".")[2] for name in targets & readers})
+    if both:
+        level = logging.INFO if config.target_modules in (*GROUPS, "all-linear") else logging.WARNING
+        message = "%s: columns that depend on rows of other targets are trained, no rows of its own (train_dependents)."
+        logger.log(level, message, ", ".join(both))
+    return kept
+
+
+def add_columns(selection: BlockSelection, dependencies: Iterable[Dependency]) -> BlockSelection:
+    """A selection of rows with the columns that depend on them, but for what its configuration excludes.
+
+    The budget was for the rows alone. So is SPSFT's (section 4.3), which halves the ratio for what comes on top.
+    """
+    excluded = selection.config.exclude_modules
+    grids, columns = dict(selection.grids), {}
+    for one in dependencies:
+        if one.source in selection.grids and not (excluded and matches(one.reader, excluded)):
+            grids[one.reader] = one.grid
+            rows, readers = one.pairs.long().unbind(1)
+            chosen = selection.block_indices.get(one.source, torch.empty(0, 2, dtype=torch.long))[:, 0]
+            columns.setdefault(one.reader, []).append(readers[torch.isin(rows, chosen)])
+    block_indices = dict(selection.block_indices)
+    for name, parts in columns.items():
+        chosen = torch.cat(parts).unique()
+        if len(chosen):
+            block_indices[name] = torch.stack([torch.zeros_like(chosen), chosen], dim=1)
+    return replace(selection, grids=grids, block_indices=block_indices)
+
+
+def _refuse_unsuited(model: nn.Module) -> None:
+    takes = getattr(model, "main_input_name", "input_ids")
+    if takes != "input_ids":
+        raise SMTError(
+            f"train_dependents=True runs the model on token ids, but {type(model).__name__} takes {takes}. Leave it at "
+            "False."
+        )
+    if any(full_shape(parameter) != tuple(parameter.shape) for parameter in model.parameters()):
+        raise SMTError(
+            "train_dependents=True runs the model before training, but its parameters are sharded over ranks. Choose "
+            "the blocks on one process, with SMTTrainer.select, and give them as SMTConfig.selection."
+        )
+
+
+def _all_dependencies(model: nn.Module) -> list[Dependency]:
+    """The dependencies between any two linears of a model, by source and reader in its order."""
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    grids = target_grids(linears, SMTConfig(granularity="column"))
+    kinds: dict[str, list[str]] = {}
+    for name in linears:
+        kinds.setdefault(".".join("*" if part.isdigit() else part for part in name.split(".")), []).append(name)
+    found = []
+    with _noise_for_linears(model, linears, grids) as zero_columns:
+        alive = {name: ~zero for name, zero in zero_columns({}).items()}
+        for kind in kinds.values():
+            # Output i of the k-th of these K linears has the index i * K + k: a half of them is a half of each.
+            rows = max(grids[name].out_features for name in kind)
+
+            def turned_zero(outputs: Tensor, kind=kind, rows=rows) -> dict[str, Tensor]:
+                of_each = outputs.view(rows, len(kind)).unbind(1)
+                zeros = {name: own[: grids[name].out_features] for name, own in zip(kind, of_each, strict=True)}
+                return {name: alive[name] & zero for name, zero in zero_columns(zeros).items() if name in alive}
+
+            for reader, columns, indices in _search(turned_zero, alive, range(rows * len(kind)), rows * len(kind)):
+                for place in (indices % len(kind)).unique().tolist():
+                    own = indices % len(kind) == place
+                    pairs = torch.stack([indices[own] // len(kind), columns[own]], dim=1)
+                    found.append((kind[place], reader, pairs))
+    return _join(found, grids)
+
+
+def _search(
+    turned_zero: Callable[[Tensor], dict[str, Tensor]], asked: Mapping[str, Tensor], among: range, count: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(module, columns [n], indices [n]): which of the `asked` columns depend on which of the outputs `among` all."""
+    index = torch.arange(count)
+    members = (index >= among.start) & (index < among.stop)
+    found = {name: zero & asked[name] for name, zero in turned_zero(members).items() if name in asked}
+    found = {name: columns for name, columns in found.items() if columns.any()}
+    if not found:
+        return
+    spelled = {name: columns.clone() for name, columns in found.items()}
+    several = {name: torch.zeros_like(columns) for name, columns in found.items()}
+    word = {name: torch.full(columns.shape, among.start) for name, columns in found.items()}
+    for bit in range((len(among) - 1).bit_length()):
+        is_set = ((index - among.start) >> bit) % 2 == 1
+        under_set, under_unset = turned_zero(members & is_set), turned_zero(members & ~is_set)
+        for name, columns in found.items():
+            spelled[name] &= under_set[name] ^ under_unset[name]
+            several[name] |= columns & under_set[name] & under_unset[name]
+            word[name] += under_set[name].long() << bit
+    for name, columns in spelled.items():
+        if columns.any():
+            yield name, columns.nonzero().flatten(), word[name][columns]
+    middle = (among.start + among.stop) // 2
+    if any(columns.any() for columns in several.values()):
+        for half in (range(among.start, middle), range(middle, among.stop)):
+            yield from _search(turned_zero, several, half, count)
+
+
+def _join(found: list[tuple[str, str, Tensor]], grids: Mapping[str, BlockGrid]) -> list[Dependency]:
+    """One dependency per source and reader, in the model's order."""
+    parts: dict[tuple[str, str], list[Tensor]] = {}
+    for source, reader, pairs in found:
+        parts.setdefault((source, reader), []).append(pairs)
+    names = {name: place for place, name in enumerate(grids)}
+    joined = []
+    for source, reader in sorted(parts, key=lambda ends: [names[end] for end in ends]):
+        pairs = torch.cat(parts[source, reader])
+        pairs = pairs[(pairs[:, 0] * grids[reader].in_features + pairs[:, 1]).argsort()]
+        joined.append(Dependency(source, reader, pairs.int(), grids[reader]))
+    return joined
+
+
+@contextlib.contextmanager
+def _noise_for_linears(
+    model: nn.Module, linears: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid]
+) -> Iterator[Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
+    """A function from the outputs that are set to 0 (module name -> [O] bool) to the inputs that then are 0 at all
+    tokens (module name -> [I] bool, of modules that some token reached), in a context in which linears give noise."""
+    generator = torch.Generator().manual_seed(0)
+    zeros: dict[str, Tensor] = {}
+    is_zero: dict[str, Tensor] = {}
+
+    @functools.cache
+    def noise(name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    def forward(name: str, input: Tensor) -> Tensor:
+        if input.numel():
+            zero = (input == 0).flatten(0, -2).all(0)
+            is_zero[name] = zero & is_zero.get(name, zero)
+        output = noise(name, (*input.shape[:-1], grids[name].out_features), input.device, input.dtype)
+        return output.masked_fill(zeros[name].to(output.device), 0) if name in zeros else output
+
+    @torch.no_grad()
+    def zero_columns(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        zeros.clear()
+        is_zero.clear()
+        zeros.update(outputs)
+        body(**inputs)
+        return {name: zero.cpu() for name, zero in is_zero.items()}
+
+    # Without the head, which may want more of the tokens than that there are some.
+    body = getattr(model, "base_model", model)
+    inputs = {"input_ids": torch.ones(1, TOKENS, dtype=torch.long, device=next(model.parameters()).device)}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    training = [module for module in model.modules() if module.training]
+    replaced = {name: vars(linear)["forward"] for name, linear in linears.items() if "forward" in vars(linear)}
+    model.eval()
+    for name, linear in linears.items():
+        linear.forward = functools.partial(forward, name)
+    try:
+        yield zero_columns
+    finally:
+        for name, linear in linears.items():
+            del linear.forward
+            if name in replaced:
+                linear.forward = replaced[name]
+        for module in training:
+            module.training = True

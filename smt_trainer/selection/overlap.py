@@ -1,0 +1,110 @@
+"""How much two selections, or the scores behind them, agree: between seeds, scores, data or lengths of the warm-up.
+
+With the chosen blocks A and B, the Jaccard index is |A and B| / |A or B|: 1 if both choose the same, 0 if they share
+nothing. Spearman's rank correlation is Pearson's correlation of the ranks of all scores, where equal scores have the
+mean of the ranks that they take up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from smt_trainer.errors import SMTError
+from smt_trainer.selection.block_scores import BlockScores
+from smt_trainer.selection.block_selection import BlockSelection
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two selections share.
+
+    Attributes:
+        first: blocks that the first one chooses.
+        second: blocks that the second one chooses.
+        shared: blocks that both choose.
+        spearman: rank correlation of all scores, in [-1, 1]; NaN where all scores of one are equal, None where there
+            are no scores to compare.
+        by_projection: last part of the module name (`v_proj`) -> the overlap of these modules.
+    """
+
+    first: int
+    second: int
+    shared: int
+    spearman: float | None
+    by_projection: dict[str, Overlap] = field(default_factory=dict)
+
+    @property
+    def jaccard(self) -> float:
+        """Shared blocks as a fraction of those that either chooses; 1 where neither chooses any."""
+        either = self.first + self.second - self.shared
+        return self.shared / either if either else 1.0
+
+    @classmethod
+    def of(cls, first: BlockSelection | BlockScores, second: BlockSelection | BlockScores) -> Overlap:
+        """Compare two selections; of scores, what they select by their own budget, and of two scores also the ranking.
+
+        Raises:
+            SMTError: they do not have the same targets, cut in the same way.
+        """
+        _check_grids(first, second)
+        chosen = [_masks(artefact) for artefact in (first, second)]
+        scored = None
+        if isinstance(first, BlockScores) and isinstance(second, BlockScores):
+            scored = first.scores, second.scores
+        projections: dict[str, list[str]] = {}
+        for name in first.grids:
+            projections.setdefault(name.rpartition(".")[2], []).append(name)
+        parts = {leaf: cls._of(chosen, scored, names) for leaf, names in projections.items()}
+        return cls._of(chosen, scored, list(first.grids), parts)
+
+    @classmethod
+    def _of(cls, chosen, scored, names: list[str], parts: dict[str, Overlap] | None = None) -> Overlap:
+        ours, theirs = (torch.cat([masks[name] for name in names]) for masks in chosen)
+        rho = None if scored is None else spearman(*(_flat(scores, names) for scores in scored))
+        return cls(int(ours.sum()), int(theirs.sum()), int((ours & theirs).sum()), rho, parts or {})
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Rank correlation of two vectors [n]; NaN if all numbers of one are equal."""
+    ranks = [_ranks(values) for values in (first, second)]
+    centred = [rank - rank.mean() for rank in ranks]
+    norms = torch.stack([part.norm() for part in centred])
+    return float((centred[0] @ centred[1]) / norms.prod()) if norms.all() else float("nan")
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each number, from 1 for the lowest; equal ones have the mean of their ranks. [n], float64."""
+    _, places, counts = values.unique(return_inverse=True, return_counts=True)
+    counts = counts.double()
+    return (counts.cumsum(0) - (counts - 1) / 2)[places]
+
+
+def _flat(scores: dict[str, Tensor], names: Sequence[str]) -> Tensor:
+    return torch.cat([scores[name].flatten() for name in names])
+
+
+def _masks(artefact: BlockSelection | BlockScores) -> dict[str, Tensor]:
+    """Module name -> [R * C], True at the chosen blocks."""
+    selection = artefact.select() if isinstance(artefact, BlockScores) else artefact
+    masks = {}
+    for name, grid in artefact.grids.items():
+        mask = torch.zeros(grid.shape, dtype=torch.bool)
+        if name in selection.block_indices:
+            mask[tuple(selection.block_indices[name].T)] = True
+        masks[name] = mask.flatten()
+    return masks
+
+
+def _check_grids(first: BlockSelection | BlockScores, second: BlockSelection | BlockScores) -> None:
+    for name in [*first.grids, *second.grids]:
+        cuts = [artefact.grids.get(name) for artefact in (first, second)]
+        if cuts[0] != cuts[1]:
+            found = ["no target" if cut is None else f"{cut.weight_shape} in {cut.block_shape}" for cut in cuts]
+            raise SMTError(
+                f"`{name}` is {found[0]} for the first and {found[1]} for the second; only what has the same targets "
+                "and blocks can be compared."
+            )

@@ -1,0 +1,1 @@
+"""The rewritten linear, its backward, and rewriting a model with it."""

@@ -1,0 +1,198 @@
+"""Rewrite a model for sparse training, and make it plain again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.errors import SMTError
+from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
+from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
+from smt_trainer.model.whole import find_whole, get_whole
+from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, plain_name, smt_layers
+
+
+@dataclass(frozen=True)
+class SMTState:
+    """What a rewritten model remembers, as its attribute `smt_state`.
+
+    Attributes:
+        selection: the blocks it trains.
+        whole: full names of the modules and biases trained whole.
+        fingerprint: checksum of the chosen blocks before training (see `fingerprint`).
+        weight_dtype: dtype of the dense weights, in which merging is exact.
+        was_trainable: names of the parameters that asked for a gradient before rewriting.
+    """
+
+    selection: BlockSelection
+    whole: tuple[str, ...]
+    fingerprint: str
+    weight_dtype: torch.dtype
+    was_trainable: frozenset[str]
+
+
+def is_smt_model(model: nn.Module) -> bool:
+    """Whether `convert_to_smt` or `load_delta` has rewritten this model."""
+    return hasattr(model, "smt_state")
+
+
+def get_state(model: nn.Module) -> SMTState:
+    """The state of a rewritten model. Raises `SMTError` for a plain one."""
+    if not is_smt_model(model):
+        raise SMTError("this model trains no blocks; run SMTTrainer, convert_to_smt or load_delta on it first.")
+    return model.smt_state
+
+
+def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
+    """Freeze a model in place and rewrite the linears of a selection so that only the chosen blocks are trained.
+
+    Args:
+        model: a plain model; its modules keep their identity, names, hooks and ties.
+        selection: its config gives the `master_dtype` and what is trained whole.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SMTError: the model is already rewritten or does not have the selection's modules in the selection's shapes;
+            nothing is changed then.
+    """
+    if is_smt_model(model):
+        raise SMTError("this model already trains blocks; call merge_and_unload on it before choosing others.")
+    config = selection.config
+    linears = find_linears(model, selection)
+    whole = find_whole(model, config, linears)
+    first = next(iter(linears.values()))
+    state = SMTState(
+        selection,
+        whole,
+        fingerprint(model, selection, first.weight.dtype),
+        first.weight.dtype,
+        frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+    )
+    rewrite(model, selection, whole, getattr(torch, config.master_dtype))
+    model.smt_state = state
+    return model
+
+
+def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> nn.Module:
+    """`convert_to_smt` without its checks and its memory: reads no value of the model, which may be on the meta device.
+
+    Args:
+        whole: full names of the modules and biases to train whole.
+        master_dtype: of the trainable blocks.
+    """
+    model.requires_grad_(False)
+    for name, block_indices in selection.block_indices.items():
+        grid = selection.grids[name]
+        kind = SMTConv1D if grid.transposed else SMTLinear
+        kind.from_linear(model.get_submodule(name), grid, block_indices, master_dtype)
+    for name in whole:
+        get_whole(model, name).requires_grad_(True)
+    return model
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Write the trained blocks into the dense weights and make the model plain again, in place; returns it.
+
+    The weights are bit-identical to those that forward used in training. Parameters that asked for a gradient before
+    rewriting ask for one again.
+    """
+    state = get_state(model)
+    for _, layer in list(smt_layers(model)):
+        layer.to_linear()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in state.was_trainable)
+    del model.smt_state
+    return model
+
+
+def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, nn.Module]:
+    """The linears of a plain model that hold a selection's blocks, by full name.
+
+    Raises:
+        SMTError: the model lacks one, has it of another kind or shape or quantised, or holds PEFT adapters.
+    """
+    refuse_adapters(model)
+    modules = dict(model.named_modules())
+    return {name: _expect_linear(modules.get(name), name, selection) for name in selection.block_indices}
+
+
+def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelection) -> nn.Module:
+    grid = selection.grids[name]
+    if linear is None:
+        found = "no such module"
+    elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
+        found = f"a {type(linear).__name__}"
+    elif full_shape(linear.weight) != grid.stored_shape or not has_plain_weight(linear):
+        weight = linear.weight
+        found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
+    else:
+        return linear
+    raise SMTError(
+        f"the blocks of `{name}` lie in a {'Conv1D' if grid.transposed else 'linear'} with a weight of "
+        f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
+        f"{selection.base_model or 'another model'}: load that, unquantised, or choose anew."
+    )
+
+
+def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers, with full names, that a rewritten model trains whole; tied ones once."""
+    names, seen = get_state(model).whole, set()
+    prefixes = tuple(f"{name}." for name in names)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = plain_name(name)
+        if (found in names or found.startswith(prefixes)) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield found, tensor
+
+
+def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state dict that the model would have after `merge_and_unload`, without changing the model.
+
+    A collective when the model is sharded over ranks; tied weights stay tied. With `keep=False` this rank only takes
+    part, and gets an empty dictionary.
+    """
+    own = {f"{name}.{part}" for name, _ in smt_layers(model) for part in ("blocks", "block_indices")}
+    gathered, state = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if plain_name(name) in own:
+            continue
+        if id(tensor) not in gathered:
+            whole = full_tensor(tensor)
+            gathered[id(tensor)] = whole.cpu() if is_sharded(tensor) and keep else whole
+        if keep:
+            state[plain_name(name)] = gathered[id(tensor)]
+        else:
+            gathered[id(tensor)] = None
+    return state
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """Parameters that ask for a gradient, tied weights counted once."""
+    return sum(math.prod(full_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def fingerprint(model: nn.Module, selection: BlockSelection, dtype: torch.dtype) -> str:
+    """SHA-256 of the base values of the chosen blocks, rounded to `dtype` and written as float32.
+
+    The rounding makes the same base give the same fingerprint whatever dtype it is loaded in, as long as that is no
+    coarser than `dtype`.
+    """
+    digest = hashlib.sha256()
+    for name in selection.block_indices:
+        update_fingerprint(digest, name, full_tensor(model.get_submodule(name).weight), selection, dtype)
+    return digest.hexdigest()
+
+
+def update_fingerprint(digest, name: str, weight: Tensor, selection: BlockSelection, dtype: torch.dtype) -> None:
+    """Add one module's chosen blocks to a fingerprint under way; modules come in the selection's order."""
+    blocks = selection.grids[name].gather(weight, selection.block_indices[name])
+    digest.update(name.encode())
+    digest.update(blocks.to(dtype).float().cpu().contiguous().numpy().data)

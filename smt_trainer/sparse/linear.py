@@ -1,0 +1,177 @@
+"""`SMTLinear` and `SMTConv1D`: linears of which only the chosen blocks are trained.
+
+The dense weight stays where it was, frozen, and is what forward reads: no cost is added to forward or generation. The
+trainable values are `blocks` [n, br, bc], a compact copy in the master dtype (float32 by default: at learning rates
+around 1e-5 most bfloat16 weights would never move). After each optimizer step `write_back` casts them into the weight,
+so forward always uses exactly the values that a merge writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.sharded import Part, assign, full_tensor, full_tensors, is_sharded, local_parts
+from smt_trainer.sparse.sparse_linear import plan_blocks, sparse_linear
+
+# Modules that accelerate and torch.compile put around others; checkpoints do without their names.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+# Weights in a block from which `write_back` copies block by block on the CPU.
+LARGE_BLOCK = 2048
+
+
+class SMTLayer(nn.Module):
+    """A linear with trainable blocks. Made from an existing linear by `from_linear`, undone by `to_linear`.
+
+    Attributes:
+        weight: [O, I], or [I, O] where the grid is transposed: frozen dense weight, the chosen blocks included.
+        blocks: [n, br, bc] trainable values of the chosen blocks, in the order of `block_indices`. Either may be
+            sharded over ranks.
+        block_indices: [n, 2] int32 (row, column) of each block in the grid.
+        grid: the cut of the weight.
+    """
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
+    ) -> SMTLayer:
+        """Turn a linear into a layer of this class in place: identity, hooks, state-dict keys, bias and ties stay."""
+        plan, block_indices, positions = plan_blocks(block_indices.cpu(), grid)
+        device = linear.weight.device
+        linear.linear_class = type(linear)
+        linear.__class__ = cls
+        linear.grid = grid
+        linear.plan = plan
+        linear.weight.requires_grad_(False)
+        blocks = grid.gather(full_tensor(linear.weight), block_indices).to(master_dtype)
+        linear.blocks = nn.Parameter(blocks.contiguous())
+        linear.register_buffer("block_indices", block_indices.to(device, torch.int32))
+        linear.register_buffer("positions", positions.to(device), persistent=False)
+        return linear
+
+    def to_linear(self) -> nn.Module:
+        """Write the blocks into the weight and become the plain linear of before, in place."""
+        write_back([self])
+        for name in ("blocks", "block_indices", "positions", "grid", "plan"):
+            delattr(self, name)
+        vars(self).pop("_views", None)
+        self.__class__ = vars(self).pop("linear_class")
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
+
+    def cut(self, blocks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of what this rank holds of the dense weight under the blocks, and the part of `blocks` [n, br, bc] that
+        belongs into each."""
+        parts = local_parts(self.weight)
+        addresses = [part.values.data_ptr() for part in parts]
+        if vars(self).get("_views", (None,))[0] != addresses:
+            self._views = (addresses, *self._cut(parts))
+        _, views, cuts = self._views
+        whole = blocks.unbind(0)
+        return views, list(whole) if cuts is None else [whole[block][rows, columns] for block, rows, columns in cuts]
+
+    def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]] | None]:
+        """Views of the parts under the blocks, and which rows and columns of which block each is; None if all whole."""
+        indices = self.block_indices.tolist()
+        if not is_sharded(self.weight):
+            cut = self.grid.split(parts[0].values)
+            return [cut[row, column] for row, column in indices], None
+        br, bc = self.grid.block_shape
+        views, cuts = [], []
+        for values, row, column in parts:
+            if self.grid.transposed:
+                values, row, column = values.t(), column, row
+            for block, (r, c) in enumerate(indices):
+                top, left = row - r * br, column - c * bc
+                rows = slice(max(top, 0), min(top + values.shape[0], br))
+                columns = slice(max(left, 0), min(left + values.shape[1], bc))
+                if rows.start < rows.stop and columns.start < columns.stop:
+                    views.append(values[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left])
+                    cuts.append((block, rows, columns))
+        return views, cuts
+
+    def _apply(self, fn, recurse=True):
+        # The views would keep the storage alive that the weight is about to leave.
+        vars(self).pop("_views", None)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        indices = state_dict.get(f"{prefix}block_indices")
+        if indices is not None and not torch.equal(indices.to(self.block_indices), self.block_indices):
+            error_msgs.append(f"{prefix}block_indices: the state dict holds other blocks than this model trains.")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # accelerate fills a model on the meta device; the trainer writes back when all of it is there.
+        if self.block_indices.is_meta:
+            return
+        if f"{prefix}blocks" in state_dict:
+            write_back([self])
+        elif f"{prefix}weight" in state_dict:
+            self.read_back()
+
+    @torch.no_grad()
+    def read_back(self) -> None:
+        """Set the blocks from the dense weight: the inverse of `write_back`, for a weight that was just loaded."""
+        assign(self.blocks, self.grid.gather(full_tensor(self.weight), self.block_indices))
+
+    def row_major_order(self) -> Tensor:
+        """[n] int64 on the CPU: the stored blocks in the order of a selection and of a delta, row by row."""
+        rows, columns = self.block_indices.long().cpu().unbind(1)
+        return torch.argsort(rows * self.grid.shape[1] + columns)
+
+    def extra_repr(self) -> str:
+        (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
+        return (
+            f"in_features={self.grid.in_features}, out_features={self.grid.out_features}, "
+            f"bias={self.bias is not None}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
+        )
+
+
+class SMTLinear(SMTLayer, nn.Linear):
+    """An `nn.Linear` with trainable blocks."""
+
+
+class SMTConv1D(SMTLayer):
+    """A `Conv1D` of transformers with trainable blocks: its weight is [I, O], its grid transposed."""
+
+
+def smt_layers(model: nn.Module) -> Iterator[tuple[str, SMTLayer]]:
+    """The rewritten linears of a model with their full names, in the model's order; wrappers add nothing to a name."""
+    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, SMTLayer))
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without those of wrappers around modules on the way."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+@torch.no_grad()
+def write_back(layers: Iterable[SMTLayer]) -> None:
+    """Cast the blocks of all layers into their dense weights; a collective, only one, when they are sharded.
+
+    On the CPU all large blocks are one fused copy to views of the weights. Small ones cost more to view than to copy,
+    and a GPU has no fused copy to strided views: there each weight takes one indexed copy.
+    """
+    layers = list(layers)
+    views, values = [], []
+    for layer, blocks in zip(layers, full_tensors([layer.blocks for layer in layers]), strict=True):
+        is_large = layer.grid.block_numel >= LARGE_BLOCK and blocks.device.type == "cpu"
+        if is_large or is_sharded(layer.weight):
+            layer_views, layer_values = layer.cut(blocks)
+            views += layer_views
+            values += layer_values
+        else:
+            layer.grid.scatter_(layer.weight, layer.block_indices, blocks)
+    if views:
+        torch._foreach_copy_(views, values)

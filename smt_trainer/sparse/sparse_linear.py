@@ -1,0 +1,196 @@
+"""A linear whose backward forms only the chosen blocks of the weight gradient.
+
+Forward and input gradient are those of a dense linear (x is [T, I], y and dy are [T, O], T tokens over all leading
+dimensions):
+
+    y  = x W^T + bias
+    dx = dy W
+
+and of the weight gradient dW = dy^T x only the n chosen blocks exist (SMT, section 3.1 and figure 2b):
+
+    dW[r, c] = dy[:, r-th block row]^T  x[:, c-th block column]          [br, bc]
+
+Blocks in one block column share their slice of x, so they are one matrix product (`Group`): the slices of dy are
+taken side by side, which costs nothing where the block rows are adjacent. Neighbouring block columns with blocks on the
+same block rows are one product, too: a weight of which all blocks are chosen takes a single one. Where the blocks touch
+fewer block rows than block columns (columns as blocks, for one) the roles are swapped. Batch and sequence are flattened
+into T first: one product with a long inner dimension instead of one per sequence.
+
+Where the grid is `transposed` (GPT-2's `Conv1D`) the parameter holds W^T [I, O]. Only the two dense products differ:
+the blocks are those of W.
+
+The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient. What
+is kept of x for backward is decided in `kept_input.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.sparse.kept_input import KeptInput, find_origin
+
+# Features of a block from which copying run by run is faster than copying feature by feature.
+RUN_EDGE = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks `first` to `last` (exclusive) of the stored order: those on neighbouring block columns (or rows).
+
+    Attributes:
+        line: the first of these block columns (or rows).
+        lines: their number.
+        runs: start and length of the runs of neighbours among the block rows (or columns) that the blocks of each
+            line lie on.
+    """
+
+    first: int
+    last: int
+    line: int
+    lines: int
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the blocks of one weight are grouped into matrix products; hashable, so that torch.compile can guard it."""
+
+    grid: BlockGrid
+    by_column: bool
+    groups: tuple[Group, ...]
+
+
+def plan_blocks(block_indices: Tensor, grid: BlockGrid) -> tuple[Plan, Tensor, Tensor]:
+    """Group the blocks of one weight.
+
+    Args:
+        block_indices: [n, 2] (row, column) of the chosen blocks, in any order.
+        grid: the weight's grid.
+
+    Returns:
+        The plan; `block_indices` [n, 2] in stored order (line by line); and the positions [n * edge] of the features
+        that each line gathers, where edge is br (by column) or bc (by row).
+    """
+    rows, columns = block_indices.long().unbind(1)
+    by_column = len(columns.unique()) <= len(rows.unique())
+    lines, offsets = (columns, rows) if by_column else (rows, columns)
+    length, edge = (grid.shape[0], grid.block_rows) if by_column else (grid.shape[1], grid.block_columns)
+    order = torch.argsort(lines * length + offsets)
+    lines, offsets = lines[order], offsets[order]
+
+    groups, first = [], 0
+    for line, count in zip(*(part.tolist() for part in lines.unique_consecutive(return_counts=True)), strict=True):
+        group = Group(first, first + count, line, 1, _runs(offsets[first : first + count].tolist()))
+        if groups and groups[-1].runs == group.runs and groups[-1].line + groups[-1].lines == line:
+            before = groups.pop()
+            group = replace(before, last=group.last, lines=before.lines + 1)
+        groups.append(group)
+        first += count
+    positions = (offsets[:, None] * edge + torch.arange(edge)).flatten()
+    return Plan(grid, by_column, tuple(groups)), block_indices[order], positions
+
+
+def _runs(offsets: list[int]) -> tuple[tuple[int, int], ...]:
+    """Start and length of the runs of neighbours among ascending numbers."""
+    starts = [i for i, offset in enumerate(offsets) if i == 0 or offsets[i - 1] != offset - 1]
+    return tuple((offsets[i], end - i) for i, end in zip(starts, [*starts[1:], len(offsets)], strict=True))
+
+
+def block_gradients(dy: Tensor, x: KeptInput, plan: Plan, positions: Tensor) -> Tensor:
+    """The chosen blocks [n, br, bc] of dy^T x, in stored order and in the dtype of dy, for dy [T, O] and x [T, I]."""
+    br, bc = plan.grid.block_shape
+    blocks = dy.new_empty(plan.groups[-1].last, br, bc)
+    if not plan.by_column:
+        x_whole = x.columns(0, plan.grid.in_features).to(dy.dtype)
+    for group in plan.groups:
+        if plan.by_column:
+            dy_part = _take(dy, group, br, positions)
+            x_part = x.columns(group.line * bc, group.lines * bc).to(dy.dtype)
+        else:
+            dy_part = dy.narrow(1, group.line * br, group.lines * br)
+            x_part = _take(x_whole, group, bc, positions)
+        product = torch.mm(dy_part.t(), x_part)
+        parts = product.view(-1, br, product.shape[1] // bc, bc).transpose(1, 2)
+        blocks[group.first : group.last] = (parts.transpose(0, 1) if plan.by_column else parts).flatten(0, 1)
+    return blocks
+
+
+def _take(features: Tensor, group: Group, edge: int, positions: Tensor) -> Tensor:
+    """The features [T, k * edge] of a line of k blocks: a slice where they are adjacent, a copy elsewhere."""
+    slices = [features.narrow(1, start * edge, length * edge) for start, length in group.runs]
+    if len(slices) == 1:
+        return slices[0]
+    if edge >= RUN_EDGE:
+        return torch.cat(slices, dim=1)
+    count = sum(length for _, length in group.runs)
+    return features.index_select(1, positions[group.first * edge : (group.first + count) * edge])
+
+
+def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x weight + bias for a weight [I, O]: the very product of `Conv1D`, so that not a bit changes."""
+    flat_x = x.reshape(-1, x.shape[-1])
+    y = torch.mm(flat_x, weight) if bias is None else torch.addmm(bias, flat_x, weight)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+class SparseLinear(torch.autograd.Function):
+    """`sparse_linear` with its backward; see the top of this file."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        blocks: Tensor,
+        positions: Tensor,
+        plan: Plan,
+        origin: KeptInput | None,
+    ) -> Tensor:
+        # x goes in uncast: query, key and value hold one and the same tensor, also under autocast.
+        ctx.save_for_backward(weight, positions, *(origin.tensors if origin else (x,)))
+        ctx.steps = origin.steps if origin else ()
+        ctx.plan, ctx.master_dtype, ctx.x_shape, ctx.x_dtype = plan, blocks.dtype, x.shape, x.dtype
+        return _transposed_linear(x, weight, bias) if plan.grid.transposed else F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        weight, positions, *kept = ctx.saved_tensors
+        needs_dx, _, needs_dbias, needs_dblocks, *_ = ctx.needs_input_grad
+        flat_dy = dy.reshape(-1, dy.shape[-1])
+        dx = dbias = dblocks = None
+        if needs_dx:
+            matrix = weight.t() if ctx.plan.grid.transposed else weight
+            dx = torch.mm(flat_dy, matrix.to(dy.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+        if needs_dbias:
+            dbias = flat_dy.sum(0)
+        if needs_dblocks:
+            x = KeptInput(tuple(kept), ctx.steps)
+            dblocks = block_gradients(flat_dy, x, ctx.plan, positions).to(ctx.master_dtype)
+        return dx, None, dbias, dblocks, None, None, None
+
+
+def sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, positions: Tensor, plan: Plan
+) -> Tensor:
+    """y = x W^T + bias, with gradients for x, bias and the chosen blocks of W (SMT, equation 2).
+
+    Args:
+        x: [..., I] of any leading shape.
+        weight: [O, I] the dense weight, or [I, O] where the plan's grid is transposed; receives no gradient.
+        bias: [O] or None.
+        blocks: [n, br, bc] the trainable blocks in stored order; receives their gradient in its own dtype.
+        positions: [n * edge] int64, from `plan_blocks`.
+        plan: from `plan_blocks`.
+
+    Returns:
+        y: [..., O], in the dtype that the dense linear gives (autocast included).
+    """
+    return SparseLinear.apply(x, weight, bias, blocks, positions, plan, find_origin(x))

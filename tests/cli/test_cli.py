@@ -1,0 +1,255 @@
+"""The console script `smt`."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.metadata import entry_points
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from reference import block_scores
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from smt_trainer import BlockScores, BlockSelection, __version__
+from smt_trainer.cli import main
+from smt_trainer.cli.examples import make_examples, pad, read_records
+from smt_trainer.model.targets import count_parameters, find_targets, target_grids
+from smt_trainer.scores import make_scorer
+
+WITHOUT_TORCH = """
+import sys
+from smt_trainer.cli import main
+try:
+    main({arguments!r})
+finally:
+    heavy = {{"torch", "transformers", "numpy", "safetensors"}} & set(sys.modules)
+    assert not heavy, heavy
+"""
+
+
+def test_merge_writes_the_merged_checkpoint(base, delta, tmp_path, capsys):
+    folder, trained = delta
+    assert main(["merge", str(base), str(folder), str(tmp_path / "merged")]) == 0
+    assert f"merged checkpoint in {tmp_path / 'merged'}" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(tiny.logits(merged), tiny.logits(trained))
+
+
+def test_inspect_says_what_a_delta_holds(delta, capsys):
+    folder, trained = delta
+    assert main(["inspect", str(folder)]) == 0
+    output = capsys.readouterr().out
+    selection = trained.smt_state.selection
+    assert "score=random, scope=global, budget=12" in output
+    assert selection.summary() in output
+    table = {line.split()[0]: line.split()[1:] for line in output.partition("\nlayers")[2].splitlines()[1:]}
+    assert table["all"] == [*by_layer(selection, ""), "12", "64", "18.750%"]
+    for leaf, chosen in selection.blocks_by_projection().items():
+        blocks = sum(grid.num_blocks for name, grid in selection.grids.items() if name.endswith(leaf))
+        assert table[leaf] == [*by_layer(selection, leaf), str(chosen), str(blocks), f"{chosen / blocks:.3%}"]
+
+
+def by_layer(selection, leaf):
+    """How many blocks of a projection lie in each of the two layers, as text."""
+    chosen = {name: len(found) for name, found in selection.block_indices.items() if name.endswith(leaf)}
+    return [str(sum(count for name, count in chosen.items() if f"layers.{layer}." in name)) for layer in range(2)]
+
+
+@pytest.fixture
+def scores(llama, tmp_path):
+    """The path of a scores file of the tiny Llama."""
+    config = tiny.config(score="random")
+    grids = target_grids(find_targets(llama, config), config)
+    drawn = make_scorer({}, grids, config).scores()
+    BlockScores(grids, drawn, count_parameters(llama), config).save(tmp_path / "scores.safetensors")
+    return tmp_path / "scores.safetensors"
+
+
+def test_inspect_says_what_a_scores_file_and_a_selection_hold_and_draws_them(scores, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    selection = BlockScores.load(scores).select()
+    selection.save(tmp_path / "selection.json")
+    outputs = []
+    for path, stems in ((scores, ["layers", "scores", "selection", "shares"]), (tmp_path / "selection.json", None)):
+        folder = tmp_path / path.stem
+        assert main(["inspect", str(path), "--plot", str(folder)]) == 0
+        outputs.append(capsys.readouterr().out.partition("\n\n")[0])
+        stems = stems or ["layers", "selection", "shares"]
+        assert sorted(path.name for path in folder.iterdir()) == [f"{s}.{end}" for s in stems for end in ("csv", "png")]
+        rows = list(csv.DictReader((folder / "layers.csv").read_text().splitlines()))
+        assert sum(int(row["trained"]) for row in rows) == 12 and sum(int(row["blocks"]) for row in rows) == 64
+    assert "scores       of 64 blocks" in outputs[0]
+    assert outputs[1].splitlines() == [line for line in outputs[0].splitlines() if not line.startswith("scores")]
+
+
+def test_inspect_of_two_says_what_they_share(scores, delta, tmp_path, capsys):
+    BlockScores.load(scores).select().save(tmp_path / "selection.json")
+    for other, last in ((scores, ["12", "12", "12", "1.000", "1.000"]), (tmp_path / "selection.json", None)):
+        assert main(["inspect", str(scores), str(other)]) == 0
+        table = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+        assert list(table) == ["projection", "q_proj", "k_proj", "v_proj", "all"]
+        assert table["all"] == (last or ["12", "12", "12", "1.000"])
+    # The delta's blocks were drawn with the same seed.
+    assert main(["inspect", str(delta[0]), str(tmp_path / "selection.json")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "12", "12", "12", "1.000"]
+
+
+# ---- select ----
+
+RECORDS = [{"prompt": f"what is {number}?", "completion": f"it is {number + 1}"} for number in range(12)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama and a tokenizer of bytes on disk."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(("<pad>", "<bos>", "<eos>", *alphabet))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.save_pretrained(tmp_path / "checkpoint")
+    tiny.llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def chosen(path):
+    return {name: found.tolist() for name, found in BlockSelection.load(path).block_indices.items()}
+
+
+@pytest.mark.parametrize("checkpointing", [[], ["--checkpointing"]])
+def test_select_chooses_by_the_gradients_of_the_completions(checkpointing, checkpoint, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    options = "--block-size 16 --budget q_proj=4,v_proj=3 --target-modules q_proj v_proj --warmup-steps 1".split()
+    command = ["select", str(checkpoint), "--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")]
+    assert main([*command, *options, "--batch", "4", "--accumulation", "3", *checkpointing]) == 0
+    assert "7 blocks of 16x16" in capsys.readouterr().out
+    scores = BlockScores.load(tmp_path / "out" / "smt_scores.safetensors")
+    assert chosen(tmp_path / "out" / "smt_selection.json") == {
+        name: found.tolist() for name, found in scores.select().block_indices.items()
+    }
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    loss = 0
+    for record in RECORDS:
+        prompt, completion = (list(map(token_of, record[key].encode())) for key in ("prompt", "completion"))
+        ids = torch.tensor([prompt + completion + [2]])
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        loss += F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum")
+    loss /= sum(len(record["completion"]) + 1 for record in RECORDS)
+    loss.backward()
+    expected = {
+        name: block_scores(model.get_submodule(name).weight.grad, grid, lambda part: part.abs().mean())
+        for name, grid in scores.grids.items()
+    }
+    # Early versions 5 of transformers divide the gradients of accumulated batches once too often.
+    ours, twins = (torch.cat([part[name].flatten() for name in scores.grids]) for part in (scores.scores, expected))
+    torch.testing.assert_close(ours / ours.sum(), twins / twins.sum(), rtol=1e-3, atol=1e-6)
+
+
+def token_of(byte):
+    """The id of a byte of ASCII in the tokenizer of `checkpoint`."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return 3 + alphabet.index("\u0120" if byte == 32 else chr(byte))
+
+
+def test_select_chooses_again_from_scores_alone(scores, tmp_path):
+    command = ["select", "--scores", str(scores), "--output", str(tmp_path / "out")]
+    assert main([*command, "--budget", "3", "--target-modules", "v_proj$", "q_proj", "--layer-cap", "2"]) == 1
+    assert main([*command, "--budget", "3", "--target-modules", "v_proj", "q_proj", "--layer-cap", "2"]) == 0
+    own = BlockScores.load(scores)
+    config = replace(own.config, budget=3, target_modules=["v_proj", "q_proj"], layer_cap=2)
+    assert BlockSelection.load(tmp_path / "out" / "smt_selection.json").to_dict() == own.select(config).to_dict()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["smt_selection.json"]
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_a_text_is_learnt_whole_to_its_end_and_a_long_one_cut(form, checkpoint, tmp_path):
+    # JSON lines end at a line feed only.
+    records = [{"text": "a b"}, {"text": "\u2028", "id": 7}]
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (tmp_path / "data").write_text("\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
+    assert read_records(tmp_path / "data") == records
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    a, space, b = map(token_of, b"a b")
+    for length, expected in ((5, [a, space, b, 2]), (2, [a, space])):
+        first, _ = make_examples(records, tokenizer, length)
+        assert first["input_ids"].tolist() == first["labels"].tolist() == expected
+    batch = pad([*make_examples(records[:1], tokenizer, 5), *make_examples(records[:1], tokenizer, 2)])
+    assert batch["labels"][1].tolist() == [a, space, -100, -100]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"text": "a"}, {"prompt": "b"}]', "record 2 of data should have a text, or a prompt and a completion"),
+        ('{"text": "a"}\n{"text": 3}', "record 2 of data should have"),
+        ('{"text": "a"}\n7', "record 2 of data should have .* got int"),
+        ('{"text": "a"}\n{"text', "line 2 of data is no JSON"),
+        ("", "data holds no records"),
+        (json.dumps({"prompt": "long " * 200, "completion": "a"}), "no record has anything to learn within 512 tokens"),
+    ],
+)
+def test_data_that_cannot_be_learnt_from_are_refused(text, message, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").write_text(text)
+    assert main(["select", "checkpoint", "--data", "data", "--output", "out"]) == 1
+    assert re.match(f"smt: {message}", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "smt: no delta at nowhere"),
+        (["merge", "base", "nowhere", "out"], "smt: no delta at nowhere"),
+        (["inspect", "nowhere.json"], "smt: no selection at nowhere.json"),
+        (["inspect", "nowhere.safetensors"], "smt: no scores at"),
+        (["select", "--output", "out"], "smt: give a model and --data to choose"),
+        (["select", "model", "--scores", "file", "--output", "out"], "smt: give a model and --data, or --scores alone"),
+        (["select", "model", "--data", "nowhere", "--output", "out"], "smt: no data at nowhere"),
+        (["select", "--scores", "a", "--output", "out", "--budget", "mlp=x"], "smt: budget must be a count of blocks"),
+    ],
+)
+def test_bad_input_is_one_line_on_standard_error_and_status_1(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(message) and captured.err.count("\n") == 1 and not captured.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["unmerge"], ["merge", "base"]])
+def test_a_command_line_that_cannot_be_parsed_is_refused_with_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: smt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "merge a delta into its base checkpoint"),
+        (["select", "--help"], "choose from these scores, without model and data"),
+        (["merge", "--help"], "base checkpoint: a folder, or a name on the hub"),
+        (["--version"], f"smt_trainer {__version__}"),
+    ],
+)
+def test_help_needs_no_torch(arguments, expected):
+    script = WITHOUT_TORCH.format(arguments=arguments)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert expected in run.stdout
+
+
+def test_the_console_script_is_main():
+    found = [script for script in entry_points(group="console_scripts") if script.name == "smt"]
+    if not found:
+        pytest.skip("the package is not installed")
+    assert found[0].load() is main

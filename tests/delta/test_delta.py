@@ -1,0 +1,273 @@
+"""The delta on disk: round trip, base check, damage."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from architectures import inputs_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, save_delta
+from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
+from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.sparse.linear import smt_layers
+
+
+def no_space(*_, **__) -> None:
+    """In place of what writes a file."""
+    raise OSError("disk full")
+
+
+def test_base_and_delta_give_the_trained_models_logits(delta):
+    folder, trained = delta
+    expected = tiny.logits(trained)
+    assert not torch.equal(tiny.logits(tiny.llama()), expected)
+    for merge in (False, True):
+        model = load_delta(tiny.llama(), folder, merge=merge)
+        assert is_smt_model(model) is not merge
+        assert torch.equal(tiny.logits(model), expected)
+
+
+@pytest.mark.parametrize("granularity", ["block", "row"])
+def test_the_delta_of_a_model_with_transposed_weights_gives_its_logits(granularity, tmp_path):
+    shape = {} if granularity == "block" else {"granularity": granularity, "block_size": "auto"}
+    model = tiny.gpt2()
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", target_modules="all-linear", **shape)))
+    tiny.step(model, **tiny.batch())
+    save_delta(model, tmp_path)
+    assert Delta.read(tmp_path).selection.grids == model.smt_state.selection.grids
+    assert torch.equal(tiny.logits(load_delta(tiny.gpt2(), tmp_path, merge=True)), tiny.logits(model))
+
+
+def test_loading_gives_every_tensor_of_the_trained_model_back(delta):
+    folder, trained = delta
+    state = load_delta(tiny.llama(), folder).state_dict()
+    assert state.keys() == trained.state_dict().keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trained.state_dict().items())
+
+
+def test_a_delta_can_be_loaded_into_the_model_that_trains_its_blocks(delta):
+    folder, trained = delta
+    expected = tiny.logits(trained)
+    tiny.step(trained, **tiny.batch())
+    assert not torch.equal(tiny.logits(trained), expected)
+    assert torch.equal(tiny.logits(load_delta(trained, folder)), expected)
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_blocks_are_stored_in_the_weights_dtype_or_the_masters(master, tmp_path):
+    model = tiny.llama().bfloat16()
+    convert_to_smt(model, tiny.choose(model))
+    tiny.step(model, **tiny.batch())
+    save_delta(model, tmp_path, master=master)
+    stored = Delta.read(tmp_path)
+    assert {blocks.dtype for blocks in stored.blocks.values()} == {torch.float32 if master else torch.bfloat16}
+    assert stored.weight_dtype == torch.bfloat16
+    again = load_delta(tiny.llama().bfloat16(), tmp_path)
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    if master:
+        for (_, ours), (_, theirs) in zip(smt_layers(again), smt_layers(model), strict=True):
+            assert torch.equal(ours.blocks, theirs.blocks)
+
+
+def test_the_delta_folder_holds_two_files_of_plain_data(delta):
+    folder, model = delta
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, DELTA_FILE]
+    stored = sum(blocks.numel() for name, blocks in load_file(folder / DELTA_FILE).items() if name.endswith(".blocks"))
+    assert stored == model.smt_state.selection.trainable_parameters
+
+
+def test_saving_again_replaces_the_delta(delta):
+    folder, model = delta
+    tiny.step(model, **tiny.batch())
+    save_delta(model, folder)
+    assert torch.equal(tiny.logits(load_delta(tiny.llama(), folder)), tiny.logits(model))
+
+
+def test_the_head_of_a_classifier_travels_in_the_delta(tmp_path):
+    model, base = (tiny.build("BertForSequenceClassification", num_labels=3) for _ in range(2))
+    inputs = inputs_of(model)
+    convert_to_smt(model, tiny.choose(model))
+    tiny.step(model, **inputs)
+    save_delta(model, tmp_path)
+    assert sorted(Delta.read(tmp_path).whole) == ["classifier.bias", "classifier.weight"]
+    assert torch.equal(tiny.logits(load_delta(base, tmp_path), **inputs), tiny.logits(model, **inputs))
+
+    other = tiny.build("BertForSequenceClassification", num_labels=2)
+    with pytest.raises(SMTError, match=r"holds `classifier\..*Load the base with the same head \(number of labels\)"):
+        load_delta(other, tmp_path)
+    assert not is_smt_model(other)
+
+
+def test_tied_modules_trained_whole_stay_tied_and_travel_in_the_delta(tmp_path):
+    smt_config = tiny.config(score="random", modules_to_save=["embed_tokens", "lm_head"])
+    model = tiny.llama(tie_word_embeddings=True)
+    convert_to_smt(model, tiny.choose(model, smt_config))
+    tiny.step(model, **tiny.batch())
+    save_delta(model, tmp_path)
+    again = load_delta(tiny.llama(tie_word_embeddings=True), tmp_path)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_from_delta_loads_base_and_delta_in_one_line(base, delta):
+    folder, trained = delta
+    model = from_delta(folder, base=str(base))
+    assert not is_smt_model(model) and torch.equal(tiny.logits(model), tiny.logits(trained))
+    assert is_smt_model(from_delta(folder, base=str(base), merge=False))
+    with pytest.raises(SMTError, match="records no base model; pass base="):
+        from_delta(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny.llama(seed=1), "differ from it where the blocks lie"),
+        (lambda: tiny.llama(num_hidden_layers=1), "this model has no such module"),
+        (
+            lambda: tiny.build("LlamaForCausalLM", hidden_size=96, num_key_value_heads=4),
+            "64x64; this model has .* 96x96",
+        ),
+        (lambda: tiny.llama().bfloat16(), "in torch.float32 or finer"),
+    ],
+)
+def test_a_delta_of_another_base_is_refused_and_the_model_left_as_it_was(make, message, delta):
+    model = make()
+    before = tiny.weights(model)
+    with pytest.raises(SMTError, match=message):
+        load_delta(model, delta[0])
+    assert not is_smt_model(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_finer_dtype_is_the_same_base(delta):
+    folder, trained = delta
+    model = load_delta(tiny.llama().double(), folder)
+    torch.testing.assert_close(tiny.logits(model).float(), tiny.logits(trained), rtol=1e-5, atol=1e-5)
+
+
+def test_another_name_of_the_same_weights_is_warned_about(delta, warnings):
+    folder, _ = delta
+    edit(folder, lambda manifest: manifest["selection"].update(base_model="someone/base@abc"))
+    model = tiny.llama()
+    model.config._name_or_path = "someone/copy"
+    load_delta(model, folder)
+    assert warnings() == ["The delta names someone/base@abc as its base, this is someone/copy; the weights agree."]
+
+
+def test_a_delta_of_other_blocks_is_refused_by_a_rewritten_model(delta):
+    model = tiny.llama()
+    convert_to_smt(model, tiny.choose(model, seed=1))
+    with pytest.raises(SMTError, match="holds other blocks"):
+        load_delta(model, delta[0])
+
+
+def rewrite(folder, tensors=None, manifest=None) -> None:
+    """Replace the tensors or the manifest of a delta."""
+    with safe_open(folder / DELTA_FILE, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(folder / DELTA_FILE) if tensors is None else tensors
+    save_file(tensors, folder / DELTA_FILE, metadata=metadata | ({} if manifest is None else {MANIFEST: manifest}))
+
+
+def edit(folder, change) -> None:
+    manifest = json.loads((folder / CONFIG_FILE).read_text())
+    change(manifest)
+    rewrite(folder, manifest=json.dumps(manifest))
+
+
+def edit_tensors(folder, change) -> None:
+    tensors = load_file(folder / DELTA_FILE)
+    name = next(name for name in tensors if name.endswith(".block_indices")).removesuffix(".block_indices")
+    change(tensors, name)
+    rewrite(folder, tensors)
+
+
+def truncate(folder):
+    data = (folder / DELTA_FILE).read_bytes()
+    (folder / DELTA_FILE).write_bytes(data[: len(data) // 2])
+
+
+def set_index(value):
+    return lambda tensors, name: tensors[f"{name}.block_indices"][0].fill_(value)
+
+
+def repeat_index(tensors, name):
+    tensors[f"{name}.block_indices"] = tensors[f"{name}.block_indices"][:1].repeat(2, 1)
+    tensors[f"{name}.blocks"] = tensors[f"{name}.blocks"][:1].repeat(2, 1, 1)
+
+
+def flatten_indices(tensors, name):
+    tensors[f"{name}.block_indices"] = tensors[f"{name}.block_indices"].flatten()
+
+
+def drop_a_block(tensors, name):
+    tensors[f"{name}.blocks"] = tensors[f"{name}.blocks"][:-1].contiguous()
+
+
+def reshape_blocks(tensors, name):
+    tensors[f"{name}.blocks"] = tensors[f"{name}.blocks"][:, :8].contiguous()
+
+
+def add_a_tensor(tensors, name):
+    tensors["stranger"] = torch.zeros(1)
+
+
+DAMAGE = {
+    "no folder": (lambda folder: folder.rename(folder.with_name("away")), "no delta at"),
+    "no tensors": (lambda folder: (folder / DELTA_FILE).unlink(), f"{DELTA_FILE} is missing"),
+    "no manifest": (lambda folder: save_file(load_file(folder / DELTA_FILE), folder / DELTA_FILE), "is damaged"),
+    "truncated": (truncate, "is damaged or truncated"),
+    "empty": (lambda folder: (folder / DELTA_FILE).write_bytes(b""), "is damaged or truncated"),
+    "text": (lambda folder: (folder / DELTA_FILE).write_text("weights"), "is damaged or truncated"),
+    "no JSON": (lambda folder: rewrite(folder, manifest='{"format": '), "is damaged"),
+    "a list": (lambda folder: rewrite(folder, manifest="[]"), "is damaged"),
+    "newer": (lambda folder: edit(folder, lambda values: values.update(format="2")), "has format 2, this version"),
+    "no fingerprint": (lambda folder: edit(folder, lambda values: values.pop("fingerprint")), "is damaged"),
+    "wrong dtype": (lambda folder: edit(folder, lambda values: values.update(weight_dtype="f99")), "is damaged"),
+    "unknown field": (
+        lambda folder: edit(folder, lambda values: values["selection"]["config"].update(edge=3)),
+        "has no field edge",
+    ),
+    "index too large": (lambda folder: edit_tensors(folder, set_index(99)), r"block \(99, 99\) was asked for"),
+    "index negative": (lambda folder: edit_tensors(folder, set_index(-1)), r"block \(-1, -1\) was asked for"),
+    "index twice": (lambda folder: edit_tensors(folder, repeat_index), "name a block twice"),
+    "indices flat": (lambda folder: edit_tensors(folder, flatten_indices), "is damaged"),
+    "block missing": (lambda folder: edit_tensors(folder, drop_a_block), "is damaged"),
+    "blocks of other shape": (lambda folder: edit_tensors(folder, reshape_blocks), "should have shape"),
+    "stranger": (lambda folder: edit_tensors(folder, add_a_tensor), "expected the whole tensors"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_delta_is_refused_and_the_model_left_as_it_was(damage, message, delta, llama):
+    damage(delta[0])
+    with pytest.raises(SMTError, match=message):
+        load_delta(llama, delta[0])
+    assert not is_smt_model(llama) and all(parameter.requires_grad for parameter in llama.parameters())
+
+
+def test_saving_a_plain_model_is_refused(llama, tmp_path):
+    with pytest.raises(SMTError, match="trains no blocks"):
+        save_delta(llama, tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_a_failed_save_leaves_the_older_delta_whole(delta, monkeypatch):
+    folder, model = delta
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("smt_trainer.delta.delta.save_file", no_space)
+    with pytest.raises(OSError, match="disk full"):
+        save_delta(model, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_save_that_breaks_off_between_the_files_leaves_a_whole_delta(delta, llama, monkeypatch, tmp_path):
+    model = tiny.llama()
+    convert_to_smt(model, tiny.choose(model, seed=1))
+    monkeypatch.setattr("smt_trainer.delta.delta.write_text", no_space)
+    with pytest.raises(OSError, match="disk full"):
+        save_delta(model, delta[0])
+    assert torch.equal(tiny.logits(load_delta(llama, delta[0])), tiny.logits(model))

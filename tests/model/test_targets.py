@@ -1,0 +1,293 @@
+"""Which linears are targets."""
+
+import re
+
+import pytest
+import tiny
+import torch
+from architectures import EXPERTS, GROUPED
+from torch import nn
+
+from smt_trainer import SMTConfig, SMTError, convert_to_smt, find_targets, load_delta
+from smt_trainer.model.targets import count_parameters, head_names, layer_index, matches, target_grids
+
+LAYER = "model.layers.{}.self_attn.{}_proj".format
+QKV = [LAYER(layer, name) for layer in (0, 1) for name in "qkv"]
+
+
+def leaves(model: nn.Module, **fields) -> list[str]:
+    """The last parts of the targets' names, each once, in order."""
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in find_targets(model, SMTConfig(**fields))))
+
+
+def test_qkv_finds_the_projections_in_the_models_order(llama):
+    targets = find_targets(llama, SMTConfig())
+    assert list(targets) == QKV
+    assert all(targets[name] is llama.get_submodule(name) for name in QKV)
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        ("attention", ["q_proj", "k_proj", "v_proj", "o_proj"]),
+        ("mlp", ["gate_proj", "up_proj", "down_proj"]),
+        ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        (["v_proj", "self_attn.q_proj"], ["q_proj", "v_proj"]),
+        (r".*\.1\..*up_proj", ["up_proj"]),
+        (["lm_head"], ["lm_head"]),
+    ],
+)
+def test_groups_lists_and_regular_expressions_name_targets(llama, target_modules, expected):
+    assert leaves(llama, target_modules=target_modules) == expected
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        ("qkv", ["c_attn", "q_attn"]),
+        ("attention", ["c_attn", "c_proj", "q_attn"]),
+        ("mlp", ["c_fc", "c_proj"]),
+        ("all-linear", ["c_attn", "c_proj", "q_attn", "c_fc"]),
+    ],
+)
+def test_transposed_linears_are_targets(target_modules, expected):
+    assert leaves(tiny.gpt2(add_cross_attention=True), target_modules=target_modules) == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "block_shape", "shape"),
+    [
+        ({}, (64, 64), (3, 1)),
+        ({"block_size": (96, 16)}, (96, 16), (2, 4)),
+        ({"granularity": "row"}, (1, 64), (192, 1)),
+        ({"granularity": "column"}, (192, 1), (1, 64)),
+    ],
+)
+def test_rows_are_out_features_whichever_way_a_weight_is_stored(fields, block_shape, shape):
+    targets = {"linear": nn.Linear(64, 192), "transposed": tiny.gpt2().transformer.h[0].attn.c_attn}
+    grids = target_grids(targets, SMTConfig(**fields))
+    for name, grid in grids.items():
+        assert (grid.block_shape, grid.shape, grid.weight_shape) == (block_shape, shape, (192, 64))
+        assert grid.stored_shape == tuple(targets[name].weight.shape)
+        assert grid.transposed is (name == "transposed")
+
+
+@pytest.mark.parametrize("exclude", [["k_proj"], r".*k_proj"])
+def test_excluded_modules_are_left_out(llama, exclude):
+    assert leaves(llama, exclude_modules=exclude) == ["q_proj", "v_proj"]
+
+
+def test_layers_below_the_lowest_are_left_out(llama):
+    assert list(find_targets(llama, SMTConfig(lowest_layer=1))) == QKV[3:]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["wq"]}, r"\['wq'\] matches no linear.*q_proj \(2 of 64x64\).*Name some of them"),
+        ({"target_modules": "q_proj"}, "matches no linear"),
+        ({"lowest_layer": 2}, "lowest_layer=2 matches no linear"),
+        ({"exclude_modules": ["q_proj", "k_proj", "v_proj"]}, "exclude_modules=.* matches no linear"),
+    ],
+)
+def test_no_match_is_refused_listing_what_there_is(llama, fields, message):
+    with pytest.raises(SMTError, match=message):
+        find_targets(llama, SMTConfig(**fields))
+
+
+def test_a_model_without_linears_is_refused():
+    with pytest.raises(SMTError, match=r"neither torch\.nn\.Linear nor Conv1D"):
+        find_targets(nn.Sequential(nn.ReLU()), SMTConfig())
+
+
+def test_linears_that_cannot_be_tuned_are_left_out_with_the_reason(llama, warnings):
+    q, k, v = (llama.get_submodule(name) for name in QKV[:3])
+    q.forward = q.forward
+    k.weight = llama.get_submodule(QKV[4]).weight
+    v.weight = nn.Parameter(torch.zeros(32, 64, dtype=torch.uint8), requires_grad=False)
+    assert list(find_targets(llama, SMTConfig())) == [QKV[3], QKV[5]]
+    reasons = "\n".join(warnings())
+    assert f"`{QKV[0]}` is not tuned: its forward is replaced" in reasons
+    assert f"`{QKV[1]}` is not tuned: its weight is shared" in reasons
+    assert f"`{QKV[2]}` is not tuned: its weight is no plain matrix of floats but a Parameter of torch.uint8" in reasons
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        nn.Parameter(torch.zeros(64, 64).to(torch.float8_e4m3fn)),
+        nn.Parameter(torch.zeros(1024, 1, dtype=torch.bfloat16)),
+        type("Packed", (nn.Parameter,), {})(torch.zeros(64, 64)),
+    ],
+    ids=["float8", "packed into bfloat16", "a kind of parameter of its own"],
+)
+def test_a_weight_that_only_looks_like_floats_is_left_out(weight, llama, warnings):
+    llama.get_submodule(QKV[0]).weight = weight
+    assert list(find_targets(llama, SMTConfig())) == QKV[1:]
+    assert f"`{QKV[0]}` is not tuned: its weight is no plain matrix of floats" in warnings()[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "weight"),
+    [
+        ("Linear8bitLt", {"has_fp16_weights": False}, "Int8Params of torch.int8 [32, 64]"),
+        ("Linear4bit", {}, "Params4bit of torch.uint8 [1024, 1]"),
+        ("Linear4bit", {"quant_storage": torch.bfloat16}, "Params4bit of torch.bfloat16 [512, 1]"),
+    ],
+)
+def test_linears_of_bitsandbytes_are_left_out(kind, options, weight, llama, warnings):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    for layer in llama.model.layers:
+        layer.self_attn.v_proj = getattr(bitsandbytes.nn, kind)(64, 32, bias=False, **options).to("cpu")
+    assert leaves(llama) == ["q_proj", "k_proj"]
+    assert [warning.partition(" but a ")[2] for warning in warnings()] == [f"{weight}."] * 2
+    with pytest.raises(SMTError, match=r"matches 2 linears, none of which can be tuned.*unquantised"):
+        find_targets(llama, SMTConfig(target_modules=["v_proj"]))
+
+
+def test_the_output_projection_of_torchs_own_attention_is_left_out(warnings):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "out_proj": nn.Linear(32, 32)})
+    assert list(find_targets(model, SMTConfig(target_modules=["out_proj"]))) == ["out_proj"]
+    assert "`attention.out_proj` is not tuned: nn.MultiheadAttention reads its weight" in warnings()[0]
+
+
+# ---- experts in 3-D parameters ----
+
+
+def mixture(**overrides) -> nn.Module:
+    """Experts in the second layer, an ordinary MLP in the first."""
+    dense = {"mlp_only_layers": [0], "num_experts": 4}
+    return tiny.build("Qwen3MoeForCausalLM", **GROUPED | EXPERTS | dense | overrides)
+
+
+ABOUT_EXPERTS = (
+    r"experts of this model are not tuned: they are kept as 3-D parameters \(2 such as "
+    r"`model\.layers\.1\.mlp\.experts\.gate_up_proj` of 4x64x64\), not as linears\. Leave them out with target_modules="
+)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "mlp", "lowest_layer": 1},
+        {"target_modules": ["experts"]},
+        {"target_modules": ["gate_up_proj"]},
+        {"target_modules": r".*\.experts\..*"},
+        {"target_modules": ["w1", "w2"]},
+    ],
+    ids=str,
+)
+def test_asking_for_experts_alone_is_refused(fields):
+    with pytest.raises(SMTError, match=f"matches no linear of this model.*{ABOUT_EXPERTS}"):
+        find_targets(mixture(), SMTConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        ("mlp", ["gate_proj", "up_proj", "down_proj"]),
+        ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        (["q_proj", "down_proj"], ["q_proj", "down_proj"]),
+        (r".*(up_proj|experts)", ["up_proj"]),
+    ],
+)
+def test_asking_for_experts_among_others_warns(target_modules, expected, warnings):
+    assert leaves(mixture(), target_modules=target_modules) == expected
+    assert len(warnings()) == 1 and re.search(ABOUT_EXPERTS, warnings()[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "qkv"},
+        {"target_modules": "attention"},
+        {"target_modules": "all-linear", "exclude_modules": ["experts"]},
+        {"target_modules": ["gate_proj"]},
+    ],
+    ids=str,
+)
+def test_asking_for_no_experts_is_silent(fields, warnings):
+    assert leaves(mixture(), **fields) and not warnings()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides"),
+    [
+        ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4}),
+        ("GptOssForCausalLM", GROUPED | {"num_local_experts": 4}),
+        ("GraniteMoeForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}),
+    ],
+)
+def test_the_experts_of_an_architecture_are_known(architecture, overrides):
+    with pytest.raises(SMTError, match=r"they are kept as 3-D parameters \(4 such as `model\.layers\.0\."):
+        find_targets(tiny.build(architecture, **overrides), SMTConfig(target_modules="mlp"))
+
+
+# ---- adapters of PEFT ----
+
+
+def wrapped(peft, model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), "the model is a PeftModel of PEFT"
+
+
+def injected(peft, model):
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+    return model, r"`model\.layers\.0\.self_attn\.q_proj` is a Linear of PEFT"
+
+
+@pytest.mark.parametrize("adapt", [wrapped, injected])
+def test_a_model_with_an_adapter_is_refused(adapt, delta):
+    peft = pytest.importorskip("peft")
+    selection = delta[1].smt_state.selection
+    model, message = adapt(peft, tiny.llama())
+    for use in (
+        lambda: find_targets(model, SMTConfig()),
+        lambda: convert_to_smt(model, selection),
+        lambda: load_delta(model, delta[0]),
+    ):
+        with pytest.raises(SMTError, match=rf"{message}.*model = model\.merge_and_unload\(\)"):
+            use()
+
+
+def test_a_model_whose_adapter_was_merged_is_a_plain_one():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"])).merge_and_unload()
+    assert list(find_targets(model, SMTConfig())) == QKV
+
+
+def test_only_untunable_matches_are_refused():
+    with pytest.raises(SMTError, match="matches 1 linears, none of which can be tuned"):
+        find_targets(tiny.llama(tie_word_embeddings=True), SMTConfig(target_modules=["lm_head"]))
+
+
+def test_the_head_of_a_classifier_is_no_target():
+    model = tiny.build("LlamaForSequenceClassification", num_key_value_heads=2, num_labels=3)
+    assert head_names(model) == ["score"]
+    assert "score" not in leaves(model, target_modules="all-linear")
+
+
+def test_routers_are_no_targets():
+    model = nn.Module()
+    router = nn.ModuleDict({"layer": nn.Linear(32, 4)})
+    model.layers = nn.ModuleList(
+        [nn.ModuleDict({"gate": nn.Linear(32, 4), "router": router, "up_proj": nn.Linear(32, 32)})]
+    )
+    assert leaves(model, target_modules="mlp") == leaves(model, target_modules="all-linear") == ["up_proj"]
+
+
+def test_tied_weights_count_once():
+    tied, untied = tiny.llama(tie_word_embeddings=True), tiny.llama(tie_word_embeddings=False)
+    assert count_parameters(untied) - count_parameters(tied) == tiny.VOCABULARY * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [("model.layers.7.self_attn.q_proj", 7), ("transformer.h.12.mlp.experts.3", 12), ("lm_head", -1)]
+)
+def test_the_layer_index_is_the_first_number_of_the_path(name, index):
+    assert layer_index(name) == index
+
+
+def test_an_ending_matches_whole_parts_of_a_name_only():
+    assert matches("layers.0.q_proj", ["q_proj"]) and matches("q_proj", ["q_proj"])
+    assert not matches("layers.0.sq_proj", ["q_proj"])
+    assert not matches("layers.0.q_proj", "q_proj")

@@ -1,0 +1,62 @@
+"""Two processes with half the batch each, against one process: gloo, on the CPU."""
+
+import pytest
+import tiny
+import torch
+import training_script
+
+from smt_trainer import load_delta
+from smt_trainer.delta.delta import Delta
+from smt_trainer.training.trainer import SCORES_FILE
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a run on two ranks, the outcome of each rank, and that of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    training_script.torchrun(training_script.__file__, 2, "ranks", folder, ACCELERATE_USE_CPU="true")
+    return folder, training_script.outcomes(folder, 2), training_script.ranked(folder / "single", processes=1)
+
+
+def test_both_ranks_end_with_the_same_blocks_and_weights(runs):
+    _, (first, second), _ = runs
+    for key in ("block_indices", "blocks", "weights", "scores"):
+        torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
+
+
+def test_two_ranks_score_select_and_train_as_one_process(runs):
+    _, (rank, _), single = runs
+    # Ranks average squares of activations, and the backward of each is one more to `grad_abs`.
+    factors = {"activation": 2**0.5}
+    for score in rank["scores"].keys() - {"grad_abs"}:
+        for name, expected in single["scores"][score].items():
+            # Scores are summed in float32.
+            ours, atol = factors.get(score, 1) * rank["scores"][score][name], 1e-5 * expected.max().item()
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=atol)
+    torch.testing.assert_close(rank["block_indices"], single["block_indices"], rtol=0, atol=0)
+    # Weights are float64, but transformers computes the loss, whose gradient starts the backward pass, in float32.
+    torch.testing.assert_close(rank["blocks"], single["blocks"], rtol=0, atol=1e-6)
+    assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    base = tiny.llama().double().state_dict()
+    assert any((tensor - base[name]).abs().max() > 1e-3 for name, tensor in rank["weights"].items() if name in base)
+
+
+def test_the_scores_of_two_ranks_serve_one_process(runs):
+    folder, (rank, _), _ = runs
+    smt_config = tiny.config(selection=folder / "rank-0" / SCORES_FILE)
+    trainer = tiny.smt_trainer(tiny.llama().double(), folder / "reused", smt_config)
+    trainer.train()
+    torch.testing.assert_close(trainer.smt_selection.block_indices, rank["block_indices"], check_dtype=False)
+
+
+def test_only_the_first_rank_writes(runs):
+    folder, (rank, _), _ = runs
+    written = [[path for path in (folder / f"rank-{number}").rglob("*") if path.is_file()] for number in range(2)]
+    assert {path.parent.name for path in written[0]} == {"rank-0", "delta", "merged"}
+    assert written[1] == []
+    delta = Delta.read(folder / "rank-0" / "delta")
+    assert delta.selection.num_blocks == 12
+    loaded = load_delta(tiny.llama().double(), folder / "rank-0" / "delta").state_dict()
+    torch.testing.assert_close(dict(loaded), dict(rank["weights"]), rtol=0, atol=0)

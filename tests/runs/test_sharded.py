@@ -1,0 +1,152 @@
+"""Models sharded over two ranks, by FSDP2 and by DeepSpeed ZeRO, against one process: gloo, on the CPU.
+
+The runs and the shims they need there are in `sharded_script.py`.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import sharded_script
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from sharded_script import CASES, LAUNCHED
+from training_script import accelerate_launch, torchrun
+from transformers import AutoModelForCausalLM
+
+from smt_trainer import load_delta
+from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
+
+CONFIGURATIONS = Path(__file__).parents[2] / "recipes" / "accelerate"
+QUICK = ["fsdp", "fsdp-one-rank-loads", "fsdp-checkpointing"]
+SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK]
+ZERO = [name for name in CASES if "zero" in name]
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'")
+MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(ZERO, needs_deepspeed)
+# With ACCELERATE_USE_CPU accelerate leaves DeepSpeed out, which has a variable of its own.
+ENVIRONMENT = {"fsdp": {"ACCELERATE_USE_CPU": "true"}, "zero": {"DS_ACCELERATOR": "cpu"}}
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+every_case = pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES])
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The folder of a case, run with others like it in one launch."""
+    folders = {}
+
+    def folder(name):
+        group = next(group for group in (QUICK, SLOW, ZERO) if name in group)
+        if name not in folders:
+            where = tmp_path_factory.mktemp("sharded")
+            torchrun(sharded_script.__file__, 2, where, *group, **ENVIRONMENT["zero" if group is ZERO else "fsdp"])
+            folders.update({name: where / name for name in group})
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture
+def ranks_of(folder_of):
+    """What each rank of a case wrote."""
+    return lambda name: [torch.load(folder_of(name) / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@every_case
+def test_all_ranks_end_with_the_same_blocks_and_weights(name, ranks_of):
+    first, second = ranks_of(name)
+    tiny.assert_same(first, second)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES if "bf16" not in name]
+)
+def test_two_ranks_select_and_train_as_one_process(name, ranks_of, tmp_path):
+    """Not with bf16, which both ways of sharding bring about by casting weights, one process by casting activations."""
+    ours, single = ranks_of(name)[0]["trained"], sharded_script.run(tmp_path, CASES[name], 1)["trained"]
+    tiny.assert_same(ours["block_indices"], single["block_indices"])
+    for key in ("blocks", "weights"):
+        torch.testing.assert_close(ours[key], single[key], rtol=1e-6, atol=1e-7)
+    for key in ("losses", "eval_losses"):
+        assert ours[key] == pytest.approx(single[key], rel=1e-6)
+
+
+@every_case
+def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of):
+    ours, base = ranks_of(name)[0]["trained"], sharded_script.base_model(CASES[name])
+    # DeepSpeed casts the model itself.
+    base = (base.bfloat16() if name == "zero2-bf16" else base).float().state_dict()
+    for key, weight in ours["weights"].items():
+        changed = weight != base[key]
+        module = key.removesuffix(".weight")
+        if CASES[name].get("model") == "gpt2" and module in ours["blocks"]:
+            weight, changed = weight.t(), changed.t()
+        if module in ours["blocks"]:
+            blocks, indices = ours["blocks"][module], ours["block_indices"][module]
+            for block, (row, column) in zip(blocks, indices.tolist(), strict=True):
+                rows, columns = (
+                    slice(i * edge, (i + 1) * edge) for i, edge in zip((row, column), block.shape, strict=True)
+                )
+                tiny.assert_same(weight[rows, columns], block)
+                assert changed[rows, columns].any()
+                changed[rows, columns] = False
+        whole = "whole-module" in name and module == "lm_head"
+        assert changed.any() if whole else not changed.any()
+
+
+@every_case
+def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(name, ranks_of):
+    ours = ranks_of(name)[0]
+    tiny.assert_same(ours["resumed"], ours["trained"])
+
+
+@every_case
+def test_the_best_blocks_are_loaded_back(name, ranks_of, folder_of):
+    ours, best = ranks_of(name)[0], Delta.read(folder_of(name) / "run" / "checkpoint-2")
+    tiny.assert_same(ours["reloaded"]["blocks"], {module: blocks.float() for module, blocks in best.blocks.items()})
+    assert ours["reevaluated"] == ours["trained"]["eval_losses"][0] != ours["evaluated"]
+
+
+@every_case
+def test_delta_and_merged_checkpoint_give_the_trained_weights(name, ranks_of, folder_of):
+    folder, expected = folder_of(name), ranks_of(name)[0]["trained"]["weights"]
+    loaded = load_delta(sharded_script.base_model(CASES[name]), folder / "delta", merge=True)
+    loaded = loaded.bfloat16() if name == "zero2-bf16" else loaded
+    tiny.assert_same({key: weight.float() for key, weight in loaded.state_dict().items()}, expected)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    tiny.assert_same({key: weight.float() for key, weight in merged.state_dict().items()}, expected)
+
+
+@every_case
+def test_a_checkpoint_holds_the_delta_and_the_state_of_training_but_no_model(name, folder_of):
+    checkpoint = folder_of(name) / "run" / "checkpoint-4"
+    files = {path for path in checkpoint.rglob("*") if path.is_file()}
+    assert {CONFIG_FILE, DELTA_FILE, "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {
+        path.name for path in files
+    }
+    # DeepSpeed adds the source of a script, 40 kB, and saves what is trained padded and per rank.
+    model = sharded_script.base_model(CASES[name])
+    frozen = 4 * sum(parameter.numel() for parameter in model.parameters())
+    # A module trained whole is there five times: in the delta and in the model's state, as master and as two moments.
+    whole = 5 * 4 * model.lm_head.weight.numel() if "whole-module" in name else 0
+    assert sum(path.stat().st_size for path in files if path.suffix != ".py") < frozen / 2 + whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if "fsdp" in name else needs_deepspeed) for name in LAUNCHED]
+)
+def test_a_ready_configuration_of_accelerate_shards_as_it_says(name, tmp_path):
+    accelerate_launch(
+        CONFIGURATIONS / f"{name}.yaml", sharded_script.__file__, tmp_path, "launched", name, **ENVIRONMENT[name[:4]]
+    )
+    ours = torch.load(tmp_path / name / "result-0.pt", weights_only=True)["trained"]
+    single = sharded_script.run(tmp_path / "single", LAUNCHED[name], 1)["trained"]
+    torch.testing.assert_close(ours["weights"], single["weights"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGURATIONS.iterdir()), ids=lambda path: path.stem)
+def test_accelerate_reads_each_ready_configuration(path):
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert load_config_from_file(str(path)).distributed_type == expected[path.stem]

@@ -1,0 +1,167 @@
+"""TRL's trainers behind the mixin."""
+
+import pytest
+import tiny
+import training_script
+from datasets import Dataset
+from reference import block_mask
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from smt_trainer import SMTError, SMTTrainerMixin, merge_and_unload
+from smt_trainer.sparse.convert import is_smt_model
+
+trl = pytest.importorskip("trl")
+
+
+def distinct_letters(completions, **_) -> list[float]:
+    """A reward."""
+    return [float(len(set(completion))) for completion in completions]
+
+
+TEXTS = ["a word" * (1 + number % 3) for number in range(32)]
+RUN = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": [],
+    "disable_tqdm": True,
+}
+# Trainer, arguments of the trainer, fields of its configuration, examples.
+STOCK = {
+    "SFT": (trl.SFTTrainer, {}, trl.SFTConfig, {}, [{"text": text} for text in TEXTS]),
+    "DPO": (
+        trl.DPOTrainer,
+        {},
+        trl.DPOConfig,
+        {},
+        [{"prompt": text, "chosen": " good", "rejected": " bad"} for text in TEXTS],
+    ),
+    "GRPO": (
+        trl.GRPOTrainer,
+        {"reward_funcs": distinct_letters},
+        trl.GRPOConfig,
+        {"num_generations": 2, "max_completion_length": 6, "gradient_accumulation_steps": 2, "num_iterations": 2},
+        [{"prompt": text} for text in TEXTS],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token for each byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(("<pad>", "<bos>", "<eos>", *alphabet))}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer, tmp_path_factory):
+    """A tiny Llama with the tokenizer's vocabulary, on disk: TRL loads its reference models from there."""
+    folder = tmp_path_factory.mktemp("trl") / "base"
+    tiny.llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make(base, tokenizer, tmp_path):
+    """A trainer of TRL, by name: behind the mixin where an `smt_config` is given. `fields` are training arguments."""
+
+    def make(name, smt_config=None, folder="run", more=(), **fields):
+        kind, arguments, config_class, settings, examples = STOCK[name]
+        if smt_config is not None:
+            kind = type(f"SMT{kind.__name__}", (SMTTrainerMixin, kind), {})
+            arguments = arguments | {"smt_config": smt_config}
+        config = config_class(str(tmp_path / folder), **RUN | settings | fields)
+        defaults = {"model": AutoModelForCausalLM.from_pretrained(base), "processing_class": tokenizer}
+        return kind(**defaults | arguments | dict(more), args=config, train_dataset=Dataset.from_list(examples))
+
+    return make
+
+
+def by_step(trainer) -> list[dict[str, float]]:
+    """The trainer's log, by step."""
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize(("name", "score"), [("SFT", "grad_signed"), ("DPO", "grad_l1"), ("GRPO", "grad_l1")])
+def test_the_warm_up_leaves_no_trace_in_what_the_trainer_logs(name, score, make):
+    stock = make(name)
+    stock.train()
+    ours = make(name, tiny.config(score=score, warmup_steps=3))
+    ours.train()
+    assert tiny.logged(ours, "smt_blocks") == [12] and tiny.logged(ours, "smt_warmup_steps") == [3]
+    assert ours._metrics == stock._metrics
+    for key in ("num_tokens", "learning_rate"):
+        assert tiny.logged(ours, key) == tiny.logged(stock, key)
+    # Before the first update both models are the base; what is left out depends on what is trained and on the clock.
+    first, expected = (
+        {key: value for key, value in by_step(trainer)[0].items() if key not in ("grad_norm", "step_time")}
+        for trainer in (ours, stock)
+    )
+    assert first == expected
+
+
+def test_sft_is_resumed_bit_for_bit(make, tmp_path):
+    fields = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = (make("SFT", tiny.config(), folder, **fields) for folder in ("whole", "resumed"))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    tiny.assert_same(training_script.result(resumed), training_script.result(whole))
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_reference_of_dpo_stays_the_base(given, precomputed, make, base):
+    reference = AutoModelForCausalLM.from_pretrained(base) if given else None
+    trainer = make("DPO", tiny.config(), more={"ref_model": reference}, precompute_ref_log_probs=precomputed)
+    trainer.train()
+    expected = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    if trainer.ref_model is not None:
+        assert not is_smt_model(trainer.ref_model)
+        tiny.assert_same(dict(trainer.ref_model.state_dict()), dict(expected))
+    rewards = tiny.logged(trainer, "rewards/margins")
+    assert rewards[0] == pytest.approx(0, abs=1e-6) and rewards[2] > 0
+    assert tiny.logged(trainer, "loss")[2] < tiny.logged(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-6)
+
+
+@pytest.mark.parametrize("fields", [{"selection": True}, {"score": "magnitude"}, {"score": "random"}, {}])
+def test_grpo_trains_the_blocks_and_nothing_else(fields, make, base):
+    before = AutoModelForCausalLM.from_pretrained(base)
+    if "selection" in fields:
+        fields = {"selection": tiny.choose(before)}
+    trainer = make("GRPO", tiny.config(**fields), max_steps=2)
+    trainer.train()
+    selection, expected = trainer.smt_selection, before.state_dict()
+    for name, tensor in merge_and_unload(trainer.model).state_dict().items():
+        changed = tensor != expected[name]
+        if (module := name.removesuffix(".weight")) in selection.block_indices:
+            mask = block_mask(selection.grids[module], selection.block_indices[module])
+            assert changed[mask].any() and not changed[~mask].any()
+        else:
+            assert not changed.any()
+
+
+# ---- what cannot work ----
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_of_peft_are_refused(wrapped, make, base):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    arguments = {"model": peft.get_peft_model(model, lora)} if wrapped else {"peft_config": lora}
+    with pytest.raises(SMTError, match=r"of PEFT.*merge_and_unload"):
+        make("SFT", tiny.config(), more=arguments)
+
+
+def test_a_reference_that_follows_the_model_is_refused(make):
+    with pytest.raises(SMTError, match="sync_ref_model"):
+        make("DPO", tiny.config(), sync_ref_model=True)

@@ -1,0 +1,210 @@
+"""Runs of training on ranks that shard the model (FSDP2) or its optimizer and weights (DeepSpeed ZeRO), on the CPU.
+
+    torchrun --nproc_per_node 2 sharded_script.py FOLDER CASE...
+    accelerate launch --config_file recipes/accelerate/NAME.yaml ... sharded_script.py FOLDER launched NAME
+
+Writes what came out of each case as `FOLDER/CASE/result-RANK.pt`. accelerate chooses neither on the CPU: in place of
+FSDP it runs DDP without a word, and it starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu`
+are shims for these two decisions; everything below them is accelerate's, torch's and DeepSpeed's own, and each run
+asserts that the model it trained was sharded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from transformers import LlamaForCausalLM, TrainingArguments
+
+from smt_trainer import SMTConfig, SMTTrainer
+from smt_trainer.model.sharded import full_tensor, is_partitioned
+from smt_trainer.sparse.convert import plain_state_dict
+from smt_trainer.sparse.linear import smt_layers
+
+FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+CASES = {
+    "fsdp": {"fsdp": FSDP},
+    "fsdp-grad_signed": {"fsdp": FSDP, "smt": {"score": "grad_signed"}},
+    "fsdp-grad_l2": {"fsdp": FSDP, "smt": {"score": "grad_l2", "accumulator_dtype": "bfloat16"}},
+    "fsdp-grad_abs": {"fsdp": FSDP, "smt": {"score": "grad_abs"}},
+    "fsdp-taylor": {"fsdp": FSDP, "smt": {"score": "taylor"}},
+    "fsdp-qm_taylor": {"fsdp": FSDP, "smt": {"score": "qm_taylor"}},
+    "fsdp-activation": {"fsdp": FSDP, "smt": {"score": "activation"}},
+    "fsdp-magnitude": {"fsdp": FSDP, "smt": {"score": "magnitude"}},
+    "fsdp-rows": {"fsdp": FSDP, "smt": {"granularity": "row", "block_size": "auto", "budget": 7}},
+    "fsdp-one-rank-loads": {"fsdp": FSDP | {"cpu_ram_efficient_loading": True}},
+    "fsdp-sharded-checkpoints": {"fsdp": FSDP | {"state_dict_type": "SHARDED_STATE_DICT"}},
+    "fsdp-checkpointing": {"fsdp": FSDP | {"activation_checkpointing": True}},
+    "fsdp-one-group": {"fsdp": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
+    "fsdp-bf16": {"fsdp": FSDP, "arguments": {"bf16": True}},
+    "fsdp-transposed": {"fsdp": FSDP | {"transformer_layer_cls_to_wrap": ["GPT2Block"]}, "model": "gpt2"},
+    "fsdp-whole-module": {"fsdp": FSDP, "smt": {"modules_to_save": ["lm_head"]}},
+    "fsdp-tied": {"fsdp": FSDP | {"cpu_ram_efficient_loading": True}, "model": "tied"},
+    "fsdp-compiled": {"fsdp": FSDP, "arguments": {"torch_compile": True, "torch_compile_backend": "aot_eager"}},
+    "zero1": {"zero": 1},
+    "zero2": {"zero": 2},
+    "zero2-grad_signed": {"zero": 2, "smt": {"score": "grad_signed"}},
+    "zero2-bf16": {"zero": 2, "arguments": {"bf16": True}},
+    "zero3": {"zero": 3},
+    "zero3-whole-module": {"zero": 3, "smt": {"modules_to_save": ["lm_head"]}},
+    "zero3-tied": {"zero": 3, "model": "tied"},
+    "zero3-partitioned": {"zero": 3, "smt": {"score": "magnitude"}, "partitioned": True},
+}
+# Sharded as `accelerate launch --config_file recipes/accelerate/NAME.yaml` says.
+LAUNCHED = {
+    "fsdp2": {"launched": True, "fsdp": None},
+    "zero2": {"launched": True, "zero": 2},
+    "zero3": {"launched": True, "zero": 3, "smt": {"score": "magnitude"}, "partitioned": True},
+}
+BATCH = 4
+STEPS = 6
+
+
+def choose_fsdp_on_cpu() -> None:
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
+        if "fsdp_plugin" in vars(self):
+            self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def choose_zero_on_cpu() -> None:
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+    # TrainingArguments allows bf16 on the CPU only where it is asked for, which would turn DeepSpeed off.
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+
+
+def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
+    """Arguments of a run whose global batch is the same on any number of processes."""
+    how = {"use_cpu": not torch.cuda.is_available() and (processes == 1 or "zero" not in case)}
+    if processes > 1 and "fsdp" in case and "launched" not in case:
+        # Spelt as older versions of transformers want it; newer ones take True.
+        wrapped = "auto_wrap_policy" not in case["fsdp"]
+        how |= {"fsdp": "full_shard auto_wrap" if wrapped else "full_shard", "fsdp_config": dict(case["fsdp"])}
+    if processes > 1 and "zero" in case and "launched" not in case:
+        bf16 = {"bf16": {"enabled": True}} if "bf16" in case.get("arguments", ()) else {}
+        how = {"deepspeed": ZERO | bf16 | {"zero_optimization": {"stage": case["zero"]}}}
+    return TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=BATCH // processes,
+        per_device_eval_batch_size=BATCH // processes,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        # With an epsilon this large Adam's step is smooth in the gradient, and rounding stays rounding.
+        learning_rate=1.0,
+        adam_epsilon=1.0,
+        optim="adamw_torch",
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        report_to=[],
+        disable_tqdm=True,
+        **how,
+        **case.get("arguments", {}),
+    )
+
+
+def base_model(case: dict, seed: int = 0):
+    """The model of a case as it was before training."""
+    if case.get("model") == "gpt2":
+        return tiny.gpt2(seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    return tiny.llama(seed=seed, tie_word_embeddings=case.get("model") == "tied")
+
+
+def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
+    rank, base = int(os.environ.get("RANK", 0)), folder / "base"
+    if case.get("partitioned") and rank == 0 and not base.exists():
+        tiny.llama().save_pretrained(base)
+    training_arguments = arguments(folder / "run", case, processes)
+    training_arguments.distributed_state.wait_for_everyone()
+    if case.get("partitioned"):
+        model = LlamaForCausalLM.from_pretrained(base)
+    else:
+        one_loads = (case.get("fsdp") or {}).get("cpu_ram_efficient_loading")
+        model = base_model(case, seed=rank if one_loads else 0)
+    assert processes == 1 or is_partitioned(model.lm_head.weight) == bool(case.get("partitioned"))
+    return tiny.RecordingSMTTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=tiny.examples(),
+        eval_dataset=tiny.examples(8, seed=2),
+        smt_config=SMTConfig(**{"block_size": 16, "budget": 12, "warmup_steps": 3} | case.get("smt", {})),
+    )
+
+
+def outcome(trainer: SMTTrainer) -> dict:
+    """What runs must agree on, gathered on every rank."""
+    layers = dict(smt_layers(trainer.model))
+    return {
+        "blocks": {name: full_tensor(layer.blocks)[layer.row_major_order()].float() for name, layer in layers.items()},
+        "block_indices": dict(trainer.smt_selection.block_indices),
+        "weights": {name: tensor.clone().float() for name, tensor in plain_state_dict(trainer.model).items()},
+        "losses": tiny.logged(trainer, "loss"),
+        "eval_losses": tiny.logged(trainer, "eval_loss"),
+    }
+
+
+def assert_sharded(trainer: SMTTrainer, case: dict) -> None:
+    layers = [layer for _, layer in smt_layers(trainer.model)]
+    if "fsdp" in case:
+        assert all(layer.weight.to_local().numel() < layer.weight.numel() for layer in layers)
+        assert any(layer.blocks.to_local().numel() < layer.blocks.numel() for layer in layers)
+    else:
+        assert trainer.model_wrapped.zero_optimization_stage() == case["zero"]
+        assert all(is_partitioned(layer.blocks) == (case["zero"] == 3) for layer in layers)
+
+
+def run(folder: Path, case: dict, processes: int) -> dict:
+    """Train, save in every way, and resume from the first checkpoint."""
+    trainer = make_trainer(folder, case, processes)
+    trainer.train()
+    if processes > 1:
+        assert_sharded(trainer, case)
+    results = {"trained": outcome(trainer), "evaluated": trainer.evaluate()["eval_loss"]}
+    trainer.save_model(folder / "delta")
+    trainer.merge_and_save(folder / "merged")
+    checkpoint = str(folder / "run" / "checkpoint-2")
+    resumed = make_trainer(folder, case, processes)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    results["resumed"] = outcome(resumed)
+    resumed.state.best_model_checkpoint = checkpoint
+    resumed._load_best_model()
+    return results | {"reloaded": outcome(resumed), "reevaluated": resumed.evaluate()["eval_loss"]}
+
+
+def main(folder: str, *names: str) -> None:
+    torch.set_num_threads(1)
+    cases = {name: CASES[name] for name in names} if names[0] != "launched" else {names[1]: LAUNCHED[names[1]]}
+    if not torch.cuda.is_available():
+        choose_fsdp_on_cpu()
+        if any("zero" in case for case in cases.values()):
+            choose_zero_on_cpu()
+    for name, case in cases.items():
+        result = run(Path(folder, name), case, int(os.environ["WORLD_SIZE"]))
+        torch.save(result, Path(folder, name, f"result-{os.environ['RANK']}.pt"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,278 @@
+"""Runs of training in processes of their own: resumed from a checkpoint, killed, or on several ranks.
+
+    python training_script.py resume FOLDER CHECKPOINT
+    torchrun --nproc-per-node 2 training_script.py resume FOLDER CHECKPOINT
+    torchrun --nproc-per-node 2 training_script.py ranks FOLDER
+
+Writes what came out as `FOLDER/result-RANK.pt`. `launch` does the same without the seconds that a new interpreter takes
+to import everything: its processes are forked from a server that imported the libraries and did nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing import connection
+from pathlib import Path
+
+import tiny
+import torch
+from transformers import TrainerState
+
+from smt_trainer import BlockSelection, SMTCallback
+from smt_trainer.config import SCORES
+from smt_trainer.delta import delta
+from smt_trainer.files import write_atomically
+from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.training.trainer import SELECTION_FILE
+
+RANKS_BATCH = 4
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["transformers.trainer", "transformers.models.llama.modeling_llama"])
+
+
+def result(trainer) -> dict:
+    """Everything that two runs of the same training must agree on."""
+    return {
+        "blocks": {name: layer.blocks.detach() for name, layer in smt_layers(trainer.model)},
+        "block_indices": {name: layer.block_indices for name, layer in smt_layers(trainer.model)},
+        "weights": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "losses": tiny.logged(trainer, "loss"),
+        "warm-ups": tiny.logged(trainer, "smt_warmup_steps"),
+    }
+
+
+def resumable(folder: Path, **overrides):
+    """A run of six steps with dropout, each of two micro-batches, with a checkpoint after every second."""
+    defaults = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    return tiny.smt_trainer(tiny.llama(attention_dropout=0.3), folder, **defaults | overrides)
+
+
+class Evaluated(tiny.RecordingSMTTrainer):
+    """With data to evaluate on."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(eval_dataset=tiny.examples(4), **kwargs)
+
+
+def ranked(folder: Path, processes: int) -> dict:
+    """A run whose global batch is the same on any number of processes; its outcome, with the warm-up's scores."""
+    model = tiny.llama().double()
+    smt_config = tiny.config(warmup_steps=3, master_dtype="float64")
+    trainer = tiny.smt_trainer(
+        model,
+        folder,
+        smt_config,
+        per_device_train_batch_size=RANKS_BATCH // processes,
+        optim="sgd",
+        learning_rate=1.0,
+        ddp_find_unused_parameters=False,
+    )
+    scores = {}
+    for score in SCORES:
+        trainer.smt_config = replace(smt_config, score=score)
+        scores[score] = tiny.warm_up(trainer)
+    trainer.smt_config = smt_config
+    trainer.train()
+    trainer.save_model(folder / "delta")
+    trainer.merge_and_save(folder / "merged")
+    return result(trainer) | {"scores": scores}
+
+
+def launch(
+    folder: Path,
+    processes: int = 1,
+    moment: str | None = None,
+    delay: float | None = None,
+    dying: Sequence[int] = (0,),
+    checkpoint: int | None = None,
+    **overrides,
+) -> list[int]:
+    """Train in `FOLDER/run` as a launcher does: resume what is there; kill all ranks as soon as one is dead.
+
+    Args:
+        folder: the outcome is written here.
+        processes: number of ranks.
+        moment: at which the `dying` ranks kill themselves.
+        delay: seconds from the beginning of training to when the `dying` ranks are killed; they wait for it at the end.
+        dying: ranks.
+        checkpoint: step to resume from in place of the last.
+        overrides: of `resumable`.
+
+    Returns:
+        The exit codes.
+    """
+    run = folder / "run"
+    # Nothing to resume is an error of Trainer's own; a launcher looks first.
+    resume = (run / SELECTION_FILE).is_file() or any(run.glob("checkpoint-*"))
+    if checkpoint is not None:
+        resume = str(run / f"checkpoint-{checkpoint}")
+    port, beginning = free_port(), FORKED.Barrier(processes + 1)
+    ranks = []
+    for rank in range(processes):
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+            # Not cpu:0, to which older versions of transformers cannot load an optimizer.
+            "ACCELERATE_TORCH_DEVICE": "cpu",
+        }
+        arguments = (folder, resume, moment if rank in dying else None, delay is not None, beginning, overrides)
+        ranks.append(FORKED.Process(target=train, args=(environment if processes > 1 else {}, *arguments)))
+        ranks[-1].start()
+    beginning.wait(timeout=300)
+    if delay is not None:
+        time.sleep(delay)
+        for rank in dying:
+            ranks[rank].kill()
+    while alive := [process for process in ranks if process.exitcode is None]:
+        if any(process.exitcode for process in ranks):
+            for process in alive:
+                process.kill()
+        connection.wait([process.sentinel for process in alive])
+    return [process.exitcode for process in ranks]
+
+
+def train(
+    environment: dict, folder: Path, resume: bool | str, moment: str | None, doomed: bool, beginning, overrides
+) -> None:
+    """One rank of `launch`."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # A garbage collection would touch, and thereby copy, all that the server imported: a second.
+    gc.freeze()
+    trainer = resumable(folder / "run", callbacks=[Mortal(moment)], **overrides)
+    die_at(moment)
+    beginning.wait(timeout=300)
+    (folder / "begun").touch()
+    trainer.train(resume_from_checkpoint=resume)
+    if doomed:
+        signal.pause()
+    torch.save(result(trainer), folder / f"result-{trainer.args.process_index}.pt")
+
+
+def torchrun(script: str, processes: int, *arguments: str | Path, **environment: str) -> None:
+    """Run a file in new interpreters."""
+    launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    _run_module([*launcher, script, *arguments], environment)
+
+
+def accelerate_launch(config: Path, script: str, *arguments: str | Path, **environment: str) -> None:
+    """Run a file as a configuration file of accelerate says, but on two processes and in full precision."""
+    launcher = ["accelerate.commands.launch", "--config_file", config, "--num_processes=2", "--mixed_precision=no"]
+    _run_module([*launcher, f"--main_process_port={free_port()}", script, *arguments], environment)
+
+
+def _run_module(command: list, environment: dict[str, str]) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"} | environment
+    subprocess.run([sys.executable, "-m", *command], check=True, env=environment, timeout=600)
+
+
+def outcomes(folder: Path, processes: int = 1) -> list[dict]:
+    """What each rank of a run wrote."""
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def duration(folder: Path) -> float:
+    """The seconds that the training of a `launch` took."""
+    begun, ended = ((folder / name).stat().st_mtime for name in ("begun", "result-0.pt"))
+    return ended - begun
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mortal(SMTCallback):
+    """Kills the process at a moment between two writes."""
+
+    def __init__(self, moment: str | None) -> None:
+        super().__init__()
+        self.moment = moment
+
+    def on_warmup_step(self, *args) -> None:
+        super().on_warmup_step(*args)
+        if self.moment == "in the warm-up":
+            die()
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        super().on_train_begin(*args, **kwargs)
+        if self.moment == "before the first step":
+            die()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.moment == "in the main loop" and state.global_step == 5:
+            die()
+
+
+def die_at(moment: str | None) -> None:
+    """Kill the process half-way through a write, where the moment is one."""
+    if moment == "writing the selection":
+        BlockSelection.save = lambda selection, path: write_atomically(path, half_written)
+    if moment == "writing the delta":
+        delta.save_file = lambda tensors, path, metadata: half_written(path)
+    if moment == "writing the optimizer":
+        torch.save = saving_until("optimizer", half_written)
+    if moment == "before the random state":
+        torch.save = saving_until("rng_state", die_late)
+    if moment == "deleting a checkpoint":
+        shutil.rmtree = lambda path, **_: half_deleted(Path(path))
+    if moment == "writing the state of the trainer":
+        TrainerState.save_to_json = lambda state, path: half_written(Path(path))
+
+
+def saving_until(name: str, last: Callable[[Path], None], save=torch.save) -> Callable:
+    """A `torch.save` which ends with the file of a name."""
+    return lambda value, path: last(Path(path)) if name in str(path) else save(value, path)
+
+
+def half_written(path: Path) -> None:
+    path.write_text('{"half": ')
+    die()
+
+
+def half_deleted(path: Path) -> None:
+    for file in sorted(path.iterdir())[::2]:
+        file.unlink()
+    die()
+
+
+def die_late(path: Path) -> None:
+    """Die when the other rank, where it does not wait, is long done with the checkpoint."""
+    time.sleep(2)
+    die()
+
+
+def main(kind: str, folder: str, checkpoint: str | None = None) -> None:
+    torch.set_num_threads(1)
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "resume":
+        trainer = resumable(Path(folder, "run"))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        outcome = result(trainer)
+    else:
+        outcome = ranked(Path(folder, f"rank-{rank}"), processes)
+    torch.save(outcome, Path(folder, f"result-{rank}.pt"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

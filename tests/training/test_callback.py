@@ -1,0 +1,67 @@
+"""`SMTCallback`: events, logs, and why it cannot be removed."""
+
+import pytest
+import tiny
+import torch
+from transformers import TrainerCallback
+
+from smt_trainer import SMTCallback, SMTError
+from smt_trainer.sparse.linear import smt_layers
+
+
+@pytest.mark.parametrize("given", [tiny.Noting, tiny.Noting()], ids=["class", "instance"])
+def test_a_subclass_takes_the_place_of_the_callback_and_sees_the_events_in_order(given, tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path, callbacks=[given])
+    (callback,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, SMTCallback))
+    trainer.train()
+    assert isinstance(callback, tiny.Noting)
+    assert callback.events == ["begin 2", "step 0", "step 1", "end", "selection of 12", "train"]
+
+
+def test_the_end_of_a_failed_warm_up_is_told(tmp_path):
+    class Failing(tiny.SMTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            raise RuntimeError("broken")
+
+    callback = tiny.Noting()
+    with pytest.raises(RuntimeError, match="broken"):
+        tiny.smt_trainer(tiny.llama(), tmp_path, kind=Failing, callbacks=[callback]).train()
+    assert callback.events == ["begin 2", "end"]
+
+
+def test_the_warm_up_is_reported_once_and_before_the_first_step(tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path, learning_rate=0.0)
+    trainer.train()
+    first, *rest = trainer.state.log_history
+    assert first["step"] == 0 and first["smt_warmup_steps"] == 2 and first["smt_blocks"] == 12
+    assert first["smt_fraction_of_model"] == trainer.smt_selection.fraction_of_model
+    assert first["smt_warmup_loss"] == pytest.approx(sum(trainer.losses[:2]) / 2, rel=1e-6)
+    assert not any("smt_blocks" in entry for entry in rest)
+
+
+@pytest.mark.parametrize("removed", [SMTCallback, None], ids=["class", "instance"])
+def test_training_without_the_callback_is_refused_and_nothing_changed(removed, tmp_path):
+    model = tiny.llama()
+    before = tiny.weights(model)
+    trainer = tiny.smt_trainer(model, tmp_path, callbacks=[callback := SMTCallback()])
+    trainer.remove_callback(removed or callback)
+    with pytest.raises(SMTError, match="SMTCallback was removed"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_after_each_step_forward_reads_the_blocks_that_were_stepped(tmp_path):
+    class Checking(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.steps += 1
+            for _, layer in smt_layers(model):
+                assert torch.equal(layer.grid.gather(layer.weight, layer.block_indices), layer.blocks.detach())
+
+    callback = Checking()
+    tiny.smt_trainer(tiny.llama(), tmp_path, callbacks=[callback], gradient_accumulation_steps=2).train()
+    assert callback.steps == 4

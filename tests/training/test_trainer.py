@@ -1,0 +1,426 @@
+"""`SMTTrainer` end to end: it trains the blocks, as stock training would, under every setting of Trainer."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+import transformers
+from reference import block_mask, train_only
+from transformers import AutoModelForCausalLM, Seq2SeqTrainer
+
+from smt_trainer import (
+    BlockSelection,
+    SMTError,
+    SMTTrainerMixin,
+    from_delta,
+    load_delta,
+    merge_and_unload,
+    merge_checkpoint,
+)
+from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
+from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
+from smt_trainer.training.trainer import SELECTION_FILE
+
+V_PROJ = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def trained(folder, model=None, smt_config=None, **overrides):
+    trainer = tiny.smt_trainer(model or tiny.llama(), folder, smt_config, **overrides)
+    trainer.train()
+    return trainer
+
+
+# ---- against stock training ----
+
+
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_a_loss_in_chunks_of_tokens_trains_the_same(tmp_path):
+    class Chunked(tiny.RecordingSMTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            hidden = model.get_decoder()(input_ids=inputs["input_ids"]).last_hidden_state[:, :-1].flatten(0, 1)
+            head, labels = model.get_output_embeddings().weight, inputs["labels"][:, 1:].flatten()
+            return torch.nn.functional.linear_cross_entropy(
+                hidden, head, labels, options=torch.nn.LinearCrossEntropyOptions()
+            )
+
+    smt_config = tiny.config(selection=tiny.choose(tiny.llama()))
+    chunked, plain = (
+        tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, kind=kind) for kind in (Chunked, tiny.RecordingSMTTrainer)
+    )
+    for trainer in (chunked, plain):
+        trainer.train()
+    assert tiny.logged(chunked, "loss") == pytest.approx(tiny.logged(plain, "loss"), rel=1e-6)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+# The gradients differ in the last bit only (other matrix products); AdamW divides by their size, which is near zero
+# for some, so that in float32 a few weights drift by a thousandth of the twelve steps of at most 1e-3.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_selecting_every_block_equals_stock_training(accumulation, weight_decay, dtype, tolerance, tmp_path):
+    overrides = {
+        "max_steps": 12,
+        "learning_rate": 1e-3,
+        "weight_decay": weight_decay,
+        "gradient_accumulation_steps": accumulation,
+    }
+    ours, stocks = tiny.llama().to(dtype), tiny.llama().to(dtype)
+    selection = tiny.every_block(ours, V_PROJ)
+    master_dtype = str(dtype).removeprefix("torch.")
+    trainer = trained(tmp_path, ours, tiny.config(selection=selection, master_dtype=master_dtype), **overrides)
+
+    stocks.requires_grad_(False)
+    for name in V_PROJ:
+        stocks.get_submodule(name).weight.requires_grad_(True)
+    stock = tiny.stock_trainer(stocks, tmp_path, **overrides)
+    stock.train()
+
+    expected = stocks.state_dict()
+    merged = merge_and_unload(ours).state_dict()
+    assert trainer.losses == pytest.approx(stock.losses, rel=tolerance)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=tolerance)
+    assert not torch.equal(merged[f"{V_PROJ[0]}.weight"], tiny.llama().state_dict()[f"{V_PROJ[0]}.weight"])
+
+
+def test_a_run_equals_dense_training_with_the_gradient_masked(tmp_path):
+    ours, twin = tiny.llama().double(), tiny.llama().double()
+    trained(tmp_path, ours, tiny.config(master_dtype="float64"), max_steps=10)
+    selection = ours.smt_state.selection
+    masks = {name: block_mask(selection.grids[name], chosen) for name, chosen in selection.block_indices.items()}
+    tiny.stock_trainer(train_only(twin, masks), tmp_path, max_steps=10).train()
+    expected = twin.state_dict()
+    for name, tensor in merge_and_unload(ours).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-10)
+
+
+# ---- settings of Trainer ----
+
+CHECKPOINTING = {
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "non-reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+
+
+@pytest.mark.parametrize("overrides", CHECKPOINTING.values(), ids=CHECKPOINTING)
+def test_gradient_checkpointing_gives_the_same_losses(overrides, tmp_path):
+    assert trained(tmp_path, **overrides).losses == trained(tmp_path).losses
+
+
+@pytest.mark.parametrize(("reentrant", "asks"), [(False, False), (True, True)])
+def test_checkpointing_asks_for_needless_gradients_in_its_reentrant_kind_only(reentrant, asks, tmp_path):
+    model, asked = tiny.llama(), []
+    model.model.layers[0].register_forward_hook(lambda layer, inputs, output: asked.append(output.requires_grad))
+    overrides = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    trained(tmp_path, model, tiny.config(lowest_layer=1, score="magnitude"), **overrides)
+    assert any(asked) is asks
+
+
+def test_a_compiled_run_trains_as_an_uncompiled_one(tmp_path):
+    compiled = trained(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    assert compiled.losses == pytest.approx(trained(tmp_path).losses, rel=1e-5)
+    assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
+
+
+OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "adamw_bnb_8bit", "lion_8bit"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16 autocast", "bf16 weights"])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_an_optimizer_trains_the_blocks_and_nothing_else(optim, precision, tmp_path):
+    if "8bit" in optim:
+        pytest.importorskip("bitsandbytes")
+    model = tiny.llama().bfloat16() if precision == "bf16 weights" else tiny.llama()
+    before = tiny.weights(model)
+    learning_rate = {"sgd": 10.0, "lion_8bit": 1e-3}.get(optim, 1e-2)
+    trainer = trained(
+        tmp_path, model, optim=optim, learning_rate=learning_rate, max_steps=8, bf16=precision == "bf16 autocast"
+    )
+    assert trainer.losses[-1] < trainer.losses[0]
+    selection = model.smt_state.selection
+    for _, layer in smt_layers(model):
+        written = layer.grid.gather(layer.weight, layer.block_indices)
+        assert torch.equal(written, layer.blocks.detach().to(written.dtype))
+    for name, tensor in merge_and_unload(model).state_dict().items():
+        changed = tensor != before[name]
+        if (module := name.removesuffix(".weight")) in selection.block_indices:
+            mask = block_mask(selection.grids[module], selection.block_indices[module])
+            assert changed[mask].any() and not changed[~mask].any()
+        else:
+            assert not changed.any()
+
+
+def test_float32_masters_of_bfloat16_weights_move_at_small_learning_rates(tmp_path):
+    model = tiny.llama().bfloat16()
+    base = tiny.weights(model)
+    trained(tmp_path, model, max_steps=20, learning_rate=1e-5)
+    moved = [
+        layer.blocks.detach() != layer.grid.gather(base[f"{name}.weight"], layer.block_indices).float()
+        for name, layer in smt_layers(model)
+    ]
+    assert {layer.blocks.dtype for _, layer in smt_layers(model)} == {torch.float32}
+    assert torch.cat([part.flatten() for part in moved]).float().mean() > 0.99
+
+
+def test_only_the_blocks_have_an_optimizer_state(tmp_path):
+    trainer = trained(tmp_path)
+    sizes = sum(state["exp_avg"].numel() for state in trainer.optimizer.state.values())
+    assert sizes == trainer.smt_selection.trainable_parameters == 12 * 256
+
+
+@pytest.mark.parametrize("optim", REFUSED_OPTIMIZERS)
+def test_optimizers_that_need_whole_matrices_are_refused(optim, tmp_path):
+    known = [str(name.value) for name in transformers.training_args.OptimizerNames]
+    for name in (name for name in known if name.startswith(optim)):
+        with pytest.raises(SMTError, match=f"optim='{name}' works on whole matrices.*Use adamw_torch"):
+            tiny.smt_trainer(tiny.llama(), tmp_path, optim=name, optim_target_modules=["attn"])
+    assert any(name.startswith(optim) for name in known)
+
+
+def test_the_model_init_of_trainer_is_rewritten_at_each_run(tmp_path):
+    trainer = tiny.RecordingSMTTrainer(
+        model_init=lambda: tiny.llama(),
+        args=tiny.arguments(tmp_path),
+        train_dataset=tiny.examples(),
+        smt_config=tiny.config(),
+    )
+    trainer.train()
+    first = trainer.losses.copy()
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.train()
+    assert trainer.losses == first * 2
+
+
+def test_a_second_run_trains_the_same_blocks_on(tmp_path):
+    trainer = trained(tmp_path)
+    selection = trainer.smt_selection
+    first = trainer.losses.copy()
+    trainer.train()
+    assert trainer.smt_selection is selection
+    assert trainer.losses[len(first)] < first[0]
+
+
+@pytest.mark.parametrize("call", [2, 5], ids=["in the warm-up", "in the main loop"])
+def test_a_batch_size_that_does_not_fit_is_halved(call, tmp_path):
+    class OutOfMemory(tiny.RecordingSMTTrainer):
+        calls = 0
+
+        def compute_loss(self, *args, **kwargs):
+            self.calls += 1
+            if self.calls == call:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = trained(tmp_path, kind=OutOfMemory, auto_find_batch_size=True, smt_config=tiny.config(warmup_steps=3))
+    assert trainer.state.global_step == 4 and len(trainer.inputs[-1]) < 4
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+
+
+def test_any_subclass_of_trainer_can_stand_behind_the_mixin(tmp_path):
+    class SMTSeq2SeqTrainer(SMTTrainerMixin, Seq2SeqTrainer):
+        pass
+
+    model = tiny.build("T5ForConditionalGeneration", d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4,
+                       decoder_start_token_id=0)  # fmt: skip
+    trainer = SMTSeq2SeqTrainer(
+        model=model,
+        args=transformers.Seq2SeqTrainingArguments(
+            str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True, save_strategy="no"
+        ),
+        train_dataset=tiny.examples(),
+        smt_config=tiny.config(),
+    )
+    trainer.train()
+    assert {name.rpartition(".")[2] for name in model.smt_state.selection.grids} == {"q", "k", "v"}
+
+
+# ---- checkpoints ----
+
+
+def test_checkpoints_hold_float32_masters_and_save_model_the_weights_dtype(tmp_path):
+    trainer = trained(tmp_path, tiny.llama().bfloat16(), save_strategy="steps", save_steps=2)
+    trainer.save_model(tmp_path / "out")
+    checkpoint = tmp_path / "checkpoint-4"
+    for folder, dtype in ((checkpoint, torch.float32), (tmp_path / "out", torch.bfloat16)):
+        assert {blocks.dtype for blocks in Delta.read(folder).blocks.values()} == {dtype}
+        assert [path.name for path in folder.glob("*.safetensors")] == [DELTA_FILE]
+        model = load_delta(tiny.llama().bfloat16(), folder)
+        assert torch.equal(tiny.logits(model), tiny.logits(trainer.model))
+    assert (checkpoint / "optimizer.pt").is_file() and (checkpoint / CONFIG_FILE).is_file()
+
+
+def test_the_best_blocks_are_loaded_at_the_end(tmp_path):
+    scores = itertools.chain([3.0, 1.0, 2.0, 2.5], itertools.repeat(9.0))
+    trainer = tiny.RecordingSMTTrainer(
+        model=tiny.llama(),
+        args=tiny.arguments(
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=False,
+        ),
+        train_dataset=tiny.examples(),
+        eval_dataset=tiny.examples(4),
+        compute_metrics=lambda _: {"score": next(scores)},
+        smt_config=tiny.config(),
+    )
+    trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    best = load_delta(tiny.llama(), tmp_path / "checkpoint-2")
+    assert torch.equal(tiny.logits(trainer.model), tiny.logits(best))
+    eval_losses = tiny.logged(trainer, "eval_loss")
+    assert trainer.evaluate()["eval_loss"] == eval_losses[1] != eval_losses[3]
+
+
+def test_the_selection_is_kept_in_the_output_folder(tmp_path):
+    trainer = trained(tmp_path)
+    selection = BlockSelection.load(tmp_path / SELECTION_FILE)
+    assert selection.to_dict() == trainer.smt_selection.to_dict()
+
+
+def test_before_training_the_whole_model_is_saved(tmp_path):
+    tiny.smt_trainer(tiny.llama(), tmp_path).save_model(tmp_path / "out")
+    assert torch.equal(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), tiny.logits(tiny.llama()))
+
+
+# ---- deltas and merged checkpoints ----
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_checkpoint_merged_delta_and_delta_on_base_all_give_the_trained_logits(tied, dtype, tmp_path):
+    tiny.llama(tie_word_embeddings=tied).to(dtype).save_pretrained(tmp_path / "base")
+    trainer = trained(tmp_path, AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    trainer.save_model(tmp_path / "delta")
+    trainer.merge_and_save(tmp_path / "merged")
+    merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "streamed")
+
+    expected = tiny.logits(trainer.model)
+    for model in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "streamed"),
+        from_delta(tmp_path / "delta", base=str(tmp_path / "base")),
+    ):
+        assert model.dtype == dtype and torch.equal(tiny.logits(model), expected)
+    merged, streamed, base = (tiny.saved_tensors(tmp_path / name) for name in ("merged", "streamed", "base"))
+    assert merged.keys() == streamed.keys() == base.keys()
+    assert all(torch.equal(tensor, streamed[key]) for key, tensor in merged.items())
+
+
+def test_training_goes_on_after_merging_as_if_nothing_had_happened(tmp_path):
+    class Merging(tiny.RecordingSMTTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 2 and is_smt_model(self.model):
+                self.merge_and_save(tmp_path / "merged")
+            return super().training_step(*args, **kwargs)
+
+    assert trained(tmp_path, kind=Merging).losses == trained(tmp_path).losses
+    assert (tmp_path / "merged").is_dir()
+
+
+def test_merging_before_training_is_refused(tmp_path):
+    with pytest.raises(SMTError, match="trains no blocks"):
+        tiny.smt_trainer(tiny.llama(), tmp_path).merge_and_save(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_into_a_folder_that_is_not_empty_is_refused_and_the_folder_kept(tmp_path):
+    trainer = trained(tmp_path / "run")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "precious.txt").write_text("precious")
+    with pytest.raises(SMTError, match="exists and is not empty"):
+        trainer.merge_and_save(tmp_path / "merged")
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["precious.txt"]
+
+
+def test_a_classifier_trains_its_head_and_stores_it(tmp_path):
+    def model():
+        return tiny.build("BertForSequenceClassification", num_labels=3)
+
+    data = [{"input_ids": row, "labels": torch.tensor(place % 3)} for place, row in enumerate(tiny.tokens(16))]
+    trainer = trained(tmp_path, model(), data=data)
+    trainer.save_model(tmp_path / "delta")
+    assert sorted(Delta.read(tmp_path / "delta").whole) == ["classifier.bias", "classifier.weight"]
+    assert not torch.equal(trainer.model.classifier.weight, model().classifier.weight)
+    assert torch.equal(tiny.logits(load_delta(model(), tmp_path / "delta")), tiny.logits(trainer.model))
+
+
+def test_a_trained_model_says_what_is_trained(tmp_path, capsys):
+    trainer = trained(tmp_path)
+    trainer.print_trainable_parameters()
+    total = trainer.smt_selection.num_parameters
+    share = f"trainable parameters: 3,072 of {total:,} ({3072 / total:.3%} of the model)"
+    assert f"{share}; {trainer.smt_selection.summary()}" in capsys.readouterr().out
+
+
+# ---- bad input ----
+
+
+def optimizer_for(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"train_dataset": tiny.Stream(tiny.examples(), once=True)}, "can be read only once"),
+        ({"train_dataset": iter(tiny.examples())}, "can be read only once"),
+        ({"smt_config": tiny.config(target_modules=["wq"])}, "matches no linear of this model"),
+        ({"smt_config": tiny.config(block_size=48)}, r"block_size=48 does not divide it\. Use block_size='auto'"),
+        ({"smt_config": tiny.config(budget=65)}, r"more than the targets hold \(64\)"),
+        ({"smt_config": tiny.config(budget=1.0)}, "more than the targets hold"),
+        ({"smt_config": tiny.config(budget=1e-9)}, "less than half a block"),
+        ({"smt_config": tiny.config(modules_to_save=["score"])}, "modules_to_save names 'score'"),
+        ({"smt_config": tiny.config(modules_to_save=["v_proj"])}, "which modules_to_save trains whole"),
+        ({"smt_config": tiny.config(selection="nowhere.json")}, "no selection at nowhere.json"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_the_trainer_is_made(arguments, message, tmp_path):
+    defaults = {"train_dataset": tiny.examples(), "smt_config": tiny.config()}
+    with pytest.raises(SMTError, match=message):
+        tiny.SMTTrainer(model=tiny.llama(), args=tiny.arguments(tmp_path), **defaults | arguments)
+
+
+@pytest.mark.parametrize("scheduler", [False, True])
+def test_an_optimizer_bound_to_the_old_parameters_is_refused_naming_the_replacement(scheduler, tmp_path):
+    model = tiny.llama()
+    optimizer = optimizer_for(model)
+    pair = (None, torch.optim.lr_scheduler.ConstantLR(optimizer)) if scheduler else (optimizer, None)
+    with pytest.raises(SMTError, match="Pass optimizer_cls_and_kwargs="):
+        tiny.SMTTrainer(model=model, args=tiny.arguments(tmp_path), train_dataset=tiny.examples(), optimizers=pair)
+
+
+def test_the_replacement_works(tmp_path):
+    trainer = tiny.SMTTrainer(
+        model=tiny.llama(),
+        args=tiny.arguments(tmp_path),
+        train_dataset=tiny.examples(),
+        smt_config=tiny.config(),
+        optimizer_cls_and_kwargs=(torch.optim.Adagrad, {"lr": 0.1}),
+    )
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.Adagrad)
+
+
+@pytest.mark.parametrize("fields", [{"score": "random"}, {"selection": True}])
+def test_data_that_can_be_read_once_are_enough_where_there_is_no_warm_up(fields, tmp_path):
+    model = tiny.llama()
+    smt_config = tiny.config(**fields | ({"selection": tiny.choose(model)} if "selection" in fields else {}))
+    trainer = trained(tmp_path, model, smt_config, data=tiny.Stream(tiny.examples(), once=True))
+    assert trainer.state.global_step == 4
+
+
+def test_a_selection_for_another_model_is_refused_and_the_model_left_as_it_was(tmp_path):
+    selection = tiny.choose(tiny.build("GPTNeoXForCausalLM"))
+    model = tiny.llama()
+    with pytest.raises(SMTError, match="this model has no such module"):
+        trained(tmp_path, model, tiny.config(selection=selection))
+    assert not is_smt_model(model)
