@@ -125,7 +125,7 @@ class SMTConfig:
             "the layer's targeted weights. With budgets by groups it holds for each group by itself."
         ),
     )
-    warmup_steps: int = field(
+    smt_warmup_steps: int = field(
         default=100, metadata=_help("Batches, each as large as an optimizer step, over which gradients are summed.")
     )
     accumulator_device: str = field(
@@ -208,7 +208,7 @@ class SMTConfig:
                 f"train_dependents=True needs granularity='row', got {self.granularity!r}: columns depend on rows."
             )
         _at_least("lowest_layer", self.lowest_layer, 0)
-        _at_least("warmup_steps", self.warmup_steps, 1)
+        _at_least("smt_warmup_steps", self.smt_warmup_steps, 1)
         _check_block_size(self.block_size, self.granularity)
         check_budget(self.budget)
         if self.layer_cap is not None and not _is_amount(self.layer_cap):

@@ -83,7 +83,7 @@ def _umask() -> int:
     return umask
 
 
-def read_json(path: Path, what: str) -> Any:
+def load_json(path: Path, what: str) -> Any:
     """Parse a JSON file. Raises `SMTError`, naming `what` it should have been, when it is missing or damaged."""
     if not path.is_file():
         raise SMTError(f"no {what} at {path}: expected a JSON file. Check the path.")

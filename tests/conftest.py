@@ -52,11 +52,11 @@ def base(llama, tmp_path):
 def delta(tmp_path):
     """A delta of the tiny Llama whose blocks were shifted: its folder, and the rewritten model it came from."""
     from smt_trainer import convert_to_smt, save_delta
-    from smt_trainer.sparse.linear import smt_layers, write_back
+    from smt_trainer.sparse.linear import smt_linears, write_back
 
     model = tiny.llama()
     convert_to_smt(model, tiny.choose(model))
-    layers = [layer for _, layer in smt_layers(model)]
+    layers = [layer for _, layer in smt_linears(model)]
     with torch.no_grad():
         for layer in layers:
             layer.blocks += torch.randn_like(layer.blocks) / 8

@@ -10,7 +10,7 @@ from smt_trainer.config import parse_budget
 
 def test_the_defaults_are_those_of_the_paper():
     config = SMTConfig()
-    assert (config.target_modules, config.budget, config.warmup_steps) == ("qkv", 0.0084, 100)
+    assert (config.target_modules, config.budget, config.smt_warmup_steps) == ("qkv", 0.0084, 100)
     assert (config.score, config.granularity, config.scope) == ("grad_l1", "block", "global")
 
 
@@ -67,8 +67,8 @@ def test_json_gives_the_same_configuration_back(values):
         ({"scope": "layer"}, "scope must be one of"),
         ({"accumulator_device": "gpu"}, "accumulator_device must be one of"),
         ({"master_dtype": "float8"}, "master_dtype must be one of"),
-        ({"warmup_steps": 0}, "warmup_steps must be an int >= 1"),
-        ({"warmup_steps": 1.0}, "warmup_steps must be an int >= 1"),
+        ({"smt_warmup_steps": 0}, "smt_warmup_steps must be an int >= 1"),
+        ({"smt_warmup_steps": 1.0}, "smt_warmup_steps must be an int >= 1"),
         ({"lowest_layer": -1}, "lowest_layer must be an int >= 0"),
         ({"target_modules": []}, "target_modules must be"),
         ({"target_modules": ""}, "target_modules must be"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.methods import Variant
 from recipes.benchmarks.setting import DTYPES, Setting
-from smt_trainer.sparse.linear import smt_layers, write_back
+from smt_trainer.sparse.linear import smt_linears, write_back
 
 
 class Training:
@@ -19,7 +19,7 @@ class Training:
         self.setting = setting
         self.model = variant.make_trainable(model, setting.seed).train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.layers = [layer for _, layer in smt_layers(self.model)]
+        self.layers = [layer for _, layer in smt_linears(self.model)]
         self.optimizer = None
         if self.parameters:
             # Without weight decay, a step of all-zero gradients changes nothing.

@@ -45,12 +45,12 @@ class Evaluation:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Share in [0, 1] of each task's questions answered right by generation."""
+        """BudgetGroup in [0, 1] of each task's questions answered right by generation."""
         return {task: mean(map(float, correct)) for task, correct in self.correct.items()}
 
     @property
     def accuracy_by_likelihood(self) -> dict[str, float]:
-        """Share in [0, 1] of each task's questions answered right by likelihood."""
+        """BudgetGroup in [0, 1] of each task's questions answered right by likelihood."""
         return {task: mean(map(float, correct)) for task, correct in self.correct_by_likelihood.items()}
 
     @property

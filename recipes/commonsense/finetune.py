@@ -98,7 +98,7 @@ class RecipeArguments:
             block_size=int(self.block_size) if self.block_size.isdigit() else self.block_size,
             budget=parse_budget(self.budget),
             score=self.score,
-            warmup_steps=self.smt_warmup_steps,
+            smt_warmup_steps=self.smt_warmup_steps,
         )
 
 

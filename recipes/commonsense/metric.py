@@ -8,7 +8,7 @@ import evaluate
 
 from recipes.commonsense.tasks import TASKS
 
-_DESCRIPTION = """Share of generations whose first named answer is the gold one.
+_DESCRIPTION = """BudgetGroup of generations whose first named answer is the gold one.
 
 Text and answer are lower-cased; the first answer label of the task found anywhere in the text counts, and a text
 that names none is wrong.

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 NO_LABEL = -100
 
 
-def read_records(path: Path) -> list[dict[str, str]]:
+def load_records(path: Path) -> list[dict[str, str]]:
     """The records of a file.
 
     Raises:

@@ -47,7 +47,7 @@ def _load(path: str):
     from smt_trainer.selection.block_selection import BlockSelection
 
     kinds = {".safetensors": BlockScores.load, ".json": BlockSelection.load}
-    return kinds.get(Path(path).suffix, Delta.read)(path)
+    return kinds.get(Path(path).suffix, Delta.load)(path)
 
 
 def _selection(artefact):

@@ -26,7 +26,7 @@ KINDS = {
     "budget_of": {"choices": DENOMINATORS},
     "granularity": {"choices": GRANULARITIES},
     "lowest_layer": {"type": int},
-    "warmup_steps": {"type": int},
+    "smt_warmup_steps": {"type": int},
     "accumulator_device": {"choices": ACCUMULATOR_DEVICES},
     "accumulator_dtype": {"choices": ACCUMULATOR_DTYPES},
     "score": {"choices": (*SCORES, *SCORE_ALIASES)},

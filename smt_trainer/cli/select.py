@@ -12,7 +12,7 @@ from smt_trainer.errors import SMTError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIONS = (
-    "target_modules exclude_modules block_size granularity budget budget_of lowest_layer layer_cap warmup_steps "
+    "target_modules exclude_modules block_size granularity budget budget_of lowest_layer layer_cap smt_warmup_steps "
     "accumulator_device accumulator_dtype score scope"
 ).split()
 
@@ -60,9 +60,9 @@ def _choose_again(arguments: argparse.Namespace, given: dict):
 
 def _choose(arguments: argparse.Namespace, config: SMTConfig):
     """The selection from a warm-up on the data."""
-    from smt_trainer.cli.examples import make_examples, pad, read_records
+    from smt_trainer.cli.examples import load_records, make_examples, pad
 
-    records = read_records(arguments.data)
+    records = load_records(arguments.data)
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 

@@ -37,7 +37,7 @@ from smt_trainer.sparse.convert import (
     merge_and_unload,
     whole_parameters,
 )
-from smt_trainer.sparse.linear import plain_name, smt_layers, write_back
+from smt_trainer.sparse.linear import plain_name, smt_linears, write_back
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Delta:
             SMTError: the model trains no blocks.
         """
         state, blocks = get_state(model), {}
-        for name, layer in smt_layers(model):
+        for name, layer in smt_linears(model):
             dtype = layer.blocks.dtype if master else layer.weight.dtype
             blocks[name] = full_tensor(layer.blocks).to("cpu", dtype)[layer.row_major_order()]
         whole = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in whole_parameters(model)}
@@ -115,7 +115,7 @@ class Delta:
         write_text(Path(folder, CONFIG_FILE), json.dumps(manifest, indent=2))
 
     @classmethod
-    def read(cls, folder: str | Path) -> Delta:
+    def load(cls, folder: str | Path) -> Delta:
         """Read and check a delta folder. Raises `SMTError` when it is missing, damaged or out of range."""
         folder = Path(folder)
         with open_tensors(folder / DELTA_FILE, "delta") as file:
@@ -174,7 +174,7 @@ def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> 
     Raises:
         SMTError: the delta is damaged, or belongs to another base or other blocks; the model is unchanged then.
     """
-    put_delta(model, Delta.read(folder))
+    put_delta(model, Delta.load(folder))
     return merge_and_unload(model) if merge else model
 
 
@@ -195,11 +195,11 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         whole = _whole_destinations(model, delta)
         convert_to_smt(model, delta.selection)
         model.smt_state = replace(model.smt_state, fingerprint=delta.fingerprint)
-    for name, layer in smt_layers(model):
+    for name, layer in smt_linears(model):
         assign(layer.blocks, delta.blocks[name][layer.row_major_order().argsort()])
     for name, tensor in delta.whole.items():
         assign(whole[name], tensor)
-    write_back(layer for _, layer in smt_layers(model))
+    write_back(layer for _, layer in smt_linears(model))
 
 
 def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None = None, merge: bool = True, **kwargs):
@@ -217,7 +217,7 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
     """
     if auto_class is None:
         from transformers import AutoModelForCausalLM as auto_class
-    delta = Delta.read(folder)
+    delta = Delta.load(folder)
     if base is None:
         base, _, revision = (delta.selection.base_model or "").partition("@")
         if revision:

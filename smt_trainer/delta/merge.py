@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from smt_trainer.delta.delta import Delta, check_base
 from smt_trainer.errors import SMTError
-from smt_trainer.files import new_folder, open_tensors, read_json
+from smt_trainer.files import load_json, new_folder, open_tensors
 from smt_trainer.sparse.convert import update_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def merge_checkpoint(
 
 
 def _merge_into(stage: Path, base: str | Path, delta_folder: str | Path, revision: str | None) -> None:
-    delta = Delta.read(delta_folder)
+    delta = Delta.load(delta_folder)
     folder = _find_checkpoint(base, revision)
     shard_of = _shards(folder)
     keys = {name: _find_key(f"{name}.weight", shard_of, base) for name in delta.selection.block_indices}
@@ -80,7 +80,7 @@ def _find_checkpoint(base: str | Path, revision: str | None) -> Path:
 def _shards(folder: Path) -> dict[str, str]:
     """Tensor name -> file name, for a checkpoint in one or several safetensors files."""
     if (folder / INDEX_FILE).is_file():
-        return read_json(folder / INDEX_FILE, "index of the base")["weight_map"]
+        return load_json(folder / INDEX_FILE, "index of the base")["weight_map"]
     if (folder / SINGLE_FILE).is_file():
         with open_tensors(folder / SINGLE_FILE, "base") as file:
             return dict.fromkeys(file.keys(), SINGLE_FILE)

@@ -12,7 +12,7 @@ This repository holds a delta, not a model: the trained values of {num_blocks:,}
 | | |
 |---|---|
 | trained | {summary} |
-| chosen by | score `{score}` over {warmup_steps} warm-up steps, scope `{scope}`, budget `{budget}` |
+| chosen by | score `{score}` over {smt_warmup_steps} warm-up steps, scope `{scope}`, budget `{budget}` |
 
 ```python
 from huggingface_hub import snapshot_download
@@ -31,7 +31,7 @@ def delta_section(selection: BlockSelection, repository: str) -> str:
         base=f"`{selection.base_model}`" if selection.base_model else "a base model that was not recorded",
         summary=selection.summary(),
         score=config.score,
-        warmup_steps=config.warmup_steps,
+        smt_warmup_steps=config.smt_warmup_steps,
         scope=config.scope,
         budget=config.budget,
         repository=repository,

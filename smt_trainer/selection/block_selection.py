@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.files import read_json, write_text
+from smt_trainer.files import load_json, write_text
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.selection.budget import Share, check_budget_fits, shares
+from smt_trainer.selection.budget import BudgetGroup, budget_groups, check_budget_fits
 
 SELECTION_FILE = "smt_selection.json"
 FORMAT = 1
@@ -135,7 +135,7 @@ class BlockSelection:
     @classmethod
     def load(cls, path: str | Path) -> BlockSelection:
         """Read what `save` wrote. Raises `SMTError` for a missing or damaged file."""
-        return cls.from_dict(read_json(Path(path), "selection"))
+        return cls.from_dict(load_json(Path(path), "selection"))
 
     @classmethod
     def resolve(cls, selection: BlockSelection | Mapping[str, Any] | str | Path) -> BlockSelection:
@@ -185,14 +185,14 @@ def select_blocks(
             )
     check_budget_fits(grids, config, num_parameters)
     block_indices: dict[str, Tensor] = {}
-    for share in shares(grids, config, num_parameters):
-        own = {name: score for name, score in scores.items() if name in share.grids}
+    for group in budget_groups(grids, config, num_parameters):
+        own = {name: score for name, score in scores.items() if name in group.grids}
         if not any(score.any() for score in own.values()):
             raise SMTError(
-                f"all scores are zero for {share.label}, so no block is better than another. No gradient reached the "
+                f"all scores are zero for {group.label}, so no block is better than another. No gradient reached the "
                 "targets: check that the labels are not all -100, and that the loss depends on the targeted modules."
             )
-        chosen = _best_of_each(own, share) if config.scope == "per_module" else _best_of_all(own, share)
+        chosen = _best_of_each(own, group) if config.scope == "per_module" else _best_of_all(own, group)
         block_indices |= {
             name: torch.stack(torch.unravel_index(blocks.sort().values, grids[name].shape), dim=1)
             for name, blocks in chosen.items()
@@ -202,38 +202,38 @@ def select_blocks(
     return BlockSelection(dict(grids), in_order, num_parameters, config, base_model)
 
 
-def _best_of_all(scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+def _best_of_all(scores: Mapping[str, Tensor], group: BudgetGroup) -> dict[str, Tensor]:
     """Module name -> flat positions of its blocks among the best of all modules together."""
     flat = torch.cat([score.flatten().float() for score in scores.values()])
-    counts = torch.tensor([share.grids[name].num_blocks for name in scores])
-    numels = torch.tensor([share.grids[name].block_numel for name in scores], dtype=torch.float64)
+    counts = torch.tensor([group.grids[name].num_blocks for name in scores])
+    numels = torch.tensor([group.grids[name].block_numel for name in scores], dtype=torch.float64)
     available = len(flat)
-    if share.config.layer_cap is not None:
-        allowed = _best_of_each_layer(flat, counts, numels, list(scores), share)
+    if group.config.layer_cap is not None:
+        allowed = _best_of_each_layer(flat, counts, numels, list(scores), group)
         flat, available = flat.masked_fill(~allowed, -torch.inf), int(allowed.sum())
         # Where a layer's blocks are of several sizes, what it can give depends on the scores.
-        share.check_room(available, float(numels.repeat_interleave(counts)[allowed].sum()))
-    if share.weights is not None:
-        best = _best(flat, min(available, int(share.weights / numels.min()) + 1))
+        group.check_room(available, float(numels.repeat_interleave(counts)[allowed].sum()))
+    if group.weights is not None:
+        best = _best(flat, min(available, int(group.weights / numels.min()) + 1))
         sizes = numels[torch.bucketize(best, counts.cumsum(0), right=True)]
         # The k blocks of highest score whose size is nearest to what is wanted, at least one.
-        best = best[: max(1, int((sizes.cumsum(0) - sizes / 2 <= share.weights).sum()))]
+        best = best[: max(1, int((sizes.cumsum(0) - sizes / 2 <= group.weights).sum()))]
     else:
-        best = _best(flat, share.count)
+        best = _best(flat, group.count)
     chosen = torch.zeros(len(flat), dtype=torch.bool)
     chosen[best] = True
     return {name: part.nonzero().flatten() for name, part in zip(scores, chosen.split(counts.tolist()), strict=True)}
 
 
-def _best_of_each_layer(flat: Tensor, counts: Tensor, numels: Tensor, names: list[str], share: Share) -> Tensor:
+def _best_of_each_layer(flat: Tensor, counts: Tensor, numels: Tensor, names: list[str], group: BudgetGroup) -> Tensor:
     """True at the blocks, of all in `flat`, that are the best of their layer up to its cap."""
     allowed = torch.zeros(len(flat), dtype=torch.bool)
     places = {name: place for place, name in enumerate(names)}
     starts = counts.cumsum(0) - counts
-    for members in share.layers().values():
+    for members in group.layers().values():
         mine = sorted(places[name] for name in members)
         positions = torch.cat([torch.arange(starts[place], starts[place] + counts[place]) for place in mine])
-        blocks, weights = share.cap(members)
+        blocks, weights = group.cap(members)
         best = torch.sort(flat[positions], descending=True, stable=True).indices
         taken = numels[mine].repeat_interleave(counts[mine])[best].cumsum(0) <= weights
         allowed[positions[best[taken][:blocks]]] = True
@@ -248,7 +248,7 @@ def _best(flat: Tensor, count: int) -> Tensor:
     return candidates[torch.sort(flat[candidates], descending=True, stable=True).indices[:count]]
 
 
-def _best_of_each(scores: Mapping[str, Tensor], share: Share) -> dict[str, Tensor]:
+def _best_of_each(scores: Mapping[str, Tensor], group: BudgetGroup) -> dict[str, Tensor]:
     """Module name -> flat positions of its own best blocks, as many as its share of the budget."""
-    quotas = share.quotas()
+    quotas = group.quotas()
     return {name: _best(score.flatten().float(), quotas[name]) for name, score in scores.items() if quotas[name]}

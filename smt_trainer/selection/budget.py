@@ -2,12 +2,12 @@
 
 A fraction f is of D weights: the P parameters of the model, or the T weights of all targets (`budget_of`). It asks for
 f * D weights, and blocks of m weights each are chosen with k * m as near to f * D as whole blocks allow. A count asks
-for k blocks. Budgets by group, as those of SMT's tables 4 and 6, each ask for their own `Share`, which is ranked apart
+for k blocks. Budgets by group, as those of SMT's tables 4 and 6, each ask for their own `BudgetGroup`, which is ranked apart
 from the others and meets its budget by itself.
 
 In each module alone (`scope="per_module"`), a count is of each, and f * D is divided in proportion to the modules'
 sizes. What goes into one layer may be capped (`layer_cap`), at n blocks or at a fraction of the layer's weights in the
-share: then a layer gives its best blocks up to there, and the targets hold less.
+group: then a layer gives its best blocks up to there, and the targets hold less.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PIECES = {"block": "blocks", "row": "rows", "column": "columns"}
 
 
 @dataclass(frozen=True)
-class Share:
+class BudgetGroup:
     """Targets that are ranked together, and how much of them is to be chosen.
 
     Attributes:
@@ -98,7 +98,7 @@ def numel(grids: Iterable[BlockGrid]) -> int:
     return sum(grid.num_blocks * grid.block_numel for grid in grids)
 
 
-def shares(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> list[Share]:
+def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> list[BudgetGroup]:
     """The budget's shares: one of all targets, or one for each group.
 
     Args:
@@ -111,7 +111,7 @@ def shares(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: in
     """
     denominator = num_parameters if config.budget_of == "model" else numel(grids.values())
     if not isinstance(config.budget, dict):
-        return [_share(f"budget={config.budget}", dict(grids), config, config.budget, denominator)]
+        return [_group(f"budget={config.budget}", dict(grids), config, config.budget, denominator)]
     members: dict[str, dict[str, BlockGrid]] = {group: {} for group in config.budget}
     strays: dict[str, list[str]] = {}
     for name, grid in grids.items():
@@ -134,63 +134,65 @@ def shares(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: in
                 f"target_modules={config.target_modules!r} belongs. Widen target_modules or drop the group."
             )
     return [
-        _share(f"budget[{group!r}]={amount}", members[group], config, amount, denominator)
+        _group(f"budget[{group!r}]={amount}", members[group], config, amount, denominator)
         for group, amount in config.budget.items()
     ]
 
 
 def check_budget_fits(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> None:
     """Raise `SMTError` unless each share is at least half a block and at most what its targets hold under the cap."""
-    for share in shares(grids, config, num_parameters):
-        smallest = min(grid.block_numel for grid in share.grids.values())
-        if share.weights is not None and share.weights < smallest / 2:
+    for group in budget_groups(grids, config, num_parameters):
+        smallest = min(grid.block_numel for grid in group.grids.values())
+        if group.weights is not None and group.weights < smallest / 2:
             raise SMTError(
-                f"{share.label} of {share.denominator:,} {_whose(config)} is {share.weights:.0f} weights, less than "
-                f"half a block of {smallest:,}. Use at least {smallest / share.denominator:.2g}, or a smaller "
+                f"{group.label} of {group.denominator:,} {_whose(config)} is {group.weights:.0f} weights, less than "
+                f"half a block of {smallest:,}. Use at least {smallest / group.denominator:.2g}, or a smaller "
                 "block_size."
             )
         if config.scope == "per_module":
-            _check_modules(share)
+            _check_modules(group)
         else:
-            rooms = [_room(share, names) for names in share.layers().values()]
-            share.check_room(sum(blocks for blocks, _ in rooms), sum(weights for _, weights in rooms))
+            rooms = [_room(group, names) for names in group.layers().values()]
+            group.check_room(sum(blocks for blocks, _ in rooms), sum(weights for _, weights in rooms))
 
 
-def _share(label: str, grids: dict[str, BlockGrid], config: SMTConfig, budget: float | int, denominator: int) -> Share:
+def _group(
+    label: str, grids: dict[str, BlockGrid], config: SMTConfig, budget: float | int, denominator: int
+) -> BudgetGroup:
     counted = isinstance(budget, int)
-    return Share(
+    return BudgetGroup(
         label, grids, config, budget if counted else None, None if counted else budget * denominator, denominator
     )
 
 
-def _check_modules(share: Share) -> None:
+def _check_modules(group: BudgetGroup) -> None:
     """As `check_budget_fits`, where each module has its own quota."""
-    quotas, pieces = share.quotas(), PIECES[share.config.granularity]
-    if share.weights is not None:
-        share.check_room(sum(quotas.values()), numel(share.grids.values()))
-    for name, grid in share.grids.items():
+    quotas, pieces = group.quotas(), PIECES[group.config.granularity]
+    if group.weights is not None:
+        group.check_room(sum(quotas.values()), numel(group.grids.values()))
+    for name, grid in group.grids.items():
         if quotas[name] > grid.num_blocks:
             raise SMTError(
-                f"{share.label} {pieces} of each module is more than `{name}` holds: a weight of "
+                f"{group.label} {pieces} of each module is more than `{name}` holds: a weight of "
                 f"{'x'.join(map(str, grid.weight_shape))} has {grid.num_blocks} {pieces}. Lower the budget or exclude "
                 "the module."
             )
-    for layer, names in share.layers().items():
-        blocks, weights = share.cap(names)
+    for layer, names in group.layers().items():
+        blocks, weights = group.cap(names)
         wanted = sum(quotas[name] for name in names)
-        if wanted > blocks or sum(quotas[name] * share.grids[name].block_numel for name in names) > weights:
+        if wanted > blocks or sum(quotas[name] * group.grids[name].block_numel for name in names) > weights:
             raise SMTError(
-                f"{share.label} with scope='per_module' takes {wanted} {pieces} of `{layer}`, more than "
-                f"layer_cap={share.config.layer_cap} allows. Lower the budget or raise layer_cap."
+                f"{group.label} with scope='per_module' takes {wanted} {pieces} of `{layer}`, more than "
+                f"layer_cap={group.config.layer_cap} allows. Lower the budget or raise layer_cap."
             )
 
 
-def _room(share: Share, names: list[str]) -> tuple[int, int]:
+def _room(group: BudgetGroup, names: list[str]) -> tuple[int, int]:
     """The most blocks, and the most weights, that one layer can give under its cap, whatever the scores."""
-    blocks, weights = share.cap(names)
+    blocks, weights = group.cap(names)
     sizes = Counter()
     for name in names:
-        sizes[share.grids[name].block_numel] += share.grids[name].num_blocks
+        sizes[group.grids[name].block_numel] += group.grids[name].num_blocks
     # Most blocks: the smallest first. Most weights: the largest first, in whole steps of what all sizes have in common.
     step = math.gcd(*sizes)
     most_blocks, most_weights, left = 0, 0, weights

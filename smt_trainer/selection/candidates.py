@@ -12,7 +12,7 @@ from smt_trainer.selection.budget import check_budget_fits
 from smt_trainer.selection.dependencies import Dependency, find_dependencies
 
 
-def plan_blocks(model: nn.Module, config: SMTConfig) -> tuple[dict[str, BlockGrid], list[Dependency]]:
+def find_candidates(model: nn.Module, config: SMTConfig) -> tuple[dict[str, BlockGrid], list[Dependency]]:
     """The grids of a model's targets, by full module name, and what depends on their rows, if that is trained.
 
     Raises:

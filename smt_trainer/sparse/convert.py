@@ -15,7 +15,7 @@ from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, plain_name, smt_layers
+from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, plain_name, smt_linears
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     rewriting ask for one again.
     """
     state = get_state(model)
-    for _, layer in list(smt_layers(model)):
+    for _, layer in list(smt_linears(model)):
         layer.to_linear()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.was_trainable)
@@ -159,7 +159,7 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
     A collective when the model is sharded over ranks; tied weights stay tied. With `keep=False` this rank only takes
     part, and gets an empty dictionary.
     """
-    own = {f"{name}.{part}" for name, _ in smt_layers(model) for part in ("blocks", "block_indices")}
+    own = {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
     gathered, state = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if plain_name(name) in own:

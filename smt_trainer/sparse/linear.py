@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.sharded import Part, assign, full_tensor, full_tensors, is_sharded, local_parts
-from smt_trainer.sparse.sparse_linear import plan_blocks, sparse_linear
+from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
 
 # Modules that accelerate and torch.compile put around others; checkpoints do without their names.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -23,7 +23,7 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 LARGE_BLOCK = 2048
 
 
-class SMTLayer(nn.Module):
+class BlockLinear(nn.Module):
     """A linear with trainable blocks. Made from an existing linear by `from_linear`, undone by `to_linear`.
 
     Attributes:
@@ -37,9 +37,9 @@ class SMTLayer(nn.Module):
     @classmethod
     def from_linear(
         cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
-    ) -> SMTLayer:
+    ) -> BlockLinear:
         """Turn a linear into a layer of this class in place: identity, hooks, state-dict keys, bias and ties stay."""
-        plan, block_indices, positions = plan_blocks(block_indices.cpu(), grid)
+        plan, block_indices, positions = group_blocks(block_indices.cpu(), grid)
         device = linear.weight.device
         linear.linear_class = type(linear)
         linear.__class__ = cls
@@ -136,17 +136,17 @@ class SMTLayer(nn.Module):
         )
 
 
-class SMTLinear(SMTLayer, nn.Linear):
+class SMTLinear(BlockLinear, nn.Linear):
     """An `nn.Linear` with trainable blocks."""
 
 
-class SMTConv1D(SMTLayer):
+class SMTConv1D(BlockLinear):
     """A `Conv1D` of transformers with trainable blocks: its weight is [I, O], its grid transposed."""
 
 
-def smt_layers(model: nn.Module) -> Iterator[tuple[str, SMTLayer]]:
+def smt_linears(model: nn.Module) -> Iterator[tuple[str, BlockLinear]]:
     """The rewritten linears of a model with their full names, in the model's order; wrappers add nothing to a name."""
-    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, SMTLayer))
+    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, BlockLinear))
 
 
 def plain_name(name: str) -> str:
@@ -157,7 +157,7 @@ def plain_name(name: str) -> str:
 
 
 @torch.no_grad()
-def write_back(layers: Iterable[SMTLayer]) -> None:
+def write_back(layers: Iterable[BlockLinear]) -> None:
     """Cast the blocks of all layers into their dense weights; a collective, only one, when they are sharded.
 
     On the CPU all large blocks are one fused copy to views of the weights. Small ones cost more to view than to copy,

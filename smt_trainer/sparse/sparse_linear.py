@@ -66,7 +66,7 @@ class Plan:
     groups: tuple[Group, ...]
 
 
-def plan_blocks(block_indices: Tensor, grid: BlockGrid) -> tuple[Plan, Tensor, Tensor]:
+def group_blocks(block_indices: Tensor, grid: BlockGrid) -> tuple[Plan, Tensor, Tensor]:
     """Group the blocks of one weight.
 
     Args:
@@ -187,8 +187,8 @@ def sparse_linear(
         weight: [O, I] the dense weight, or [I, O] where the plan's grid is transposed; receives no gradient.
         bias: [O] or None.
         blocks: [n, br, bc] the trainable blocks in stored order; receives their gradient in its own dtype.
-        positions: [n * edge] int64, from `plan_blocks`.
-        plan: from `plan_blocks`.
+        positions: [n * edge] int64, from `group_blocks`.
+        plan: from `group_blocks`.
 
     Returns:
         y: [..., O], in the dtype that the dense linear gives (autocast included).

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.linear import SMTLayer, smt_layers, write_back
+from smt_trainer.sparse.linear import BlockLinear, smt_linears, write_back
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class SMTCallback(TrainerCallback):
         self.progress: tqdm | None = None
         self.losses: list[float] = []
         self.report: dict[str, float] = {}
-        self._layers: tuple[nn.Module | None, list[SMTLayer]] = (None, [])
+        self._layers: tuple[nn.Module | None, list[BlockLinear]] = (None, [])
 
     def on_warmup_begin(self, args, num_steps: int) -> None:
         """The gradient warm-up begins; it has `num_steps` steps."""
@@ -65,8 +65,8 @@ class SMTCallback(TrainerCallback):
         """Bring the dense weights, which forward reads, up to date with the blocks that were just stepped."""
         write_back(self._layers_of(model))
 
-    def _layers_of(self, model: nn.Module) -> list[SMTLayer]:
+    def _layers_of(self, model: nn.Module) -> list[BlockLinear]:
         """The rewritten linears of a model, looked for once."""
         if self._layers[0] is not model:
-            self._layers = (model, [layer for _, layer in smt_layers(model)])
+            self._layers = (model, [layer for _, layer in smt_linears(model)])
         return self._layers[1]

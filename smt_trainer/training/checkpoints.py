@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from smt_trainer.errors import SMTError
-from smt_trainer.files import read_json
+from smt_trainer.files import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ def last_checkpoint(folder: Path) -> str | None:
     steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
     for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
-            read_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
+            load_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
             return str(checkpoint)
         except SMTError as error:
             logger.warning("%s is left out, its writing broke off: %s", checkpoint.name, error)

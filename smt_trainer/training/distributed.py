@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, save_fsdp_o
 from torch import nn
 
 from smt_trainer.scores.collect import LossScale, frozen
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
@@ -80,7 +80,7 @@ def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     # Only the first rank may have the base weights that the fingerprint is of.
     fingerprint = broadcast_object_list([model.smt_state.fingerprint])[0]
     model.smt_state = replace(model.smt_state, fingerprint=fingerprint)
-    for _, layer in smt_layers(model):
+    for _, layer in smt_linears(model):
         # accelerate takes all that is in the state dict for sharded parameters.
         layer.register_buffer("block_indices", layer.block_indices, persistent=False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and not hasattr(model, "_smt_loads_trained_only"):

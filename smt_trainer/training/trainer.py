@@ -52,7 +52,7 @@ from smt_trainer.scores.collect import (
 )
 from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve_selection
 from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
-from smt_trainer.selection.candidates import plan_blocks
+from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.sparse.convert import (
     convert_to_smt,
     get_state,
@@ -60,7 +60,7 @@ from smt_trainer.sparse.convert import (
     plain_state_dict,
     trainable_parameters,
 )
-from smt_trainer.sparse.linear import plain_name, smt_layers, write_back
+from smt_trainer.sparse.linear import plain_name, smt_linears, write_back
 from smt_trainer.training.callback import SMTCallback
 from smt_trainer.training.checkpoints import last_checkpoint
 from smt_trainer.training.distributed import (
@@ -97,7 +97,7 @@ class SMTTrainerMixin:
         super().__init__(*args, **kwargs)
         refuse_unusable(self)
         if self.model_init is None and not is_smt_model(self.model) and self._given_selection is None:
-            plan_blocks(self.model, self.smt_config)
+            find_candidates(self.model, self.smt_config)
         if not self._smt_callbacks:
             self.add_callback(SMTCallback())
         for callback in self._smt_callbacks:
@@ -165,7 +165,7 @@ class SMTTrainerMixin:
             selection = BlockSelection.load(folder / SELECTION_FILE)
             self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
-            grids, dependencies = plan_blocks(self.model, self.smt_config)
+            grids, dependencies = find_candidates(self.model, self.smt_config)
             scores = BlockScores(
                 grids,
                 self._score_blocks(grids),
@@ -206,20 +206,20 @@ class SMTTrainerMixin:
         """The warm-up's steps, in a context that leaves no trace in the random state or the trainer's counters."""
         self._warming_up = True
         for callback in self._smt_callbacks:
-            callback.on_warmup_begin(self.args, self.smt_config.warmup_steps)
+            callback.on_warmup_begin(self.args, self.smt_config.smt_warmup_steps)
         try:
             backward = bare_backward(self.accelerator, scale, scorer.needs_backward)
             with rng_preserved(), counters_preserved(self), backward:
-                yield self._warmup_steps(model, scorer)
+                yield self._steps_of_warmup(model, scorer)
         finally:
             self._warming_up = False
             for callback in self._smt_callbacks:
                 callback.on_warmup_end(self.args)
 
-    def _warmup_steps(self, model: nn.Module, scorer: Scorer) -> Iterator[Callable[[], None]]:
+    def _steps_of_warmup(self, model: nn.Module, scorer: Scorer) -> Iterator[Callable[[], None]]:
         with collating_classes(self, class_column(self.smt_config)):
             loader = self.get_train_dataloader()
-        batches = itertools.islice(optimizer_step_batches(self, loader), self.smt_config.warmup_steps)
+        batches = itertools.islice(optimizer_step_batches(self, loader), self.smt_config.smt_warmup_steps)
         for step, (micro_batches, num_items) in enumerate(batches):
             yield functools.partial(self._warmup_step, model, scorer, step, micro_batches, num_items)
 
@@ -318,7 +318,7 @@ class SMTTrainerMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         # Not `model or ...`: a compiled model has no truth value.
         model = self.model if model is None else model
-        delta = Delta.read(resume_from_checkpoint)
+        delta = Delta.load(resume_from_checkpoint)
         self._refuse_other_config(delta.selection.config, resume_from_checkpoint)
         put_delta(model, delta, has_weights=has_weights(self.accelerator))
 
@@ -335,7 +335,7 @@ class SMTTrainerMixin:
         logger.info("Loading the best blocks from %s.", self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled:
             super()._load_best_model()
-            write_back(layer for _, layer in smt_layers(self.model))
+            write_back(layer for _, layer in smt_linears(self.model))
         else:
             load_delta(self.model, self.state.best_model_checkpoint)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smt_trainer import BlockScores, BlockSelection, __version__
 from smt_trainer.cli import main
-from smt_trainer.cli.examples import make_examples, pad, read_records
+from smt_trainer.cli.examples import load_records, make_examples, pad
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
 
@@ -174,7 +174,7 @@ def test_a_text_is_learnt_whole_to_its_end_and_a_long_one_cut(form, checkpoint, 
     records = [{"text": "a b"}, {"text": "\u2028", "id": 7}]
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     (tmp_path / "data").write_text("\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
-    assert read_records(tmp_path / "data") == records
+    assert load_records(tmp_path / "data") == records
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     a, space, b = map(token_of, b"a b")
     for length, expected in ((5, [a, space, b, 2]), (2, [a, space])):

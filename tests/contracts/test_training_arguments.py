@@ -107,7 +107,9 @@ def make(kind, folder, data=tiny.examples, collator=None, metrics=False, callbac
     model = copy.deepcopy(base_model(dtype))
     given = {}
     if issubclass(kind, Ours):
-        given = {"smt_config": tiny.config(target_modules=["v_proj"], budget=16, warmup_steps=3, master_dtype=dtype)}
+        given = {
+            "smt_config": tiny.config(target_modules=["v_proj"], budget=16, smt_warmup_steps=3, master_dtype=dtype)
+        }
     else:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.removesuffix(".weight") in V_PROJ)
@@ -834,7 +836,7 @@ def test_the_table_has_each_field_once():
 @pytest.mark.parametrize(("fields", "status", "shown"), rows(), ids=[row[0][0] for row in rows()])
 def test_a_row_names_tests_that_exist_and_cover_its_fields(fields, status, shown):
     assert status in ("works", "works (GPU; not run yet)", "not applicable", "refused")
-    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", shown)
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", shown)
     assert named or status not in ("works", "refused")
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text()

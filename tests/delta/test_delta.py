@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, save_delta
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
 from smt_trainer.sparse.convert import is_smt_model
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 
 
 def no_space(*_, **__) -> None:
@@ -37,7 +37,7 @@ def test_the_delta_of_a_model_with_transposed_weights_gives_its_logits(granulari
     convert_to_smt(model, tiny.choose(model, tiny.config(score="random", target_modules="all-linear", **shape)))
     tiny.step(model, **tiny.batch())
     save_delta(model, tmp_path)
-    assert Delta.read(tmp_path).selection.grids == model.smt_state.selection.grids
+    assert Delta.load(tmp_path).selection.grids == model.smt_state.selection.grids
     assert torch.equal(tiny.logits(load_delta(tiny.gpt2(), tmp_path, merge=True)), tiny.logits(model))
 
 
@@ -62,13 +62,13 @@ def test_blocks_are_stored_in_the_weights_dtype_or_the_masters(master, tmp_path)
     convert_to_smt(model, tiny.choose(model))
     tiny.step(model, **tiny.batch())
     save_delta(model, tmp_path, master=master)
-    stored = Delta.read(tmp_path)
+    stored = Delta.load(tmp_path)
     assert {blocks.dtype for blocks in stored.blocks.values()} == {torch.float32 if master else torch.bfloat16}
     assert stored.weight_dtype == torch.bfloat16
     again = load_delta(tiny.llama().bfloat16(), tmp_path)
     assert torch.equal(tiny.logits(again), tiny.logits(model))
     if master:
-        for (_, ours), (_, theirs) in zip(smt_layers(again), smt_layers(model), strict=True):
+        for (_, ours), (_, theirs) in zip(smt_linears(again), smt_linears(model), strict=True):
             assert torch.equal(ours.blocks, theirs.blocks)
 
 
@@ -92,7 +92,7 @@ def test_the_head_of_a_classifier_travels_in_the_delta(tmp_path):
     convert_to_smt(model, tiny.choose(model))
     tiny.step(model, **inputs)
     save_delta(model, tmp_path)
-    assert sorted(Delta.read(tmp_path).whole) == ["classifier.bias", "classifier.weight"]
+    assert sorted(Delta.load(tmp_path).whole) == ["classifier.bias", "classifier.weight"]
     assert torch.equal(tiny.logits(load_delta(base, tmp_path), **inputs), tiny.logits(model, **inputs))
 
     other = tiny.build("BertForSequenceClassification", num_labels=2)

@@ -12,7 +12,7 @@ from torch import nn
 
 from smt_trainer import SMTError, convert_to_smt
 from smt_trainer.model.sharded import assign, full_shape, full_tensor, local_parts
-from smt_trainer.sparse.linear import smt_layers, write_back
+from smt_trainer.sparse.linear import smt_linears, write_back
 
 
 class OfRank:
@@ -57,7 +57,7 @@ def test_the_parts_of_all_ranks_cover_a_weight_once(rows, columns, ranks):
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
 def test_blocks_are_written_back_to_the_shares_of_all_ranks(build, ranks, whole):
     model = convert_to_smt(build(), tiny.choose(build()))
-    layers = [layer for _, layer in smt_layers(model)]
+    layers = [layer for _, layer in smt_linears(model)]
     with torch.no_grad():
         for layer in layers:
             layer.blocks += torch.randn_like(layer.blocks)

@@ -56,7 +56,7 @@ def test_only_the_first_rank_writes(runs):
     written = [[path for path in (folder / f"rank-{number}").rglob("*") if path.is_file()] for number in range(2)]
     assert {path.parent.name for path in written[0]} == {"rank-0", "delta", "merged"}
     assert written[1] == []
-    delta = Delta.read(folder / "rank-0" / "delta")
+    delta = Delta.load(folder / "rank-0" / "delta")
     assert delta.selection.num_blocks == 12
     loaded = load_delta(tiny.llama().double(), folder / "rank-0" / "delta").state_dict()
     torch.testing.assert_close(dict(loaded), dict(rank["weights"]), rtol=0, atol=0)

@@ -16,7 +16,7 @@ from smt_trainer.training.trainer import SELECTION_FILE, last_checkpoint
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 MOMENTS = ["in the warm-up", "before the first step", "writing the delta", "in the main loop"]
 # A run long enough to be killed in each of its phases, over three epochs.
-LONG = {"max_steps": 12, "save_steps": 1, "save_total_limit": 2, "smt_config": tiny.config(warmup_steps=6)}
+LONG = {"max_steps": 12, "save_steps": 1, "save_total_limit": 2, "smt_config": tiny.config(smt_warmup_steps=6)}
 
 
 def without_warm_up(outcomes: list[dict]) -> list[dict]:

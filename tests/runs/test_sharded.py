@@ -103,7 +103,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_ends(name, ranks_of):
 
 @every_case
 def test_the_best_blocks_are_loaded_back(name, ranks_of, folder_of):
-    ours, best = ranks_of(name)[0], Delta.read(folder_of(name) / "run" / "checkpoint-2")
+    ours, best = ranks_of(name)[0], Delta.load(folder_of(name) / "run" / "checkpoint-2")
     tiny.assert_same(ours["reloaded"]["blocks"], {module: blocks.float() for module, blocks in best.blocks.items()})
     assert ours["reevaluated"] == ours["trained"]["eval_losses"][0] != ours["evaluated"]
 

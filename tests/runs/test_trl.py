@@ -95,7 +95,7 @@ def by_step(trainer) -> list[dict[str, float]]:
 def test_the_warm_up_leaves_no_trace_in_what_the_trainer_logs(name, score, make):
     stock = make(name)
     stock.train()
-    ours = make(name, tiny.config(score=score, warmup_steps=3))
+    ours = make(name, tiny.config(score=score, smt_warmup_steps=3))
     ours.train()
     assert tiny.logged(ours, "smt_blocks") == [12] and tiny.logged(ours, "smt_warmup_steps") == [3]
     assert ours._metrics == stock._metrics

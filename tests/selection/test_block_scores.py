@@ -101,7 +101,7 @@ def test_what_needs_other_scores_is_refused_naming_the_field(fields, message, ll
 
 
 def test_the_configuration_of_the_selection_says_how_its_scores_came_about(scores):
-    selection = scores.select(fewer(scores, budget=5, warmup_steps=7, selection="elsewhere.json"))
+    selection = scores.select(fewer(scores, budget=5, smt_warmup_steps=7, selection="elsewhere.json"))
     assert selection.config == fewer(scores, budget=5)
 
 

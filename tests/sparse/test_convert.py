@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from smt_trainer import BlockGrid, SMTConfig, SMTError, SMTLinear, convert_to_smt, find_targets, merge_and_unload
 from smt_trainer.model.targets import head_names
 from smt_trainer.sparse.convert import fingerprint, is_smt_model, plain_state_dict, trainable_parameters
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -102,7 +102,7 @@ def test_making_it_plain_restores_what_asked_for_a_gradient(llama):
     before = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
     merge_and_unload(convert_to_smt(llama, tiny.choose(llama)))
     assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == before
-    assert not is_smt_model(llama) and not list(smt_layers(llama))
+    assert not is_smt_model(llama) and not list(smt_linears(llama))
 
 
 def test_rewriting_and_making_it_plain_without_training_changes_no_weight(llama):
@@ -208,7 +208,7 @@ def test_named_modules_are_trained_whole(llama):
 @pytest.mark.parametrize("master_dtype", ["float32", "bfloat16", "float64"])
 def test_masters_have_the_configured_dtype(llama, master_dtype):
     convert_to_smt(llama, tiny.choose(llama, tiny.config(score="random", master_dtype=master_dtype)))
-    assert {layer.blocks.dtype for _, layer in smt_layers(llama)} == {getattr(torch, master_dtype)}
+    assert {layer.blocks.dtype for _, layer in smt_linears(llama)} == {getattr(torch, master_dtype)}
 
 
 def test_a_fingerprint_is_of_the_chosen_blocks_in_the_given_dtype(llama):

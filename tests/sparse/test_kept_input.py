@@ -9,7 +9,7 @@ from torch.autograd.graph import save_on_cpu
 from smt_trainer import convert_to_smt
 from smt_trainer.sparse import sparse_linear
 from smt_trainer.sparse.kept_input import KeptInput, find_origin
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 
 # Model -> linear -> whether its input can be made of what autograd keeps anyway. Layer 1: below it, something asks for
 # a gradient.
@@ -95,7 +95,7 @@ def test_a_model_with_blocks_keeps_what_the_frozen_one_does(llama, target, dtype
     convert_to_smt(
         llama, tiny.choose(llama, tiny.config(target_modules=target, scope="per_module", budget=2, score="random"))
     )
-    assert len(list(smt_layers(llama))) == (6 if target == "qkv" else 14)
+    assert len(list(smt_linears(llama))) == (6 if target == "qkv" else 14)
     assert activations(llama) == floor
 
 
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_a_kept_input_bit_for_bit(name, monkeypatch):
         convert_to_smt(model, tiny.choose(model, smt_config))
         torch.manual_seed(0)
         model(**tiny.batch(2)).loss.backward()
-        return {name: layer.blocks.grad for name, layer in smt_layers(model)}
+        return {name: layer.blocks.grad for name, layer in smt_linears(model)}
 
     ours = gradients()
     monkeypatch.setattr(sparse_linear, "find_origin", lambda x: None)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import BlockGrid, SMTLinear, convert_to_smt
-from smt_trainer.sparse.linear import SMTConv1D, SMTLayer, smt_layers, write_back
+from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, smt_linears, write_back
 
 BLOCK_INDICES = torch.tensor([[0, 1], [2, 0]])
 
@@ -38,16 +38,16 @@ def grid_of(kind) -> BlockGrid:
     return BlockGrid(48, 32, 16, 16, transposed=issubclass(kind, Conv1D))
 
 
-def rewrite(linear: nn.Module) -> SMTLayer:
+def rewrite(linear: nn.Module) -> BlockLinear:
     smt_class = SMTConv1D if isinstance(linear, Conv1D) else SMTLinear
     return smt_class.from_linear(linear, grid_of(type(linear)), BLOCK_INDICES, torch.float32)
 
 
-def smt_linear(kind, dtype=torch.float32) -> SMTLayer:
+def smt_linear(kind, dtype=torch.float32) -> BlockLinear:
     return rewrite(kind(32, 48).to(dtype))
 
 
-def shift(layer: SMTLayer, by: float = 1.0) -> None:
+def shift(layer: BlockLinear, by: float = 1.0) -> None:
     """What an optimizer does: change the blocks, not the weight."""
     with torch.no_grad():
         layer.blocks += by
@@ -60,7 +60,7 @@ def test_rewriting_keeps_identity_keys_bias_weight_and_hooks(kind):
     linear.register_forward_hook(lambda *_: calls.append("hook"))
     weight, bias, values = linear.weight, linear.bias, linear.weight.detach().clone()
     layer = rewrite(linear)
-    assert layer is linear and isinstance(layer, SMTLayer)
+    assert layer is linear and isinstance(layer, BlockLinear)
     assert layer.weight is weight and layer.bias is bias and torch.equal(weight, values)
     assert list(layer.state_dict()) == ["weight", "bias", "blocks", "block_indices"]
     layer(torch.randn(2, 32))
@@ -143,14 +143,14 @@ def test_a_state_dict_of_other_blocks_is_refused_and_nothing_loaded(kind):
 
 def test_a_deep_copy_trains_apart_from_its_original(llama):
     convert_to_smt(llama, tiny.choose(llama))
-    write_back(layer for _, layer in smt_layers(llama))
+    write_back(layer for _, layer in smt_linears(llama))
     before = tiny.weights(llama)
     other = copy.deepcopy(llama)
-    for _, layer in smt_layers(other):
+    for _, layer in smt_linears(other):
         shift(layer)
-    write_back(layer for _, layer in smt_layers(other))
+    write_back(layer for _, layer in smt_linears(other))
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
-    for _, layer in smt_layers(other):
+    for _, layer in smt_linears(other):
         written = layer.grid.gather(layer.weight, layer.block_indices)
         assert torch.equal(written, layer.blocks.detach())
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import BlockGrid
-from smt_trainer.sparse.sparse_linear import Group, plan_blocks, sparse_linear
+from smt_trainer.sparse.sparse_linear import Group, group_blocks, sparse_linear
 
 # Row, column, block and non-square block grids of one weight, with adjacent and scattered blocks.
 GRIDS = {
@@ -33,7 +33,7 @@ GRIDS |= {f"{name}, transposed": (replace(grid, transposed=True), chosen) for na
 
 def prepare(grid, block_indices, dtype=torch.float64, leading=(5,), bias=True, master=None):
     """Inputs of `sparse_linear` and the stored block indices; all floats ask for a gradient, but for the weight."""
-    plan, stored, positions = plan_blocks(torch.as_tensor(block_indices), grid)
+    plan, stored, positions = group_blocks(torch.as_tensor(block_indices), grid)
     weight = torch.randn(grid.stored_shape, dtype=dtype)
     x = torch.randn(*leading, grid.in_features, dtype=dtype, requires_grad=True)
     offset = torch.randn(grid.out_features, dtype=dtype, requires_grad=True) if bias else None
@@ -62,7 +62,7 @@ def dense_gradients(x, weight, bias, dy, stored, grid):
 @given(some_blocks())
 def test_the_plan_covers_each_block_exactly_once(case):
     grid, block_indices = case
-    plan, stored, positions = plan_blocks(block_indices, grid)
+    plan, stored, positions = group_blocks(block_indices, grid)
     assert sorted(stored.tolist()) == sorted(block_indices.tolist())
     assert [group.first for group in plan.groups] == [0, *(group.last for group in plan.groups[:-1])]
     edge = grid.block_rows if plan.by_column else grid.block_columns
@@ -86,9 +86,9 @@ def test_the_plan_covers_each_block_exactly_once(case):
 def test_neighbouring_lines_with_the_same_blocks_are_one_product():
     grid = BlockGrid(12, 12, 2, 2)
     every_other_row = [[row, column] for row in (0, 2, 4) for column in (1, 2, 3, 5)]
-    plan, *_ = plan_blocks(torch.tensor([*every_other_row, [1, 5]]), grid)
+    plan, *_ = group_blocks(torch.tensor([*every_other_row, [1, 5]]), grid)
     assert [(group.line, group.lines, len(group.runs)) for group in plan.groups] == [(1, 3, 3), (5, 1, 2)]
-    whole, *_ = plan_blocks(torch.cartesian_prod(torch.arange(6), torch.arange(6)), grid)
+    whole, *_ = group_blocks(torch.cartesian_prod(torch.arange(6), torch.arange(6)), grid)
     assert whole.groups == (Group(0, 36, 0, 6, ((0, 6),)),)
 
 

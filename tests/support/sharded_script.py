@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM, TrainingArguments
 from smt_trainer import SMTConfig, SMTTrainer
 from smt_trainer.model.sharded import full_tensor, is_partitioned
 from smt_trainer.sparse.convert import plain_state_dict
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 ZERO = {
@@ -150,13 +150,13 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
         args=training_arguments,
         train_dataset=tiny.examples(),
         eval_dataset=tiny.examples(8, seed=2),
-        smt_config=SMTConfig(**{"block_size": 16, "budget": 12, "warmup_steps": 3} | case.get("smt", {})),
+        smt_config=SMTConfig(**{"block_size": 16, "budget": 12, "smt_warmup_steps": 3} | case.get("smt", {})),
     )
 
 
 def outcome(trainer: SMTTrainer) -> dict:
     """What runs must agree on, gathered on every rank."""
-    layers = dict(smt_layers(trainer.model))
+    layers = dict(smt_linears(trainer.model))
     return {
         "blocks": {name: full_tensor(layer.blocks)[layer.row_major_order()].float() for name, layer in layers.items()},
         "block_indices": dict(trainer.smt_selection.block_indices),
@@ -167,7 +167,7 @@ def outcome(trainer: SMTTrainer) -> dict:
 
 
 def assert_sharded(trainer: SMTTrainer, case: dict) -> None:
-    layers = [layer for _, layer in smt_layers(trainer.model)]
+    layers = [layer for _, layer in smt_linears(trainer.model)]
     if "fsdp" in case:
         assert all(layer.weight.to_local().numel() < layer.weight.numel() for layer in layers)
         assert any(layer.blocks.to_local().numel() < layer.blocks.numel() for layer in layers)

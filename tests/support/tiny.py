@@ -15,8 +15,8 @@ from smt_trainer import BlockSelection, SMTCallback, SMTConfig, SMTTrainer
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_selection import select_blocks
-from smt_trainer.selection.candidates import plan_blocks
-from smt_trainer.sparse.linear import smt_layers, write_back
+from smt_trainer.selection.candidates import find_candidates
+from smt_trainer.sparse.linear import smt_linears, write_back
 
 VOCABULARY = 64
 LENGTH = 12
@@ -112,7 +112,7 @@ def arguments(folder: str | Path, **overrides) -> transformers.TrainingArguments
 
 def config(**overrides) -> SMTConfig:
     """A configuration that suits the sizes here: 12 of the 64 blocks of `llama`, after two warm-up steps."""
-    return SMTConfig(**{"block_size": 16, "budget": 12, "warmup_steps": 2} | overrides)
+    return SMTConfig(**{"block_size": 16, "budget": 12, "smt_warmup_steps": 2} | overrides)
 
 
 class Recording:
@@ -174,7 +174,7 @@ def stock_trainer(model: nn.Module, folder: str | Path, data=None, collator=None
 
 def warm_up(trainer: SMTTrainer) -> dict[str, Tensor]:
     """The scores of a trainer's warm-up, without what comes after it."""
-    return trainer._score_blocks(plan_blocks(trainer.model, trainer.smt_config)[0])
+    return trainer._score_blocks(find_candidates(trainer.model, trainer.smt_config)[0])
 
 
 def logged(trainer: transformers.Trainer, key: str) -> list:
@@ -221,7 +221,7 @@ def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
     optimizer = optimizer_class(trained, lr=0.1)
     model(**inputs).loss.backward()
     optimizer.step()
-    write_back(layer for _, layer in smt_layers(model))
+    write_back(layer for _, layer in smt_linears(model))
 
 
 def saved_files(folder) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:

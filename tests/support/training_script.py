@@ -32,7 +32,7 @@ from smt_trainer import BlockSelection, SMTCallback
 from smt_trainer.config import SCORES
 from smt_trainer.delta import delta
 from smt_trainer.files import write_atomically
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.training.trainer import SELECTION_FILE
 
 RANKS_BATCH = 4
@@ -43,8 +43,8 @@ FORKED.set_forkserver_preload(["transformers.trainer", "transformers.models.llam
 def result(trainer) -> dict:
     """Everything that two runs of the same training must agree on."""
     return {
-        "blocks": {name: layer.blocks.detach() for name, layer in smt_layers(trainer.model)},
-        "block_indices": {name: layer.block_indices for name, layer in smt_layers(trainer.model)},
+        "blocks": {name: layer.blocks.detach() for name, layer in smt_linears(trainer.model)},
+        "block_indices": {name: layer.block_indices for name, layer in smt_linears(trainer.model)},
         "weights": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "losses": tiny.logged(trainer, "loss"),
@@ -68,7 +68,7 @@ class Evaluated(tiny.RecordingSMTTrainer):
 def ranked(folder: Path, processes: int) -> dict:
     """A run whose global batch is the same on any number of processes; its outcome, with the warm-up's scores."""
     model = tiny.llama().double()
-    smt_config = tiny.config(warmup_steps=3, master_dtype="float64")
+    smt_config = tiny.config(smt_warmup_steps=3, master_dtype="float64")
     trainer = tiny.smt_trainer(
         model,
         folder,

@@ -6,7 +6,7 @@ import torch
 from transformers import TrainerCallback
 
 from smt_trainer import SMTCallback, SMTError
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 
 
 @pytest.mark.parametrize("given", [tiny.Noting, tiny.Noting()], ids=["class", "instance"])
@@ -59,7 +59,7 @@ def test_after_each_step_forward_reads_the_blocks_that_were_stepped(tmp_path):
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             self.steps += 1
-            for _, layer in smt_layers(model):
+            for _, layer in smt_linears(model):
                 assert torch.equal(layer.grid.gather(layer.weight, layer.block_indices), layer.blocks.detach())
 
     callback = Checking()

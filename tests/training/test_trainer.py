@@ -20,7 +20,7 @@ from smt_trainer import (
 )
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
 from smt_trainer.sparse.convert import is_smt_model
-from smt_trainer.sparse.linear import smt_layers
+from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SELECTION_FILE
 
@@ -141,7 +141,7 @@ def test_an_optimizer_trains_the_blocks_and_nothing_else(optim, precision, tmp_p
     )
     assert trainer.losses[-1] < trainer.losses[0]
     selection = model.smt_state.selection
-    for _, layer in smt_layers(model):
+    for _, layer in smt_linears(model):
         written = layer.grid.gather(layer.weight, layer.block_indices)
         assert torch.equal(written, layer.blocks.detach().to(written.dtype))
     for name, tensor in merge_and_unload(model).state_dict().items():
@@ -159,9 +159,9 @@ def test_float32_masters_of_bfloat16_weights_move_at_small_learning_rates(tmp_pa
     trained(tmp_path, model, max_steps=20, learning_rate=1e-5)
     moved = [
         layer.blocks.detach() != layer.grid.gather(base[f"{name}.weight"], layer.block_indices).float()
-        for name, layer in smt_layers(model)
+        for name, layer in smt_linears(model)
     ]
-    assert {layer.blocks.dtype for _, layer in smt_layers(model)} == {torch.float32}
+    assert {layer.blocks.dtype for _, layer in smt_linears(model)} == {torch.float32}
     assert torch.cat([part.flatten() for part in moved]).float().mean() > 0.99
 
 
@@ -214,7 +214,7 @@ def test_a_batch_size_that_does_not_fit_is_halved(call, tmp_path):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return super().compute_loss(*args, **kwargs)
 
-    trainer = trained(tmp_path, kind=OutOfMemory, auto_find_batch_size=True, smt_config=tiny.config(warmup_steps=3))
+    trainer = trained(tmp_path, kind=OutOfMemory, auto_find_batch_size=True, smt_config=tiny.config(smt_warmup_steps=3))
     assert trainer.state.global_step == 4 and len(trainer.inputs[-1]) < 4
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
@@ -245,7 +245,7 @@ def test_checkpoints_hold_float32_masters_and_save_model_the_weights_dtype(tmp_p
     trainer.save_model(tmp_path / "out")
     checkpoint = tmp_path / "checkpoint-4"
     for folder, dtype in ((checkpoint, torch.float32), (tmp_path / "out", torch.bfloat16)):
-        assert {blocks.dtype for blocks in Delta.read(folder).blocks.values()} == {dtype}
+        assert {blocks.dtype for blocks in Delta.load(folder).blocks.values()} == {dtype}
         assert [path.name for path in folder.glob("*.safetensors")] == [DELTA_FILE]
         model = load_delta(tiny.llama().bfloat16(), folder)
         assert torch.equal(tiny.logits(model), tiny.logits(trainer.model))
@@ -348,7 +348,7 @@ def test_a_classifier_trains_its_head_and_stores_it(tmp_path):
     data = [{"input_ids": row, "labels": torch.tensor(place % 3)} for place, row in enumerate(tiny.tokens(16))]
     trainer = trained(tmp_path, model(), data=data)
     trainer.save_model(tmp_path / "delta")
-    assert sorted(Delta.read(tmp_path / "delta").whole) == ["classifier.bias", "classifier.weight"]
+    assert sorted(Delta.load(tmp_path / "delta").whole) == ["classifier.bias", "classifier.weight"]
     assert not torch.equal(trainer.model.classifier.weight, model().classifier.weight)
     assert torch.equal(tiny.logits(load_delta(model(), tmp_path / "delta")), tiny.logits(trainer.model))
 

@@ -12,7 +12,7 @@ from reference import block_scores, summed_gradients
 from smt_trainer import BlockScores, BlockSelection, SMTError
 from smt_trainer.config import SCORES
 from smt_trainer.scores.collect import frozen, rng_preserved
-from smt_trainer.selection.candidates import plan_blocks
+from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.sparse.convert import is_smt_model
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 
@@ -78,7 +78,7 @@ def test_the_main_loop_sees_what_the_stock_trainers_sees(case, tmp_path):
     for make in (tiny.stock_trainer, tiny.smt_trainer):
         overrides = case | ({"data": case["data"]()} if "data" in case else {})
         if make is tiny.smt_trainer:
-            overrides["smt_config"] = tiny.config(warmup_steps=4)
+            overrides["smt_config"] = tiny.config(smt_warmup_steps=4)
         torch.manual_seed(11)
         trainer = make(dropping_llama(), tmp_path, warmup_steps=1, **overrides)
         trainer.train()
@@ -159,8 +159,8 @@ def first_batches(trainer, count: int) -> list[dict[str, torch.Tensor]]:
 
 @pytest.mark.parametrize("score", TWINS)
 def test_the_warm_up_scores_the_gradients_of_the_main_loops_first_batches(score, tmp_path):
-    trainer = tiny.smt_trainer(tiny.llama().double(), tmp_path, tiny.config(score=score, warmup_steps=3))
-    grids, _ = plan_blocks(trainer.model, trainer.smt_config)
+    trainer = tiny.smt_trainer(tiny.llama().double(), tmp_path, tiny.config(score=score, smt_warmup_steps=3))
+    grids, _ = find_candidates(trainer.model, trainer.smt_config)
     gradients = summed_gradients(tiny.llama().double(), QKV, first_batches(trainer, 3))
     expected = {name: block_scores(gradients[name], grids[name], TWINS[score]).float() for name in QKV}
     # Sums are kept in float32, and the loss is computed in it.
@@ -194,7 +194,7 @@ def test_how_a_step_is_computed_does_not_change_the_scores(score, overrides, tol
 def test_a_last_step_of_fewer_micro_batches_counts_as_much_as_a_whole_one(tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path, data=tiny.examples(12), gradient_accumulation_steps=2)
     trainer.model_accepts_loss_kwargs = False  # as for a model whose loss is the mean over its batch
-    grids, _ = plan_blocks(trainer.model, trainer.smt_config)
+    grids, _ = find_candidates(trainer.model, trainer.smt_config)
     batches = first_batches(trainer, 3)
     whole, last = (summed_gradients(tiny.llama(), QKV, part) for part in (batches[:2], batches[2:]))
     expected = {name: block_scores(whole[name] / 2 + last[name], grids[name], TWINS["grad_l1"]) for name in QKV}
@@ -229,13 +229,13 @@ class Overflowing(tiny.RecordingSMTTrainer):
 
 def fp16_scores(factors, folder, score):
     kind = type("Overflowing", (Overflowing,), {"factors": factors})
-    smt_config = tiny.config(score=score, warmup_steps=len(factors))
+    smt_config = tiny.config(score=score, smt_warmup_steps=len(factors))
     return tiny.warm_up(tiny.smt_trainer(tiny.llama(), folder, smt_config, kind, gradient_accumulation_steps=2))
 
 
 @pytest.mark.parametrize("score", WARMUP_SCORES)
 def test_the_loss_scale_does_not_change_the_scores(score, tmp_path):
-    smt_config = tiny.config(score=score, warmup_steps=3)
+    smt_config = tiny.config(score=score, smt_warmup_steps=3)
     plain = tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, gradient_accumulation_steps=2)
     torch.testing.assert_close(fp16_scores((1.0, 1.0, 1.0), tmp_path, score), tiny.warm_up(plain))
 
