@@ -5,7 +5,6 @@ from dataclasses import fields
 import pytest
 
 from smt_trainer import SMTConfig, SMTError
-from smt_trainer.config import parse_budget
 
 
 def test_the_defaults_are_those_of_the_paper():
@@ -43,7 +42,7 @@ def test_json_gives_the_same_configuration_back(values):
         ({"budget": 1.5}, "budget must be a float in"),
         ({"budget": True}, "budget must be a float in"),
         ({"budget": float("nan")}, "budget must be a float in"),
-        ({"budget": "0.1"}, "budget must be a float in"),
+        ({"budget": "a tenth"}, "budget must be a count of blocks such as 100 or a fraction"),
         ({"budget": {}}, "budget must be a float in .* or a dict of these by group"),
         ({"budget": {"": 3}}, "budget must be a float in"),
         ({"budget": {"mlp": 0, "attention": 3}}, r"budget\['mlp'\] must be a float in"),
@@ -96,18 +95,18 @@ def test_an_unknown_field_is_refused_and_the_known_ones_listed():
 
 @pytest.mark.parametrize(("text", "budget"), [("100", 100), ("0.0084", 0.0084), ("1e-2", 0.01), ("1", 1), ("1.0", 1.0)])
 def test_a_budget_without_a_point_is_a_count_and_with_one_a_fraction(text, budget):
-    parsed = parse_budget(text)
+    parsed = SMTConfig(budget=text).budget
     assert parsed == budget and type(parsed) is type(budget)
 
 
 def test_a_budget_by_groups_is_written_with_equals_signs():
-    assert parse_budget("attention=0.0042, mlp=100") == {"attention": 0.0042, "mlp": 100}
+    assert SMTConfig(budget="attention=0.0042, mlp=100").budget == {"attention": 0.0042, "mlp": 100}
 
 
 @pytest.mark.parametrize("text", ["many", "", "0", "-3", "1.5", "nan", "mlp=", "=3", "mlp=3,attention", "mlp=1,mlp=2"])
 def test_a_text_that_is_no_budget_is_refused(text):
     with pytest.raises(SMTError, match=r"budget must be|budget names a group twice"):
-        parse_budget(text)
+        SMTConfig(budget=text)
 
 
 def test_differences_name_the_fields_that_decide_what_is_trained():

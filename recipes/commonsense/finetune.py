@@ -37,7 +37,6 @@ from recipes.commonsense.prompt import encode_prompt, pad_token, tokenize_for_tr
 from recipes.commonsense.report import Run, write_report
 from recipes.reporting import peak_memory_bytes
 from smt_trainer import SMTConfig, SMTTrainer, from_delta, plot_selection
-from smt_trainer.config import parse_budget
 
 logger = logging.getLogger("recipes.commonsense")
 
@@ -95,8 +94,8 @@ class RecipeArguments:
         """The SMT part of the arguments."""
         return SMTConfig(
             target_modules=self.target_modules,
-            block_size=int(self.block_size) if self.block_size.isdigit() else self.block_size,
-            budget=parse_budget(self.budget),
+            block_size=self.block_size,
+            budget=self.budget,
             score=self.score,
             smt_warmup_steps=self.smt_warmup_steps,
         )

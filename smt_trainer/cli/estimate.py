@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from smt_trainer.cli.options import add_config_options, given_fields
+from smt_trainer.cli.options import add_config_flags, given_fields
 from smt_trainer.config import SMTConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
-OPTIONS = "target_modules budget budget_of block_size granularity lowest_layer layer_cap score scope".split()
+FIELDS = [*SMTConfig.deciding("targets", "scores", "choice", "training", "run"), "accumulator_dtype"]
 ROWS = {
     "weights": "weights",
     "added": "added",
@@ -32,7 +32,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--ranks", type=int, default=1, help="number of devices")
     parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of ZeRO; 3 is FSDP2, too")
     parser.add_argument("--card", type=float, default=24.0, help="memory of a device in GiB")
-    add_config_options(parser, OPTIONS)
+    add_config_flags(parser, FIELDS)
     parser.set_defaults(run=run)
 
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     found = estimate(
         arguments.model,
-        SMTConfig(**given_fields(arguments, OPTIONS)),
+        SMTConfig(**given_fields(arguments, FIELDS)),
         batch=arguments.batch,
         seq=arguments.seq,
         dtype=getattr(torch, arguments.dtype),

@@ -83,26 +83,25 @@ def _describe(artefact):
 
 def _print_table(selection) -> None:
     """Chosen blocks of each projection, in layers from bottom to top and in all, and their share of its blocks."""
-    from smt_trainer.model.targets import layer_index
+    from smt_trainer.model.names import by_projection, layer_index
+
+    def chosen(name: str) -> int:
+        return len(selection.block_indices.get(name, ()))
 
     layers = sorted({layer_index(name) for name in selection.grids})
     length = -(-len(layers) // RANGES)
     ranges = [layers[start : start + length] for start in range(0, len(layers), length)]
     titles = [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in ranges]
     titles = ["outside" if title == "-1" else title for title in titles]
-    rows: dict[str, list[int]] = {}
-    for name, grid in selection.grids.items():
-        place = next(place for place, part in enumerate(ranges) if layer_index(name) in part)
-        for row in (rows.setdefault(leaf, [0] * (len(ranges) + 2)) for leaf in (name.rpartition(".")[2], "all")):
-            chosen = len(selection.block_indices.get(name, ()))
-            row[place] += chosen
-            row[-2] += chosen
-            row[-1] += grid.num_blocks
-    rows["all"] = rows.pop("all")
+    rows = {
+        projection: [sum(chosen(name) for name in names if layer_index(name) in part) for part in ranges]
+        + [sum(map(chosen, names)), sum(selection.grids[name].num_blocks for name in names)]
+        for projection, names in {**by_projection(selection.grids), "all": list(selection.grids)}.items()
+    }
     width = max(map(len, [*rows, "layers"]))
     print(f"\n{'layers':<{width}}" + "".join(f"{title:>9}" for title in [*titles, "chosen", "of"]) + f"{'share':>10}")
-    for leaf, row in rows.items():
-        print(f"{leaf:<{width}}" + "".join(f"{count:>9,}" for count in row) + f"{row[-2] / row[-1]:>10.3%}")
+    for projection, row in rows.items():
+        print(f"{projection:<{width}}" + "".join(f"{count:>9,}" for count in row) + f"{row[-2] / row[-1]:>10.3%}")
 
 
 def _print_overlap(first, second) -> None:
@@ -113,7 +112,7 @@ def _print_overlap(first, second) -> None:
     width = max(map(len, [*found.by_projection, "projection"]))
     columns = "first second shared Jaccard".split() + (["Spearman"] if found.spearman is not None else [])
     print(f"{'projection':<{width}}" + "".join(f"{title:>10}" for title in columns))
-    for leaf, part in {**found.by_projection, "all": found}.items():
+    for projection, part in {**found.by_projection, "all": found}.items():
         counts = "".join(f"{count:>10,}" for count in (part.first, part.second, part.shared))
         rho = "" if part.spearman is None else f"{part.spearman:>10.3f}"
-        print(f"{leaf:<{width}}{counts}{part.jaccard:>10.3f}{rho}")
+        print(f"{projection:<{width}}{counts}{part.jaccard:>10.3f}{rho}")

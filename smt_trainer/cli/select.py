@@ -6,15 +6,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from smt_trainer.cli.options import add_config_options, given_fields
+from smt_trainer.cli.options import add_config_flags, given_fields
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OPTIONS = (
-    "target_modules exclude_modules block_size granularity budget budget_of lowest_layer layer_cap smt_warmup_steps "
-    "accumulator_device accumulator_dtype score scope"
-).split()
+FIELDS = [*SMTConfig.deciding("targets", "scores", "warm-up", "choice"), "accumulator_device"]
 
 
 def add_parser(commands) -> None:
@@ -32,7 +29,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; by default the checkpoint's")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
     parser.add_argument("--seed", type=int, default=42, help="of the data's order")
-    add_config_options(parser, OPTIONS)
+    add_config_flags(parser, FIELDS)
     parser.set_defaults(run=run)
 
 
@@ -42,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise SMTError("give a model and --data, or --scores alone: the scores are of a model and data already.")
     if arguments.scores is None and not (arguments.model and arguments.data):
         raise SMTError("give a model and --data to choose the blocks from, or the --scores of a former run.")
-    given = given_fields(arguments, OPTIONS)
+    given = given_fields(arguments, FIELDS)
     selection = _choose_again(arguments, given) if arguments.scores else _choose(arguments, SMTConfig(**given))
     print(f"{selection.summary()}\nselection in {arguments.output}")
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import open_tensors, write_atomically, write_text
+from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import assign, full_shape, full_tensor
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import BlockSelection, base_name
@@ -37,7 +38,7 @@ from smt_trainer.sparse.convert import (
     merge_and_unload,
     whole_parameters,
 )
-from smt_trainer.sparse.linear import plain_name, smt_linears, write_back
+from smt_trainer.sparse.linear import smt_linears, write_back
 
 logger = logging.getLogger(__name__)
 

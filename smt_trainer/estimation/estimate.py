@@ -48,7 +48,8 @@ from torch import Tensor, nn
 from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
-from smt_trainer.model.targets import count_parameters, find_targets, layer_index, target_grids
+from smt_trainer.model.names import layer_index
+from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import Scorer, make_scorer
 from smt_trainer.scores.collect import frozen

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid, make_grids
+from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.sharded import full_shape
 
 logger = logging.getLogger(__name__)
@@ -106,13 +106,6 @@ def has_plain_weight(linear: nn.Module) -> bool:
     return type(weight) is nn.Parameter and weight.dtype in WEIGHT_DTYPES and full_shape(weight) == shape
 
 
-def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
-    if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
-
-
 def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
     """Those of the targets of another configuration that this one wants as well."""
     return [name for name in names if _is_wanted([name], config, heads=set())]
@@ -121,18 +114,6 @@ def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
 def in_group(name: str, group: str) -> bool:
     """Whether a target belongs to 'qkv', 'attention' or 'mlp', or is the module, or ends like the module, named."""
     return _is_target(name, group, heads=set()) if group in GROUPS else matches(name, [group])
-
-
-def layer_name(name: str) -> str:
-    """A module's path up to the first number in it ("encoder.layers.7.fc1" -> "encoder.layers.7"); "" outside the
-    layers."""
-    path = name.split(".")
-    return next((".".join(path[: place + 1]) for place, part in enumerate(path) if part.isdigit()), "")
-
-
-def layer_index(name: str) -> int:
-    """The first number in a module's path (`model.layers.7.self_attn.q_proj` -> 7); -1 outside the layers."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def head_names(model: nn.Module) -> list[str]:

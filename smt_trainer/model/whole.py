@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.model.targets import head_names, layer_index, matches
+from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.targets import head_names
 
 
 def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smt_trainer.model.targets import layer_index
+from smt_trainer.model.names import by_projection, layer_index
 from smt_trainer.plotting.style import (
     COLUMN_WIDTH,
     PAGE_WIDTH,
@@ -19,7 +19,6 @@ from smt_trainer.plotting.style import (
     shades,
     strips,
 )
-from smt_trainer.plotting.tables import by_projection
 from smt_trainer.selection.block_selection import BlockSelection
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from smt_trainer.errors import SMTError
-from smt_trainer.plotting.tables import by_projection
+from smt_trainer.model.names import by_projection
 from smt_trainer.selection.block_selection import BlockSelection
 
 BINS = 40

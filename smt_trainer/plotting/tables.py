@@ -1,7 +1,4 @@
-"""The numbers behind the pictures of a selection, as rows; no matplotlib.
-
-A projection is all modules that have one place in every layer: `v_proj` is `model.layers.*.self_attn.v_proj`.
-"""
+"""The numbers behind the pictures of a selection, as rows; no matplotlib."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import NamedTuple
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_text
-from smt_trainer.model.targets import layer_index
+from smt_trainer.model.names import by_projection, layer_index
 from smt_trainer.selection.block_selection import BlockSelection
 
 
@@ -68,20 +65,6 @@ class OverlapPoint(NamedTuple):
     jaccard: float
     chance: float
     rank_correlation: float
-
-
-def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
-    """Projection -> its modules, in order. Its label is the last part of their names; where several projections share
-    that (T5's `q`), the parts in which they differ lead it: `decoder.EncDecAttention.q`."""
-    paths: dict[tuple[str, ...], list[str]] = {}
-    for name in names:
-        paths.setdefault(tuple(part for part in name.split(".") if not part.isdigit()), []).append(name)
-    labelled: dict[str, list[str]] = {}
-    for path, modules in paths.items():
-        shared = set.intersection(*(set(other) for other in paths if other[-1] == path[-1]))
-        label = ".".join([*(part for part in path[:-1] if part not in shared), path[-1]])
-        labelled.setdefault(label, []).extend(modules)
-    return labelled
 
 
 def selection_rows(selection: BlockSelection) -> list[SelectionRow]:

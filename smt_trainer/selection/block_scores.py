@@ -22,12 +22,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smt_trainer.config import TRAINING_FIELDS, SMTConfig
+from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import open_tensors, write_atomically
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, matches, narrow
+from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, narrow
 from smt_trainer.selection.block_selection import BlockSelection, select_blocks
 from smt_trainer.selection.dependencies import Dependency, add_columns
 
@@ -36,12 +37,6 @@ FORMAT = "1"
 MANIFEST = "smt_scores"
 BETWEEN = " > "
 
-DECISIVE = ("score", "block_size", "granularity", "train_dependents")
-# What the scores do not depend on. The targets may only become fewer.
-FREE = (
-    *("budget", "budget_of", "scope", "layer_cap", "lowest_layer", "target_modules", "exclude_modules"),
-    *TRAINING_FIELDS,
-)
 # Keywords of `target_modules` and those that take in all that they do.
 WIDER = {"qkv": ("attention", "all-linear"), "attention": ("all-linear",), "mlp": ("all-linear",)}
 
@@ -100,7 +95,7 @@ class BlockScores:
                 f"{_targets(config)} leave none of the {len(self.grids)} scored modules, such as "
                 f"`{next(iter(self.grids))}`. Narrow them less."
             )
-        chosen_by = {name: getattr(config, name) for name in FREE}
+        chosen_by = {name: getattr(config, name) for name in SMTConfig.deciding("targets", "choice", "training")}
         selection = select_blocks(
             {name: self.scores[name] for name in names},
             {name: self.grids[name] for name in names},
@@ -181,7 +176,7 @@ class BlockScores:
 
     def _refuse_other(self, config: SMTConfig) -> None:
         """Raise `SMTError` if a configuration needs other scores, or, as far as names tell, more of them."""
-        for name in DECISIVE:
+        for name in SMTConfig.deciding("scores"):
             if getattr(config, name) != getattr(self.config, name):
                 self._refuse(name, config, "score the blocks anew")
         if not _narrows(config.target_modules, self.config.target_modules, self.grids):

@@ -21,6 +21,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_text
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import by_projection
 from smt_trainer.selection.budget import BudgetGroup, budget_groups, check_budget_fits
 
 SELECTION_FILE = "smt_selection.json"
@@ -75,12 +76,11 @@ class BlockSelection:
         return self.trainable_parameters / sum(grid.num_blocks * grid.block_numel for grid in self.grids.values())
 
     def blocks_by_projection(self) -> dict[str, int]:
-        """Chosen blocks by the last part of the module name (`v_proj`), targets without any included."""
-        counts: dict[str, int] = {}
-        for name in self.grids:
-            leaf = name.rpartition(".")[2]
-            counts[leaf] = counts.get(leaf, 0) + len(self.block_indices.get(name, ()))
-        return counts
+        """Projection (`v_proj`) -> its chosen blocks; targets without any are included."""
+        return {
+            projection: sum(len(self.block_indices.get(name, ())) for name in names)
+            for projection, names in by_projection(self.grids).items()
+        }
 
     def summary(self) -> str:
         """One line: how many blocks of which shape, how many parameters, of which projections."""

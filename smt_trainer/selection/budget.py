@@ -2,8 +2,8 @@
 
 A fraction f is of D weights: the P parameters of the model, or the T weights of all targets (`budget_of`). It asks for
 f * D weights, and blocks of m weights each are chosen with k * m as near to f * D as whole blocks allow. A count asks
-for k blocks. Budgets by group, as those of SMT's tables 4 and 6, each ask for their own `BudgetGroup`, which is ranked apart
-from the others and meets its budget by itself.
+for k blocks. Budgets by group (SMT, tables 4 and 6) make a `BudgetGroup` each, which is ranked apart from the
+others and meets its own budget.
 
 In each module alone (`scope="per_module"`), a count is of each, and f * D is divided in proportion to the modules'
 sizes. What goes into one layer may be capped (`layer_cap`), at n blocks or at a fraction of the layer's weights in the
@@ -21,7 +21,8 @@ from fractions import Fraction
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.targets import in_group, layer_name
+from smt_trainer.model.names import layer_path
+from smt_trainer.model.targets import in_group
 
 PIECES = {"block": "blocks", "row": "rows", "column": "columns"}
 
@@ -50,7 +51,7 @@ class BudgetGroup:
         """Layer -> the names of its targets; "" for those outside the layers."""
         layers: dict[str, list[str]] = {}
         for name in self.grids:
-            layers.setdefault(layer_name(name), []).append(name)
+            layers.setdefault(layer_path(name), []).append(name)
         return layers
 
     def cap(self, names: Iterable[str]) -> tuple[int, int]:

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import GROUPS, find_targets, is_linear, matches, target_grids
+from smt_trainer.model.targets import GROUPS, find_targets, is_linear, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
 
 logger = logging.getLogger(__name__)

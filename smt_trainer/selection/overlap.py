@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.names import by_projection
 from smt_trainer.selection.block_scores import BlockScores
 from smt_trainer.selection.block_selection import BlockSelection
 
@@ -28,7 +29,7 @@ class Overlap:
         shared: blocks that both choose.
         spearman: rank correlation of all scores, in [-1, 1]; NaN where all scores of one are equal, None where there
             are no scores to compare.
-        by_projection: last part of the module name (`v_proj`) -> the overlap of these modules.
+        by_projection: projection (`v_proj`) -> the overlap of its modules.
     """
 
     first: int
@@ -55,10 +56,8 @@ class Overlap:
         scored = None
         if isinstance(first, BlockScores) and isinstance(second, BlockScores):
             scored = first.scores, second.scores
-        projections: dict[str, list[str]] = {}
-        for name in first.grids:
-            projections.setdefault(name.rpartition(".")[2], []).append(name)
-        parts = {leaf: cls._of(chosen, scored, names) for leaf, names in projections.items()}
+        projections = by_projection(first.grids)
+        parts = {projection: cls._of(chosen, scored, names) for projection, names in projections.items()}
         return cls._of(chosen, scored, list(first.grids), parts)
 
     @classmethod

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, plain_name, smt_linears
+from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, smt_linears
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import Part, assign, full_tensor, full_tensors, is_sharded, local_parts
 from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
 
-# Modules that accelerate and torch.compile put around others; checkpoints do without their names.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 # Weights in a block from which `write_back` copies block by block on the CPU.
 LARGE_BLOCK = 2048
 
@@ -147,13 +146,6 @@ class SMTConv1D(BlockLinear):
 def smt_linears(model: nn.Module) -> Iterator[tuple[str, BlockLinear]]:
     """The rewritten linears of a model with their full names, in the model's order; wrappers add nothing to a name."""
     return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, BlockLinear))
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name without those of wrappers around modules on the way."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 @torch.no_grad()

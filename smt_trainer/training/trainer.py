@@ -35,11 +35,12 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from smt_trainer.config import TRAINING_FIELDS, SMTConfig
+from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
 from smt_trainer.delta.model_card import delta_section
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
+from smt_trainer.model.names import plain_name
 from smt_trainer.model.targets import count_parameters
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.scores.classes import class_column, collating_classes
@@ -60,7 +61,7 @@ from smt_trainer.sparse.convert import (
     plain_state_dict,
     trainable_parameters,
 )
-from smt_trainer.sparse.linear import plain_name, smt_linears, write_back
+from smt_trainer.sparse.linear import smt_linears, write_back
 from smt_trainer.training.callback import SMTCallback
 from smt_trainer.training.checkpoints import last_checkpoint
 from smt_trainer.training.distributed import (
@@ -262,7 +263,7 @@ class SMTTrainerMixin:
             return None
         plain = None if is_smt_model(self.model) else self.model
         selection = resolve_selection(self.smt_config.selection, self.smt_config, plain)
-        trained_by = {name: getattr(self.smt_config, name) for name in TRAINING_FIELDS}
+        trained_by = {name: getattr(self.smt_config, name) for name in SMTConfig.deciding("training")}
         return replace(selection, config=replace(selection.config, **trained_by))
 
     @property

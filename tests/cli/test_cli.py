@@ -125,7 +125,7 @@ def chosen(path):
 @pytest.mark.parametrize("checkpointing", [[], ["--checkpointing"]])
 def test_select_chooses_by_the_gradients_of_the_completions(checkpointing, checkpoint, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    options = "--block-size 16 --budget q_proj=4,v_proj=3 --target-modules q_proj v_proj --warmup-steps 1".split()
+    options = "--block-size 16 --budget q_proj=4,v_proj=3 --target-modules q_proj v_proj --smt-warmup-steps 1".split()
     command = ["select", str(checkpoint), "--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")]
     assert main([*command, *options, "--batch", "4", "--accumulation", "3", *checkpointing]) == 0
     assert "7 blocks of 16x16" in capsys.readouterr().out

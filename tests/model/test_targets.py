@@ -9,7 +9,8 @@ from architectures import EXPERTS, GROUPED
 from torch import nn
 
 from smt_trainer import SMTConfig, SMTError, convert_to_smt, find_targets, load_delta
-from smt_trainer.model.targets import count_parameters, head_names, layer_index, matches, target_grids
+from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.targets import count_parameters, head_names, target_grids
 
 LAYER = "model.layers.{}.self_attn.{}_proj".format
 QKV = [LAYER(layer, name) for layer in (0, 1) for name in "qkv"]
@@ -283,7 +284,7 @@ def test_tied_weights_count_once():
 @pytest.mark.parametrize(
     ("name", "index"), [("model.layers.7.self_attn.q_proj", 7), ("transformer.h.12.mlp.experts.3", 12), ("lm_head", -1)]
 )
-def test_the_layer_index_is_the_first_number_of_the_path(name, index):
+def test_the_layer_index_is_the_first_number_after_a_name(name, index):
     assert layer_index(name) == index
 
 

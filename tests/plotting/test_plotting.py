@@ -24,11 +24,11 @@ from smt_trainer import (
     plot_shares,
     select_blocks,
 )
+from smt_trainer.model.names import by_projection
 from smt_trainer.plotting import layer_rows, score_rows, selection_rows, share_rows, write_csv
 from smt_trainer.plotting.block_map import trained_share
 from smt_trainer.plotting.histogram import cut
 from smt_trainer.plotting.style import strips
-from smt_trainer.plotting.tables import by_projection
 
 pytest.importorskip("matplotlib")
 

@@ -10,7 +10,8 @@ from reference import blocks_within, ranked, under_cap
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smt_trainer import BlockGrid, BlockSelection, SMTConfig, SMTError, select_blocks
-from smt_trainer.model.targets import count_parameters, find_targets, layer_name, target_grids
+from smt_trainer.model.names import layer_path
+from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.budget import check_budget_fits
 
@@ -115,7 +116,7 @@ def test_all_of_the_targets_is_every_block():
 def test_under_a_cap_each_layer_gives_its_best_and_the_best_of_these_are_chosen(case, data):
     scores, grids = case
     cap = data.draw(st.one_of(st.integers(1, 12), st.floats(0.3, 1.0)))
-    layer_of = {name: layer_name(name) for name in grids}
+    layer_of = {name: layer_path(name) for name in grids}
     allowed = under_cap(ranked(scores), grids, layer_of, cap)
     assume(allowed)
     count = data.draw(st.integers(1, len(allowed)))
@@ -129,7 +130,7 @@ def test_under_a_cap_each_layer_gives_its_best_and_the_best_of_these_are_chosen(
 def test_with_blocks_of_several_sizes_the_cap_holds_and_what_it_does_not_let_in_is_refused(case, cap, budget):
     scores, grids = case
     config = SMTConfig(budget=budget, budget_of="targets", layer_cap=cap)
-    allowed = under_cap(ranked(scores), grids, {name: layer_name(name) for name in grids}, cap)
+    allowed = under_cap(ranked(scores), grids, {name: layer_path(name) for name in grids}, cap)
     room = sum(grids[name].block_numel for name, _, _ in allowed)
     wanted = budget * numel(grids)
     assume(wanted >= min(grid.block_numel for grid in grids.values()) / 2)
@@ -164,7 +165,7 @@ def test_a_cap_below_the_quotas_of_the_modules_is_refused_naming_the_layer():
     ],
 )
 def test_a_layer_is_named_by_the_path_up_to_its_number(name, layer):
-    assert layer_name(name) == layer
+    assert layer_path(name) == layer
 
 
 # ---- the papers' counts, on models without weights ----

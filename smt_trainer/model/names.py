@@ -1,0 +1,60 @@
+"""What the full name of a module tells: its layer, its projection, and whether a pattern matches it.
+
+`model.layers.7.self_attn.v_proj` lies in layer 7, whose path is `model.layers.7`. A *projection* is all modules that
+have one place in every layer, here `v_proj`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# Modules that accelerate and torch.compile put around others; checkpoints do not have their names.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def plain_name(name: str) -> str:
+    """The name of a module or parameter without the names of wrappers on its path."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def matches(name: str, patterns: str | Iterable[str]) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def layer_path(name: str) -> str:
+    """A module's path up to the number of its layer: `encoder.layers.7.fc1` -> `encoder.layers.7`.
+
+    The number of a layer follows the name of a list. A number at the beginning is the place in a pipeline, as in
+    `0.auto_model.encoder.layer.3.output`, unless the name is nothing else. Outside the layers the path is "".
+    """
+    path = name.split(".")
+    place = next((place for place, part in enumerate(path) if part.isdigit() and (place or len(path) == 1)), None)
+    return "" if place is None else ".".join(path[: place + 1])
+
+
+def layer_index(name: str) -> int:
+    """The number of a module's layer (`model.layers.7.self_attn.q_proj` -> 7); -1 outside the layers."""
+    return int(layer_path(name).rpartition(".")[2] or -1)
+
+
+def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
+    """Projection -> its modules, in order.
+
+    A projection is called by the last part of its modules' names. Where several share that (T5's `q`), the parts in
+    which they differ come first: `decoder.EncDecAttention.q`.
+    """
+    paths: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        paths.setdefault(tuple(part for part in name.split(".") if not part.isdigit()), []).append(name)
+    labelled: dict[str, list[str]] = {}
+    for path, modules in paths.items():
+        shared = set.intersection(*(set(other) for other in paths if other[-1:] == path[-1:]))
+        label = ".".join([*(part for part in path[:-1] if part not in shared), *path[-1:]])
+        labelled.setdefault(label, []).extend(modules)
+    return labelled
