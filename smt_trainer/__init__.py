@@ -5,37 +5,30 @@ Names are imported on first use, so that the command line starts without torch.
 
 import importlib
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "SMTConfig": "config",
     "SMTError": "errors",
-    "BlockGrid": "model.grid",
-    "find_targets": "model.targets",
-    "Scorer": "scores",
-    "make_scorer": "scores",
-    "collect_scores": "scores.collect",
     "BlockSelection": "selection.block_selection",
-    "select_blocks": "selection.block_selection",
     "BlockScores": "selection.block_scores",
     "Overlap": "selection.overlap",
-    "SMTLinear": "sparse.linear",
     "convert_to_smt": "sparse.convert",
     "merge_and_unload": "sparse.convert",
+    "Delta": "delta.delta",
     "save_delta": "delta.delta",
     "load_delta": "delta.delta",
     "from_delta": "delta.delta",
     "merge_checkpoint": "delta.merge",
-    "Estimate": "estimation.estimate",
-    "plot_selection": "plotting",
-    "plot_layers": "plotting",
-    "plot_shares": "plotting",
-    "plot_scores": "plotting",
-    "plot_overlap": "plotting",
-    "OverlapPoint": "plotting",
     "SMTCallback": "training.callback",
     "SMTTrainer": "training.trainer",
     "SMTTrainerMixin": "training.trainer",
+    "estimate": "estimation.estimate",
+    "plot_layers": "plotting",
+    "plot_overlap": "plotting",
+    "plot_scores": "plotting",
+    "plot_selection": "plotting",
+    "plot_shares": "plotting",
 }
 
 __all__ = sorted(_HOME)

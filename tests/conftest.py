@@ -52,7 +52,8 @@ def base(llama, tmp_path):
 def delta(tmp_path):
     """A delta of the tiny Llama whose blocks were shifted: its folder, and the rewritten model it came from."""
     from smt_trainer import convert_to_smt, save_delta
-    from smt_trainer.sparse.linear import smt_linears, write_back
+    from smt_trainer.sparse.linear import smt_linears
+    from smt_trainer.sparse.write_back import write_back
 
     model = tiny.llama()
     convert_to_smt(model, tiny.choose(model))

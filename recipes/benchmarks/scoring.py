@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from recipes.benchmarks.setting import Setting
-from smt_trainer import SMTConfig, find_targets, make_scorer
-from smt_trainer.model.targets import target_grids
+from smt_trainer import SMTConfig
+from smt_trainer.model.targets import find_targets, target_grids
+from smt_trainer.scores import make_scorer
 
 
 class Scoring:

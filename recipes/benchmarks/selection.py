@@ -13,10 +13,11 @@ import torch
 from tqdm import tqdm
 
 from recipes.benchmarks.models import Shape, tiny
-from smt_trainer import BlockSelection, SMTConfig, select_blocks
+from smt_trainer import BlockSelection, SMTConfig
 from smt_trainer.model.grid import make_grids
 from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.scores import make_scorer
+from smt_trainer.selection.block_selection import select_blocks
 
 CUTS = {
     "blocks of q, k, v": {},

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.methods import Variant
 from recipes.benchmarks.setting import DTYPES, Setting
-from smt_trainer.sparse.linear import smt_linears, write_back
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
 
 
 class Training:

@@ -5,9 +5,9 @@ from pathlib import Path
 from statistics import fmean
 
 from recipes.selection_study.study import Outcomes
-from smt_trainer import BlockScores, Overlap, OverlapPoint, plot_overlap
+from smt_trainer import BlockScores, Overlap, plot_overlap
 from smt_trainer.files import write_text
-from smt_trainer.plotting import plot_all, write_csv
+from smt_trainer.plotting import OverlapPoint, plot_all, write_csv
 
 
 def write_report(outcomes: Outcomes, points: list[OverlapPoint], facts: dict, folder: Path) -> None:

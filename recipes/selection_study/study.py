@@ -9,8 +9,10 @@ from tqdm import tqdm
 
 from recipes.selection_study.chance import chance
 from recipes.selection_study.warmup import scores_along
-from smt_trainer import BlockScores, Overlap, OverlapPoint, SMTConfig, find_targets, make_scorer
-from smt_trainer.model.targets import count_parameters, target_grids
+from smt_trainer import BlockScores, Overlap, SMTConfig
+from smt_trainer.model.targets import count_parameters, find_targets, target_grids
+from smt_trainer.plotting import OverlapPoint
+from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_selection import base_name
 
 # (score, seed, steps) -> the scores after so many steps of one warm-up.

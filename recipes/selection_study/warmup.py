@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from smt_trainer import Scorer
+from smt_trainer.scores import Scorer
 from smt_trainer.scores.collect import frozen
 
 # Of the scores that share a pass, one alone may take the weights' gradients, which it frees.

@@ -18,5 +18,10 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> N
 
 
 def given_fields(arguments: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The named fields that the command line gives, for `SMTConfig`, which reads and checks them."""
-    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    """Return the named fields that the command line gives, read and checked.
+
+    Raises:
+        SMTError: a value is out of range.
+    """
+    texts = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return {name: settings(SMTConfig)[name].take(name, text) for name, text in texts.items()}

@@ -5,17 +5,17 @@
                             <parameter>             whole tensors of `modules_to_save`, norms, biases
                             and in its metadata the manifest: format, configuration, grids, name and fingerprint of the
                             base, dtype of its weights
-    smt_config.json         the manifest once more, for people and other programs to read
+    smt_config.json         the manifest again, for people and other programs to read
 
-The tensors file alone is the delta, and it is replaced in one step: a write that breaks off leaves the delta of before.
-All is plain data: nothing is unpickled.
+The tensors file alone is the delta. It is replaced in one step: an interrupted write leaves the earlier delta. All of
+it is plain data; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.files import open_tensors, write_atomically, write_text
+from smt_trainer.files import write_atomically, write_text
+from smt_trainer.manifest import check_format, load_tensors, refusing_damage
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import assign, full_shape, full_tensor
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.sparse.convert import (
-    convert_to_smt,
+    SMTState,
     find_linears,
-    fingerprint,
     get_state,
     is_smt_model,
     merge_and_unload,
+    rewrite_as,
     whole_parameters,
 )
-from smt_trainer.sparse.linear import smt_linears, write_back
+from smt_trainer.sparse.fingerprint import fingerprint
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class Delta:
         selection: which blocks, of which model, chosen how.
         blocks: module name -> trained values [n, br, bc], row by row like `selection.block_indices`.
         whole: parameter name -> tensor, of what is trained whole.
-        fingerprint: checksum of the base values of the blocks (see `convert.fingerprint`).
+        fingerprint: checksum of the base values of the blocks (see `sparse/fingerprint.py`).
         weight_dtype: dtype of the base weights in training; merging into it is exact.
     """
 
@@ -78,25 +81,25 @@ class Delta:
 
     @classmethod
     def of(cls, model: nn.Module, *, master: bool = False) -> Delta:
-        """The delta of a rewritten model: a collective when the model is sharded over ranks.
+        """Return the delta of a rewritten model; a collective when the model is sharded over ranks.
 
         Args:
             model: rewritten by `convert_to_smt`, `load_delta` or SMTTrainer.
-            master: keep the blocks in the master dtype, to go on training; by default they are cast to the dtype of
-                the weights, which is what forward and merging use.
+            master: keep the blocks in the master dtype, to continue training; by default they are cast to the dtype of
+                the weights, which forward and merging use.
 
         Raises:
             SMTError: the model trains no blocks.
         """
         state, blocks = get_state(model), {}
-        for name, layer in smt_linears(model):
-            dtype = layer.blocks.dtype if master else layer.weight.dtype
-            blocks[name] = full_tensor(layer.blocks).to("cpu", dtype)[layer.row_major_order()]
+        for name, linear in smt_linears(model):
+            dtype = linear.blocks.dtype if master else linear.weight.dtype
+            blocks[name] = full_tensor(linear.blocks).to("cpu", dtype)[linear.row_major_order()]
         whole = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in whole_parameters(model)}
         return cls(state.selection, blocks, whole, state.fingerprint, state.weight_dtype)
 
     def save(self, folder: str | Path) -> None:
-        """Write the delta to a folder, made if need be; an older delta in it is replaced, in one step."""
+        """Write the delta to a folder, which is made if it does not exist; replace an older delta in one step."""
         selection = self.selection.to_dict()
         for module in selection["modules"].values():
             del module["block_indices"]
@@ -118,17 +121,9 @@ class Delta:
     @classmethod
     def load(cls, folder: str | Path) -> Delta:
         """Read and check a delta folder. Raises `SMTError` when it is missing, damaged or out of range."""
-        folder = Path(folder)
-        with open_tensors(folder / DELTA_FILE, "delta") as file:
-            manifest = (file.metadata() or {}).get(MANIFEST, "no manifest")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        try:
-            manifest = json.loads(manifest)
-            if manifest["format"] != FORMAT:
-                raise SMTError(
-                    f"the delta in {folder} has format {manifest['format']}, this version of smt_trainer reads "
-                    f"{FORMAT}; install the version that wrote it."
-                )
+        manifest, tensors = load_tensors(Path(folder, DELTA_FILE), MANIFEST, "delta")
+        with refusing_damage(f"delta in {folder}"):
+            check_format(manifest, FORMAT, f"delta in {folder}")
             blocks, described = {}, manifest["selection"]
             for name, module in described["modules"].items():
                 indices = tensors.pop(f"{name}.block_indices", torch.empty(0, 2, dtype=torch.int32)).long()
@@ -136,19 +131,13 @@ class Delta:
                 module["block_indices"] = indices[order].tolist()
                 if len(indices):
                     blocks[name] = tensors.pop(f"{name}.blocks")[order]
-            selection = BlockSelection.from_dict(described)
-            dtype = getattr(torch, manifest["weight_dtype"])
-            expected_whole, base_fingerprint = manifest["whole"], manifest["fingerprint"]
-        except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
-            raise SMTError(
-                f"the delta in {folder} is damaged ({type(error).__name__}: {error}); save or download it again."
-            ) from error
-        if sorted(tensors) != sorted(expected_whole):
-            raise SMTError(
-                f"the delta in {folder} is damaged: expected the whole tensors {expected_whole}, got "
-                f"{sorted(tensors)}. Save or download it again."
-            )
-        return cls(selection, blocks, tensors, base_fingerprint, dtype)
+            selection, dtype = BlockSelection.from_dict(described), getattr(torch, manifest["weight_dtype"])
+            if sorted(tensors) != sorted(manifest["whole"]):
+                raise SMTError(
+                    f"the delta in {folder} is damaged: expected the whole tensors {manifest['whole']}, got "
+                    f"{sorted(tensors)}. Save or download it again."
+                )
+            return cls(selection, blocks, tensors, manifest["fingerprint"], dtype)
 
 
 def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) -> None:
@@ -180,27 +169,29 @@ def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> 
 
 
 def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> None:
-    """`load_delta` for a delta that was read already, without merging.
+    """Put a delta that is already in memory into a model, as `load_delta` without merging.
 
     Args:
+        model: plain, or training the same blocks.
+        delta: what to put into it.
         has_weights: False on a rank that will get the base weights from another one; they are not checked then.
     """
     if is_smt_model(model):
         _check_same_blocks(model, delta)
-        whole = _whole_destinations(model, delta)
+        destinations = _whole_destinations(model, delta)
     else:
-        find_linears(model, delta.selection)
-        found = fingerprint(model, delta.selection, delta.weight_dtype)
+        linears = find_linears(model, delta.selection)
+        whole = find_whole(model, delta.selection.config, linears)
+        destinations = _whole_destinations(model, delta)
         if has_weights:
-            check_base(delta, base_name(model), found)
-        whole = _whole_destinations(model, delta)
-        convert_to_smt(model, delta.selection)
-        model.smt_state = replace(model.smt_state, fingerprint=delta.fingerprint)
-    for name, layer in smt_linears(model):
-        assign(layer.blocks, delta.blocks[name][layer.row_major_order().argsort()])
+            check_base(delta, base_name(model), fingerprint(model, delta.selection, delta.weight_dtype))
+        dtype = next(iter(linears.values())).weight.dtype
+        rewrite_as(model, SMTState(delta.selection, whole, delta.fingerprint, dtype))
+    for name, linear in smt_linears(model):
+        assign(linear.blocks, delta.blocks[name][linear.row_major_order().argsort()])
     for name, tensor in delta.whole.items():
-        assign(whole[name], tensor)
-    write_back(layer for _, layer in smt_linears(model))
+        assign(destinations[name], tensor)
+    write_back(linear for _, linear in smt_linears(model))
 
 
 def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None = None, merge: bool = True, **kwargs):
@@ -259,7 +250,7 @@ def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
 
 
 def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
-    find_whole(model, delta.selection.config, delta.selection.block_indices)
+    """Return the tensors of a model by name, once it is sure that they hold what the delta trains whole."""
     destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in delta.whole.items():
         if name not in destinations or full_shape(destinations[name]) != tuple(tensor.shape):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from smt_trainer.delta.delta import Delta, check_base
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, open_tensors
-from smt_trainer.sparse.convert import update_fingerprint
+from smt_trainer.sparse.fingerprint import update_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a model card says about a delta."""
+"""The section of a model card that tells what a delta is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ This repository holds a delta, not a model: the trained values of {num_blocks:,}
 | | |
 |---|---|
 | trained | {summary} |
-| chosen by | score `{score}` over {smt_warmup_steps} warm-up steps, scope `{scope}`, budget `{budget}` |
+| chosen by | {chosen_by} |
 
 ```python
 from huggingface_hub import snapshot_download
@@ -24,15 +24,13 @@ model = from_delta(snapshot_download("{repository}"))  # loads the base and puts
 
 
 def delta_section(selection: BlockSelection, repository: str) -> str:
-    """A section in Markdown: base, selection and budget of a delta, and how to load it from its repository."""
+    """Return a section in Markdown: base, selection and budget of a delta, and how to load it from its repository."""
     config = selection.config
+    told = ["score", "smt_warmup_steps", "scope", "budget", "budget_of", "layer_cap"]
     return SECTION.format(
         num_blocks=selection.num_blocks,
         base=f"`{selection.base_model}`" if selection.base_model else "a base model that was not recorded",
         summary=selection.summary(),
-        score=config.score,
-        smt_warmup_steps=config.smt_warmup_steps,
-        scope=config.scope,
-        budget=config.budget,
+        chosen_by=", ".join(f"`{name}={getattr(config, name)!r}`" for name in told),
         repository=repository,
     )

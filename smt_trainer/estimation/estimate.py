@@ -43,23 +43,27 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.model.names import layer_index
-from smt_trainer.model.targets import count_parameters, find_targets, target_grids
+from smt_trainer.model.targets import find_targets, is_linear
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import Scorer, make_scorer
 from smt_trainer.scores.collect import frozen
-from smt_trainer.selection.block_scores import resolve_selection
-from smt_trainer.selection.block_selection import BlockSelection, base_name, select_blocks
+from smt_trainer.selection.block_scores import BlockScores, resolve_selection
+from smt_trainer.selection.block_selection import BlockSelection, base_name
+from smt_trainer.selection.candidates import find_candidates
+from smt_trainer.selection.dependencies import find_dependencies
 from smt_trainer.sparse.convert import find_linears, rewrite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+META = torch.device("meta")
 STEP_COUNT_BYTES = 4
 POSITION_BYTES = 8
 
@@ -156,7 +160,7 @@ def estimate(
         raise SMTError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage}.")
     build = _builder(model, dtype)
     plain = build()
-    selection = _choose(plain, config)
+    selection = _choose(plain, config, build)
     whole = find_whole(plain, config, selection.block_indices)
     rank = _equal_rank(selection)
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, weights=_bytes(_tensors(plain)))
@@ -223,12 +227,12 @@ class _Step:
         )
 
 
-def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callable[[], nn.Module]:
-    """Makes the model anew on the meta device at each call."""
+def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callable[..., nn.Module]:
+    """Return a function that builds the model, on the meta device unless it is given another one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def build() -> nn.Module:
-        with torch.device("meta"):
+    def build(device: torch.device = META) -> nn.Module:
+        with device:
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
 
     try:
@@ -240,16 +244,30 @@ def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callab
     return build
 
 
-def _choose(model: nn.Module, config: SMTConfig) -> BlockSelection:
-    """The configured selection, or as many blocks at random places."""
+def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]) -> BlockSelection:
+    """Return the configured selection, or as many blocks at random places."""
     if config.selection is not None:
         selection = resolve_selection(config.selection, config, model)
         find_linears(model, selection)
         return selection
-    targets = find_targets(model, config)
-    grids = target_grids(targets, config)
-    scores = make_scorer(targets, grids, replace(config, score="random")).scores()
-    return select_blocks(scores, grids, config, count_parameters(model), base_name(model))
+    dependencies = None
+    if config.train_dependents:
+        dependencies = find_dependencies(_without_linear_weights(build), config, find_targets(model, config))
+    candidates = find_candidates(model, config, dependencies)
+    targets = {name: model.get_submodule(name) for name in candidates.grids}
+    scores = make_scorer(targets, candidates.grids, replace(config, score="random")).scores()
+    return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
+
+
+def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
+    """Build the model with values, except for the weights of its linears: the search for dependencies ignores them."""
+    with init_empty_weights(include_buffers=False):
+        model = build(torch.device("cpu"))
+    for module in model.modules():
+        if not is_linear(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.rand_like(parameter, device="cpu") + 0.5))
+    return model
 
 
 def _equal_rank(selection: BlockSelection) -> int:

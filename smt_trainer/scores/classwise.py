@@ -1,6 +1,7 @@
 """`qm_taylor`: the Taylor score of each class of examples, and the mean of its quantiles over the classes.
 
-G^c is what the n_c examples of class c contribute to G, n = sum over c of n_c. The gradient of the class's mean loss is
+G^c is what the examples of class c contribute to G. Their loss has n_c terms, one for each labelled token or, where an
+example has one label, for each example; n = sum over c of n_c. The gradient of the mean loss over class c is
 n / n_c * G^c, up to a factor that all classes share, so that (SPSFT, section 3.2, eq. 6 and 7)
 
     eta^c      = n / n_c * |<W, G^c>|
@@ -24,9 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
-from smt_trainer.scores.classes import NO_LABEL, take_classes
+from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
 from smt_trainer.scores.scorer import output_gradients
 
 QUANTILES = np.linspace(0, 1, 11)
@@ -52,14 +54,20 @@ class QMTaylor(BlockSums):
         with super().attached(hold):
             yield
 
+    @classmethod
+    def class_column(cls, config: SMTConfig) -> str | None:
+        return config.class_column
+
     def begin_batch(self, inputs: MutableMapping[str, Any]) -> None:
-        """As in `Scorer`. Raises `SMTError` where classes cannot be told."""
+        """As in `Scorer`. Raises `SMTError` if the classes of the examples are not known."""
         self.classes = take_classes(inputs, self.config.class_column)
-        labels, counts = self.classes[self.classes != NO_LABEL].unique(return_counts=True)
-        for label in labels.tolist():
+        has_class = self.classes != NO_LABEL
+        labels = self.classes[has_class].tolist()
+        for label in labels:
             self.places.setdefault(label, len(self.places))
         self._make_room(len(self.places))
-        self.step_counts[torch.tensor([self.places[label] for label in labels.tolist()], dtype=torch.long)] += counts
+        places = torch.tensor([self.places[label] for label in labels], dtype=torch.long)
+        self.step_counts.index_add_(0, places, loss_terms(inputs, len(self.classes))[has_class])
 
     def _make_room(self, classes: int) -> None:
         if classes <= len(self.counts):

@@ -32,6 +32,11 @@ class Scorer(ABC):
     needs_warmup: ClassVar[bool] = True
     needs_backward: ClassVar[bool] = True
 
+    @classmethod
+    def class_column(cls, config: SMTConfig) -> str | None:
+        """Column of the training data that the scorer reads classes from; None if it reads none."""
+        return None
+
     def __init__(
         self, targets: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
     ) -> None:

@@ -1,4 +1,4 @@
-"""The scores of all blocks as an artefact: another budget, scope or cap needs no second warm-up.
+"""The scores of all blocks as an artefact, so that another budget, scope or cap needs no second warm-up.
 
     smt_scores.safetensors   <module>  [R, C] float32, the scores of a module's blocks
                              and in its metadata the manifest: format, configuration, grids, name and number of
@@ -12,8 +12,9 @@ The file holds 4 bytes a block: 96 KiB for the query, key and value projections 
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,16 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.files import open_tensors, write_atomically
+from smt_trainer.files import write_atomically
+from smt_trainer.manifest import check_format, load_tensors, refusing_damage
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, narrow
-from smt_trainer.selection.block_selection import BlockSelection, select_blocks
+from smt_trainer.scores import make_scorer
+from smt_trainer.scores.collect import collect_scores
+from smt_trainer.selection.block_selection import BlockSelection, base_name, select_blocks
+from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.selection.dependencies import Dependency, add_columns
 
 SCORES_FILE = "smt_scores.safetensors"
@@ -37,7 +42,7 @@ FORMAT = "1"
 MANIFEST = "smt_scores"
 BETWEEN = " > "
 
-# Keywords of `target_modules` and those that take in all that they do.
+# Keywords of `target_modules`, and the keywords that include them.
 WIDER = {"qkv": ("attention", "all-linear"), "attention": ("all-linear",), "mlp": ("all-linear",)}
 
 
@@ -49,9 +54,9 @@ class BlockScores:
         grids: module name -> grid, for every target, in the model's order.
         scores: module name -> [R, C] float32 on the CPU.
         num_parameters: parameters of the whole model, tied weights counted once.
-        config: the configuration that they were computed under.
+        config: the configuration of their computation.
         base_model: name of the model, if known.
-        dependencies: of the targets, with `train_dependents`.
+        dependencies: those of the targets, with `train_dependents`.
     """
 
     grids: dict[str, BlockGrid]
@@ -64,28 +69,57 @@ class BlockScores:
     def __post_init__(self) -> None:
         if self.grids.keys() != self.scores.keys():
             odd = sorted(self.grids.keys() ^ self.scores.keys())[0]
-            raise SMTError(f"the scores are damaged: `{odd}` has a grid or scores, not both. Score the blocks anew.")
+            raise SMTError(f"the scores are damaged: `{odd}` has a grid or scores, not both. Score the blocks again.")
         for name, grid in self.grids.items():
             found = self.scores[name]
             if tuple(found.shape) != grid.shape or found.dtype != torch.float32:
                 raise SMTError(
                     f"the scores of `{name}` should be float32 of shape {list(grid.shape)}, got {found.dtype} of shape "
-                    f"{list(found.shape)}. They are damaged or belong to another grid; score the blocks anew."
+                    f"{list(found.shape)}. They are damaged or belong to another grid; score the blocks again."
                 )
 
+    @classmethod
+    def of(
+        cls, model: nn.Module, config: SMTConfig, batches: Iterable[Mapping[str, Any]], seed: int = 0
+    ) -> BlockScores:
+        """Score the blocks of a model without a trainer; the model is left as it was.
+
+        Args:
+            model: a plain model whose output has a `loss`; dropout is active if the model is in training mode.
+            config: what to score, and how; at most `smt_warmup_steps` batches are used.
+            batches: keyword arguments of the model, labels included.
+            seed: for the score 'random'.
+
+        Raises:
+            SMTError: the configuration does not fit the model, or there is no batch.
+        """
+        candidates = find_candidates(model, config)
+        targets = {name: model.get_submodule(name) for name in candidates.grids}
+        scorer = make_scorer(targets, candidates.grids, config, seed)
+        scores = collect_scores(model, scorer, itertools.islice(batches, config.smt_warmup_steps))
+        return cls.of_candidates(candidates, scores, config, base_name(model))
+
+    @classmethod
+    def of_candidates(
+        cls, candidates: Candidates, scores: dict[str, Tensor], config: SMTConfig, base_model: str | None
+    ) -> BlockScores:
+        """Put the scores of candidates and what they are of together."""
+        return cls(candidates.grids, scores, candidates.num_parameters, config, base_model, candidates.dependencies)
+
     def select(self, config: SMTConfig | None = None) -> BlockSelection:
-        """The highest-scoring blocks within a budget; see `select_blocks`.
+        """Return the highest-scoring blocks within a budget; see `select_blocks`.
 
         Args:
             config: the scores' own by default. Another one may differ in `budget`, `budget_of`, `scope`, `layer_cap`,
                 and in `lowest_layer`, `target_modules` and `exclude_modules` if these leave fewer targets.
 
         Returns:
-            The selection. Its configuration is that of the scores, with what the given one chooses and trains by.
+            The selection. Its configuration is that of the scores, with the given fields that decide targets, choice
+            and training.
 
         Raises:
-            SMTError: the given `score`, `block_size`, `granularity` or `train_dependents` is another one, it wants
-                targets without scores, or as `select_blocks`.
+            SMTError: the given `score`, `block_size`, `granularity` or `train_dependents` differs, the given targets
+                have no scores, or as `select_blocks`.
         """
         config = config or self.config
         self._refuse_other(config)
@@ -106,7 +140,7 @@ class BlockScores:
         return add_columns(selection, self.dependencies)
 
     def check_model(self, model: nn.Module, config: SMTConfig) -> None:
-        """Raise `SMTError` unless these are scores of this plain model, of all targets that `config` wants of it."""
+        """Raise `SMTError` unless these are scores of this plain model, and of all its targets under `config`."""
         linears = dict(model.named_modules())
         for name, grid in self.grids.items():
             weight = getattr(linears.get(name), "weight", None)
@@ -115,19 +149,19 @@ class BlockScores:
                 wanted, found = ("x".join(map(str, size)) for size in (grid.stored_shape, shape or ["no such module"]))
                 raise SMTError(
                     f"the scores of `{name}` are of a weight of {wanted}; this model has {found}. They were computed "
-                    f"on {self.base_model or 'another model'}: load that, or score the blocks anew."
+                    f"on {self.base_model or 'another model'}: load that, or score the blocks again."
                 )
         if count_parameters(model) != self.num_parameters:
             raise SMTError(
                 f"the scores were computed on {self.base_model or 'a model'} of {self.num_parameters:,} parameters; "
-                f"this model has {count_parameters(model):,}. Load that model, or score the blocks anew."
+                f"this model has {count_parameters(model):,}. Load that model, or score the blocks again."
             )
         readers = {one.reader for one in self.dependencies}
         missing = [name for name in find_targets(model, config) if name not in self.grids.keys() | readers]
         if missing:
             raise SMTError(
                 f"{_targets(config)} want {len(missing)} modules without scores, such as `{missing[0]}`. Narrow them, "
-                "or score the blocks anew."
+                "or score the blocks again."
             )
 
     def save(self, path: str | Path) -> None:
@@ -149,42 +183,29 @@ class BlockScores:
     def load(cls, path: str | Path) -> BlockScores:
         """Read what `save` wrote. Raises `SMTError` for a missing or damaged file, or one that holds something else."""
         path = Path(path)
-        with open_tensors(path, "scores") as file:
-            manifest = (file.metadata() or {}).get(MANIFEST)
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if manifest else {}  # noqa: SIM118
-        if manifest is None:
-            raise SMTError(f"{path} holds no scores of blocks; give a file that SMTTrainer or `smt select` wrote.")
-        try:
-            values = json.loads(manifest)
-            if values["format"] != FORMAT:
-                raise SMTError(
-                    f"the scores in {path} have format {values['format']}, this version of smt_trainer reads {FORMAT}; "
-                    "install the version that wrote them."
-                )
-            grids = {name: BlockGrid.from_dict(module) for name, module in values["modules"].items()}
-            config = SMTConfig.from_dict(values["config"])
-            readers = {name: BlockGrid.from_dict(module) for name, module in values.get("readers", {}).items()}
+        manifest, tensors = load_tensors(path, MANIFEST, "scores file")
+        with refusing_damage(f"scores file at {path}"):
+            check_format(manifest, FORMAT, f"scores file at {path}")
+            grids = {name: BlockGrid.from_dict(module) for name, module in manifest["modules"].items()}
+            config = SMTConfig.from_dict(manifest["config"])
+            readers = {name: BlockGrid.from_dict(module) for name, module in manifest.get("readers", {}).items()}
             dependencies = []
             for key in [key for key in tensors if BETWEEN in key]:
                 source, _, reader = key.partition(BETWEEN)
                 dependencies.append(Dependency(source, reader, tensors.pop(key), readers[reader]))
-            return cls(grids, tensors, values["num_parameters"], config, values["base_model"], dependencies)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise SMTError(
-                f"the scores in {path} are damaged ({type(error).__name__}: {error}); save or download them again."
-            ) from error
+            return cls(grids, tensors, manifest["num_parameters"], config, manifest["base_model"], dependencies)
 
     def _refuse_other(self, config: SMTConfig) -> None:
-        """Raise `SMTError` if a configuration needs other scores, or, as far as names tell, more of them."""
+        """Raise `SMTError` if a configuration needs other scores, or more of them as far as names tell."""
         for name in SMTConfig.deciding("scores"):
             if getattr(config, name) != getattr(self.config, name):
-                self._refuse(name, config, "score the blocks anew")
+                self._refuse(name, config, "score the blocks again")
         if not _narrows(config.target_modules, self.config.target_modules, self.grids):
-            self._refuse("target_modules", config, "name fewer of the scored modules, or score the blocks anew")
+            self._refuse("target_modules", config, "name fewer of the scored modules, or score the blocks again")
         if not _excludes_as_much(config.exclude_modules, self.config.exclude_modules):
-            self._refuse("exclude_modules", config, "exclude these as well, or score the blocks anew")
+            self._refuse("exclude_modules", config, "exclude these as well, or score the blocks again")
         if config.lowest_layer < self.config.lowest_layer:
-            self._refuse("lowest_layer", config, "raise it, or score the blocks anew")
+            self._refuse("lowest_layer", config, "raise it, or score the blocks again")
 
     def _refuse(self, name: str, config: SMTConfig, remedy: str) -> None:
         raise SMTError(
@@ -196,8 +217,9 @@ class BlockScores:
 def resolve_selection(
     selection: BlockSelection | Mapping[str, Any] | str | Path, config: SMTConfig, model: nn.Module | None
 ) -> BlockSelection:
-    """What `SMTConfig.selection` stands for: a selection, its dictionary or file, or what `config` chooses from a
-    scores file, whose name ends in .safetensors.
+    """Return the selection that `SMTConfig.selection` stands for.
+
+    It may be a selection, its dictionary or file, or a scores file (.safetensors), from which `config` chooses.
 
     Raises:
         SMTError: the file is missing or damaged, or the scores do not fit `config` or the plain model, if one is given.

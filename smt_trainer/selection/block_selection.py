@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_text
+from smt_trainer.manifest import check_format, refusing_damage
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import by_projection
 from smt_trainer.selection.budget import BudgetGroup, budget_groups, check_budget_fits
@@ -111,12 +112,8 @@ class BlockSelection:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockSelection:
         """Inverse of `to_dict`. Raises `SMTError` when a part is missing, malformed or out of range."""
-        try:
-            if values["format"] != FORMAT:
-                raise SMTError(
-                    f"the selection has format {values['format']}, this version of smt_trainer reads {FORMAT}; "
-                    "install the version that wrote it, or select anew."
-                )
+        with refusing_damage("selection"):
+            check_format(values, FORMAT, "selection")
             grids = {name: BlockGrid.from_dict(module) for name, module in values["modules"].items()}
             block_indices = {
                 name: torch.tensor(module["block_indices"])
@@ -125,8 +122,6 @@ class BlockSelection:
             }
             config = SMTConfig.from_dict(values["config"])
             return cls(grids, block_indices, values["num_parameters"], config, values["base_model"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise SMTError(f"the selection is damaged ({type(error).__name__}: {error}); select anew.") from error
 
     def save(self, path: str | Path) -> None:
         """Write the selection as JSON, atomically."""

@@ -1,6 +1,8 @@
-"""What of a model can be chosen from, once it is sure that a configuration fits it."""
+"""Find the candidate blocks of a model, and check that a configuration fits it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -12,18 +14,41 @@ from smt_trainer.selection.budget import check_budget_fits
 from smt_trainer.selection.dependencies import Dependency, find_dependencies
 
 
-def find_candidates(model: nn.Module, config: SMTConfig) -> tuple[dict[str, BlockGrid], list[Dependency]]:
-    """The grids of a model's targets, by full module name, and what depends on their rows, if that is trained.
+@dataclass(frozen=True)
+class Candidates:
+    """What blocks can be chosen from.
+
+    Attributes:
+        grids: module name -> grid, for every target, in the model's order.
+        dependencies: the columns that depend on rows of the targets, with `train_dependents`.
+        num_parameters: parameters of the whole model, tied weights counted once.
+    """
+
+    grids: dict[str, BlockGrid]
+    num_parameters: int
+    dependencies: list[Dependency] = field(default_factory=list)
+
+
+def find_candidates(model: nn.Module, config: SMTConfig, dependencies: list[Dependency] | None = None) -> Candidates:
+    """Return the candidates of a plain model.
+
+    Args:
+        model: may be on the meta device.
+        config: what to choose from, and how much.
+        dependencies: those of the model if they are known already; otherwise `train_dependents` searches for them.
 
     Raises:
-        SMTError: the configuration does not fit the model, or its budget is out of the targets' reach.
+        SMTError: the configuration does not fit the model, or the targets cannot hold its budget.
     """
-    targets, dependencies = find_targets(model, config), []
-    if config.train_dependents:
+    targets = find_targets(model, config)
+    if not config.train_dependents:
+        dependencies = []
+    elif dependencies is None:
         dependencies = find_dependencies(model, config, targets)
     readers = dict.fromkeys(one.reader for one in dependencies)
     targets = {name: linear for name, linear in targets.items() if name not in readers}
     grids = target_grids(targets, config)
     find_whole(model, config, [*targets, *readers])
-    check_budget_fits(grids, config, count_parameters(model))
-    return grids, dependencies
+    num_parameters = count_parameters(model)
+    check_budget_fits(grids, config, num_parameters)
+    return Candidates(grids, num_parameters, dependencies)

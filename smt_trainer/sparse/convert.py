@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.sparse.fingerprint import fingerprint
 from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, smt_linears
 
 
@@ -26,16 +26,16 @@ class SMTState:
     Attributes:
         selection: the blocks it trains.
         whole: full names of the modules and biases trained whole.
-        fingerprint: checksum of the chosen blocks before training (see `fingerprint`).
+        fingerprint: checksum of the chosen blocks before training (see `fingerprint.py`).
         weight_dtype: dtype of the dense weights, in which merging is exact.
-        was_trainable: names of the parameters that asked for a gradient before rewriting.
+        was_trainable: names of the parameters that required a gradient before rewriting.
     """
 
     selection: BlockSelection
     whole: tuple[str, ...]
     fingerprint: str
     weight_dtype: torch.dtype
-    was_trainable: frozenset[str]
+    was_trainable: frozenset[str] = frozenset()
 
 
 def is_smt_model(model: nn.Module) -> bool:
@@ -64,28 +64,26 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
         SMTError: the model is already rewritten or does not have the selection's modules in the selection's shapes;
             nothing is changed then.
     """
-    if is_smt_model(model):
-        raise SMTError("this model already trains blocks; call merge_and_unload on it before choosing others.")
-    config = selection.config
     linears = find_linears(model, selection)
-    whole = find_whole(model, config, linears)
-    first = next(iter(linears.values()))
-    state = SMTState(
-        selection,
-        whole,
-        fingerprint(model, selection, first.weight.dtype),
-        first.weight.dtype,
-        frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
-    )
-    rewrite(model, selection, whole, getattr(torch, config.master_dtype))
-    model.smt_state = state
+    dtype = next(iter(linears.values())).weight.dtype
+    whole = find_whole(model, selection.config, linears)
+    return rewrite_as(model, SMTState(selection, whole, fingerprint(model, selection, dtype), dtype))
+
+
+def rewrite_as(model: nn.Module, state: SMTState) -> nn.Module:
+    """Rewrite a plain model that is known to fit, and let it remember its state."""
+    trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype))
+    model.smt_state = replace(state, was_trainable=trainable)
     return model
 
 
 def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> nn.Module:
-    """`convert_to_smt` without its checks and its memory: reads no value of the model, which may be on the meta device.
+    """Rewrite a model without reading any value of it; it may be on the meta device.
 
     Args:
+        model: a plain model that is known to fit.
+        selection: the blocks to train.
         whole: full names of the modules and biases to train whole.
         master_dtype: of the trainable blocks.
     """
@@ -100,10 +98,10 @@ def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], m
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Write the trained blocks into the dense weights and make the model plain again, in place; returns it.
+    """Write the trained blocks into the dense weights and make the model plain again, in place; return it.
 
-    The weights are bit-identical to those that forward used in training. Parameters that asked for a gradient before
-    rewriting ask for one again.
+    The weights are bit-identical to those that forward used in training. Parameters that required a gradient before
+    rewriting require one again.
     """
     state = get_state(model)
     for _, layer in list(smt_linears(model)):
@@ -115,11 +113,14 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 
 def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, nn.Module]:
-    """The linears of a plain model that hold a selection's blocks, by full name.
+    """Return the linears of a plain model that hold a selection's blocks, by full name.
 
     Raises:
-        SMTError: the model lacks one, has it of another kind or shape or quantised, or holds PEFT adapters.
+        SMTError: the model trains blocks already or holds PEFT adapters, or it lacks one of the linears or has it in
+            another kind or shape, or quantised.
     """
+    if is_smt_model(model):
+        raise SMTError("this model already trains blocks; call merge_and_unload on it before choosing others.")
     refuse_adapters(model)
     modules = dict(model.named_modules())
     return {name: _expect_linear(modules.get(name), name, selection) for name in selection.block_indices}
@@ -144,7 +145,7 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, with full names, that a rewritten model trains whole; tied ones once."""
+    """Yield the parameters and buffers, with full names, that a rewritten model trains whole; tied ones once."""
     names, seen = get_state(model).whole, set()
     prefixes = tuple(f"{name}." for name in names)
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -155,10 +156,10 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """The state dict that the model would have after `merge_and_unload`, without changing the model.
+    """Return the state dict that the model would have after `merge_and_unload`, without changing the model.
 
     A collective when the model is sharded over ranks; tied weights stay tied. With `keep=False` this rank only takes
-    part, and gets an empty dictionary.
+    part and gets an empty dictionary.
     """
     own = {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
     gathered, state = {}, {}
@@ -176,24 +177,5 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Parameters that ask for a gradient, tied weights counted once."""
+    """Count the parameters that require a gradient, tied weights once."""
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)
-
-
-def fingerprint(model: nn.Module, selection: BlockSelection, dtype: torch.dtype) -> str:
-    """SHA-256 of the base values of the chosen blocks, rounded to `dtype` and written as float32.
-
-    The rounding makes the same base give the same fingerprint whatever dtype it is loaded in, as long as that is no
-    coarser than `dtype`.
-    """
-    digest = hashlib.sha256()
-    for name in selection.block_indices:
-        update_fingerprint(digest, name, full_tensor(model.get_submodule(name).weight), selection, dtype)
-    return digest.hexdigest()
-
-
-def update_fingerprint(digest, name: str, weight: Tensor, selection: BlockSelection, dtype: torch.dtype) -> None:
-    """Add one module's chosen blocks to a fingerprint under way; modules come in the selection's order."""
-    blocks = selection.grids[name].gather(weight, selection.block_indices[name])
-    digest.update(name.encode())
-    digest.update(blocks.to(dtype).float().cpu().contiguous().numpy().data)

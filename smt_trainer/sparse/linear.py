@@ -1,25 +1,24 @@
 """`SMTLinear` and `SMTConv1D`: linears of which only the chosen blocks are trained.
 
-The dense weight stays where it was, frozen, and is what forward reads: no cost is added to forward or generation. The
+The dense weight stays where it was, frozen, and is what forward reads: forward and generation cost nothing more. The
 trainable values are `blocks` [n, br, bc], a compact copy in the master dtype (float32 by default: at learning rates
-around 1e-5 most bfloat16 weights would never move). After each optimizer step `write_back` casts them into the weight,
-so forward always uses exactly the values that a merge writes.
+around 1e-5 most bfloat16 weights would never move). Forward uses exactly the values that a merge writes: `write_back`
+casts the blocks into the weight after each optimizer step of a trainer, and a forward that finds the blocks changed
+since then casts them first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
-from smt_trainer.model.sharded import Part, assign, full_tensor, full_tensors, is_sharded, local_parts
+from smt_trainer.model.sharded import Part, assign, full_tensor, is_sharded, local_parts
 from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
-
-# Weights in a block from which `write_back` copies block by block on the CPU.
-LARGE_BLOCK = 2048
+from smt_trainer.sparse.write_back import write_back
 
 
 class BlockLinear(nn.Module):
@@ -47,6 +46,7 @@ class BlockLinear(nn.Module):
         linear.weight.requires_grad_(False)
         blocks = grid.gather(full_tensor(linear.weight), block_indices).to(master_dtype)
         linear.blocks = nn.Parameter(blocks.contiguous())
+        linear.mark_written()
         linear.register_buffer("block_indices", block_indices.to(device, torch.int32))
         linear.register_buffer("positions", positions.to(device), persistent=False)
         return linear
@@ -57,11 +57,26 @@ class BlockLinear(nn.Module):
         for name in ("blocks", "block_indices", "positions", "grid", "plan"):
             delattr(self, name)
         vars(self).pop("_views", None)
+        del self._written
         self.__class__ = vars(self).pop("linear_class")
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self.is_stale():
+            write_back([self])
         return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
+
+    def mark_written(self) -> None:
+        """Note that the weight holds the blocks as they are now."""
+        self._written = self.blocks, self.blocks._version
+
+    def is_stale(self) -> bool:
+        """Whether an operation has changed the blocks since they were written into the weight.
+
+        A change through `.data` goes unseen, and so does one of sharded blocks, which forward sees gathered.
+        """
+        written, version = self._written
+        return written is self.blocks and version != written._version
 
     def cut(self, blocks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Views of what this rank holds of the dense weight under the blocks, and the part of `blocks` [n, br, bc] that
@@ -144,26 +159,5 @@ class SMTConv1D(BlockLinear):
 
 
 def smt_linears(model: nn.Module) -> Iterator[tuple[str, BlockLinear]]:
-    """The rewritten linears of a model with their full names, in the model's order; wrappers add nothing to a name."""
+    """The rewritten linears of a model with their full names, in the model's order; names of wrappers are left out."""
     return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, BlockLinear))
-
-
-@torch.no_grad()
-def write_back(layers: Iterable[BlockLinear]) -> None:
-    """Cast the blocks of all layers into their dense weights; a collective, only one, when they are sharded.
-
-    On the CPU all large blocks are one fused copy to views of the weights. Small ones cost more to view than to copy,
-    and a GPU has no fused copy to strided views: there each weight takes one indexed copy.
-    """
-    layers = list(layers)
-    views, values = [], []
-    for layer, blocks in zip(layers, full_tensors([layer.blocks for layer in layers]), strict=True):
-        is_large = layer.grid.block_numel >= LARGE_BLOCK and blocks.device.type == "cpu"
-        if is_large or is_sharded(layer.weight):
-            layer_views, layer_values = layer.cut(blocks)
-            views += layer_views
-            values += layer_values
-        else:
-            layer.grid.scatter_(layer.weight, layer.block_indices, blocks)
-    if views:
-        torch._foreach_copy_(views, values)

@@ -1,24 +1,25 @@
-"""`SMTCallback`: what SMT does and says at each event of a training run."""
+"""`SMTCallback`: the events of SMT in a training run, and what is said at them."""
 
 from __future__ import annotations
 
 import logging
 
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.linear import BlockLinear, smt_linears, write_back
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
 
 
 class SMTCallback(TrainerCallback):
-    """Installed by `SMTTrainerMixin`. Subclass it, and pass yours in `callbacks=`, to act on the events of SMT.
+    """Subclass this, and pass yours in `callbacks=`, to act on the events of SMT.
 
     Besides the events of `TrainerCallback` there are `on_warmup_begin`, `on_warmup_step`, `on_warmup_end` and
-    `on_selection`, which the trainer calls before the stock training loop begins.
+    `on_selection`, which come before the stock training loop begins. This class shows the progress of the warm-up and
+    logs its results; nothing else depends on it, so a subclass need not call `super()`.
     """
 
     def __init__(self) -> None:
@@ -26,7 +27,6 @@ class SMTCallback(TrainerCallback):
         self.progress: tqdm | None = None
         self.losses: list[float] = []
         self.report: dict[str, float] = {}
-        self._layers: tuple[nn.Module | None, list[BlockLinear]] = (None, [])
 
     def on_warmup_begin(self, args, num_steps: int) -> None:
         """The gradient warm-up begins; it has `num_steps` steps."""
@@ -37,12 +37,14 @@ class SMTCallback(TrainerCallback):
     def on_warmup_step(self, args, step: int, loss: float) -> None:
         """Warm-up step `step` (from 0) is done; `loss` is that of its batch on this rank."""
         self.losses.append(loss)
-        self.progress.update()
-        self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if self.progress is not None:
+            self.progress.update()
+            self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
     def on_warmup_end(self, args) -> None:
-        """The warm-up is over, also when it failed."""
-        self.progress.close()
+        """The warm-up ended or failed."""
+        if self.progress is not None:
+            self.progress.close()
 
     def on_selection(self, args, selection: BlockSelection) -> None:
         """The blocks are chosen; the model is about to be rewritten."""
@@ -53,20 +55,29 @@ class SMTCallback(TrainerCallback):
             self.report["smt_warmup_steps"] = len(self.losses)
             self.report["smt_warmup_loss"] = sum(self.losses) / len(self.losses)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Log the warm-up's results once, since reporters are set up only now."""
-        # DeepSpeed may just have loaded blocks.
-        write_back(self._layers_of(model))
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Log the results of the warm-up once: reporters are set up only now."""
         if self.report:
             self.trainer.log(self.report)
             self.report = {}
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
-        """Bring the dense weights, which forward reads, up to date with the blocks that were just stepped."""
-        write_back(self._layers_of(model))
 
-    def _layers_of(self, model: nn.Module) -> list[BlockLinear]:
-        """The rewritten linears of a model, looked for once."""
-        if self._layers[0] is not model:
-            self._layers = (model, [layer for _, layer in smt_linears(model)])
-        return self._layers[1]
+class WriteBack(TrainerCallback):
+    """Bring the dense weights, which forward reads, up to date with the blocks. The trainer always installs it."""
+
+    def __init__(self) -> None:
+        self.model, self.linears = None, []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """DeepSpeed may just have loaded blocks."""
+        self.write(model)
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        """The blocks were just stepped."""
+        self.write(model)
+
+    def write(self, model) -> None:
+        """Write the blocks of all rewritten linears of a model, which are looked up once."""
+        if self.model is not model:
+            self.model, self.linears = model, [linear for _, linear in smt_linears(model)]
+        write_back(self.linears)

@@ -1,28 +1,143 @@
-"""Which checkpoint a run is resumed from."""
+"""Checkpoints hold the delta in place of the model; and which one a run is resumed from."""
 
 from __future__ import annotations
 
 import logging
 import re
+import shutil
 from pathlib import Path
 
-from transformers.trainer import TRAINER_STATE_NAME
+import torch
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from smt_trainer.config import SMTConfig
+from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
+from smt_trainer.delta.model_card import delta_section
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json
+from smt_trainer.files import load_json, new_folder
+from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
+from smt_trainer.training.distributed import has_weights, is_sharding, save_optimizer
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
+class SavesDelta:
+    """The part of `SMTTrainerMixin` that writes and reads deltas where Trainer writes and reads models."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the delta: in the dtype of the weights, or for a checkpoint in the master dtype."""
+        if not is_smt_model(self.model):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._saves_checkpoint = _internal_call and self.is_in_train
+        # Not through Trainer's save_model, which would gather the whole model when it is sharded.
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not is_smt_model(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        if not (self.args.should_save or is_sharding(self.accelerator)):
+            return
+        delta, folder = Delta.of(self.model, master=self._saves_checkpoint), Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        if self._saves_checkpoint:
+            # Left by an earlier run: a checkpoint counts as whole once it has one.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        delta.save(folder)
+        tokenizer = self.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharding(self.accelerator):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_optimizer(self.accelerator, self.optimizer, self.model_wrapped, output_dir)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The first rank writes the trainer's state next. It says that all ranks have written theirs.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # Not `model or ...`: a compiled model has no truth value.
+        model = self.model if model is None else model
+        delta = Delta.load(resume_from_checkpoint)
+        self._refuse_other_config(delta.selection.config, resume_from_checkpoint)
+        put_delta(model, delta, has_weights=has_weights(self.accelerator))
+
+    def _refuse_other_config(self, saved: SMTConfig, where: str | Path) -> None:
+        given = self._given_selection
+        differences = (given.config if given else self.smt_config).differences(saved)
+        if differences:
+            raise SMTError(
+                f"{where} was made under another smt_config (ours first: {'; '.join(differences)}). Resume with the "
+                "same configuration, or start again in another output_dir."
+            )
+
+    def _load_best_model(self) -> None:
+        logger.info("Loading the best blocks from %s.", self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled:
+            super()._load_best_model()
+            write_back(linear for _, linear in smt_linears(self.model))
+        else:
+            load_delta(self.model, self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The stock method uploads the output folder, after copying the files it knows from the checkpoint.
+        if self.args.should_save and is_smt_model(self.model):
+            for name in (DELTA_FILE, CONFIG_FILE):
+                shutil.copyfile(Path(checkpoint_folder, name), Path(self.args.output_dir, name))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write Trainer's model card, with a section on base, selection and budget, and how to load the delta."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and is_smt_model(self.model):
+            repository = self.hub_model_id or Path(self.args.output_dir).name
+            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(delta_section(get_state(self.model).selection, repository))
+
+    def merge_and_save(self, output_dir: str | Path) -> None:
+        """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.
+
+        Args:
+            output_dir: a new or empty folder; it appears whole or not at all.
+
+        Raises:
+            SMTError: the folder exists and is not empty, or nothing has been trained yet.
+        """
+        get_state(self.model)
+        state = plain_state_dict(self.model, keep=self.args.should_save)
+        if self.args.should_save:
+            with new_folder(Path(output_dir)) as folder:
+                self.model.save_pretrained(folder, state_dict=state)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder that was written to its end: Trainer writes `trainer_state.json` last."""
+    """Return the newest checkpoint in a folder that is complete: Trainer writes `trainer_state.json` last."""
     steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
     for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
             load_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
             return str(checkpoint)
         except SMTError as error:
-            logger.warning("%s is left out, its writing broke off: %s", checkpoint.name, error)
+            logger.warning("%s is left out, because its writing was interrupted: %s", checkpoint.name, error)
     return None

@@ -13,8 +13,8 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.sharded import is_partitioned
 from smt_trainer.model.targets import refuse_adapters
 from smt_trainer.scores import SCORERS
-from smt_trainer.scores.classes import class_column, refuse_missing_column
-from smt_trainer.scores.collect import rng_preserved
+from smt_trainer.training.class_column import refuse_missing_column
+from smt_trainer.training.preserved import rng_preserved
 
 # Optimizers that keep their own map of the model's matrices, or swap values behind forward's back.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
@@ -27,7 +27,8 @@ def refuse_unusable(trainer) -> None:
         trainer: an `SMTTrainerMixin`, once the trainer behind it has read its arguments.
     """
     config = trainer.smt_config
-    needs_warmup = config.selection is None and SCORERS[config.score].needs_warmup
+    scorer = SCORERS[config.score]
+    needs_warmup = config.selection is None and scorer.needs_warmup
     if trainer.model is not None:
         refuse_adapters(trainer.model)
     _refuse_optimizers(trainer)
@@ -41,7 +42,7 @@ def refuse_unusable(trainer) -> None:
         _refuse_data_read_once(trainer.train_dataset)
         with rng_preserved():
             # A look at the first example may draw random numbers.
-            refuse_missing_column(trainer.train_dataset, class_column(config))
+            refuse_missing_column(trainer.train_dataset, scorer.class_column(config))
 
 
 def _refuse_optimizers(trainer) -> None:

@@ -218,7 +218,10 @@ def add_a_tensor(tensors, name):
 DAMAGE = {
     "no folder": (lambda folder: folder.rename(folder.with_name("away")), "no delta at"),
     "no tensors": (lambda folder: (folder / DELTA_FILE).unlink(), f"{DELTA_FILE} is missing"),
-    "no manifest": (lambda folder: save_file(load_file(folder / DELTA_FILE), folder / DELTA_FILE), "is damaged"),
+    "no manifest": (
+        lambda folder: save_file(load_file(folder / DELTA_FILE), folder / DELTA_FILE),
+        "it has no manifest",
+    ),
     "truncated": (truncate, "is damaged or truncated"),
     "empty": (lambda folder: (folder / DELTA_FILE).write_bytes(b""), "is damaged or truncated"),
     "text": (lambda folder: (folder / DELTA_FILE).write_text("weights"), "is damaged or truncated"),

@@ -10,11 +10,12 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
 
-from smt_trainer import SMTConfig, SMTError, convert_to_smt, make_scorer, save_delta
+from smt_trainer import SMTConfig, SMTError, convert_to_smt, save_delta
 from smt_trainer.cli import main
 from smt_trainer.config import SCORES
 from smt_trainer.estimation.estimate import estimate
 from smt_trainer.estimation.meter import read_step
+from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import frozen
 
 BATCH, LENGTH = 4, tiny.LENGTH

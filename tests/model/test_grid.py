@@ -6,8 +6,8 @@ from hypothesis import given
 from reference import block, block_mask
 from strategies import grids, some_blocks
 
-from smt_trainer import BlockGrid, SMTConfig, SMTError
-from smt_trainer.model.grid import make_grids
+from smt_trainer import SMTConfig, SMTError
+from smt_trainer.model.grid import BlockGrid, make_grids
 
 SHAPES = {"q_proj": (192, 64), "up_proj": (96, 64)}
 

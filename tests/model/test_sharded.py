@@ -12,7 +12,8 @@ from torch import nn
 
 from smt_trainer import SMTError, convert_to_smt
 from smt_trainer.model.sharded import assign, full_shape, full_tensor, local_parts
-from smt_trainer.sparse.linear import smt_linears, write_back
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
 
 
 class OfRank:

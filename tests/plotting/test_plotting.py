@@ -12,23 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import cell_shares
 
-from smt_trainer import (
-    BlockGrid,
-    BlockSelection,
-    OverlapPoint,
-    SMTError,
-    plot_layers,
-    plot_overlap,
-    plot_scores,
-    plot_selection,
-    plot_shares,
-    select_blocks,
-)
+from smt_trainer import BlockSelection, SMTError, plot_layers, plot_overlap, plot_scores, plot_selection, plot_shares
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import by_projection
-from smt_trainer.plotting import layer_rows, score_rows, selection_rows, share_rows, write_csv
+from smt_trainer.plotting import OverlapPoint, layer_rows, score_rows, selection_rows, share_rows, write_csv
 from smt_trainer.plotting.block_map import trained_share
 from smt_trainer.plotting.histogram import cut
 from smt_trainer.plotting.style import strips
+from smt_trainer.selection.block_selection import select_blocks
 
 pytest.importorskip("matplotlib")
 

@@ -6,7 +6,8 @@ import tiny
 import torch
 
 from smt_trainer import SMTError
-from smt_trainer.scores.classes import CLASSES_KEY, ClassCollator, take_classes
+from smt_trainer.scores.classes import CLASSES_KEY, take_classes
+from smt_trainer.training.class_column import ClassCollator
 
 
 def labelled(count=32):

@@ -8,10 +8,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from smt_trainer import BlockScores, SMTConfig, SMTError, select_blocks
+from smt_trainer import BlockScores, SMTConfig, SMTError
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_scores import MANIFEST, resolve_selection
+from smt_trainer.selection.block_selection import select_blocks
 
 
 def scores_of(model, **fields) -> BlockScores:
@@ -162,8 +163,8 @@ NAME = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"change_manifest": lambda values: values.update(format="9")}, "have format 9, this version"),
-        ({"change_manifest": lambda values: values.pop("modules")}, "are damaged .KeyError: 'modules'"),
+        ({"change_manifest": lambda values: values.update(format="9")}, "has format 9, this version"),
+        ({"change_manifest": lambda values: values.pop("modules")}, "is damaged .KeyError: 'modules'"),
         ({"change_tensors": lambda tensors: tensors.pop(NAME)}, f"damaged: `{NAME}` has a grid or scores, not both"),
         (
             {"change_tensors": lambda tensors: tensors.update({NAME: torch.ones(3, 4)})},
@@ -185,7 +186,7 @@ def test_a_truncated_file_is_refused(manifest):
 
 
 def test_a_file_of_something_else_is_refused(delta):
-    with pytest.raises(SMTError, match="holds no scores of blocks"):
+    with pytest.raises(SMTError, match="is not a scores file of smt_trainer"):
         BlockScores.load(delta[0] / "smt_delta.safetensors")
 
 

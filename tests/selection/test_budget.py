@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from reference import blocks_within, ranked, under_cap
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smt_trainer import BlockGrid, BlockSelection, SMTConfig, SMTError, select_blocks
+from smt_trainer import BlockSelection, SMTConfig, SMTError
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import layer_path
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
+from smt_trainer.selection.block_selection import select_blocks
 from smt_trainer.selection.budget import check_budget_fits
 
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")

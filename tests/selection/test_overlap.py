@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import rank_correlation
 
-from smt_trainer import BlockGrid, BlockScores, BlockSelection, Overlap, SMTConfig, SMTError
+from smt_trainer import BlockScores, BlockSelection, Overlap, SMTConfig, SMTError
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.selection.overlap import spearman
 
 GRIDS = {f"layers.{layer}.attn.{leaf}": BlockGrid(8, 12, 4, 4) for layer in range(2) for leaf in ("q_proj", "v_proj")}

@@ -11,10 +11,12 @@ from reference import block_mask, train_only
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smt_trainer import BlockGrid, SMTConfig, SMTError, SMTLinear, convert_to_smt, find_targets, merge_and_unload
-from smt_trainer.model.targets import head_names
-from smt_trainer.sparse.convert import fingerprint, is_smt_model, plain_state_dict, trainable_parameters
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer import SMTConfig, SMTError, convert_to_smt, merge_and_unload
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.targets import find_targets, head_names
+from smt_trainer.sparse.convert import is_smt_model, plain_state_dict, trainable_parameters
+from smt_trainer.sparse.fingerprint import fingerprint
+from smt_trainer.sparse.linear import SMTLinear, smt_linears
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -9,8 +9,10 @@ from reference import block_mask
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from smt_trainer import BlockGrid, SMTLinear, convert_to_smt
-from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, smt_linears, write_back
+from smt_trainer import convert_to_smt
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
+from smt_trainer.sparse.write_back import write_back
 
 BLOCK_INDICES = torch.tensor([[0, 1], [2, 0]])
 

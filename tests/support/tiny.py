@@ -16,7 +16,9 @@ from smt_trainer.model.targets import count_parameters, find_targets, target_gri
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_selection import select_blocks
 from smt_trainer.selection.candidates import find_candidates
-from smt_trainer.sparse.linear import smt_linears, write_back
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
+from smt_trainer.training.warmup import Warmup
 
 VOCABULARY = 64
 LENGTH = 12
@@ -174,7 +176,7 @@ def stock_trainer(model: nn.Module, folder: str | Path, data=None, collator=None
 
 def warm_up(trainer: SMTTrainer) -> dict[str, Tensor]:
     """The scores of a trainer's warm-up, without what comes after it."""
-    return trainer._score_blocks(find_candidates(trainer.model, trainer.smt_config)[0])
+    return Warmup(trainer, find_candidates(trainer.model, trainer.smt_config).grids).run()
 
 
 def logged(trainer: transformers.Trainer, key: str) -> list:

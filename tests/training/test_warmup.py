@@ -11,9 +11,10 @@ from reference import block_scores, summed_gradients
 
 from smt_trainer import BlockScores, BlockSelection, SMTError
 from smt_trainer.config import SCORES
-from smt_trainer.scores.collect import frozen, rng_preserved
+from smt_trainer.scores.collect import frozen
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 
 WARMUP_SCORES = SCORES[:-2]
@@ -160,7 +161,7 @@ def first_batches(trainer, count: int) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("score", TWINS)
 def test_the_warm_up_scores_the_gradients_of_the_main_loops_first_batches(score, tmp_path):
     trainer = tiny.smt_trainer(tiny.llama().double(), tmp_path, tiny.config(score=score, smt_warmup_steps=3))
-    grids, _ = find_candidates(trainer.model, trainer.smt_config)
+    grids = find_candidates(trainer.model, trainer.smt_config).grids
     gradients = summed_gradients(tiny.llama().double(), QKV, first_batches(trainer, 3))
     expected = {name: block_scores(gradients[name], grids[name], TWINS[score]).float() for name in QKV}
     # Sums are kept in float32, and the loss is computed in it.
@@ -194,7 +195,7 @@ def test_how_a_step_is_computed_does_not_change_the_scores(score, overrides, tol
 def test_a_last_step_of_fewer_micro_batches_counts_as_much_as_a_whole_one(tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path, data=tiny.examples(12), gradient_accumulation_steps=2)
     trainer.model_accepts_loss_kwargs = False  # as for a model whose loss is the mean over its batch
-    grids, _ = find_candidates(trainer.model, trainer.smt_config)
+    grids = find_candidates(trainer.model, trainer.smt_config).grids
     batches = first_batches(trainer, 3)
     whole, last = (summed_gradients(tiny.llama(), QKV, part) for part in (batches[:2], batches[2:]))
     expected = {name: block_scores(whole[name] / 2 + last[name], grids[name], TWINS["grad_l1"]) for name in QKV}

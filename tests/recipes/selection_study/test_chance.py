@@ -8,7 +8,8 @@ import tiny
 import torch
 
 from recipes.selection_study.chance import chance
-from smt_trainer import BlockGrid, BlockSelection, Overlap
+from smt_trainer import BlockSelection, Overlap
+from smt_trainer.model.grid import BlockGrid
 
 
 def choice(total: int, chosen) -> BlockSelection:

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from recipes.selection_study.__main__ import main
 from recipes.selection_study.study import compare, run
 from recipes.selection_study.warmup import SCORES, scores_along
-from smt_trainer import collect_scores, find_targets, make_scorer
-from smt_trainer.model.targets import target_grids
+from smt_trainer.model.targets import find_targets, target_grids
+from smt_trainer.scores import make_scorer
+from smt_trainer.scores.collect import collect_scores
 
 STEPS = (1, 2, 4)
 

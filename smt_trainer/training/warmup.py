@@ -1,0 +1,122 @@
+"""The gradient warm-up of a trainer: scores from the first batches of the main loop, with no trace left behind.
+
+It replays the beginning of the main loop on the bare model, before Trainer makes an optimizer or wraps anything: the
+same batches, the same `training_step`, the same mixed precision. Afterwards random states and counters are as before,
+so the main loop starts as if nothing had run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from smt_trainer.errors import SMTError
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import plain_name
+from smt_trainer.scores import SCORERS, Scorer, make_scorer
+from smt_trainer.scores.collect import LossScale, average_over_ranks, frozen
+from smt_trainer.training.class_column import collating_classes
+from smt_trainer.training.distributed import bare_backward, warmup_model
+from smt_trainer.training.preserved import counters_preserved, rng_preserved
+
+
+class Warmup:
+    """The warm-up of one trainer: `Warmup(trainer, grids).run()`.
+
+    Args:
+        trainer: an `SMTTrainerMixin`, before its main loop.
+        grids: module name -> grid, for every target.
+    """
+
+    def __init__(self, trainer: Trainer, grids: dict[str, BlockGrid]) -> None:
+        self.trainer, self.grids = trainer, grids
+        self.config, self.accelerator = trainer.smt_config, trainer.accelerator
+        self.kind = SCORERS[self.config.score]
+        scales_loss = self.kind.needs_backward and self.accelerator.mixed_precision == "fp16"
+        self.scale = LossScale() if scales_loss else None
+
+    def run(self) -> dict[str, Tensor]:
+        """Return the scores of all blocks, the same on every rank; run no batch if the score needs none.
+
+        Raises:
+            SMTError: the training data gives no batch, or a gradient overflowed in every step.
+        """
+        if not self.kind.needs_warmup:
+            return self.scorer(self.trainer.model).scores()
+        with warmup_model(self.trainer.model, self.accelerator) as model:
+            scorer = self.scorer(model)
+            with self.as_in_training(), frozen(model), scorer.attached(hold=self.scale is not None):
+                for step, (micro_batches, num_items) in enumerate(self.batches()):
+                    loss = self.step(model, scorer, micro_batches, num_items)
+                    if self.scale is not None:
+                        self.scale.settle(scorer)
+                    self.tell("on_warmup_step", step, loss)
+            if self.scale is not None:
+                self.scale.report()
+            average_over_ranks(scorer.statistics())
+            return scorer.scores()
+
+    def scorer(self, model: nn.Module) -> Scorer:
+        """The configured scorer of the targets in a model, wrapped or not."""
+        modules = {plain_name(name): module for name, module in model.named_modules()}
+        targets = {name: modules[name] for name in self.grids}
+        return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
+
+    @contextlib.contextmanager
+    def as_in_training(self) -> Iterator[None]:
+        """Let the trainer's methods work on the bare model, and leave no trace in the trainer or the random states."""
+        self.trainer.is_in_warmup = True
+        self.tell("on_warmup_begin", self.config.smt_warmup_steps)
+        try:
+            backward = bare_backward(self.accelerator, self.scale, self.kind.needs_backward)
+            with rng_preserved(), counters_preserved(self.trainer), backward:
+                yield
+        finally:
+            self.trainer.is_in_warmup = False
+            self.tell("on_warmup_end")
+
+    def batches(self) -> Iterator[tuple[list, Tensor | int | None]]:
+        """The micro-batches of each step in the order of the main loop, epoch after epoch, and their number of labels.
+
+        Raises:
+            SMTError: an epoch has no batch.
+        """
+        with collating_classes(self.trainer, self.kind.class_column(self.config)):
+            loader = self.trainer.get_train_dataloader()
+        yield from itertools.islice(self.epochs(loader), self.config.smt_warmup_steps)
+
+    def epochs(self, loader) -> Iterator[tuple[list, Tensor | int | None]]:
+        """As `batches`, without end."""
+        for epoch in itertools.count():
+            # accelerate does not pass the epoch on to a batch sampler that it shards.
+            for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):
+                if hasattr(part, "set_epoch"):
+                    part.set_epoch(epoch)
+            iterator, is_empty = iter(loader), True
+            while True:
+                args = self.trainer.args
+                step = self.trainer.get_batch_samples(iterator, args.gradient_accumulation_steps, args.device)
+                if not step[0]:
+                    break
+                is_empty = False
+                yield step
+            if is_empty:
+                raise SMTError("the training data gave no batch; the warm-up needs at least one. Check train_dataset.")
+
+    def step(self, model: nn.Module, scorer: Scorer, micro_batches: list, num_items: Tensor | int | None) -> float:
+        """Run one step as the trainer does, without an optimizer; return its loss on this rank."""
+        self.trainer.current_gradient_accumulation_steps = len(micro_batches)
+        loss = 0.0
+        for inputs in micro_batches:
+            scorer.begin_batch(inputs)
+            loss += self.trainer.training_step(model, inputs, num_items)
+        return float(loss)
+
+    def tell(self, event: str, *details) -> None:
+        """Call an event of every `SMTCallback`."""
+        for callback in self.trainer.smt_callbacks:
+            getattr(callback, event)(self.trainer.args, *details)
