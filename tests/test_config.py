@@ -1,10 +1,14 @@
 """`SMTConfig`: defaults of the paper, checks, JSON."""
 
+import dataclasses
+import inspect
 from dataclasses import fields
 
 import pytest
+from transformers import HfArgumentParser, TrainingArguments
 
 from smt_trainer import SMTConfig, SMTError
+from smt_trainer.settings import DECIDES, settings
 
 
 def test_the_defaults_are_those_of_the_paper():
@@ -13,8 +17,76 @@ def test_the_defaults_are_those_of_the_paper():
     assert (config.score, config.granularity, config.scope) == ("grad_l1", "block", "global")
 
 
-def test_every_field_has_a_help_text():
-    assert all(len(item.metadata["help"]) > 20 for item in fields(SMTConfig))
+def test_every_field_says_what_it_decides_and_help_shows_its_help():
+    shown = " ".join(inspect.getdoc(SMTConfig).split())
+    for name, field in settings(SMTConfig).items():
+        assert field.decides in DECIDES
+        assert len(field) > 20 and f"{name} (default {field.default!r}) {field}" in shown
+
+
+def test_no_field_is_called_like_a_training_argument():
+    assert not {item.name for item in fields(SMTConfig)} & {item.name for item in fields(TrainingArguments)}
+
+
+@dataclasses.dataclass
+class ScriptArguments:
+    """What a script adds."""
+
+    data: str = "here"
+
+
+GIVEN = {
+    "target_modules": (["q_proj", "v_proj"], "q_proj v_proj"),
+    "exclude_modules": (r".*\.0\..*", r".*\.0\..*"),
+    "budget": ({"attention": 0.0042, "mlp": 100}, "attention=0.0042,mlp=100"),
+    "layer_cap": (0.5, "0.5"),
+    "block_size": ((64, 32), "64x32"),
+    "score": ("grad_signed", "mean_abs"),
+    "smt_warmup_steps": (7, "7"),
+    "modules_to_save": (["score"], "score"),
+    "train_norm": (True, "true"),
+    "selection": ("scores.safetensors", "scores.safetensors"),
+}
+CLASSES = (ScriptArguments, SMTConfig, TrainingArguments)
+
+
+def test_an_argument_parser_reads_every_field_from_text():
+    words = [word for name, (_, text) in GIVEN.items() for word in (f"--{name}", *text.split())]
+    script, config, training = HfArgumentParser(CLASSES).parse_args_into_dataclasses(
+        [*words, "--output_dir", "out", "--warmup_steps", "3", "--data", "there"], look_for_args_file=False
+    )
+    assert config == SMTConfig(**{name: value for name, (value, _) in GIVEN.items()})
+    assert (script.data, training.warmup_steps) == ("there", 3)
+
+
+def test_an_argument_parser_gives_the_defaults_where_nothing_is_said():
+    _, config, _ = HfArgumentParser(CLASSES).parse_args_into_dataclasses(
+        ["--output_dir", "out"], look_for_args_file=False
+    )
+    assert config == SMTConfig()
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_yaml_file_is_read_by_trls_parser(as_text, tmp_path):
+    yaml, trl = pytest.importorskip("yaml"), pytest.importorskip("trl")
+    fields = {
+        name: text if as_text and isinstance(text, str) and " " not in text else value
+        for name, (value, text) in GIVEN.items()
+    }
+    fields["block_size"] = "64x32" if as_text else [64, 32]
+    fields["train_norm"] = True
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(fields | {"output_dir": str(tmp_path)}))
+    _, config, _ = trl.TrlParser(CLASSES).parse_args_and_config(["--config", str(path), "--smt_warmup_steps", "9"])
+    assert config == SMTConfig(**{name: value for name, (value, _) in GIVEN.items()} | {"smt_warmup_steps": 9})
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(["mlp"], "mlp"), (["q_proj"], ["q_proj"]), ([".*q_proj"], ".*q_proj"), (("a", "b"), ["a", "b"]), (None, "qkv")],
+)
+def test_a_list_of_one_keyword_or_expression_is_that(given, kept):
+    assert SMTConfig(target_modules=given).target_modules == kept
 
 
 @pytest.mark.parametrize(

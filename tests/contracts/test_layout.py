@@ -1,7 +1,6 @@
-"""The package's floors: a module imports from its own floor or lower ones, and nothing in a circle."""
+"""The order of the folders is that of a run: a module imports from its own folder or from those before."""
 
 import ast
-import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +10,10 @@ import pytest
 import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
-SCORERS = ("accumulated", "activation", "block_sums", "classwise", "scorer", "weights")
-PICTURES = ("block_map", "folder", "histogram", "layers", "overlap", "scores", "shares", "style", "tables")
-FLOORS = [
-    {"errors", "files", "config", "blocks", "targets", "sharding", "meter", "classes"},
-    {
-        *("budget", "selection", "dependencies", "block_scores", "ops", "ops.kept_input", "ops.sparse_linear"),
-        *("scores", *(f"scores.{name}" for name in SCORERS)),
-    },
-    {"layers", "whole", "card", "overlap", "plotting", *(f"plotting.{name}" for name in PICTURES)},
-    {"plan", "convert", "delta", "merge", "warmup", "parallel", "refusals", "estimate"},
-    {"trainer", "checkpoints", "callbacks"},
-    {
-        *("cli", "cli.main", "cli.options", "cli.examples"),
-        *("cli.merge_delta", "cli.inspect_artefact", "cli.estimate", "cli.select"),
-    },
-]
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-HOMES_OF_TRAINER = {"trainer", "checkpoints", "callbacks"}
+# Files beside the folders come first.
+ORDER = ["", "model", "scores", "selection", "sparse", "delta", "training", "estimation", "plotting", "cli"]
+# Imports of Trainer and its callbacks as the package is loaded.
+HOME_OF_TRAINER = "training"
 
 
 def module_name(path: Path) -> str:
@@ -36,18 +21,25 @@ def module_name(path: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-MODULES = {name: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py") if (name := module_name(path))}
+MODULES = {module_name(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+
+
+def folder(name: str) -> str:
+    return name.partition(".")[0] if name.partition(".")[0] in ORDER else ""
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Full names of all modules imported under a node."""
+    """Full names of all modules imported under a node, except for what only a type checker imports."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        found |= imports(node)
     return found
 
 
@@ -56,30 +48,35 @@ def ours(tree: ast.AST) -> set[str]:
     return {name.removeprefix("smt_trainer.") for name in imports(tree)} & set(MODULES)
 
 
-def test_every_module_has_a_floor():
-    assert set(MODULES) == set(FLOOR_OF)
+def test_every_folder_has_a_place_in_the_order():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"} == set(ORDER[1:])
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_from_its_floor_or_below(name):
-    above = {imported for imported in ours(MODULES[name]) if FLOOR_OF[imported] > FLOOR_OF[name]}
-    assert not above
+@pytest.mark.parametrize("name", [name for name in MODULES if name])
+def test_a_module_imports_from_its_folder_or_those_before(name):
+    later = {imported for imported in ours(MODULES[name]) if ORDER.index(folder(imported)) > ORDER.index(folder(name))}
+    assert not later
 
 
-def test_no_module_imports_itself_through_others():
-    top_level = {name: ours(tree) - {name} for name, tree in MODULES.items() if not name.startswith("cli")}
-    assert len(list(graphlib.TopologicalSorter(top_level).static_order())) == len(top_level)
+@pytest.mark.parametrize("name", [name for name in ORDER if name])
+def test_no_folder_holds_a_circle(name):
+    own = {module: ours(tree) - {module} for module, tree in MODULES.items() if folder(module) == name}
+    left = {module: imported & set(own) - {name} for module, imported in own.items()}
+    while left:
+        free = {module for module, imported in left.items() if not imported & set(left)}
+        assert free, f"these import each other in a circle: {sorted(left)}"
+        left = {module: imported for module, imported in left.items() if module not in free}
 
 
 def test_transformers_is_imported_on_loading_by_the_home_of_trainer_alone():
     importing = {
-        name
+        folder(name)
         for name, tree in MODULES.items()
         for node in tree.body
         if isinstance(node, (ast.Import, ast.ImportFrom))
-        and any(imported.split(".")[0] == "transformers" for imported in imports(node))
+        and any(imported.split(".")[0] == "transformers" for imported in imports(ast.Module([node], [])))
     }
-    assert importing == HOMES_OF_TRAINER
+    assert importing == {HOME_OF_TRAINER}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -106,3 +103,9 @@ def test_every_public_name_can_be_imported():
     assert set(smt_trainer.__all__) <= set(dir(smt_trainer))
     with pytest.raises(AttributeError, match="no attribute 'SMTModel'"):
         smt_trainer.SMTModel  # noqa: B018
+
+
+def test_the_tests_mirror_the_package():
+    tests = Path(__file__).parents[1]
+    mirrored = {path.name for path in tests.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert mirrored == {*ORDER[1:], "support", "contracts", "runs", "recipes"}

@@ -1,6 +1,7 @@
 """The estimate of a run, against what really happens on the CPU."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -302,3 +303,15 @@ def test_the_peak_is_that_of_a_profiled_step(method, dtype):
     resident = [*model.parameters(), *model.buffers(), *(t for s in optimizer.state.values() for t in s.values())]
     measured = peak + sum(tensor.nbytes for tensor in resident)
     assert getattr(found, method).peak == pytest.approx(measured, rel=0.01)
+
+
+def test_columns_that_depend_on_rows_are_counted_as_training_counts_them(tmp_path):
+    config = tiny.config(
+        block_size="auto", granularity="row", target_modules=["v_proj"], budget=8, train_dependents=True
+    )
+    model = tiny.llama()
+    trained = tiny.smt_trainer(model, tmp_path, replace(config, score="random"), max_steps=1)
+    trained.train()
+    found = guess(model, config)
+    assert found.smt.trainable == trained.smt_selection.trainable_parameters > 8 * 64
+    assert found.selection.grids == trained.smt_selection.grids

@@ -282,7 +282,16 @@ def test_tied_weights_count_once():
 
 
 @pytest.mark.parametrize(
-    ("name", "index"), [("model.layers.7.self_attn.q_proj", 7), ("transformer.h.12.mlp.experts.3", 12), ("lm_head", -1)]
+    ("name", "index"),
+    [
+        ("model.layers.7.self_attn.q_proj", 7),
+        ("transformer.h.12.mlp.experts.3", 12),
+        ("0.auto_model.encoder.layer.3.output.dense", 3),
+        ("0.auto_model.pooler.dense", -1),
+        ("2", 2),
+        ("lm_head", -1),
+        ("", -1),
+    ],
 )
 def test_the_layer_index_is_the_first_number_after_a_name(name, index):
     assert layer_index(name) == index

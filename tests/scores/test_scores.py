@@ -164,6 +164,25 @@ def test_a_single_class_scores_as_taylor_does(make):
     assert_close(observe(model, scorer_for(model, "qm_taylor"), batches), expected, 1e-5)
 
 
+def test_a_class_weighs_by_its_mean_loss_however_long_its_examples_are():
+    """Eq. 6 of SPSFT takes the mean loss of each class; here one class has two labelled tokens, the other eight."""
+    model = tiny.llama().double()
+    (inputs,) = batches_of(model, 1)
+    labels = inputs["labels"].clone()
+    labels[:, 0] = -100
+    labels[:2, 1], labels[2:, 1] = 3, 4
+    labels[:2, 3:], labels[2:, 9:] = -100, -100
+    scores = observe(model, scorer_for(model, "qm_taylor"), [inputs | {"labels": labels}])
+    grids = scorer_for(model, "qm_taylor").grids
+    taylors = []
+    for part in (slice(2), slice(2, 4)):
+        own = [{key: value[part] for key, value in (inputs | {"labels": labels}).items()}]
+        gradients = summed_gradients(model, list(grids), own)
+        taylors.append({name: taylor(model.get_submodule(name).weight, gradients[name], grids[name]) for name in grids})
+    expected = {name: quantile_mean([one[name] for one in taylors]).float() for name in grids}
+    assert_close(scores, expected, 1e-5)
+
+
 def test_examples_without_a_label_are_of_no_class(llama):
     batches = batches_of(llama)
     rows = torch.cat([inputs["input_ids"] for inputs in batches])
