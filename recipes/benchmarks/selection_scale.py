@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from recipes.benchmarks.hooks import SCORES, measure_warmup
-from recipes.benchmarks.models import MODELS, Shape
-from recipes.benchmarks.selection import measure_selection
+from recipes.benchmarks.parts.hooks import SCORES, measure_warmup
+from recipes.benchmarks.parts.markdown import table
+from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.selection import measure_selection
 from recipes.reporting import command, hardware, versions
 
 PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")
@@ -95,12 +96,6 @@ def mib(count: int) -> str:
 def gib(count: int) -> str:
     """Bytes in GiB."""
     return f"{count / 2**30:.2f}"
-
-
-def table(header: str, rows: list[list[str]]) -> str:
-    """A Markdown table with the numbers on the right."""
-    rule = ["---:" if cell.replace(",", "").replace(".", "").isdigit() else "---" for cell in rows[0]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header.split("|"), rule, *rows)) + "\n"
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recipes.benchmarks.charts import draw
-from recipes.benchmarks.memory import account, peaks
-from recipes.benchmarks.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, Variant
-from recipes.benchmarks.own_work import own_work
-from recipes.benchmarks.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
-from recipes.benchmarks.tables import markdown
-from recipes.benchmarks.timing import Round, ratios, seconds, time_rounds
-from recipes.benchmarks.training import Training, copy_for, start
+from recipes.benchmarks.parts.charts import draw
+from recipes.benchmarks.parts.memory import account, peaks
+from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, Variant
+from recipes.benchmarks.parts.own_work import own_work
+from recipes.benchmarks.parts.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
+from recipes.benchmarks.parts.tables import markdown
+from recipes.benchmarks.parts.timing import Round, ratios, seconds, time_rounds
+from recipes.benchmarks.parts.training import Training, copy_for, start
 
 GROWTH = (0.001, 0.002, 0.005, 0.0084, 0.02, 0.05, 0.1)
 # The lowest layers with blocks, as parts of the model's depth, and a budget that the layers above the last one hold.

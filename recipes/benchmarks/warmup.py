@@ -12,18 +12,17 @@ from pathlib import Path
 
 import torch
 
-from recipes.benchmarks import scoring, training
-from recipes.benchmarks.memory import peaks
-from recipes.benchmarks.methods import FLOOR, SMT, Variant
-from recipes.benchmarks.models import MODELS
-from recipes.benchmarks.scoring import Scoring
-from recipes.benchmarks.selection_scale import table
-from recipes.benchmarks.setting import Setting
-from recipes.benchmarks.tables import circumstances, mib, spread
-from recipes.benchmarks.timing import ratios, seconds, time_rounds
-from recipes.benchmarks.training import Training, copy_for
-from smt_trainer import SMTConfig
-from smt_trainer.model.targets import count_parameters, find_targets
+from recipes.benchmarks.parts import scoring, training
+from recipes.benchmarks.parts.markdown import circumstances, mib, spread, table
+from recipes.benchmarks.parts.memory import peaks
+from recipes.benchmarks.parts.methods import FLOOR, SMT, Variant
+from recipes.benchmarks.parts.models import MODELS
+from recipes.benchmarks.parts.scoring import Scoring
+from recipes.benchmarks.parts.setting import Setting
+from recipes.benchmarks.parts.timing import ratios, seconds, time_rounds
+from recipes.benchmarks.parts.training import Training, copy_for
+from smt_trainer import SMTConfig, find_targets
+from smt_trainer.model.targets import count_parameters
 from smt_trainer.scores import SCORERS
 
 SHAPE = "SmolLM2-135M"

@@ -2,8 +2,8 @@
 
 import json
 
-from recipes.benchmarks.models import MODELS, tiny
-from recipes.benchmarks.selection import CUTS
+from recipes.benchmarks.parts.models import MODELS, tiny
+from recipes.benchmarks.parts.selection import CUTS
 from recipes.benchmarks.selection_scale import markdown, measure
 
 

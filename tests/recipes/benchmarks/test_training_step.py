@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from recipes.benchmarks import training_step
-from recipes.benchmarks.memory import account
-from recipes.benchmarks.methods import FLOOR, FULL, METHODS, ROWS, SECOND_FLOOR, SMT, Variant
-from recipes.benchmarks.models import tiny
-from recipes.benchmarks.setting import SHAPES, Setting
-from recipes.benchmarks.timing import Seconds, ratios
-from recipes.benchmarks.training import Training, copy_for
+from recipes.benchmarks.parts.memory import account
+from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, ROWS, SECOND_FLOOR, SMT, Variant
+from recipes.benchmarks.parts.models import tiny
+from recipes.benchmarks.parts.setting import SHAPES, Setting
+from recipes.benchmarks.parts.timing import Seconds, ratios
+from recipes.benchmarks.parts.training import Training, copy_for
 
 # Hidden size 64, one key and value head for two query heads: q is 64x64, k and v 32x64; one number divides all: 32.
 LAYERS = 8

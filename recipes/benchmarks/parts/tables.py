@@ -1,6 +1,6 @@
 """The measurements of a training step as Markdown."""
 
-from recipes.benchmarks.selection_scale import table
+from recipes.benchmarks.parts.markdown import circumstances, mib, percent, spread, table
 
 
 def markdown(results: dict, chart: str) -> str:
@@ -76,21 +76,6 @@ def markdown(results: dict, chart: str) -> str:
     return "\n".join(parts)
 
 
-def circumstances(results: dict) -> str:
-    """Where, with what and how it was measured."""
-    return table(
-        "|",
-        [
-            ["hardware", results["hardware"]],
-            ["load at start and end", ", ".join(f"{load:.1f}" for load in results["load"])],
-            ["environment", ", ".join(f"{name}={value}" for name, value in results["environment"].items())],
-            ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
-            ["seed", str(results["setting"]["seed"])],
-            ["command", f"`{results['command']}`"],
-        ],
-    )
-
-
 def summary(results: dict) -> str:
     """Ratios to the floor, one line for each method and budget."""
     floor, timer = results["methods"][0], results["timer"]
@@ -139,18 +124,3 @@ def _timer(timer: str) -> str:
 
 def _on(timer: str) -> str:
     return {"processor": "of the processor", "clock": "on the clock"}[timer]
-
-
-def spread(quartiles: dict[str, float]) -> str:
-    """Median (lower to upper quartile)."""
-    return "{median:.3f} ({lower:.3f} to {upper:.3f})".format(**quartiles)
-
-
-def percent(budget: float | None) -> str:
-    """A fraction of all parameters."""
-    return "" if budget is None else f"{100 * budget:g} %"
-
-
-def mib(count: int | None) -> str:
-    """Bytes in MiB."""
-    return "" if count is None else f"{count / 2**20:,.1f}"

@@ -12,9 +12,9 @@ from unittest.mock import patch
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.benchmarks import training as training_module
-from recipes.benchmarks.timing import Seconds, quartiles, timed
-from recipes.benchmarks.training import Training
+from recipes.benchmarks.parts import training as training_module
+from recipes.benchmarks.parts.timing import Seconds, quartiles, timed
+from recipes.benchmarks.parts.training import Training
 from smt_trainer.sparse import sparse_linear
 
 PARTS = {

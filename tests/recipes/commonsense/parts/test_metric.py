@@ -1,7 +1,7 @@
 import pytest
 
-from recipes.commonsense.metric import ChoiceAccuracy
-from recipes.commonsense.tasks import TASKS
+from recipes.commonsense.parts.metric import ChoiceAccuracy
+from recipes.commonsense.parts.tasks import TASKS
 
 
 @pytest.mark.parametrize(

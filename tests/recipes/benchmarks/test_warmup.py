@@ -5,8 +5,8 @@ import json
 import pytest
 
 from recipes.benchmarks import warmup
-from recipes.benchmarks.methods import FLOOR, SMT
-from recipes.benchmarks.models import MODELS, tiny
+from recipes.benchmarks.parts.methods import FLOOR, SMT
+from recipes.benchmarks.parts.models import MODELS, tiny
 from smt_trainer.config import SCORES
 
 LAYERS = 8

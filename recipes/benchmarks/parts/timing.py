@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from recipes.benchmarks.methods import Variant
-from recipes.benchmarks.training import Training
+from recipes.benchmarks.parts.methods import Variant
+from recipes.benchmarks.parts.training import Training
 
 
 class Seconds(NamedTuple):

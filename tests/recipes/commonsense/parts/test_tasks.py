@@ -1,7 +1,7 @@
 import pytest
 
-from recipes.commonsense import templates
-from recipes.commonsense.tasks import TASKS, task_of
+from recipes.commonsense.parts import templates
+from recipes.commonsense.parts.tasks import TASKS, task_of
 
 EXPECTED = {
     "boolq": (

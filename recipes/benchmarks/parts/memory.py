@@ -13,9 +13,9 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from recipes.benchmarks.models import tiny
-from recipes.benchmarks.setting import Setting, device
-from recipes.benchmarks.training import Training
+from recipes.benchmarks.parts.models import tiny
+from recipes.benchmarks.parts.setting import Setting, device
+from recipes.benchmarks.parts.training import Training
 
 Start = Callable[[nn.Module, Setting], Any]
 

@@ -2,12 +2,10 @@
 
 import torch
 
-from recipes.benchmarks.models import tiny
-from recipes.benchmarks.selection import seconds
-from smt_trainer import SMTConfig
-from smt_trainer.model.grid import make_grids
-from smt_trainer.model.targets import find_targets
-from smt_trainer.scores import make_scorer
+from recipes.benchmarks.parts.models import tiny
+from recipes.benchmarks.parts.selection import seconds
+from smt_trainer import SMTConfig, find_targets, make_scorer
+from smt_trainer.model.targets import target_grids
 from smt_trainer.scores.collect import frozen
 
 SCORES = ("grad_l1", "grad_signed")
@@ -21,7 +19,7 @@ def measure_warmup(layers: int, rounds: int, seed: int) -> dict:
     model.enable_input_require_grads()
     tokens = torch.randint(model.config.vocab_size, (1, 8))
     targets = find_targets(model, SMTConfig())
-    grids = make_grids({name: tuple(linear.weight.shape) for name, linear in targets.items()}, SMTConfig())
+    grids = target_grids(targets, SMTConfig())
 
     def step() -> float:
         return seconds(lambda: model(input_ids=tokens, labels=tokens).loss.backward())

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from recipes.benchmarks.models import MODELS, Shape
+from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.reporting import command, hardware, versions
 from smt_trainer.model.targets import count_parameters
 

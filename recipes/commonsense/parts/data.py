@@ -11,9 +11,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from recipes.commonsense.rebuild import rebuilt_split
-from recipes.commonsense.tasks import TASKS, task_of
-from recipes.commonsense.templates import Record
+from recipes.commonsense.parts.rebuild import rebuilt_split
+from recipes.commonsense.parts.tasks import TASKS, task_of
+from recipes.commonsense.parts.templates import Record
 
 logger = logging.getLogger(__name__)
 

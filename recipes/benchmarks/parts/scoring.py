@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from recipes.benchmarks.setting import Setting
+from recipes.benchmarks.parts.setting import Setting
 from smt_trainer import SMTConfig, find_targets, make_scorer
 from smt_trainer.model.targets import target_grids
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes.commonsense.evaluation import Evaluation, paired_gain
+from recipes.commonsense.parts.evaluation import Evaluation, paired_gain
 from recipes.reporting import command, hardware, versions, without_folder
 from smt_trainer import BlockSelection
 

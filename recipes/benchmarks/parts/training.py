@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from recipes.benchmarks.methods import Variant
-from recipes.benchmarks.setting import DTYPES, Setting
+from recipes.benchmarks.parts.methods import Variant
+from recipes.benchmarks.parts.setting import DTYPES, Setting
 from smt_trainer.sparse.linear import smt_linears, write_back
 
 

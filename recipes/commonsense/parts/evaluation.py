@@ -8,10 +8,10 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.commonsense.answering import answer_questions
-from recipes.commonsense.metric import ChoiceAccuracy
-from recipes.commonsense.prompt import pad_token
-from recipes.commonsense.tasks import TASKS
+from recipes.commonsense.parts.answering import answer_questions
+from recipes.commonsense.parts.metric import ChoiceAccuracy
+from recipes.commonsense.parts.prompt import pad_token
+from recipes.commonsense.parts.tasks import TASKS
 
 NORMAL_95 = 1.96
 

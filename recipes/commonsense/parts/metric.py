@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from recipes.commonsense.tasks import TASKS
+from recipes.commonsense.parts.tasks import TASKS
 
 _DESCRIPTION = """BudgetGroup of generations whose first named answer is the gold one.
 

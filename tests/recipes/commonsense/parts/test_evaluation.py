@@ -4,10 +4,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from recipes.commonsense.answering import batches, distinguishing_tokens
-from recipes.commonsense.evaluation import Evaluation, evaluate_model, paired_gain
-from recipes.commonsense.prompt import encode_prompt
-from recipes.commonsense.templates import OUTPUT, labels
+from recipes.commonsense.parts.answering import batches, distinguishing_tokens
+from recipes.commonsense.parts.evaluation import Evaluation, evaluate_model, paired_gain
+from recipes.commonsense.parts.prompt import encode_prompt
+from recipes.commonsense.parts.templates import OUTPUT, labels
 
 
 def questions(count, stem="solution", offered=(2,)):

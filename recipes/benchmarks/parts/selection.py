@@ -12,11 +12,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recipes.benchmarks.models import Shape, tiny
-from smt_trainer import BlockSelection, SMTConfig, select_blocks
-from smt_trainer.model.grid import make_grids
-from smt_trainer.model.targets import count_parameters, find_targets
-from smt_trainer.scores import make_scorer
+from recipes.benchmarks.parts.models import Shape, tiny
+from smt_trainer import BlockSelection, SMTConfig, find_targets, make_scorer, select_blocks
+from smt_trainer.model.targets import count_parameters, target_grids
 
 CUTS = {
     "blocks of q, k, v": {},
@@ -38,9 +36,7 @@ class Case:
     def plan(self) -> None:
         """What comes before the warm-up."""
         self.targets = find_targets(self.model, self.config)
-        self.grids = make_grids(
-            {name: tuple(linear.weight.shape) for name, linear in self.targets.items()}, self.config
-        )
+        self.grids = target_grids(self.targets, self.config)
         self.num_parameters = count_parameters(self.model)
 
     def select(self) -> None:
