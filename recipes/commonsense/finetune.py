@@ -2,8 +2,8 @@
 
 An ordinary Trainer script: evaluate, train with `SMTTrainer`, evaluate, save the delta, merge it, check the merged
 checkpoint, report. `python -m recipes.commonsense.finetune --profile recipes/commonsense/default.args` runs the short
-profile; every argument below, and every one of `TrainingArguments`, can follow. `accelerate launch -m` and
-`torchrun -m` work too.
+profile. Any field of `RecipeArguments`, `SMTConfig` and `TrainingArguments` can follow as a flag. `accelerate launch -m`
+and `torchrun -m` also run it.
 """
 
 import itertools
@@ -43,7 +43,7 @@ logger = logging.getLogger("recipes.commonsense")
 
 @dataclass
 class RecipeArguments:
-    """What this script adds to `TrainingArguments`."""
+    """The flags of this script beyond those of `SMTConfig` and `TrainingArguments`."""
 
     model: str = field(default=DEFAULT_MODEL, metadata={"help": "Base model: the default, a hub name or a folder."})
     data: str | None = field(
@@ -54,16 +54,6 @@ class RecipeArguments:
         default="float32", metadata={"help": "Dtype to load the weights in."}
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the weights."})
-    budget: str = field(
-        default="0.0084",
-        metadata={"help": "Blocks to train: 100 is a count, 0.0084 a fraction of all model parameters."},
-    )
-    target_modules: str = field(default="qkv", metadata={"help": "See SMTConfig.target_modules."})
-    block_size: str = field(default="auto", metadata={"help": "'auto' or the edge of a block, in weights."})
-    score: str = field(default="grad_l1", metadata={"help": "See SMTConfig.score."})
-    smt_warmup_steps: int = field(
-        default=100, metadata={"help": "Optimizer-step-sized batches that the blocks are chosen on."}
-    )
     max_length: int = field(default=2048, metadata={"help": "Longest training sequence, in tokens."})
     train_records: int | None = field(
         default=None, metadata={"help": "Train on this many records, drawn at random. Default: all."}
@@ -90,16 +80,6 @@ class RecipeArguments:
                 f"questions_per_task must be 2 or more for the paired interval, got {self.questions_per_task}."
             )
 
-    def smt_config(self) -> SMTConfig:
-        """The SMT part of the arguments."""
-        return SMTConfig(
-            target_modules=self.target_modules,
-            block_size=self.block_size,
-            budget=self.budget,
-            score=self.score,
-            smt_warmup_steps=self.smt_warmup_steps,
-        )
-
 
 class StepTimer(TrainerCallback):
     """Seconds of each optimizer step."""
@@ -116,7 +96,7 @@ class StepTimer(TrainerCallback):
 
 def main() -> None:
     started = time.perf_counter()
-    recipe, training = parse_arguments()
+    recipe, smt_config, training = parse_arguments()
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bars()
@@ -144,7 +124,7 @@ def main() -> None:
         data_collator=CompletionCollator(pad_token(tokenizer)),
         processing_class=tokenizer,
         callbacks=[timer],
-        smt_config=recipe.smt_config(),
+        smt_config=smt_config,
     )
 
     logger.info("Evaluating %s untuned", recipe.model)
@@ -178,12 +158,12 @@ def main() -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def parse_arguments() -> tuple[RecipeArguments, TrainingArguments]:
-    """The command line; `--profile FILE` stands for the arguments in that file, which later ones override."""
+def parse_arguments() -> tuple[RecipeArguments, SMTConfig, TrainingArguments]:
+    """Parse the command line. `--profile FILE` reads flags from a file; flags on the command line override them."""
     for flag, profile in itertools.pairwise(sys.argv):
         if flag == "--profile" and not Path(profile).is_file():
             sys.exit(f"no profile at {profile}; there are default.args and paper.args in recipes/commonsense.")
-    parser = HfArgumentParser((RecipeArguments, TrainingArguments))
+    parser = HfArgumentParser((RecipeArguments, SMTConfig, TrainingArguments))
     return parser.parse_args_into_dataclasses(args_file_flag="--profile")
 
 
