@@ -2,8 +2,8 @@
 
 An ordinary Trainer script: evaluate, train with `SMTTrainer`, evaluate, save the delta, merge it, check the merged
 checkpoint, report. `python -m recipes.commonsense.finetune --profile recipes/commonsense/default.args` runs the short
-profile. Any field of `RecipeArguments`, `SMTConfig` and `TrainingArguments` can follow as a flag. `accelerate launch -m`
-and `torchrun -m` also run it.
+profile. Any field of `RecipeArguments`, `SMTConfig` and `TrainingArguments` can follow as a flag. `accelerate launch
+-m` and `torchrun -m` also run it.
 """
 
 import itertools
