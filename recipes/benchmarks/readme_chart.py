@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Read the measurement and draw the picture beside it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--results", type=Path, required=True, help=f"folder that holds {MEASUREMENT}; {PICTURE} goes there"
+        "--results", type=Path, required=True, help=f"folder of {MEASUREMENT}; {PICTURE} is written there"
     )
     folder = parser.parse_args(words).results
     draw(json.loads((folder / MEASUREMENT).read_text(encoding="utf-8")), folder / PICTURE)

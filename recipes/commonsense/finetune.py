@@ -53,17 +53,17 @@ class RecipeArguments:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Dtype to load the weights in."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the weights."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code that comes with the weights."})
     max_length: int = field(default=2048, metadata={"help": "Longest training sequence, in tokens."})
     train_records: int | None = field(
-        default=None, metadata={"help": "Train on this many records, drawn at random. Default: all."}
+        default=None, metadata={"help": "Train on this many random records. Default: all."}
     )
     evaluate_on: Literal["test", "validation"] = field(
-        default="test", metadata={"help": "'test', or 'validation' (cut from train) to tune the settings on."}
+        default="test", metadata={"help": "'test', or 'validation' (cut from train) for tuning the settings."}
     )
     validation_per_task: int = field(default=100, metadata={"help": "Train records of each task kept for validation."})
     questions_per_task: int | None = field(
-        default=None, metadata={"help": "Evaluate on this many questions of each task, drawn at random. Default: all."}
+        default=None, metadata={"help": "Evaluate on this many random questions of each task. Default: all."}
     )
     max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
     num_beams: int = field(default=4, metadata={"help": "Beams of the generation; 1 is greedy."})
@@ -71,7 +71,7 @@ class RecipeArguments:
         default=16384, metadata={"help": "Prompt tokens in one evaluation batch, padding included."}
     )
     check_per_task: int = field(
-        default=8, metadata={"help": "Questions of each task on which the merged checkpoint is compared."}
+        default=8, metadata={"help": "Questions of each task on which to compare the merged checkpoint."}
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class RecipeArguments:
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Record the seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -162,30 +162,30 @@ def parse_arguments() -> tuple[RecipeArguments, SMTConfig, TrainingArguments]:
     """Parse the command line. `--profile FILE` reads flags from a file; flags on the command line override them."""
     for flag, profile in itertools.pairwise(sys.argv):
         if flag == "--profile" and not Path(profile).is_file():
-            sys.exit(f"no profile at {profile}; there are default.args and paper.args in recipes/commonsense.")
+            sys.exit(f"no profile at {profile}; recipes/commonsense has default.args and paper.args.")
     parser = HfArgumentParser((RecipeArguments, SMTConfig, TrainingArguments))
     return parser.parse_args_into_dataclasses(args_file_flag="--profile")
 
 
 def load_model(path: str, recipe: RecipeArguments) -> PreTrainedModel:
-    """The causal language model at a folder or hub name."""
+    """Load the causal language model from a folder or hub name."""
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code
     )
 
 
 def draw(records: Dataset, number: int | None, seed: int) -> Dataset:
-    """`number` of the records in random order; all of them if None."""
+    """Return `number` random records, or all in random order if None."""
     return first(records.shuffle(seed=seed), len(records) if number is None else number)
 
 
 def first(records: Dataset, number: int) -> Dataset:
-    """The first `number` of the records, or all there are."""
+    """Return the first `number` records, or all if there are fewer."""
     return records.select(range(min(number, len(records))))
 
 
 def evaluate_on_all_ranks(trainer: SMTTrainer, questions: dict[str, Dataset], recipe: RecipeArguments) -> Evaluation:
-    """Each rank answers its share of the questions; all get the whole result."""
+    """Let each rank answer its share of the questions, and return the whole result on all ranks."""
     rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
     share = {task: records.shard(ranks, rank) for task, records in questions.items()}
     parts = gather_object([evaluate(trainer.model, trainer.processing_class, share, recipe)])
@@ -195,7 +195,7 @@ def evaluate_on_all_ranks(trainer: SMTTrainer, questions: dict[str, Dataset], re
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: dict[str, Dataset], recipe: RecipeArguments
 ) -> Evaluation:
-    """Answers to the questions by generation and by likelihood."""
+    """Evaluate a model by generation and by likelihood."""
     return evaluate_model(
         model,
         tokenizer,
@@ -207,7 +207,7 @@ def evaluate(
 
 
 def merge(base: str, delta: Path, output: Path, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> None:
-    """Write base plus delta as a plain checkpoint, in the dtype of training; an earlier run's is replaced."""
+    """Write base plus delta as a plain checkpoint in the dtype of training, replacing an earlier one."""
     shutil.rmtree(output, ignore_errors=True)
     model = from_delta(delta, base=base, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code)
     model.save_pretrained(output)
@@ -222,7 +222,7 @@ def gives_the_same(
     questions: dict[str, Dataset],
     recipe: RecipeArguments,
 ) -> bool:
-    """Whether two models give bit-identical logits on the first prompt of each task and the same answers to all."""
+    """Check for bit-identical logits on the first prompt of each task and for the same answers to all questions."""
     trained.eval()
     merged.eval()
     prompts = [encode_prompt(records[0], tokenizer) for records in questions.values()]

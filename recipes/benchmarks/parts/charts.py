@@ -1,4 +1,4 @@
-"""The measurements of a training step as a picture."""
+"""Charts of the measurements of a training step."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ NEUTRAL = "#8d99ae"
 
 
 def draw(results: dict, path: Path) -> None:
-    """Time and memory of all methods, and below them SMT's curves, where measured."""
+    """Draw time and memory of all methods, and below them SMT's curves if they were measured."""
     curves = results.get("curves")
     figure = Figure(figsize=(11, 9 if curves else 5), layout="constrained")
     axes = figure.subplots(2 if curves else 1, 2, squeeze=False, height_ratios=[5, 3] if curves else None)
@@ -44,7 +44,7 @@ def draw(results: dict, path: Path) -> None:
 
 
 def bars(axis: Axes, rows: list[dict], value) -> None:
-    """A bar for each method and budget, grouped by method; `value` gives the median and may give quartiles."""
+    """Draw a bar for each method and budget, grouped by method. `value` returns the median and optionally quartiles."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
     budgets = list(dict.fromkeys(row["budget"] for row in rows if row["budget"] is not None))
     height = 0.8 / max(1, len(budgets))
@@ -65,7 +65,7 @@ def bars(axis: Axes, rows: list[dict], value) -> None:
 
 
 def curve(axis: Axes, places: list[float], rows: list[dict], floor: dict, timer: str) -> None:
-    """Time with its quartiles, live memory and FLOPs, all as ratios to the floor."""
+    """Draw time with its quartiles, live memory and FLOPs, all as ratios to the floor."""
     time = [row["to_floor"][timer] for row in rows]
     axis.fill_between(
         places, [each["lower"] for each in time], [each["upper"] for each in time], color=COLOURS[0], alpha=0.2

@@ -1,4 +1,4 @@
-"""What the scorers' hooks add to a step of the warm-up, on real models of many tiny targets."""
+"""Time that the scorers' hooks add to a warm-up step, on models with many tiny targets."""
 
 import torch
 
@@ -12,10 +12,10 @@ SCORES = ("grad_l1", "grad_signed")
 
 
 def measure_warmup(layers: int, rounds: int, seed: int) -> dict:
-    """Seconds of forward and backward through a frozen model, and what each scorer adds to them."""
+    """Return the seconds of forward and backward through a frozen model, and the seconds that each scorer adds."""
     torch.manual_seed(seed)
     model = tiny(layers).build().train()
-    # Without it nothing in a frozen model asks for a gradient.
+    # Otherwise nothing in a frozen model requires a gradient.
     model.enable_input_require_grads()
     tokens = torch.randint(model.config.vocab_size, (1, 8))
     targets = find_targets(model, SMTConfig())
@@ -32,7 +32,7 @@ def measure_warmup(layers: int, rounds: int, seed: int) -> dict:
             for score in SCORES:
                 with make_scorer(targets, grids, SMTConfig(score=score)).attached():
                     steps[score].append(step())
-    # The lower quartile: other programs only ever make a step slower.
+    # The lower quartile, since other programs can only slow a step down.
     plain, *scored = (sorted(times)[len(times) // 4] for times in steps.values())
     row = {"layers": layers, "targets": len(targets), "plain_seconds": plain}
     return row | {f"{score}_added_seconds": time - plain for score, time in zip(SCORES, scored, strict=True)}

@@ -2,13 +2,13 @@
 
 
 def table(header: str, rows: list[list[str]]) -> str:
-    """A Markdown table with the numbers on the right."""
+    """Return a Markdown table with numbers aligned right."""
     rule = ["---:" if cell.replace(",", "").replace(".", "").isdigit() else "---" for cell in rows[0]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header.split("|"), rule, *rows)) + "\n"
 
 
 def circumstances(results: dict) -> str:
-    """Where, with what and how it was measured."""
+    """Return the table of hardware, load, environment, versions, seed and command."""
     return table(
         "|",
         [
@@ -23,15 +23,15 @@ def circumstances(results: dict) -> str:
 
 
 def spread(quartiles: dict[str, float]) -> str:
-    """Median (lower to upper quartile)."""
+    """Format quartiles as median (lower to upper)."""
     return "{median:.3f} ({lower:.3f} to {upper:.3f})".format(**quartiles)
 
 
 def percent(budget: float | None) -> str:
-    """A fraction of all parameters."""
+    """Format a fraction of all parameters in percent."""
     return "" if budget is None else f"{100 * budget:g} %"
 
 
 def mib(count: int | None) -> str:
-    """Bytes in MiB."""
+    """Format bytes in MiB."""
     return "" if count is None else f"{count / 2**20:,.1f}"

@@ -1,10 +1,9 @@
-"""What a step computes and keeps: FLOPs, tensors saved for backward, gradients, optimizer state, peaks."""
+"""FLOPs and memory of a step: tensors saved for backward, gradients, optimizer state, peaks."""
 
 import itertools
 import multiprocessing
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.models import tiny
+from recipes.benchmarks.parts.resident import reset_peak, resident
 from recipes.benchmarks.parts.setting import Setting, device
 from recipes.benchmarks.parts.training import Training
 
@@ -21,10 +21,10 @@ Start = Callable[[nn.Module, Setting], Any]
 
 
 def account(training: Training, tokens: Tensor) -> dict[str, int]:
-    """Take one step and count.
+    """Take one step and count its FLOPs and bytes.
 
-    `saved_bytes`: what forward leaves behind, so what autograd keeps for backward. `live_bytes`: all tensors that exist
-    at the step's peak, weights and optimizer state included.
+    `saved_bytes`: what autograd keeps from forward for backward. `live_bytes`: all tensors alive at the step's peak,
+    weights and optimizer state included.
     """
     state = tensors_of_optimizer(training)
     held = storages([*training.model.parameters(), *training.model.buffers(), *state])
@@ -48,13 +48,13 @@ def account(training: Training, tokens: Tensor) -> dict[str, int]:
 
 
 def tensors_of_optimizer(training: Training) -> list[Tensor]:
-    """Its state on the device; counts of steps lie elsewhere."""
+    """Return the optimizer's state tensors, without its step counts."""
     states = training.optimizer.state.values() if training.optimizer else ()
     return [value for state in states for value in state.values() if torch.is_tensor(value) and value.ndim]
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> bytes of the distinct storages behind tensors; a sparse tensor has those of its parts."""
+    """Map the address of each distinct storage to its bytes. A sparse tensor has a storage for each of its parts."""
     found = {}
     for tensor in tensors:
         parts = (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
@@ -63,7 +63,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def changes(profiler: profile) -> list[int]:
-    """Bytes allocated (or freed, below zero) on the device by each event of a profile, in order of time."""
+    """Return the bytes that each event of a profile allocates on the device (negative: frees), in order of time."""
     events = [
         event
         for event in profiler.profiler.kineto_results.events()
@@ -73,8 +73,8 @@ def changes(profiler: profile) -> list[int]:
 
 
 def peaks(starts: Mapping[Hashable, Start], setting: Setting) -> dict[Hashable, int]:
-    """`peak_bytes` of each of what is started, in a process of its own."""
-    # Processes are forked from a server that has imported this module and done nothing else.
+    """Measure `peak_bytes` of each start, each in its own process."""
+    # Each process is forked from a server that has only imported this module.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
@@ -83,12 +83,12 @@ def peaks(starts: Mapping[Hashable, Start], setting: Setting) -> dict[Hashable, 
 
 
 def peak_bytes(start: Start, setting: Setting) -> int:
-    """Most memory of a step above the plain model's: allocated on the GPU, or else resident (Linux).
+    """Return the peak memory of a step above the plain model: allocated on the GPU, or else resident (Linux).
 
     Args:
-        start: makes of a plain model what has a `step`; picklable.
+        start: turns a plain model into an object with a `step`; picklable.
     """
-    # Code that is loaded on first use is none of it.
+    # Load code that is loaded on first use before measuring.
     small = Setting(tiny(2), setting.dtype, 1, 8)
     start(small.build(), small).step(small.tokens())
     model, tokens = setting.build(), setting.tokens()
@@ -98,13 +98,6 @@ def peak_bytes(start: Start, setting: Setting) -> int:
         torch.cuda.reset_peak_memory_stats()
         started.step(tokens)
         return torch.cuda.max_memory_allocated() - plain
-    # The kernel's record of the peak starts anew.
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     started.step(tokens)
     return resident("VmHWM") - plain
-
-
-def resident(field: str) -> int:
-    """Bytes of resident memory: now (`VmRSS`) or at most (`VmHWM`)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

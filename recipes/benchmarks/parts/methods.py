@@ -1,4 +1,4 @@
-"""How each method makes a model trainable: its query, key and value projections, with as many parameters as wanted."""
+"""The methods compared. Each trains the query, key and value projections with a given number of parameters."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,18 +15,18 @@ METHODS = (FULL, *ADAPTERS, ROWS, SMT)
 
 
 class Variant(NamedTuple):
-    """A method, how much it trains as a fraction of all parameters, and for SMT the lowest layer with blocks."""
+    """A method, the fraction of all parameters that it trains, and for SMT the lowest layer with blocks."""
 
     method: str
     budget: float | None = None
     lowest_layer: int = 0
 
     def make_trainable(self, model: nn.Module, seed: int) -> nn.Module:
-        """Change a plain model in place; returns what is to be called."""
+        """Make a plain model trainable in place and return the module to call."""
         if self.method == FULL:
             return model.requires_grad_(True)
         if self.method in (FLOOR, SECOND_FLOOR):
-            # Nothing is trained, yet backward goes through all layers.
+            # Nothing is trained, but backward goes through all layers.
             model.requires_grad_(False).enable_input_require_grads()
             return model
         if self.method in ADAPTERS:
@@ -34,13 +34,13 @@ class Variant(NamedTuple):
         return make_sparse(self, model, seed)
 
     def writes_to(self, parameter: str) -> bool:
-        """Whether training changes a parameter of the plain model, given its name."""
+        """Tell whether training changes the plain model's parameter of this name."""
         projections = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
         return self.method == FULL or (self.method in (SMT, ROWS) and parameter.endswith(projections))
 
 
 def make_sparse(variant: Variant, model: nn.Module, seed: int) -> nn.Module:
-    """SMT with blocks or rows drawn at random, spread evenly over the projections."""
+    """Convert to SMT with random blocks or rows, spread evenly over the projections."""
     config = SMTConfig(
         budget=variant.budget,
         granularity="row" if variant.method == ROWS else "block",
@@ -55,7 +55,7 @@ def make_sparse(variant: Variant, model: nn.Module, seed: int) -> nn.Module:
 
 
 def adapter_config(variant: Variant, model: nn.Module, seed: int) -> peft.PeftConfig:
-    """PEFT's configuration of a method, its defaults but for the rank that comes nearest to the budget."""
+    """Return PEFT's default configuration of a method, with the rank that comes closest to the budget."""
     targets = find_targets(model, SMTConfig())
     wanted = variant.budget * count_parameters(model)
     outputs = sum(linear.out_features for linear in targets.values())
@@ -63,7 +63,7 @@ def adapter_config(variant: Variant, model: nn.Module, seed: int) -> peft.PeftCo
     weights = sum(linear.weight.numel() for linear in targets.values())
 
     def rank(each: int, fixed: int = 0) -> int:
-        """With `each` parameters per rank and `fixed` ones besides."""
+        """Return the closest rank for `each` parameters per rank plus `fixed` ones."""
         return max(1, round((wanted - fixed) / each))
 
     configs: dict[str, Callable[[], peft.PeftConfig]] = {

@@ -1,4 +1,4 @@
-"""The models that are measured: Llama by its dimensions alone."""
+"""The measured models: Llama, given by its dimensions."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 class Shape(NamedTuple):
-    """The fields of `LlamaConfig` that decide how many weights there are, and where."""
+    """The fields of `LlamaConfig` that decide how many weights there are and where."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -17,7 +17,7 @@ class Shape(NamedTuple):
     tie_word_embeddings: bool = False
 
     def build(self) -> LlamaForCausalLM:
-        """A model on the current default device."""
+        """Build the model on the current default device."""
         return LlamaForCausalLM(LlamaConfig(**self._asdict()))
 
 
@@ -32,5 +32,5 @@ MODELS = {
 
 
 def tiny(layers: int) -> Shape:
-    """Many targets of next to no size."""
+    """Return a shape with many tiny targets."""
     return Shape(layers, 64, 4, 2, 96, 64)

@@ -1,7 +1,7 @@
-"""What SMT adds to a step of the frozen model, each part timed where it runs.
+"""Time that SMT adds to a step of the frozen model, each part timed where it runs.
 
-Steps of one model differ by more than these parts take, so their sum tells SMT's distance to the floor better than the
-ratio of step times does.
+Step times of one model vary by more than these parts take, so their sum measures SMT's distance to the floor better
+than the ratio of step times.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ OPTIMIZER = "optimizer"
 
 
 def own_work(training: Training, tokens: Tensor, rounds: int) -> dict[str, dict]:
-    """Part -> quartiles of its share of a step, by the time of the processor or, on a GPU, on the clock."""
+    """Return part -> timer -> quartiles of its share of a step."""
     shares: dict[str, list[Seconds]] = {part: [] for part in (*PARTS, OPTIMIZER)}
     for _ in tqdm(range(rounds), "own work"):
         with watched(training) as spent:
@@ -41,7 +41,7 @@ def own_work(training: Training, tokens: Tensor, rounds: int) -> dict[str, dict]
 
 @contextlib.contextmanager
 def watched(training: Training) -> Iterator[dict[str, Seconds]]:
-    """What each part takes within this context, summed over its calls."""
+    """Time each part within this context, summed over its calls."""
     spent = dict.fromkeys((*PARTS, OPTIMIZER), Seconds(0.0, 0.0))
 
     def watch(part: str, action: Callable) -> Callable:

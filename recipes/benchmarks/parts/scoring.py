@@ -1,4 +1,4 @@
-"""A step of the warm-up for one score."""
+"""A warm-up step for one score."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from smt_trainer.model.targets import target_grids
 
 
 class Scoring:
-    """A frozen model and the scorer of its query, key and value projections, with the default blocks."""
+    """A frozen model and a scorer of its query, key and value projections with the default blocks."""
 
     def __init__(self, model: nn.Module, score: str) -> None:
         self.model = model.requires_grad_(False)
@@ -17,7 +17,7 @@ class Scoring:
         self.scorer = make_scorer(targets, target_grids(targets, config), config)
 
     def step(self, tokens: Tensor) -> None:
-        """Forward, and backward if the score needs it. The class of a sequence is its first token."""
+        """Run forward, and backward if the score needs it. The class of a sequence is its first token."""
         self.scorer.begin_batch({"labels": tokens})
         with self.scorer.attached():
             loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
@@ -26,10 +26,10 @@ class Scoring:
 
     @property
     def accumulator_bytes(self) -> int:
-        """What the scorer sums in."""
+        """The bytes of the scorer's sums."""
         return sum(total.nbytes for total in self.scorer.statistics())
 
 
 def start(score: str, model: nn.Module, setting: Setting) -> Scoring:
-    """`Scoring` with its arguments in the order of `functools.partial(start, score)`."""
+    """Make a `Scoring`, with the arguments in the order that `functools.partial(start, score)` needs."""
     return Scoring(model, score)

@@ -1,4 +1,4 @@
-"""Time, file size and memory of a selection from scores drawn at random, on models that are never materialised."""
+"""Time, file size and memory of a selection from random scores, on models of the meta device."""
 
 import multiprocessing
 import statistics
@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.models import Shape, tiny
+from recipes.benchmarks.parts.resident import reset_peak, resident
 from smt_trainer import BlockSelection, SMTConfig, find_targets, make_scorer, select_blocks
 from smt_trainer.model.targets import count_parameters, target_grids
 
@@ -24,7 +25,7 @@ CUTS = {
 
 
 class Case:
-    """One model, on the meta device, cut in one way; its methods are what is timed."""
+    """One model on the meta device, cut in one way. Its methods are timed."""
 
     def __init__(self, shape: Shape, cut: str, seed: int) -> None:
         self.config = SMTConfig(score="random", **CUTS[cut])
@@ -34,17 +35,17 @@ class Case:
         self.scores = make_scorer(self.targets, self.grids, self.config, seed).scores()
 
     def plan(self) -> None:
-        """What comes before the warm-up."""
+        """Do the work before the warm-up: find targets, cut them into blocks, count parameters."""
         self.targets = find_targets(self.model, self.config)
         self.grids = target_grids(self.targets, self.config)
         self.num_parameters = count_parameters(self.model)
 
     def select(self) -> None:
-        """What comes after it."""
+        """Do the work after the warm-up: choose the blocks."""
         self.selection = select_blocks(self.scores, self.grids, self.config, self.num_parameters)
 
     def times(self, path: Path) -> dict[str, float]:
-        """Seconds of each action, once; `path` holds the selection afterwards."""
+        """Run each action once and return its seconds. Save the selection to `path`."""
         return {
             "plan_seconds": seconds(self.plan),
             "select_seconds": seconds(self.select),
@@ -53,8 +54,10 @@ class Case:
         }
 
     def sizes(self, path: Path) -> dict[str, int]:
-        """Counts, the first target's block, the file's size; and what a warm-up keeps: one float32 for each weight with
-        `grad_l1`, for each block with `grad_signed`."""
+        """Return counts, the block shape of the first target, the file size, and the bytes that a warm-up keeps.
+
+        A warm-up keeps one float32 for each weight with `grad_l1`, and for each block with `grad_signed`.
+        """
         self.selection.save(path)
         blocks = sum(grid.num_blocks for grid in self.grids.values())
         return {
@@ -69,13 +72,13 @@ class Case:
 
 
 def measure_selection(models: dict[str, Shape], rounds: int, seed: int) -> list[dict]:
-    """One row for each model and cut: median seconds over `rounds`, each of which visits every case once."""
+    """Return one row for each model and cut, with median seconds over `rounds`. Each round runs every case once."""
     cases = {(model, cut): Case(shape, cut, seed) for model, shape in models.items() for cut in CUTS}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "selection.json")
         samples = [{key: case.times(path) for key, case in cases.items()} for _ in tqdm(range(rounds), "rounds")]
         sizes = {key: case.sizes(path) for key, case in cases.items()}
-    # Processes are forked from a server that has imported this module and done nothing else.
+    # Each process is forked from a server that has only imported this module.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
@@ -91,22 +94,16 @@ def measure_selection(models: dict[str, Shape], rounds: int, seed: int) -> list[
 
 
 def select_peak_bytes(shape: Shape, cut: str, seed: int) -> int:
-    """Most resident memory that `select_blocks` takes beyond model and scores; for a process of its own, on Linux."""
-    # Code that is loaded on first use is none of it.
+    """Return the peak resident memory of `select_blocks` above model and scores. Needs its own process, on Linux."""
+    # Load code that is loaded on first use before measuring.
     Case(tiny(3), cut, seed).select()
     case = Case(shape, cut, seed)
-    # The kernel's record of the peak starts anew.
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident("VmRSS")
     case.select()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return max(0, resident("VmHWM") - before)
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Processor time that an action takes: unlike time on the clock it does not depend on what else is running."""
+    """Return the processor time of an action. Unlike clock time, it does not depend on other programs."""
     return timeit.timeit(action, timer=time.process_time, number=1)

@@ -1,4 +1,4 @@
-"""What all methods have in common: the model, the tokens, the precision, the threads."""
+"""The setting that all methods share: model, tokens, precision, threads."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -22,16 +22,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Setting:
-    """A model with random weights and the random tokens of a step; equal in every process.
+    """A model with random weights and the random tokens of a step, the same in every process.
 
     Attributes:
-        dtype: of the weights; with "bf16" forward runs under autocast, as in `TrainingArguments(bf16=True)`.
-        batch: sequences of a step.
-        length: tokens of a sequence.
-        checkpointing: whether each layer's activations are computed again in backward.
-        chunked_loss: whether the loss goes over the tokens in chunks, so that there are never logits of all of them
-            (`torch.nn.functional.linear_cross_entropy`).
-        threads: of the processor.
+        dtype: dtype of the weights; with "bf16" forward runs under autocast, as in `TrainingArguments(bf16=True)`.
+        batch: sequences in a step.
+        length: tokens in a sequence.
+        checkpointing: whether backward recomputes the activations of each layer.
+        chunked_loss: whether the loss handles the tokens in chunks, so that the logits of all tokens never exist at
+            once (`torch.nn.functional.linear_cross_entropy`).
+        threads: processor threads.
     """
 
     shape: Shape
@@ -44,7 +44,7 @@ class Setting:
     seed: int = 0
 
     def build(self) -> nn.Module:
-        """The plain model, on the GPU if there is one."""
+        """Build the plain model, on the GPU if there is one."""
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
         with torch.device(device()):
@@ -54,29 +54,29 @@ class Setting:
         return model.to(DTYPES[self.dtype]).train()
 
     def parameters(self) -> int:
-        """Of the model, tied weights counted once."""
+        """Count the model's parameters, tied weights once."""
         with torch.device("meta"):
             return count_parameters(self.shape.build())
 
     def tokens(self) -> Tensor:
-        """[batch, length] token ids."""
+        """Return random token ids, [batch, length]."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(self.shape.vocab_size, (self.batch, self.length), generator=generator).to(device())
 
     def to_dict(self) -> dict:
-        """JSON types."""
+        """Return the fields as JSON types."""
         return asdict(self) | {"shape": self.shape._asdict()}
 
     def circumstances(self, module: str, load: float) -> dict:
-        """What a result says of where and how it was measured.
+        """Return how and where a result was measured.
 
         Args:
-            module: what runs.
-            load: of the machine when it began.
+            module: the module that runs.
+            load: load of the machine at the start.
         """
         return {
             "setting": self.to_dict(),
-            # Other programs add to time on the clock, not to that of the processor; a GPU has only the former.
+            # Other programs add to clock time but not to processor time. A GPU has only clock time.
             "timer": "clock" if torch.cuda.is_available() else "processor",
             "command": command(module),
             "hardware": hardware(),
@@ -87,5 +87,5 @@ class Setting:
 
 
 def device() -> str:
-    """Where everything runs."""
+    """Return the device that everything runs on."""
     return "cuda" if torch.cuda.is_available() else "cpu"

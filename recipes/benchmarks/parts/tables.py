@@ -1,10 +1,10 @@
-"""The measurements of a training step as Markdown."""
+"""The report of a training step, in Markdown."""
 
 from recipes.benchmarks.parts.markdown import circumstances, mib, percent, spread, table
 
 
 def markdown(results: dict, chart: str) -> str:
-    """All tables; `chart` is the name of the picture beside them."""
+    """Return the text of the report. `chart` is the file name of its picture."""
     setting = results["setting"]
     other = {"processor": "clock", "clock": "processor"}[results["timer"]]
     floor = results["methods"][0]
@@ -16,15 +16,15 @@ def markdown(results: dict, chart: str) -> str:
         f"{setting['batch']} x {setting['length']} random tokens, activation checkpointing "
         f"{'on' if setting['checkpointing'] else 'off'}, loss "
         f"{'in chunks of tokens' if setting['chunked_loss'] else 'of all tokens at once'}, "
-        "`torch.optim.AdamW(fused=True)`. All methods train the query, key and value projections, SMT blocks and rows "
-        "drawn at random. Adapters are PEFT's, with the rank that comes nearest to the budget.\n",
+        "`torch.optim.AdamW(fused=True)`. All methods train the query, key and value projections. SMT blocks and rows "
+        "are random. Adapters are PEFT's, with the rank that comes closest to the budget.\n",
         f"![Time and memory]({chart})\n",
         "## In short\n",
         summary(results),
         "## Time\n",
-        f"Each of {rounds} rounds takes one step of each method, in an order drawn anew. The floor is the same model "
-        "with all weights frozen and backward through all layers, twice: the ratio is to the mean of both in the same "
-        "round, and how far they are from 1 shows the noise. Medians (and quartiles), by time of the "
+        f"Each of {rounds} rounds takes one step of each method, in a new random order. The floor is the same model "
+        "with all weights frozen and backward through all layers. It runs twice: a ratio is to the mean of both in the "
+        "same round, and their distance from 1 shows the noise. Medians (and quartiles), by time of the "
         f"{_timer(results['timer'])}.\n",
         table(
             f"method|budget|trainable|of all|to the floor|by time {_on(other)}|seconds|seconds {_on(other)}",
@@ -37,7 +37,7 @@ def markdown(results: dict, chart: str) -> str:
             ],
         ),
         "## What SMT adds to the floor\n",
-        "Its own parts of a step, timed where they run, in % of that step: finer than the ratio of whole steps.\n",
+        "SMT's own parts of a step, each timed where it runs, in % of that step. Finer than step ratios.\n",
         table(
             "budget|" + "|".join(_own(results)[0]["own_work"]) + "|together",
             [
@@ -56,10 +56,10 @@ def markdown(results: dict, chart: str) -> str:
             ],
         ),
         "## Memory and arithmetic\n",
-        "MiB. Peak: most memory of a step above that of the plain model, in a process of its own "
+        "MiB. Peak: peak memory of a step above the plain model, in its own process "
         f"({'allocated on the GPU' if results['timer'] == 'clock' else 'resident'}). Live: all tensors at the peak, "
         "weights and optimizer state included. Saved: what autograd keeps from forward for backward, without "
-        "parameters. FLOPs: of matrix products, but for those within fused attention, as torch counts them.\n",
+        "parameters. FLOPs: those of matrix products outside fused attention, as torch counts them.\n",
         table(
             "method|budget|peak|live|live, to the floor|saved|gradients|optimizer|GFLOP|GFLOP, to the floor",
             [
@@ -77,7 +77,7 @@ def markdown(results: dict, chart: str) -> str:
 
 
 def summary(results: dict) -> str:
-    """Ratios to the floor, one line for each method and budget."""
+    """Return the table of ratios to the floor, one line for each method and budget."""
     floor, timer = results["methods"][0], results["timer"]
     return table(
         "method|budget|step time / floor|live memory / floor|saved for backward / floor|FLOPs / floor|optimizer, MiB",
@@ -106,8 +106,8 @@ def _curves(curves: dict, timer: str) -> list[str]:
         f"Ratios to the floor; rounds: {len(floor['rounds'])}.\n",
         table(f"budget|{header}", rows("by_budget", lambda row: percent(row["budget"]))),
         "## SMT as its lowest layer with blocks rises\n",
-        f"Budget {percent(curves['by_lowest_layer'][0]['budget'])}. Below the layer there is no backward, while the "
-        "floor's goes through all.\n",
+        f"Budget {percent(curves['by_lowest_layer'][0]['budget'])}. SMT's backward stops at this layer; the floor's "
+        "goes through all layers.\n",
         table(f"layer|{header}", rows("by_lowest_layer", lambda row: str(row["lowest_layer"]))),
     ]
 

@@ -1,4 +1,4 @@
-"""Step times of many trainings, taken in turns, and their ratios within each round."""
+"""Step times of many trainings, run in turn, and their ratios within each round."""
 
 import gc
 import random
@@ -18,7 +18,7 @@ from recipes.benchmarks.parts.training import Training
 
 
 class Seconds(NamedTuple):
-    """What one step took: of the processor, over all threads, and on the clock."""
+    """Seconds of one step: of the processor, over all threads, and of the clock."""
 
     processor: float
     clock: float
@@ -28,9 +28,9 @@ Round = Mapping[Variant, Seconds]
 
 
 def time_rounds(trainings: Mapping[Variant, Training], tokens: Tensor, rounds: int) -> list[Round]:
-    """In each round, one step of each training in turn: what slows the machine for a while slows them all.
+    """Time one step of each training per round, so that a slow spell of the machine slows all of them.
 
-    The order is another one in each round, since a step finds the memory and the caches as the one before left them.
+    Each round has a new order, since a step finds memory and caches as the one before left them.
     """
     samples, order, shuffle = [], list(trainings), random.Random(0).shuffle
     for _ in tqdm(range(rounds), "rounds"):
@@ -43,7 +43,7 @@ def time_rounds(trainings: Mapping[Variant, Training], tokens: Tensor, rounds: i
 
 
 def timed(action: Callable[[], object]) -> Seconds:
-    """Run an action, and wait for the GPU to finish it."""
+    """Run an action, wait for the GPU, and return the seconds."""
     synchronize()
     processor, clock = time.process_time(), time.perf_counter()
     action()
@@ -58,12 +58,12 @@ def synchronize() -> None:
 
 
 def seconds(rounds: list[Round], variant: Variant) -> dict:
-    """Quartiles of a variant's step times, by either clock."""
+    """Return timer -> quartiles of a variant's step times."""
     return {timer: quartiles([getattr(each[variant], timer) for each in rounds]) for timer in Seconds._fields}
 
 
 def ratios(rounds: list[Round], variant: Variant, to: Sequence[Variant]) -> dict:
-    """Quartiles of the ratio of a variant's time to the mean of others' in the same round, by either clock."""
+    """Return timer -> quartiles of a variant's time over the mean time of others in the same round."""
     return {
         timer: quartiles(
             [getattr(each[variant], timer) / fmean(getattr(each[other], timer) for other in to) for each in rounds]
@@ -73,5 +73,5 @@ def ratios(rounds: list[Round], variant: Variant, to: Sequence[Variant]) -> dict
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
-    """Lower quartile, median and upper quartile."""
+    """Return lower quartile, median and upper quartile."""
     return dict(zip(("lower", "median", "upper"), np.quantile(values, (0.25, 0.5, 0.75)).tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""A model made trainable by one method, and its training step."""
+"""A model that one method makes trainable, and its training step."""
 
 import copy
 
@@ -13,7 +13,7 @@ from smt_trainer.sparse.linear import smt_linears, write_back
 
 
 class Training:
-    """Changes `model` in place. The optimizer's state is allocated, as in every step but the first."""
+    """Training of one variant. Changes `model` in place and allocates the optimizer's state before the first step."""
 
     def __init__(self, model: nn.Module, variant: Variant, setting: Setting) -> None:
         self.setting = setting
@@ -30,11 +30,11 @@ class Training:
 
     @property
     def trainable(self) -> int:
-        """Parameters that are trained."""
+        """The number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """Forward."""
+        """Run forward and return the loss."""
         dtype = DTYPES[self.setting.dtype]
         with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
             if not self.setting.chunked_loss:
@@ -47,24 +47,24 @@ class Training:
             )
 
     def update(self) -> None:
-        """What comes after backward."""
+        """Update the weights and clear the gradients."""
         if self.optimizer:
             self.optimizer.step()
             write_back(self.layers)
             self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, tokens: Tensor) -> None:
-        """One whole step."""
+        """Take one whole step: forward, backward, update."""
         self.loss(tokens).backward()
         self.update()
 
 
 def copy_for(variant: Variant, model: nn.Module) -> nn.Module:
-    """A copy of a model that shares the parameters which the method leaves as they are, so that many copies fit."""
+    """Copy a model but share the parameters that the method does not change, so that many copies fit in memory."""
     shared = {id(parameter): parameter for name, parameter in model.named_parameters() if not variant.writes_to(name)}
     return copy.deepcopy(model, shared)
 
 
 def start(variant: Variant, model: nn.Module, setting: Setting) -> Training:
-    """`Training` with its arguments in the order of `functools.partial(start, variant)`."""
+    """Make a `Training`, with the arguments in the order that `functools.partial(start, variant)` needs."""
     return Training(model, variant, setting)

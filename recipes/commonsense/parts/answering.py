@@ -1,10 +1,10 @@
-"""A model's answers to the questions of one task: one generated, one chosen by likelihood.
+"""A model's answers to the questions of one task, by generation and by likelihood.
 
-Every output reads "the correct answer is X", and the X of a task share their first tokens ("answer" in answer1 to
-answer5). One pass over the prompt serves both kinds of answer:
+Every output reads "the correct answer is X". The answers X of a task share their first tokens ("answer" in answer1 to
+answer5). One pass over the prompt gives both kinds of answer:
 
-    prompt + shared tokens -> logits at the last position -> the likeliest of the tokens that tell the X apart
-    prompt                 -> the keys and values of that pass, without the shared tokens -> generation
+    prompt + shared tokens -> logits at the last position -> the likeliest of the tokens that distinguish the X
+    prompt                 -> keys and values of that pass, without the shared tokens -> generation
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from recipes.commonsense.parts.templates import OUTPUT, named_answers
 
 
 class Answer(NamedTuple):
-    """The answer to one question: the generated text, and the likeliest of the labels the question offers."""
+    """The answer to one question: the generated text, and the likeliest label that the question offers."""
 
     text: str
     choice: str
@@ -39,7 +39,7 @@ def answer_questions(
     batch_tokens: int,
     progress: tqdm,
 ) -> list[Answer]:
-    """Return the answers of `model`, which should be in evaluation mode, in the order of `questions`.
+    """Return the answers in the order of `questions`. `model` should be in evaluation mode.
 
     Args:
         generation: beams, length and special tokens of the generation.
@@ -47,7 +47,7 @@ def answer_questions(
         progress: advanced by one for each question.
 
     Raises:
-        ValueError: `tokenizer` gives no single token that tells the answers of `task` apart.
+        ValueError: no single token distinguishes the answers of `task`.
     """
     shared, token_of = distinguishing_tokens(task.answers, tokenizer)
     prompts = [encode_prompt(question, tokenizer) for question in questions]
@@ -68,10 +68,10 @@ def answer_questions(
 def distinguishing_tokens(
     answers: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], dict[str, int]]:
-    """Return the ids that the outputs of all `answers` begin with, and the next id of each.
+    """Return the ids that the outputs of all `answers` share at the start, and the next id of each.
 
-    The likelihood of an answer is the probability of that next id. Where the rest of the outputs is alike, as it
-    is when they end there, this ranks the answers as the likelihood of the whole output does.
+    The likelihood of an answer is the probability of that next id. If the outputs do not differ after it, for
+    example because they end there, this ranks the answers like the likelihood of the whole output.
 
     Raises:
         ValueError: two answers have the same next id, or an answer has none.
@@ -93,7 +93,7 @@ def distinguishing_tokens(
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Yield the indices of `lengths`, longest first, in batches of at most `batch_tokens` after padding.
 
-    A sequence longer than `batch_tokens` makes a batch of its own.
+    A sequence longer than `batch_tokens` forms its own batch.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -110,7 +110,7 @@ def _read(
 ) -> tuple[torch.Tensor, DynamicCache]:
     """Return the logits after prompt and shared tokens, (questions, vocabulary), and the cache of the prompts.
 
-    The cache leaves out the last prompt token, which `generate` reads to find its first new one.
+    The cache omits the last prompt token, because `generate` reads it to find the first new token.
     """
     rows = [prompt + shared for prompt in prompts]
     inputs = {"input_ids": left_pad(rows, pad_id), **attention(rows)}
@@ -129,7 +129,7 @@ def _generate(
     model: PreTrainedModel, prompts: list[list[int]], cache: DynamicCache, generation: GenerationConfig
 ) -> torch.Tensor:
     """Return the new ids, (questions, at most `generation.max_new_tokens`)."""
-    # `generate` repeats the ids for its beams, but not a cache that it is given.
+    # `generate` repeats the ids for its beams, but not a given cache.
     cache.batch_repeat_interleave(generation.num_beams)
     ids = left_pad(prompts, generation.pad_token_id).to(model.device)
     mask = attention(prompts)["attention_mask"].to(model.device)

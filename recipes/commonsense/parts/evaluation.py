@@ -1,4 +1,4 @@
-"""Accuracy on the commonsense tasks, by generation and by likelihood, and the gain between two evaluations."""
+"""Accuracy on the commonsense tasks by generation and by likelihood, and the gain between two evaluations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -18,12 +18,12 @@ NORMAL_95 = 1.96
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of one evaluation, by task and in the order of each task's questions.
+    """The result of one evaluation, by task, in the order of each task's questions.
 
     Attributes:
         texts: generated texts.
-        correct: whether the first answer that the text names is the gold one.
-        correct_by_likelihood: whether the likeliest of the answers offered is the gold one.
+        correct: whether the first answer in the text is the gold one.
+        correct_by_likelihood: whether the likeliest of the offered answers is the gold one.
     """
 
     texts: dict[str, list[str]]
@@ -32,7 +32,7 @@ class Evaluation:
 
     @classmethod
     def joined(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
-        """Return the evaluation of all questions, from `parts` on consecutive shares of every task's questions."""
+        """Join `parts`, each the evaluation of a consecutive share of every task's questions."""
         return cls(
             *(
                 {
@@ -45,22 +45,22 @@ class Evaluation:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """BudgetGroup in [0, 1] of each task's questions answered right by generation."""
+        """Task -> share of its questions answered correctly by generation, in [0, 1]."""
         return {task: mean(map(float, correct)) for task, correct in self.correct.items()}
 
     @property
     def accuracy_by_likelihood(self) -> dict[str, float]:
-        """BudgetGroup in [0, 1] of each task's questions answered right by likelihood."""
+        """Task -> share of its questions answered correctly by likelihood, in [0, 1]."""
         return {task: mean(map(float, correct)) for task, correct in self.correct_by_likelihood.items()}
 
     @property
     def average(self) -> float:
-        """Unweighted mean over the tasks of the accuracy by generation."""
+        """Unweighted mean of the tasks' accuracy by generation."""
         return mean(self.accuracy.values())
 
     @property
     def average_likelihood(self) -> float:
-        """Unweighted mean over the tasks of the accuracy by likelihood."""
+        """Unweighted mean of the tasks' accuracy by likelihood."""
         return mean(self.accuracy_by_likelihood.values())
 
 
@@ -73,13 +73,13 @@ def evaluate_model(
     num_beams: int,
     batch_tokens: int,
 ) -> Evaluation:
-    """Return how `model` answers the questions of `test`, a data set of records for each task.
+    """Evaluate `model` on the questions of `test`, a data set of records for each task.
 
-    The model is left in the mode, training or evaluation, that it came in. Nothing is communicated between
-    processes: each may evaluate all questions or its own.
+    Restore the model's mode, training or evaluation. Processes do not communicate: each may evaluate all questions or
+    its own share.
 
     Args:
-        max_new_tokens: longest generation, in tokens; it ends earlier at EOS.
+        max_new_tokens: longest generation, in tokens; EOS ends it earlier.
         num_beams: 1 decodes greedily.
         batch_tokens: most tokens in one batch of prompts, padding included.
     """
@@ -87,7 +87,7 @@ def evaluate_model(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
-        # Some models carry a penalty in their own defaults, which `generate` would fall back on.
+        # Otherwise `generate` falls back on the model's own default, which may be a penalty.
         repetition_penalty=1.0,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad_token(tokenizer),
@@ -113,17 +113,17 @@ def evaluate_model(
 def paired_gain(before: Mapping[str, Sequence[bool]], after: Mapping[str, Sequence[bool]]) -> tuple[float, float]:
     """Return the gain of the unweighted task average and the half width of its 95 % interval, both as shares.
 
-    Both runs answer the same questions, so each question gives one difference d in {-1, 0, 1}. Over K tasks
-    with n_k questions each,
+    Both runs answer the same questions, so each question gives one difference d in {-1, 0, 1}. For K tasks with n_k
+    questions each,
 
         gain = mean_k mean(d_k),    half width = 1.96 / K * sqrt(sum_k var(d_k) / n_k).
 
     Args:
-        before: correctness of each question by task, as `Evaluation.correct` or `correct_by_likelihood`.
+        before: correctness of each question by task: `Evaluation.correct` or `correct_by_likelihood`.
         after: the same after training.
 
     Raises:
-        ValueError: the two differ in their tasks or numbers of questions, or a task has fewer than two questions.
+        ValueError: the runs have different tasks or numbers of questions, or a task has fewer than two questions.
     """
     sizes, sizes_after = ({task: len(correct) for task, correct in run.items()} for run in (before, after))
     if sizes != sizes_after or min(sizes.values(), default=0) < 2:

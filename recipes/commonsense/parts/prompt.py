@@ -1,7 +1,7 @@
-"""The prompt of the SMT paper, the same token for token in training and evaluation.
+"""The prompt of the SMT paper, with the same tokens in training and evaluation.
 
-A sequence is `BOS, prompt, output, EOS`. Prompt and output are tokenised apart and joined as ids, so that the ids an
-evaluation starts from are exactly the ids the training loss was conditioned on.
+A sequence is `BOS, prompt, output, EOS`. Prompt and output are tokenised separately and joined as ids, so that an
+evaluation starts from exactly the ids that the training loss was conditioned on.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from recipes.commonsense.parts.collator import IGNORED_LABEL
 
 TEMPLATE = (
     "Below is an instruction that describes a task. "
-    # Two spaces end this line in the reference implementation; a model tuned with them needs them.
+    # Two spaces end this line in the reference implementation. A model tuned with them needs them.
     "Write a response that appropriately completes the request.  \n\n"
     "### Instruction:\n{instruction}\n\n"
     "### Response:\n"
@@ -21,17 +21,17 @@ RESERVED_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|
 
 
 def prompt_text(record: Mapping[str, str]) -> str:
-    """Return the prompt of `record`; as in the reference, a non-empty `input` replaces the instruction."""
+    """Return the prompt of `record`. As in the reference, a non-empty `input` replaces the instruction."""
     return TEMPLATE.format(instruction=record["input"] or record["instruction"])
 
 
 def encode_prompt(
     record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[int]:
-    """Return the token ids of the prompt, led by one BOS where the tokenizer has one.
+    """Return the token ids of the prompt, after one BOS if the tokenizer has one.
 
-    A prompt of more than `max_length` tokens loses its oldest tokens after the BOS, so that the answer choices and
-    the response mark, which stand last, survive.
+    A prompt of more than `max_length` tokens loses its first tokens after the BOS. This keeps the answer choices and
+    the response mark, which come last.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer(prompt_text(record), add_special_tokens=False).input_ids
@@ -42,10 +42,10 @@ def encode_prompt(
 def tokenize_for_training(
     record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> dict[str, list[int]]:
-    """Return `input_ids` and `labels` of at most `max_length` tokens; the labels hide the prompt from the loss.
+    """Return `input_ids` and `labels` of at most `max_length` tokens. The labels hide the prompt from the loss.
 
     Raises:
-        ValueError: the output and its EOS leave no room for a prompt token; an answer is never cut.
+        ValueError: the output and its EOS leave no room for a prompt token. An answer is never cut.
     """
     output = [*tokenizer(record["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     room = max_length - len(output)
@@ -59,10 +59,10 @@ def tokenize_for_training(
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the pad id of `tokenizer`, giving it a pad token if it has none.
+    """Return the pad id of `tokenizer`. Set its pad token if it has none.
 
-    A reserved token of the vocabulary is preferred (Llama 3 has one), else EOS serves: the masks and labels of this
-    recipe come from lengths, never from comparing ids with the pad id, so real EOS tokens stay visible.
+    Use a reserved token of the vocabulary if there is one (as in Llama 3), else EOS. The masks and labels of this
+    recipe come from lengths and not from comparing ids with the pad id, so real EOS tokens stay visible.
 
     Raises:
         ValueError: the tokenizer has neither a pad token nor an EOS token.

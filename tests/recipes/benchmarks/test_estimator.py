@@ -1,4 +1,4 @@
-"""The estimator beside the committed measurements."""
+"""The estimator agrees with the committed measurements."""
 
 import json
 from pathlib import Path

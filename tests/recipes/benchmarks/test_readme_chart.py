@@ -1,4 +1,4 @@
-"""The picture of the README, from the committed measurement."""
+"""The picture of the README, drawn from the committed measurement."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""The benchmark of a warm-up step, on a model of no size."""
+"""The benchmark of a warm-up step, on a tiny model."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_every_step_has_every_figure(folder):
             pairs = zip(row["rounds"], rows[other]["rounds"], strict=True)
             expected = sum(mine["processor"] / its["processor"] for mine, its in pairs) / 2
             assert ratio["processor"]["median"] == pytest.approx(expected)
-    # Hidden size 64, one key and value head for two query heads; 8 blocks of 32x32.
+    # Hidden size 64, one key and value head per two query heads; 8 blocks of 32x32.
     sizes = {score: rows[score]["accumulator_bytes"] for score in SCORES[:-2]}
     assert sizes["grad_l1"] == sizes["grad_l2"] == 4 * LAYERS * 8 * 32 * 32
     assert sizes["grad_signed"] == sizes["grad_abs"] == sizes["taylor"] == 4 * LAYERS * 8

@@ -33,7 +33,7 @@ def records(task, answers, count):
 
 @pytest.fixture
 def data(tmp_path):
-    """Two tasks as LLM-Adapters lays them out."""
+    """Two tasks in LLM-Adapters' layout."""
     for task, answers in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
         folder = tmp_path / "data" / task
         folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def base(tmp_path, model, tokenizer):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, data, base):
-    """Runs the script with more arguments and gives its output folder."""
+    """Return a function that runs the script with more arguments and returns its output folder."""
 
     def run(*more):
         output = tmp_path / "out"

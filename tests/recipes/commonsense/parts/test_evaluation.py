@@ -11,7 +11,7 @@ from recipes.commonsense.parts.templates import OUTPUT, labels
 
 
 def questions(count, stem="solution", offered=(2,)):
-    """Questions of uneven length that offer, in turn, as many answers as `offered` says."""
+    """Questions of uneven length whose numbers of answers cycle through `offered`."""
     formats = ["/".join(labels(stem, offered[n % len(offered)])) for n in range(count)]
     return Dataset.from_list(
         [
@@ -50,7 +50,7 @@ def test_generation_equals_that_from_the_bare_prompt(model, tokenizer, num_beams
 
 
 def log_likelihood(model, prompt, output):
-    """Log-probability of the tokens of `output` after `prompt`."""
+    """Return the log-probability of the tokens of `output` after `prompt`."""
     logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1)[range(len(output)), output].sum().item()
 

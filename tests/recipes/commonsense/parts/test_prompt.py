@@ -8,7 +8,7 @@ from recipes.commonsense.parts.prompt import (
 )
 
 RECORD = {"instruction": "Is it so? Answer format: true/false", "input": "", "output": "the answer is true"}
-OUTPUT_TOKENS = len(RECORD["output"]) + 1  # one for each byte, and EOS
+OUTPUT_TOKENS = len(RECORD["output"]) + 1  # one for each byte, plus EOS
 
 
 def seen_by_loss(features):

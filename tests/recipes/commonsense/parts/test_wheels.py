@@ -12,7 +12,7 @@ WHEEL = Wheel("carrier", "1.0", "carrier-1.0-py3-none-any.whl", hashlib.sha256(C
 
 
 class FakePip:
-    """Delivers `content` as the wheel, or fails where it is None, and keeps the commands in `calls`."""
+    """A pip that delivers `content` as the wheel, or fails if it is None, and records its commands in `calls`."""
 
     def __init__(self):
         self.calls = []
