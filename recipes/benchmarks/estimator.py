@@ -51,7 +51,7 @@ def markdown(rows: list[dict]) -> str:
     """Return the text of `estimator.md`."""
     return "\n".join(
         [
-            "# The estimator beside measurements\n",
+            "# The estimator and the measurements\n",
             "`smt estimate` reads only a configuration. Measured: all tensors alive at the peak of a real step "
             "(`step-*.md`). MiB.\n",
             table(

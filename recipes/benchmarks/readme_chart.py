@@ -1,4 +1,4 @@
-"""Draw the picture of the README: what a training step costs beside one of the same model frozen.
+"""Draw the picture of the README: the cost of a training step relative to a step of the frozen model.
 
 python -m recipes.benchmarks.readme_chart --results recipes/benchmarks/results
 
@@ -59,7 +59,7 @@ def bars(axis: Axes, numbers: dict[str, float]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Read the measurement and draw the picture beside it."""
+    """Read the measurement and draw the picture into the same folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results", type=Path, required=True, help=f"folder of {MEASUREMENT}; {PICTURE} is written there"

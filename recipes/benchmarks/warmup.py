@@ -1,4 +1,4 @@
-"""Measure a step of the gradient warm-up for each score, beside a training step.
+"""Measure a step of the gradient warm-up for each score and of a training step.
 
 python -m recipes.benchmarks.warmup --output recipes/benchmarks/results
 """

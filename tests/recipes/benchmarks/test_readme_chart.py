@@ -11,7 +11,7 @@ from recipes.benchmarks.readme_chart import MEASUREMENT, PICTURE, draw, main
 RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results"
 
 
-def test_the_picture_has_its_size_and_lies_beside_the_measurement(tmp_path):
+def test_the_picture_has_its_size_and_is_written_to_the_folder_of_the_measurement(tmp_path):
     (tmp_path / MEASUREMENT).write_text((RESULTS / MEASUREMENT).read_text())
     main(["--results", str(tmp_path)])
     content = (tmp_path / PICTURE).read_bytes()
