@@ -1,1 +1,1 @@
-"""Runnable training recipes."""
+"""Recipes to run: experiments and benchmarks."""

@@ -1,4 +1,4 @@
-"""What every report of results names: command, hardware, versions, and the memory that a run took."""
+"""The facts that every report states: command, hardware, versions and peak memory."""
 
 import os
 import platform
@@ -13,17 +13,17 @@ import torch
 
 
 def command(module: str) -> str:
-    """The command line of this process, which runs `module`; absolute paths shortened to their last part."""
+    """Return the command line of this process, which runs `module`. Absolute paths are cut to their last part."""
     return shlex.join(["python", "-m", module, *map(without_folder, sys.argv[1:])])
 
 
 def without_folder(word: str) -> str:
-    """The last part of an absolute path; anything else as it is."""
+    """Return the last part of an absolute path, and any other word unchanged."""
     return Path(word).name if os.path.isabs(word) else word
 
 
 def hardware() -> str:
-    """The GPU, or the processor with the number of threads in use."""
+    """Name the GPUs, or the processor and its threads in use."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return f"{_processor()}, {torch.get_num_threads()} threads"
@@ -39,12 +39,12 @@ def _processor() -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of Python and of installed packages."""
+    """Return the versions of Python and of installed packages."""
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def peak_memory_bytes() -> int:
-    """Most memory of this process so far: allocated on its GPU, or else resident."""
+    """Return the peak memory of this process so far: allocated on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,1 +1,1 @@
-"""Measurements of the library, with their results."""
+"""Benchmarks of the library and their results."""

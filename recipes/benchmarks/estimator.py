@@ -1,4 +1,4 @@
-"""`smt estimate` beside what the benchmark of a training step measured, for every result in a folder.
+"""Compare `smt estimate` with the measured training steps in a folder.
 
 python -m recipes.benchmarks.estimator --results recipes/benchmarks/results
 """
@@ -10,11 +10,10 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from recipes.benchmarks.methods import FULL, SMT
-from recipes.benchmarks.models import Shape
-from recipes.benchmarks.selection_scale import table
-from recipes.benchmarks.setting import DTYPES
-from recipes.benchmarks.tables import mib, percent
+from recipes.benchmarks.parts.markdown import mib, percent, table
+from recipes.benchmarks.parts.methods import FULL, SMT
+from recipes.benchmarks.parts.models import Shape
+from recipes.benchmarks.parts.setting import DTYPES
 from recipes.reporting import command
 from smt_trainer import SMTConfig
 from smt_trainer.estimation.estimate import estimate
@@ -24,7 +23,7 @@ ESTIMATED = {SMT: "smt", "LoRA": "lora", FULL: "full"}
 
 
 def compare(results: dict) -> list[dict]:
-    """Each estimated method and budget of one result: most memory in bytes, measured and estimated."""
+    """Return measured and estimated peak memory in bytes for each method and budget of one result."""
     setting, rows = results["setting"], []
     measured = {(row["method"], row["budget"]): row for row in results["methods"]}
     config = LlamaConfig(**Shape(**setting["shape"])._asdict())
@@ -49,11 +48,11 @@ def compare(results: dict) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """One line for each."""
+    """Return the text of `estimator.md`."""
     return "\n".join(
         [
-            "# The estimator beside measurements\n",
-            "`smt estimate` reads a configuration alone; measured are all tensors alive at the peak of a real step "
+            "# The estimator and the measurements\n",
+            "`smt estimate` reads only a configuration. Measured: all tensors alive at the peak of a real step "
             "(`step-*.md`). MiB.\n",
             table(
                 "model|dtype|checkpointing|method|budget|measured|estimated|ratio",
@@ -77,9 +76,11 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Compare all results of the folder, but those with a loss in chunks, which the estimator does not know."""
+    """Compare all results of the folder except those with a loss in chunks, which the estimator does not model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, help="folder of step-*.json; the comparison goes there")
+    parser.add_argument(
+        "--results", type=Path, required=True, help="folder of step-*.json; the comparison is written there"
+    )
     folder = parser.parse_args(words).results
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("step-*.json"))]
     rows = [row for results in found if not results["setting"]["chunked_loss"] for row in compare(results)]

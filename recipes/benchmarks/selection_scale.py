@@ -1,4 +1,4 @@
-"""How selection and warm-up scale with the number of blocks and targets, up to Llama-3.1-405B.
+"""Measure how selection and warm-up scale with the number of blocks and targets, up to Llama-3.1-405B.
 
 python -m recipes.benchmarks.selection_scale --output recipes/benchmarks/results
 """
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from recipes.benchmarks.hooks import SCORES, measure_warmup
-from recipes.benchmarks.models import MODELS, Shape
-from recipes.benchmarks.selection import measure_selection
+from recipes.benchmarks.parts.hooks import SCORES, measure_warmup
+from recipes.benchmarks.parts.markdown import table
+from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.selection import measure_selection
 from recipes.reporting import command, hardware, versions
 
 PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")
@@ -23,13 +24,13 @@ SEED = 0
 
 
 def measure(models: dict[str, Shape], layers: Sequence[int], rounds: int) -> dict:
-    """The contents of `selection_scale.json`."""
+    """Measure and return the contents of `selection_scale.json`."""
     selection = measure_selection(models, rounds, SEED)
     slope, _ = np.polyfit([row["blocks"] for row in selection], [row["peak_bytes"] for row in selection], 1)
     return {
         "selection": selection,
         "bytes_per_block": slope,
-        # The smaller the model, the more often: all take about as long.
+        # Smaller models run more rounds, so that all take about as long.
         "warmup": [measure_warmup(count, rounds * max(layers) // count, SEED) for count in tqdm(layers, "warm-up")],
         "rounds": rounds,
         "command": command("recipes.benchmarks.selection_scale"),
@@ -40,13 +41,13 @@ def measure(models: dict[str, Shape], layers: Sequence[int], rounds: int) -> dic
 
 
 def markdown(results: dict) -> str:
-    """The tables of `selection_scale.md`."""
+    """Return the text of `selection_scale.md`."""
     selection, warmup = results["selection"], results["warmup"]
     parts = [
         "# How selection and warm-up scale\n",
-        "Budget 0.84 % of all parameters, scores drawn at random. Seconds of processor time on one thread, medians of "
-        f"{results['rounds']} rounds; plan: find targets, cut them, count parameters. Memory: the most that "
-        "`select_blocks` holds beyond model and scores (resident, in a process of its own).\n",
+        "Budget 0.84 % of all parameters, random scores. Seconds of processor time on one thread, medians of "
+        f"{results['rounds']} rounds. Plan: find targets, cut them, count parameters. Memory: peak of `select_blocks` "
+        "above model and scores (resident, in its own process).\n",
         table(
             "model|cut|block of q|targets|blocks|chosen|plan|select|save|load|file, MiB|memory, MiB|bytes a block",
             [
@@ -57,15 +58,15 @@ def markdown(results: dict) -> str:
                 for row in selection
             ],
         ),
-        f"The straight line through all cases rises by {results['bytes_per_block']:.1f} bytes a block.\n",
+        f"A straight line fitted to all cases rises by {results['bytes_per_block']:.1f} bytes a block.\n",
         "## What a warm-up keeps\n",
         table(
             "model|cut|`grad_l1`, GiB|`grad_signed`, MiB",
             [[row["model"], row["cut"], gib(row["grad_l1_bytes"]), mib(row["grad_signed_bytes"])] for row in selection],
         ),
         "## What the scorers add to a step\n",
-        "Llama of hidden size 64, 8 tokens: forward and backward through a frozen model, and what a score adds to "
-        "them (lower quartiles).\n",
+        "Llama of hidden size 64, 8 tokens: forward and backward through a frozen model, and the time that a score "
+        "adds (lower quartiles).\n",
         table(
             "layers|targets|frozen, ms|`grad_l1`, µs a target|`grad_signed`, µs a target",
             [
@@ -88,26 +89,20 @@ def markdown(results: dict) -> str:
 
 
 def mib(count: int) -> str:
-    """Bytes in MiB."""
+    """Format bytes in MiB."""
     return f"{count / 2**20:.3f}"
 
 
 def gib(count: int) -> str:
-    """Bytes in GiB."""
+    """Format bytes in GiB."""
     return f"{count / 2**30:.2f}"
 
 
-def table(header: str, rows: list[list[str]]) -> str:
-    """A Markdown table with the numbers on the right."""
-    rule = ["---:" if cell.replace(",", "").replace(".", "").isdigit() else "---" for cell in rows[0]]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header.split("|"), rule, *rows)) + "\n"
-
-
 def main() -> None:
-    """Measure, and write both files."""
+    """Measure and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for selection_scale.json and .md")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each time is taken")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each action is timed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = measure(MODELS, LAYERS, arguments.rounds)

@@ -1,4 +1,4 @@
-"""Time and memory of a training step: SMT against what else trains a model, all with as many parameters.
+"""Measure time and memory of a training step: SMT against other methods with equally many parameters.
 
 python -m recipes.benchmarks.training_step --output recipes/benchmarks/results
 """
@@ -14,29 +14,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from recipes.benchmarks.charts import draw
-from recipes.benchmarks.memory import account, peaks
-from recipes.benchmarks.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, Variant
-from recipes.benchmarks.own_work import own_work
-from recipes.benchmarks.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
-from recipes.benchmarks.tables import markdown
-from recipes.benchmarks.timing import Round, ratios, seconds, time_rounds
-from recipes.benchmarks.training import Training, copy_for, start
+from recipes.benchmarks.parts.charts import draw
+from recipes.benchmarks.parts.memory import account, peaks
+from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, Variant
+from recipes.benchmarks.parts.own_work import own_work
+from recipes.benchmarks.parts.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
+from recipes.benchmarks.parts.tables import markdown
+from recipes.benchmarks.parts.timing import Round, ratios, seconds, time_rounds
+from recipes.benchmarks.parts.training import Training, copy_for, start
 
 GROWTH = (0.001, 0.002, 0.005, 0.0084, 0.02, 0.05, 0.1)
-# The lowest layers with blocks, as parts of the model's depth, and a budget that the layers above the last one hold.
+# The lowest layers with blocks, as fractions of the depth, and a budget small enough for the topmost of them.
 DEPTHS = (0, 0.25, 0.5, 0.75, 0.875)
 DEPTHS_BUDGET = 0.0084
 
 
 def compare(setting: Setting, methods: Sequence[str], budgets: Sequence[float], rounds: int) -> dict:
-    """All methods at all budgets, and the ratio of SMT's time to that of the others."""
+    """Measure all methods at all budgets, and SMT's time over that of each other method."""
     each = [Variant(method, budget) for budget in budgets for method in methods if method != FULL]
     first, second = Variant(FLOOR), Variant(SECOND_FLOOR)
     full = [Variant(FULL)] if FULL in methods else []
     middle = len(each) // 2
     variants = [first, *full, *each[:middle], second, *each[middle:]]
-    # While nothing else is in memory.
+    # First, while nothing else is in memory.
     peak_bytes = peaks({variant: partial(start, variant) for variant in variants}, setting)
     rows, samples = measure(setting, variants, rounds)
     sparse = [variant for variant in each if variant.method == SMT]
@@ -52,7 +52,7 @@ def compare(setting: Setting, methods: Sequence[str], budgets: Sequence[float], 
 
 
 def curves(setting: Setting, rounds: int) -> dict:
-    """SMT against the floor, as the budget grows and as the lowest layer with blocks rises."""
+    """Measure SMT against the floor as the budget grows and as the lowest layer with blocks rises."""
     floors = [Variant(FLOOR), Variant(SECOND_FLOOR)]
     by_budget = [Variant(SMT, each) for each in GROWTH]
     layers = dict.fromkeys(int(depth * setting.shape.num_hidden_layers) for depth in DEPTHS)
@@ -66,8 +66,8 @@ def curves(setting: Setting, rounds: int) -> dict:
 
 
 def measure(setting: Setting, variants: Sequence[Variant], rounds: int) -> tuple[dict[Variant, dict], list[Round]]:
-    """A row for each variant; the first step of each, slow in its own way, is counted and not timed."""
-    # Models hold themselves in circles: those of an earlier call are still there.
+    """Return a row for each variant. The first step of each is slow, so it is counted and not timed."""
+    # Models are reference cycles: those of an earlier call may still be in memory.
     gc.collect()
     model, tokens = setting.build(), setting.tokens()
     trainings = {
@@ -88,7 +88,7 @@ def measure(setting: Setting, variants: Sequence[Variant], rounds: int) -> tuple
 
 
 def report(arguments: argparse.Namespace, shape: str) -> None:
-    """Measure one shape, and write its three files."""
+    """Measure one shape and write its three files."""
     dtype = arguments.dtype or ("bf16" if shape in GPU_SHAPES else "fp32")
     setting = Setting(
         SHAPES[shape],
@@ -114,7 +114,7 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
 
 
 def write(results: dict, folder: Path, stem: str) -> None:
-    """The JSON, the tables and the chart."""
+    """Write the JSON, the tables and the chart."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (folder / f"{stem}.md").write_text(markdown(results, f"{stem}.png"), encoding="utf-8")
@@ -122,24 +122,24 @@ def write(results: dict, folder: Path, stem: str) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure the shapes asked for, but on a machine without a GPU those that need one."""
+    """Measure the given shapes. Without a GPU, skip those that need one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for a .json, .md and .png of each shape")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["smollm2-135m"], help="the models")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="besides the floor")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["smollm2-135m"], help="models to measure")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="methods besides the floor")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.0084, 0.05], help="fractions of all parameters")
-    parser.add_argument("--rounds", type=int, default=4, help="steps of each method that are timed")
-    parser.add_argument("--curve-rounds", type=int, default=2, help="the same for the two curves; 0 leaves them out")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32, and bf16 for shapes that need a GPU")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
-    parser.add_argument("--chunked-loss", action="store_true", help="the loss goes over the tokens in chunks")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor")
+    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each method")
+    parser.add_argument("--curve-rounds", type=int, default=2, help="timed steps for the curves; 0 skips them")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32; bf16 for shapes that need a GPU")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--chunked-loss", action="store_true", help="compute the loss in chunks of tokens")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads")
     arguments = parser.parse_args(words)
     for shape in arguments.shape:
         if shape in GPU_SHAPES and not torch.cuda.is_available():
-            tqdm.write(f"{shape} is left out: it needs a GPU.")
+            tqdm.write(f"Skipping {shape}: it needs a GPU.")
         else:
             report(arguments, shape)
 

@@ -1,4 +1,4 @@
-"""What the gradient warm-up takes: a step for each score, beside a step of training.
+"""Measure a step of the gradient warm-up for each score and of a training step.
 
 python -m recipes.benchmarks.warmup --output recipes/benchmarks/results
 """
@@ -12,16 +12,15 @@ from pathlib import Path
 
 import torch
 
-from recipes.benchmarks import scoring, training
-from recipes.benchmarks.memory import peaks
-from recipes.benchmarks.methods import FLOOR, SMT, Variant
-from recipes.benchmarks.models import MODELS
-from recipes.benchmarks.scoring import Scoring
-from recipes.benchmarks.selection_scale import table
-from recipes.benchmarks.setting import Setting
-from recipes.benchmarks.tables import circumstances, mib, spread
-from recipes.benchmarks.timing import ratios, seconds, time_rounds
-from recipes.benchmarks.training import Training, copy_for
+from recipes.benchmarks.parts import scoring, training
+from recipes.benchmarks.parts.markdown import circumstances, mib, spread, table
+from recipes.benchmarks.parts.memory import peaks
+from recipes.benchmarks.parts.methods import FLOOR, SMT, Variant
+from recipes.benchmarks.parts.models import MODELS
+from recipes.benchmarks.parts.scoring import Scoring
+from recipes.benchmarks.parts.setting import Setting
+from recipes.benchmarks.parts.timing import ratios, seconds, time_rounds
+from recipes.benchmarks.parts.training import Training, copy_for
 from smt_trainer import SMTConfig
 from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.scores import SCORERS
@@ -32,17 +31,17 @@ LORA = "LoRA r=8"
 
 
 def compare(setting: Setting, rounds: int) -> dict:
-    """Steps of the warm-up for each score, of training and of a floor, by turns; ratios within each round."""
+    """Time steps of the warm-up for each score, of training and of a floor in turn, with ratios within each round."""
     scores = [score for score, scorer in SCORERS.items() if scorer.needs_warmup]
     variants = {FLOOR: Variant(FLOOR), SMT: Variant(SMT, BUDGET), LORA: Variant("LoRA", _budget_of_rank(setting, 8))}
-    # While nothing else is in memory.
+    # First, while nothing else is in memory.
     starts = {name: partial(training.start, variant) for name, variant in variants.items()}
     peak_bytes = peaks(starts | {score: partial(scoring.start, score) for score in scores}, setting)
     model, tokens = setting.build(), setting.tokens()
     steps = {name: Training(copy_for(variant, model), variant, setting) for name, variant in variants.items()}
     steps |= {score: Scoring(copy_for(variants[FLOOR], model), score) for score in scores}
     for step in steps.values():
-        # The first is slow in its own way.
+        # The first step is slow.
         step.step(tokens)
     samples = time_rounds(steps, tokens, rounds)
     return {
@@ -57,7 +56,7 @@ def compare(setting: Setting, rounds: int) -> dict:
 
 
 def _budget_of_rank(setting: Setting, rank: int) -> float:
-    """The fraction of all parameters that adapters of a rank have, on the query, key and value projections."""
+    """Return the fraction of all parameters in adapters of this rank on the query, key and value projections."""
     with torch.device("meta"):
         model = setting.shape.build()
     targets = find_targets(model, SMTConfig()).values()
@@ -65,20 +64,20 @@ def _budget_of_rank(setting: Setting, rank: int) -> float:
 
 
 def markdown(results: dict) -> str:
-    """The tables of `warmup.md`."""
+    """Return the text of `warmup.md`."""
     setting, timer, steps = results["setting"], results["timer"], results["steps"]
     others = list(steps[0]["to"])
     return "\n".join(
         [
             f"# A warm-up step of {results['shape']}\n",
             f"Random weights in {setting['dtype']}, {setting['batch']} x {setting['length']} random tokens. Each score "
-            "ranks the blocks of the query, key and value projections; the classes of `qm_taylor` are the first "
-            f"tokens. The floor is the same model with all weights frozen and backward through all layers; `{SMT}` and "
-            f"`{LORA}` are training steps with `torch.optim.AdamW(fused=True)`, on the same projections, of "
-            f"{100 * BUDGET:g} % of all parameters and of PEFT's adapters.\n",
-            f"Each of {len(steps[0]['rounds'])} rounds takes one step of each in turn; a ratio is that of two steps of "
-            f"one round. Medians (and quartiles), by time of the {timer}. MiB; peak: most memory of a step above that "
-            "of the plain model, in a process of its own.\n",
+            "ranks the blocks of the query, key and value projections; the class of a sequence for `qm_taylor` is its "
+            "first token. The floor is the same model with all weights frozen and backward through all layers. "
+            f"`{SMT}` and `{LORA}` are training steps on the same projections with `torch.optim.AdamW(fused=True)`: "
+            f"`{SMT}` trains {100 * BUDGET:g} % of all parameters, `{LORA}` PEFT's adapters.\n",
+            f"Each of {len(steps[0]['rounds'])} rounds takes one step of each in turn; a ratio compares two steps of "
+            f"one round. Medians (and quartiles), by time of the {timer}. MiB. Peak: peak memory of a step above the "
+            "plain model, in its own process.\n",
             table(
                 "|".join(["step", *(f"to {other}" for other in others), "seconds", "peak", "accumulators"]),
                 [
@@ -94,7 +93,7 @@ def markdown(results: dict) -> str:
 
 
 def report(shape: str, setting: Setting, rounds: int) -> dict:
-    """The contents of `warmup.json`."""
+    """Measure and return the contents of `warmup.json`."""
     load = os.getloadavg()[0]
     return compare(setting, rounds) | {
         "shape": shape,
@@ -103,13 +102,13 @@ def report(shape: str, setting: Setting, rounds: int) -> dict:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Measure, and write both files."""
+    """Measure and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for warmup.json and warmup.md")
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each kind that are timed")
-    parser.add_argument("--batch", type=int, default=4, help="sequences of a step")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each kind")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads")
     arguments = parser.parse_args(words)
     setting = Setting(MODELS[SHAPE], batch=arguments.batch, length=arguments.length, threads=arguments.threads)
     results = report(SHAPE, setting, arguments.rounds)

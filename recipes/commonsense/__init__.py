@@ -1,1 +1,1 @@
-"""Commonsense reasoning: the eight tasks of the SMT paper, data and model included."""
+"""Commonsense reasoning: the eight tasks of the SMT paper, with data and model."""

@@ -2,8 +2,8 @@
 
 An ordinary Trainer script: evaluate, train with `SMTTrainer`, evaluate, save the delta, merge it, check the merged
 checkpoint, report. `python -m recipes.commonsense.finetune --profile recipes/commonsense/default.args` runs the short
-profile; every argument below, and every one of `TrainingArguments`, can follow. `accelerate launch -m` and
-`torchrun -m` work too.
+profile. Any field of `RecipeArguments`, `SMTConfig` and `TrainingArguments` can follow as a flag. `accelerate launch
+-m` and `torchrun -m` also run it.
 """
 
 import itertools
@@ -29,12 +29,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.commonsense.collator import CompletionCollator
-from recipes.commonsense.data import load_splits
-from recipes.commonsense.evaluation import Evaluation, evaluate_model
-from recipes.commonsense.model import DEFAULT_MODEL, resolve_model
-from recipes.commonsense.prompt import encode_prompt, pad_token, tokenize_for_training
-from recipes.commonsense.report import Run, write_report
+from recipes.commonsense.parts.collator import CompletionCollator
+from recipes.commonsense.parts.data import load_splits
+from recipes.commonsense.parts.evaluation import Evaluation, evaluate_model
+from recipes.commonsense.parts.model import DEFAULT_MODEL, resolve_model
+from recipes.commonsense.parts.prompt import encode_prompt, pad_token, tokenize_for_training
+from recipes.commonsense.parts.report import Run, write_report
 from recipes.reporting import peak_memory_bytes
 from smt_trainer import SMTConfig, SMTTrainer, from_delta, plot_selection
 
@@ -43,7 +43,7 @@ logger = logging.getLogger("recipes.commonsense")
 
 @dataclass
 class RecipeArguments:
-    """What this script adds to `TrainingArguments`."""
+    """The flags of this script beyond those of `SMTConfig` and `TrainingArguments`."""
 
     model: str = field(default=DEFAULT_MODEL, metadata={"help": "Base model: the default, a hub name or a folder."})
     data: str | None = field(
@@ -53,27 +53,17 @@ class RecipeArguments:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Dtype to load the weights in."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code that comes with the weights."})
-    budget: str = field(
-        default="0.0084",
-        metadata={"help": "Blocks to train: 100 is a count, 0.0084 a fraction of all model parameters."},
-    )
-    target_modules: str = field(default="qkv", metadata={"help": "See SMTConfig.target_modules."})
-    block_size: str = field(default="auto", metadata={"help": "'auto' or the edge of a block, in weights."})
-    score: str = field(default="grad_l1", metadata={"help": "See SMTConfig.score."})
-    smt_warmup_steps: int = field(
-        default=100, metadata={"help": "Optimizer-step-sized batches that the blocks are chosen on."}
-    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code that comes with the weights."})
     max_length: int = field(default=2048, metadata={"help": "Longest training sequence, in tokens."})
     train_records: int | None = field(
-        default=None, metadata={"help": "Train on this many records, drawn at random. Default: all."}
+        default=None, metadata={"help": "Train on this many random records. Default: all."}
     )
     evaluate_on: Literal["test", "validation"] = field(
-        default="test", metadata={"help": "'test', or 'validation' (cut from train) to tune the settings on."}
+        default="test", metadata={"help": "'test', or 'validation' (cut from train) for tuning the settings."}
     )
     validation_per_task: int = field(default=100, metadata={"help": "Train records of each task kept for validation."})
     questions_per_task: int | None = field(
-        default=None, metadata={"help": "Evaluate on this many questions of each task, drawn at random. Default: all."}
+        default=None, metadata={"help": "Evaluate on this many random questions of each task. Default: all."}
     )
     max_new_tokens: int = field(default=32, metadata={"help": "Longest generated answer, in tokens."})
     num_beams: int = field(default=4, metadata={"help": "Beams of the generation; 1 is greedy."})
@@ -81,7 +71,7 @@ class RecipeArguments:
         default=16384, metadata={"help": "Prompt tokens in one evaluation batch, padding included."}
     )
     check_per_task: int = field(
-        default=8, metadata={"help": "Questions of each task on which the merged checkpoint is compared."}
+        default=8, metadata={"help": "Questions of each task on which to compare the merged checkpoint."}
     )
 
     def __post_init__(self) -> None:
@@ -90,19 +80,9 @@ class RecipeArguments:
                 f"questions_per_task must be 2 or more for the paired interval, got {self.questions_per_task}."
             )
 
-    def smt_config(self) -> SMTConfig:
-        """The SMT part of the arguments."""
-        return SMTConfig(
-            target_modules=self.target_modules,
-            block_size=self.block_size,
-            budget=self.budget,
-            score=self.score,
-            smt_warmup_steps=self.smt_warmup_steps,
-        )
-
 
 class StepTimer(TrainerCallback):
-    """Seconds of each optimizer step."""
+    """Record the seconds of each optimizer step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -116,7 +96,7 @@ class StepTimer(TrainerCallback):
 
 def main() -> None:
     started = time.perf_counter()
-    recipe, training = parse_arguments()
+    recipe, smt_config, training = parse_arguments()
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bars()
@@ -144,7 +124,7 @@ def main() -> None:
         data_collator=CompletionCollator(pad_token(tokenizer)),
         processing_class=tokenizer,
         callbacks=[timer],
-        smt_config=recipe.smt_config(),
+        smt_config=smt_config,
     )
 
     logger.info("Evaluating %s untuned", recipe.model)
@@ -178,34 +158,34 @@ def main() -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def parse_arguments() -> tuple[RecipeArguments, TrainingArguments]:
-    """The command line; `--profile FILE` stands for the arguments in that file, which later ones override."""
+def parse_arguments() -> tuple[RecipeArguments, SMTConfig, TrainingArguments]:
+    """Parse the command line. `--profile FILE` reads flags from a file; flags on the command line override them."""
     for flag, profile in itertools.pairwise(sys.argv):
         if flag == "--profile" and not Path(profile).is_file():
-            sys.exit(f"no profile at {profile}; there are default.args and paper.args in recipes/commonsense.")
-    parser = HfArgumentParser((RecipeArguments, TrainingArguments))
+            sys.exit(f"no profile at {profile}; recipes/commonsense has default.args and paper.args.")
+    parser = HfArgumentParser((RecipeArguments, SMTConfig, TrainingArguments))
     return parser.parse_args_into_dataclasses(args_file_flag="--profile")
 
 
 def load_model(path: str, recipe: RecipeArguments) -> PreTrainedModel:
-    """The causal language model at a folder or hub name."""
+    """Load the causal language model from a folder or hub name."""
     return AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code
     )
 
 
 def draw(records: Dataset, number: int | None, seed: int) -> Dataset:
-    """`number` of the records in random order; all of them if None."""
+    """Return `number` random records, or all in random order if None."""
     return first(records.shuffle(seed=seed), len(records) if number is None else number)
 
 
 def first(records: Dataset, number: int) -> Dataset:
-    """The first `number` of the records, or all there are."""
+    """Return the first `number` records, or all if there are fewer."""
     return records.select(range(min(number, len(records))))
 
 
 def evaluate_on_all_ranks(trainer: SMTTrainer, questions: dict[str, Dataset], recipe: RecipeArguments) -> Evaluation:
-    """Each rank answers its share of the questions; all get the whole result."""
+    """Let each rank answer its share of the questions, and return the whole result on all ranks."""
     rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
     share = {task: records.shard(ranks, rank) for task, records in questions.items()}
     parts = gather_object([evaluate(trainer.model, trainer.processing_class, share, recipe)])
@@ -215,7 +195,7 @@ def evaluate_on_all_ranks(trainer: SMTTrainer, questions: dict[str, Dataset], re
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: dict[str, Dataset], recipe: RecipeArguments
 ) -> Evaluation:
-    """Answers to the questions by generation and by likelihood."""
+    """Evaluate a model by generation and by likelihood."""
     return evaluate_model(
         model,
         tokenizer,
@@ -227,7 +207,7 @@ def evaluate(
 
 
 def merge(base: str, delta: Path, output: Path, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> None:
-    """Write base plus delta as a plain checkpoint, in the dtype of training; an earlier run's is replaced."""
+    """Write base plus delta as a plain checkpoint in the dtype of training, replacing an earlier one."""
     shutil.rmtree(output, ignore_errors=True)
     model = from_delta(delta, base=base, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code)
     model.save_pretrained(output)
@@ -242,7 +222,7 @@ def gives_the_same(
     questions: dict[str, Dataset],
     recipe: RecipeArguments,
 ) -> bool:
-    """Whether two models give bit-identical logits on the first prompt of each task and the same answers to all."""
+    """Check for bit-identical logits on the first prompt of each task and for the same answers to all questions."""
     trained.eval()
     merged.eval()
     prompts = [encode_prompt(records[0], tokenizer) for records in questions.values()]

@@ -1,1 +1,1 @@
-"""How long a warm-up has to be: selections after few steps beside those after many, and beside another data order."""
+"""How long a warm-up must be: compare selections after few and many steps, and between data orders."""

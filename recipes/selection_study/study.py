@@ -1,4 +1,4 @@
-"""Warm-ups over several data orders, and what their selections have in common."""
+"""Warm-ups over several data orders, and the overlap of their selections."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -15,20 +15,20 @@ from smt_trainer.plotting import OverlapPoint
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_selection import base_name
 
-# (score, seed, steps) -> the scores after so many steps of one warm-up.
+# (score, seed, steps) -> the block scores after that many steps of one warm-up.
 Outcomes = dict[tuple[str, int, int], BlockScores]
 
 
 def run(
     model: nn.Module, loaders: Mapping[int, DataLoader], configs: Mapping[str, SMTConfig], steps: Sequence[int]
 ) -> Outcomes:
-    """Warm the model up once for each data order, and choose blocks by every score along the way.
+    """Run one warm-up for each data order and take every score along the way.
 
     Args:
         model: the base model.
-        loaders: seed -> batches in its order, at least `max(steps)`.
-        configs: score -> configuration; all cut the same targets into the same blocks.
-        steps: numbers of warm-up steps after which blocks are chosen.
+        loaders: seed -> at least `max(steps)` batches in its order.
+        configs: score -> configuration. All cut the same targets into the same blocks.
+        steps: numbers of warm-up steps after which scores are taken.
     """
     targets = find_targets(model, next(iter(configs.values())))
     grids = target_grids(targets, next(iter(configs.values())))
@@ -44,7 +44,7 @@ def run(
 
 
 def compare(outcomes: Outcomes) -> list[OverlapPoint]:
-    """Each selection beside that of its longest warm-up, and beside those of other seeds after as many steps."""
+    """Compare each selection with that of its longest warm-up and with those of other seeds after as many steps."""
     longest = max(steps for *_, steps in outcomes)
     seeds = list(dict.fromkeys(seed for _, seed, _ in outcomes))
     points = [

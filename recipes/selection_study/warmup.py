@@ -1,4 +1,4 @@
-"""One warm-up that is asked for its scores along the way."""
+"""One warm-up that yields its scores along the way."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 from smt_trainer.scores import Scorer
 from smt_trainer.scores.collect import frozen
 
-# Of the scores that share a pass, one alone may take the weights' gradients, which it frees.
+# Of the scores that share a pass, only one may read the weights' gradients, because it frees them.
 SCORES = ("grad_l1", "grad_signed")
 
 
 def scores_along(
     model: nn.Module, scorers: Mapping[str, Scorer], batches: Iterable[Mapping[str, Any]], after: Iterable[int]
 ) -> Iterator[tuple[int, dict[str, dict[str, Tensor]]]]:
-    """Run a warm-up once, under the eyes of several scorers.
+    """Run one warm-up with several scorers attached.
 
     Args:
-        model: the bare model; no weight of it is updated.
-        scorers: score -> its scorer, new.
-        batches: the inputs of one optimizer step each, with labels.
-        after: numbers of steps.
+        model: the bare model. Its weights are not updated.
+        scorers: score -> its scorer, unused so far.
+        batches: model inputs with labels, one batch for each optimizer step.
+        after: numbers of steps after which to yield.
 
     Yields:
-        A number of steps in `after`, and score -> module name -> scores [R, C] of these steps.
+        A number of steps from `after`, and score -> module name -> scores [R, C] of these steps.
     """
     wanted = set(after)
     with frozen(model), contextlib.ExitStack() as attached:

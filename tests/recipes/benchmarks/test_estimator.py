@@ -1,4 +1,4 @@
-"""The estimator beside the committed measurements."""
+"""The estimator agrees with the committed measurements."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recipes.benchmarks.estimator import compare, main
-from recipes.benchmarks.methods import FULL, SMT
+from recipes.benchmarks.parts.methods import FULL, SMT
 
 pytestmark = pytest.mark.slow
 RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results"

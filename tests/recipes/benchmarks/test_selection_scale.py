@@ -1,9 +1,9 @@
-"""The scale benchmark, on models of no size."""
+"""The scale benchmark, on tiny models."""
 
 import json
 
-from recipes.benchmarks.models import MODELS, tiny
-from recipes.benchmarks.selection import CUTS
+from recipes.benchmarks.parts.models import MODELS, tiny
+from recipes.benchmarks.parts.selection import CUTS
 from recipes.benchmarks.selection_scale import markdown, measure
 
 
@@ -11,7 +11,7 @@ def test_a_measurement_has_a_row_for_each_case_and_a_table_of_it():
     results = measure({"tiny": tiny(3), "larger": tiny(6)}, layers=[1, 2], rounds=1)
     results = json.loads(json.dumps(results))
     cases = [(row["model"], row["cut"], row["targets"], row["blocks"]) for row in results["selection"]]
-    # Hidden size 64, one key and value head for two query heads, an MLP of 96; one number divides all: 32.
+    # Hidden size 64, one key and value head per two query heads, an MLP of 96; 32 divides all.
     linears = 2 * 64 + 2 * 32 + 2 * 96 + 64
     assert cases == [
         (name, cut, layers * targets, layers * blocks)

@@ -1,4 +1,4 @@
-"""The benchmark of a training step, on a model of no size."""
+"""The benchmark of a training step, on a tiny model."""
 
 import json
 from dataclasses import replace
@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from recipes.benchmarks import training_step
-from recipes.benchmarks.memory import account
-from recipes.benchmarks.methods import FLOOR, FULL, METHODS, ROWS, SECOND_FLOOR, SMT, Variant
-from recipes.benchmarks.models import tiny
-from recipes.benchmarks.setting import SHAPES, Setting
-from recipes.benchmarks.timing import Seconds, ratios
-from recipes.benchmarks.training import Training, copy_for
+from recipes.benchmarks.parts.memory import account
+from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, ROWS, SECOND_FLOOR, SMT, Variant
+from recipes.benchmarks.parts.models import tiny
+from recipes.benchmarks.parts.setting import SHAPES, Setting
+from recipes.benchmarks.parts.timing import Seconds, ratios
+from recipes.benchmarks.parts.training import Training, copy_for
 
-# Hidden size 64, one key and value head for two query heads: q is 64x64, k and v 32x64; one number divides all: 32.
+# Hidden size 64, one key and value head per two query heads: q is 64x64, k and v are 32x64; 32 divides all.
 LAYERS = 8
 SETTING = Setting(tiny(LAYERS), batch=1, length=8)
-# What one rank of a method adds; a row, a block; one entry of a weight.
+# Parameters that a method adds in one step of its size: a rank, a row, a block or an entry of a weight.
 STEPS = dict.fromkeys(("LoRA", "rsLoRA", "DoRA", "SHiRA"), LAYERS * (128 + 96 + 96))
 STEPS |= {"MiSS": LAYERS * 128, "WaveFT": LAYERS * 3, "Super-Tuning": LAYERS * 3 * 2, ROWS: 64, SMT: 32 * 32}
 BUDGETS = (0.05,)

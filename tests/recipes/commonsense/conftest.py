@@ -8,7 +8,7 @@ SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """The cache folder of the recipe and of `evaluate`, empty."""
+    """An empty cache folder for the recipe and for `evaluate`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "cache" / "metrics")
     return tmp_path / "cache" / "smt_trainer"
@@ -16,7 +16,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def tokenizer():
-    """One token for each byte: loses nothing and needs no file."""
+    """A lossless tokenizer with one token for each byte; it needs no file."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -28,7 +28,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    """A Llama of two layers with grouped queries, in float64: padding must not change a single token."""
+    """A Llama with two layers and grouped queries, in float64 so that padding changes no token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from recipes.commonsense import finetune
-from smt_trainer import SMTError
+from smt_trainer import SMTConfig, SMTError
 
 ARGUMENTS = (
     "--budget 6 --block_size 16 --smt_warmup_steps 2 --max_length 512 --validation_per_task 2 --num_beams 1 "
@@ -33,7 +33,7 @@ def records(task, answers, count):
 
 @pytest.fixture
 def data(tmp_path):
-    """Two tasks as LLM-Adapters lays them out."""
+    """Two tasks in LLM-Adapters' layout."""
     for task, answers in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
         folder = tmp_path / "data" / task
         folder.mkdir(parents=True)
@@ -52,7 +52,7 @@ def base(tmp_path, model, tokenizer):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, data, base):
-    """Runs the script with more arguments and gives its output folder."""
+    """Return a function that runs the script with more arguments and returns its output folder."""
 
     def run(*more):
         output = tmp_path / "out"
@@ -115,8 +115,22 @@ def test_a_profile_stands_for_its_arguments_and_later_ones_override_it(tmp_path,
     profile = tmp_path / "own.args"
     profile.write_text("--budget 12\n--learning_rate 0.5\n--output_dir somewhere\n")
     monkeypatch.setattr(sys, "argv", ["finetune", "--profile", str(profile), "--learning_rate", "0.25"])
-    recipe, training = finetune.parse_arguments()
-    assert (recipe.smt_config().budget, training.learning_rate, training.output_dir) == (12, 0.25, "somewhere")
+    _, smt_config, training = finetune.parse_arguments()
+    assert (smt_config.budget, training.learning_rate, training.output_dir) == (12, 0.25, "somewhere")
+
+
+def test_every_field_of_the_smt_configuration_is_a_flag(monkeypatch):
+    flags = "--target_modules q_proj v_proj --score taylor --budget q_proj=4,v_proj=0.01 --layer_cap 2 --train_norm"
+    monkeypatch.setattr(sys, "argv", ["finetune", *flags.split()])
+    recipe, smt_config, _ = finetune.parse_arguments()
+    assert smt_config == SMTConfig(
+        target_modules=["q_proj", "v_proj"],
+        score="taylor",
+        budget={"q_proj": 4, "v_proj": 0.01},
+        layer_cap=2,
+        train_norm=True,
+    )
+    assert recipe == finetune.RecipeArguments()
 
 
 def test_a_missing_profile_is_refused(monkeypatch):
@@ -128,8 +142,9 @@ def test_a_missing_profile_is_refused(monkeypatch):
 @pytest.mark.parametrize("profile", ["default", "paper"])
 def test_the_shipped_profiles_parse(monkeypatch, profile):
     monkeypatch.setattr(sys, "argv", ["finetune", "--profile", f"recipes/commonsense/{profile}.args"])
-    recipe, training = finetune.parse_arguments()
-    assert recipe.smt_config().budget == 0.0084
+    _, smt_config, training = finetune.parse_arguments()
+    block_size, steps = {"default": (64, 4), "paper": ("auto", 100)}[profile]
+    assert smt_config == SMTConfig(budget=0.0084, block_size=block_size, smt_warmup_steps=steps)
     assert training.seed == 1234
 
 

@@ -1,4 +1,4 @@
-"""What random selections have in common, beside counting it out."""
+"""The expected overlap of random selections equals an exhaustive count."""
 
 import itertools
 from statistics import fmean
@@ -13,7 +13,7 @@ from smt_trainer.model.grid import BlockGrid
 
 
 def choice(total: int, chosen) -> BlockSelection:
-    """Some of `total` blocks of one module."""
+    """Return a selection of some of the `total` blocks of one module."""
     grid = BlockGrid(total, 1, 1, 1)
     return BlockSelection({"v": grid}, {"v": torch.tensor([(row, 0) for row in chosen])}, 100, tiny.config())
 

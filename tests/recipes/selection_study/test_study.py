@@ -1,4 +1,4 @@
-"""The study on a tiny model: one pass gives what warm-ups of each length would, and the report says what was found."""
+"""The study on a tiny model: one pass gives the scores of warm-ups of each length, and the report holds the results."""
 
 import csv
 import functools
@@ -46,7 +46,7 @@ def test_scores_along_one_warm_up_are_those_of_warm_ups_of_each_length(llama, ba
     assert all(parameter.grad is None and parameter.requires_grad for parameter in llama.parameters())
 
 
-def test_each_selection_meets_the_longest_of_its_seed_and_its_like_of_the_other(llama, batches):
+def test_each_selection_is_compared_with_the_longest_of_its_seed_and_with_that_of_the_other_seed(llama, batches):
     configs = {score: tiny.config(score=score) for score in SCORES}
     points = compare(run(llama, {0: batches, 1: batches[::-1]}, configs, STEPS))
     own = [point for point in points if point.against == "longest warm-up"]
@@ -57,7 +57,7 @@ def test_each_selection_meets_the_longest_of_its_seed_and_its_like_of_the_other(
     assert [(point.score, point.seed, point.steps) for point in other] == [
         (score, "0 and 1", steps) for steps in STEPS for score in SCORES
     ]
-    # After the last step both orders have seen the same batches.
+    # After the last step, both orders have seen the same batches.
     for point in points:
         same = point.steps == max(STEPS)
         assert (point.jaccard == 1) >= same and (point.rank_correlation > 0.9999) >= same
@@ -66,7 +66,7 @@ def test_each_selection_meets_the_longest_of_its_seed_and_its_like_of_the_other(
 
 @pytest.fixture
 def study(tmp_path):
-    """Runs the command on a tiny model and data on disk, and gives its output folder."""
+    """Return a function that runs the command on a tiny model and data, and returns its output folder."""
     letters = {
         letter: number for number, letter in enumerate(["<unk>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz"])
     }

@@ -1,0 +1,1 @@
+"""What the benchmarks share: models, methods, clocks, counters, tables and charts."""

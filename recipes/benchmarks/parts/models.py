@@ -1,0 +1,36 @@
+"""The measured models: Llama, given by its dimensions."""
+
+from typing import NamedTuple
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class Shape(NamedTuple):
+    """The fields of `LlamaConfig` that decide how many weights there are and where."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool = False
+
+    def build(self) -> LlamaForCausalLM:
+        """Build the model on the current default device."""
+        return LlamaForCausalLM(LlamaConfig(**self._asdict()))
+
+
+MODELS = {
+    "SmolLM2-135M": Shape(30, 576, 9, 3, 1536, 49152, tie_word_embeddings=True),
+    "Llama-3.2-3B": Shape(28, 3072, 24, 8, 8192, 128256, tie_word_embeddings=True),
+    "Llama-2-7B": Shape(32, 4096, 32, 32, 11008, 32000),
+    "Llama-3-8B": Shape(32, 4096, 32, 8, 14336, 128256),
+    "Llama-3-70B": Shape(80, 8192, 64, 8, 28672, 128256),
+    "Llama-3.1-405B": Shape(126, 16384, 128, 8, 53248, 128256),
+}
+
+
+def tiny(layers: int) -> Shape:
+    """Return a shape with many tiny targets."""
+    return Shape(layers, 64, 4, 2, 96, 64)

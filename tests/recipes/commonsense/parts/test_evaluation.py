@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from recipes.commonsense.parts.answering import batches, distinguishing_tokens
+from recipes.commonsense.parts.evaluation import Evaluation, evaluate_model, paired_gain
+from recipes.commonsense.parts.prompt import encode_prompt
+from recipes.commonsense.parts.templates import OUTPUT, labels
+
+
+def questions(count, stem="solution", offered=(2,)):
+    """Questions of uneven length whose numbers of answers cycle through `offered`."""
+    formats = ["/".join(labels(stem, offered[n % len(offered)])) for n in range(count)]
+    return Dataset.from_list(
+        [
+            {
+                "instruction": f"{'why ' * (n % 4)}{n}? Answer format: {answers}",
+                "input": "",
+                "answer": f"{stem}{1 + n % 2}",
+            }
+            for n, answers in enumerate(formats)
+        ]
+    )
+
+
+def evaluate(model, tokenizer, test, num_beams=1, batch_tokens=2000):
+    return evaluate_model(model, tokenizer, test, max_new_tokens=8, num_beams=num_beams, batch_tokens=batch_tokens)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_batched_answers_equal_those_one_by_one(model, tokenizer, num_beams):
+    test = {"piqa": questions(9)}
+    batched = evaluate(model, tokenizer, test, num_beams)
+    assert batched == evaluate(model, tokenizer, test, num_beams, batch_tokens=1)
+    assert len(set(batched.texts["piqa"])) > 1
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_generation_equals_that_from_the_bare_prompt(model, tokenizer, num_beams):
+    test = {"piqa": questions(5)}
+    model.eval()
+    expected = []
+    for question in test["piqa"]:
+        ids = torch.tensor([encode_prompt(question, tokenizer)])
+        output = model.generate(ids, attention_mask=ids >= 0, max_new_tokens=8, num_beams=num_beams, do_sample=False)
+        expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    assert evaluate(model, tokenizer, test, num_beams).texts["piqa"] == expected
+
+
+def log_likelihood(model, prompt, output):
+    """Return the log-probability of the tokens of `output` after `prompt`."""
+    logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(output)), output].sum().item()
+
+
+@torch.no_grad()
+def test_the_likelihood_choice_is_that_of_the_whole_outputs(model, tokenizer):
+    test = {"ARC-Easy": questions(12, "answer", offered=(3, 4, 5))}
+    model.eval()
+    expected = []
+    for question in test["ARC-Easy"]:
+        prompt = encode_prompt(question, tokenizer)
+        offered = question["instruction"].rpartition(" ")[2].split("/")
+        outputs = {a: tokenizer(OUTPUT.format(answer=a), add_special_tokens=False).input_ids for a in offered}
+        best = max(offered, key=lambda a, p=prompt, o=outputs: log_likelihood(model, p, o[a]))
+        expected.append(best == question["answer"])
+    assert evaluate(model, tokenizer, test).correct_by_likelihood["ARC-Easy"] == expected
+    assert 0 < sum(expected) < len(expected)
+
+
+def test_a_model_that_always_ends_at_once_is_wrong_everywhere(model, tokenizer):
+    model.lm_head = torch.nn.Linear(32, len(tokenizer), dtype=torch.float64)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias.data = torch.nn.functional.one_hot(torch.tensor(tokenizer.eos_token_id), len(tokenizer)).double()
+    result = evaluate(model, tokenizer, {"piqa": questions(3)})
+    assert result.texts["piqa"] == ["", "", ""]
+    assert result.average == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_of_the_model_is_restored(model, tokenizer, training):
+    model.train(training)
+    use_cache = model.config.use_cache
+    evaluate(model, tokenizer, {"piqa": questions(2)})
+    assert (model.training, model.config.use_cache) == (training, use_cache)
+
+
+def test_answers_that_one_token_cannot_tell_apart_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="Expected one token to tell the answers answer1, answer10 apart"):
+        distinguishing_tokens(("answer1", "answer10"), tokenizer)
+    with pytest.raises(ValueError, match="Expected one token to tell the answers ab, ac, b apart"):
+        distinguishing_tokens(("ab", "ac", "b"), tokenizer)
+
+
+def test_batches_hold_every_question_within_the_budget():
+    lengths = [5, 30, 1, 8, 8, 100]
+    found = list(batches(lengths, 40))
+    assert found[0] == [5]  # longer than the budget, alone
+    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[index] for index in batch) <= 40 for batch in found[1:])
+
+
+def test_average_weighs_tasks_not_questions():
+    result = Evaluation(
+        texts={"boolq": [""] * 4, "piqa": [""]},
+        correct={"boolq": [True, False, False, False], "piqa": [True]},
+        correct_by_likelihood={"boolq": [False] * 4, "piqa": [True]},
+    )
+    assert result.accuracy == {"boolq": 0.25, "piqa": 1.0}
+    assert result.average == 0.625
+    assert result.average_likelihood == 0.5
+
+
+def test_evaluations_of_consecutive_shares_join(model, tokenizer):
+    test = questions(5)
+    shares = [evaluate(model, tokenizer, {"piqa": test.shard(2, rank)}) for rank in range(2)]
+    assert Evaluation.joined(shares) == evaluate(model, tokenizer, {"piqa": test})
+
+
+def test_paired_gain_against_a_computation_by_hand():
+    before = {"boolq": [False, False, True, True], "piqa": [False, True]}
+    after = {"boolq": [True, False, True, True], "piqa": [True, False]}
+    # boolq: d = 1, 0, 0, 0: mean 1/4, variance 1/4. piqa: d = 1, -1: mean 0, variance 2.
+    gain, half_width = paired_gain(before, after)
+    assert gain == pytest.approx(1 / 8)
+    assert half_width == pytest.approx(1.96 / 2 * math.sqrt(0.25 / 4 + 2 / 2))
+
+
+def test_paired_gain_refuses_runs_on_different_questions():
+    with pytest.raises(ValueError, match="Expected the same tasks and questions"):
+        paired_gain({"piqa": [True, False]}, {"piqa": [True, False, True]})
+    with pytest.raises(ValueError, match="at least two of each task"):
+        paired_gain({"piqa": [True]}, {"piqa": [False]})

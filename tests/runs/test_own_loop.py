@@ -1,0 +1,59 @@
+"""Training without a trainer: scores, blocks, a loop of one's own, a delta."""
+
+import pytest
+import tiny
+import torch
+
+from smt_trainer import BlockScores, SMTError, convert_to_smt, from_delta, save_delta
+from smt_trainer.sparse.linear import smt_linears
+
+
+def own_loop(model, steps: int = 4, optimizer_class=torch.optim.AdamW) -> list[float]:
+    """Train in the simplest way; nothing here knows of blocks."""
+    optimizer = optimizer_class([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(**tiny.batch()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_six_lines_choose_train_and_save(base, llama, tmp_path):
+    before = tiny.weights(llama)
+    scores = BlockScores.of(llama, tiny.config(), [tiny.batch(seed=seed) for seed in range(5)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
+    convert_to_smt(llama, scores.select())
+    losses = own_loop(llama)
+    save_delta(llama, tmp_path / "delta")
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    trained = from_delta(tmp_path / "delta", base=str(base))
+    assert torch.equal(tiny.logits(trained), tiny.logits(llama))
+
+
+def test_the_scores_are_those_of_the_trainers_warm_up(tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path, gradient_accumulation_steps=1)
+    loader = iter(trainer.get_train_dataloader())
+    batches = [next(loader) for _ in range(2)]
+    ours = BlockScores.of(tiny.llama().train(), trainer.smt_config, batches)
+    tiny.assert_same(ours.scores, tiny.warm_up(trainer))
+
+
+def test_forward_sees_blocks_whoever_changed_them(llama):
+    convert_to_smt(llama, tiny.choose(llama))
+    before = tiny.logits(llama)
+    linears = [linear for _, linear in smt_linears(llama)]
+    with torch.no_grad():
+        linears[0].blocks.add_(1.0)
+    changed = tiny.logits(llama)
+    assert not torch.equal(changed, before)
+    for linear in linears:
+        held = linear.grid.gather(linear.weight, linear.block_indices)
+        assert torch.equal(held, linear.blocks.detach())
+
+
+def test_no_batch_is_refused(llama):
+    with pytest.raises(SMTError, match="there is no batch to score blocks on"):
+        BlockScores.of(llama, tiny.config(), [])
