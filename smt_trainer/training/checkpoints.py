@@ -1,4 +1,4 @@
-"""Which checkpoint a run is resumed from."""
+"""Find the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder that was written to its end: Trainer writes `trainer_state.json` last."""
+    """Return the newest complete checkpoint in a folder: Trainer writes `trainer_state.json` last."""
     steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
     for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
-            load_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
+            load_json(checkpoint / TRAINER_STATE_NAME, "trainer state")
             return str(checkpoint)
         except SMTError as error:
-            logger.warning("%s is left out, its writing broke off: %s", checkpoint.name, error)
+            logger.warning("%s is incomplete and is skipped: %s", checkpoint.name, error)
     return None
