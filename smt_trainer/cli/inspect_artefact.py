@@ -105,8 +105,7 @@ def _print_table(selection) -> None:
 
 
 def _print_overlap(first, second) -> None:
-    """Print shared blocks, Jaccard index and, for two scores files, Spearman's rank correlation, by projection and in
-    all."""
+    """Print shared blocks, Jaccard index and any rank correlation of scores (Spearman's), by projection and in all."""
     from smt_trainer.selection.overlap import Overlap
 
     found = Overlap.of(_selection(first), _selection(second))

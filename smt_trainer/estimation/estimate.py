@@ -258,7 +258,7 @@ def _equal_rank(selection: BlockSelection) -> int:
 
 
 def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[str], rank: int) -> nn.Module:
-    """Freeze a model, and add LoRA's adapters on all targets and what is trained whole."""
+    """Freeze a model except for LoRA's adapters on all targets and what is trained whole."""
     model.requires_grad_(False)
     for name, grid in selection.grids.items():
         linear = model.get_submodule(name)

@@ -83,8 +83,8 @@ def _all(scores: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def _edges(values: np.ndarray, cut: float, logarithmic: bool) -> list[float]:
-    """Return the ends of about `BINS` intervals, of equal width or ratio, that cover all values (but 0) and meet at the
-    cut."""
+    """Return the ends of about `BINS` intervals, equal in width or ratio, that cover all values (but 0) and meet at
+    `cut`."""
     high = float(values.max())
     if logarithmic:
         low = float(values[values > 0].min())

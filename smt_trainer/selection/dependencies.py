@@ -2,7 +2,7 @@
 
 Let y be the output of a linear A at all tokens and x the input of a linear B. Row i of A and column j of B depend on
 each other if x_j is 0 at every token whenever y_i is, whatever all other outputs are. Column j then reads only what row
-i computes. Structured pruning knows the same dependency: removing the row leaves the column nothing to multiply. In
+i computes. Structured pruning uses the same dependency: removing the row leaves the column nothing to multiply. In
 Llama, row i of `gate_proj` and of `up_proj` go with column i of `down_proj`, and row i of `v_proj` goes with one column
 of `o_proj` for each query head of its group. A row of `q_proj` or `k_proj` affects all columns of its head but
 determines none. The residual stream adds other outputs to a row's output, so it determines no column there.

@@ -65,7 +65,7 @@ def bare_autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager
 def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: bool = True) -> Iterator[None]:
     """Let `accelerator.backward` work for an unprepared model within this context.
 
-    It uses the warm-up's own loss scale. DeepSpeed's engine does not exist yet. If only forward is needed, backward
+    It uses the warm-up's own loss scale; DeepSpeed's engine does not exist yet. If only forward is needed, backward
     does nothing.
     """
     if needed and scale is None and accelerator.distributed_type != DistributedType.DEEPSPEED:
