@@ -1,4 +1,4 @@
-"""The one exception of the package."""
+"""The package's only exception."""
 
 
 class SMTError(ValueError):

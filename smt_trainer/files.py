@@ -1,4 +1,4 @@
-"""Reading and writing files so that a crash never leaves half of one."""
+"""Read and write files so that a crash never leaves half a file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from smt_trainer.errors import SMTError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it there in one step.
+    """Let `write` fill a temporary file beside `path`, then move that file to `path` in one step.
 
     Raises:
-        OSError: the file could not be written; a full disk, for one.
+        OSError: the file could not be written, for example to a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -45,11 +45,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `output` when the context is left without an exception.
+    """Yield a temporary folder, which becomes `output` if the context ends without an exception.
 
     Raises:
         SMTError: `output` exists and is not an empty folder.
-        OSError: a file in it could not be written; a full disk, for one.
+        OSError: a file in the folder could not be written, for example to a full disk.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SMTError(f"{output} exists and is not empty; give a new folder or empty it first.")
@@ -67,7 +67,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path, what: str) -> Iterator[safe_open]:
-    """A safetensors file. Raises `SMTError`, naming `what` it should have been, when it is missing or damaged."""
+    """Open a safetensors file. Raises `SMTError`, naming `what` was expected, if it is missing or damaged."""
     if not path.is_file():
         raise SMTError(f"no {what} at {path.parent}: {path.name} is missing. Check the path.")
     try:
@@ -84,10 +84,10 @@ def _umask() -> int:
 
 
 def load_json(path: Path, what: str) -> Any:
-    """Parse a JSON file. Raises `SMTError`, naming `what` it should have been, when it is missing or damaged."""
+    """Parse a JSON file. Raises `SMTError`, naming `what` was expected, if it is missing or damaged."""
     if not path.is_file():
         raise SMTError(f"no {what} at {path}: expected a JSON file. Check the path.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SMTError(f"the {what} at {path} is no valid JSON ({error}). It is damaged; make it anew.") from error
+        raise SMTError(f"the {what} at {path} is not valid JSON ({error}). It is damaged; create it again.") from error

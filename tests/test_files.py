@@ -60,7 +60,7 @@ def open_tensors_once(path, what):
 def test_a_missing_or_damaged_file_is_refused_saying_what_it_should_have_been(tmp_path):
     damaged = tmp_path / "damaged"
     damaged.write_text("{")
-    for read, kind in ((load_json, "is no valid JSON"), (open_tensors_once, "is damaged or truncated")):
+    for read, kind in ((load_json, "is not valid JSON"), (open_tensors_once, "is damaged or truncated")):
         for path, message in ((tmp_path / "missing", "no recipe at"), (damaged, kind)):
             with pytest.raises(SMTError, match=message):
                 read(path, "recipe")

@@ -23,21 +23,21 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser("estimate", help="say what training a model will take, from its configuration alone")
+    parser = commands.add_parser("estimate", help="estimate what training a model takes, from its configuration alone")
     parser.add_argument("model", help="causal language model: a folder with a config.json, or a name on the hub")
-    parser.add_argument("--batch", type=int, default=1, help="sequences that a device takes at a time")
-    parser.add_argument("--seq", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
+    parser.add_argument("--batch", type=int, default=1, help="sequences that a device processes at a time")
+    parser.add_argument("--seq", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
     parser.add_argument("--ranks", type=int, default=1, help="number of devices")
-    parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of ZeRO; 3 is FSDP2, too")
+    parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of ZeRO; 3 also for FSDP2")
     parser.add_argument("--card", type=float, default=24.0, help="memory of a device in GiB")
     add_config_flags(parser, FIELDS)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what the run takes, beside LoRA and full fine-tuning; see `smt_trainer/estimate.py` for each line."""
+    """Print what the run takes, beside LoRA and full fine-tuning; see `estimation/estimate.py` for each line."""
     import torch
 
     from smt_trainer.estimation.estimate import estimate
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _amount(size: float) -> str:
-    """Bytes for people to read."""
+    """Format bytes for people to read."""
     unit = 0
     while size >= 1024 and unit < len(UNITS) - 1:
         size, unit = size / 1024, unit + 1

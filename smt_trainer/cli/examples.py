@@ -1,6 +1,6 @@
-"""Training examples from a JSON file: a list of records, or one record a line.
+"""Read training examples from a JSON file: a list of records, or one record per line.
 
-A record has a `text`, which is learnt whole, or a `prompt` and a `completion`, of which the completion is learnt.
+A record has a `text`, which is learnt whole, or a `prompt` and a `completion`, of which only the completion is learnt.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ NO_LABEL = -100
 
 
 def load_records(path: Path) -> list[dict[str, str]]:
-    """The records of a file.
+    """Read the records of a file.
 
     Raises:
         SMTError: there is no such file, it holds no records, or one of them is malformed.
     """
     if not path.is_file():
-        raise SMTError(f"no data at {path}: expected a file of JSON. Check the path.")
+        raise SMTError(f"no data at {path}: expected a JSON file. Check the path.")
     text = path.read_text(encoding="utf-8")
     if text.lstrip().startswith("["):
         records = _parse(text, str(path))
     else:
-        # Not splitlines(), which also splits at separators that JSON allows within strings.
+        # Do not use splitlines(): it also splits at separators that JSON allows within strings.
         lines = enumerate(text.split("\n"), 1)
         records = [_parse(line, f"line {number} of {path}") for number, line in lines if line.strip()]
     for place, record in enumerate(records, 1):
@@ -52,10 +52,10 @@ def load_records(path: Path) -> list[dict[str, str]]:
 def make_examples(
     records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[dict[str, Tensor]]:
-    """Token ids and labels of each record, cut to `length` tokens; records of which nothing is learnt are left out.
+    """Make token ids and labels of each record, cut to `length` tokens; leave out records with nothing to learn.
 
     Raises:
-        SMTError: nothing is learnt of any record.
+        SMTError: no record has anything to learn.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
@@ -68,18 +68,18 @@ def make_examples(
         ids = torch.tensor([*prompt, *learnt, *end][:length])
         labels = ids.clone()
         labels[: len(prompt)] = NO_LABEL
-        # The first token is predicted from nothing.
+        # No model predicts the first token.
         if (labels[1:] != NO_LABEL).any():
             examples.append({"input_ids": ids, "labels": labels})
     if not examples:
         raise SMTError(f"no record has anything to learn within {length} tokens; raise --seq.")
     if len(examples) < len(records):
-        logger.warning("%d of %d records are left out: no label.", len(records) - len(examples), len(records))
+        logger.warning("%d of %d records are left out: they have no label.", len(records) - len(examples), len(records))
     return examples
 
 
 def pad(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of examples of different lengths; padding is masked and carries no label."""
+    """Collate examples of different lengths; padding is masked and carries no label."""
     mask = [torch.ones_like(feature["labels"]) for feature in features]
     ids, labels = ([feature[key] for feature in features] for key in ("input_ids", "labels"))
     return {
@@ -93,7 +93,7 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise SMTError(f"{where} is no JSON ({error}); expected a list of records, or one record a line.") from error
+        raise SMTError(f"{where} is not JSON ({error}); expected a list of records, or one record per line.") from error
 
 
 def _is_record(record: Any) -> bool:

@@ -12,23 +12,23 @@ RANGES = 4
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser("inspect", help="say what a delta, a selection or a scores file holds")
+    parser = commands.add_parser("inspect", help="show what a delta, a selection or a scores file holds")
     parser.add_argument(
         "path", help="delta folder or checkpoint of SMTTrainer, selection (.json) or scores (.safetensors)"
     )
-    parser.add_argument("other", nargs="?", help="another one: say how far their blocks agree")
+    parser.add_argument("other", nargs="?", help="another one: show how much their blocks agree")
     parser.add_argument("--plot", type=Path, help="folder for all pictures, each with its numbers as CSV")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print base, configuration and where the blocks lie; or what two artefacts share."""
+    """Print an artefact's base, configuration and blocks, or what two artefacts share."""
     from smt_trainer.errors import SMTError
 
     artefact = _load(arguments.path)
     if arguments.other is not None:
         if arguments.plot:
-            raise SMTError("--plot is of one artefact; inspect each of the two by itself.")
+            raise SMTError("--plot draws one artefact; inspect each of the two separately.")
         _print_overlap(artefact, _load(arguments.other))
         return
     selection = _describe(artefact)
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _load(path: str):
-    """What lies at a path: a `BlockScores`, a `BlockSelection` or a `Delta`."""
+    """Load what lies at a path: a `BlockScores`, a `BlockSelection` or a `Delta`."""
     from smt_trainer.delta.delta import Delta
     from smt_trainer.selection.block_scores import BlockScores
     from smt_trainer.selection.block_selection import BlockSelection
@@ -55,7 +55,7 @@ def _selection(artefact):
 
 
 def _describe(artefact):
-    """Print what kind of artefact it is and how it came about; returns the selection that it holds or leads to."""
+    """Print what an artefact is and how it was made; return the selection that it holds or gives."""
     from smt_trainer.delta.delta import Delta
     from smt_trainer.selection.block_scores import BlockScores
 
@@ -82,7 +82,7 @@ def _describe(artefact):
 
 
 def _print_table(selection) -> None:
-    """Chosen blocks of each projection, in layers from bottom to top and in all, and their share of its blocks."""
+    """Print each projection's chosen blocks, by layers from bottom to top and in all, and their share of its blocks."""
     from smt_trainer.model.names import by_projection, layer_index
 
     def chosen(name: str) -> int:
@@ -105,7 +105,7 @@ def _print_table(selection) -> None:
 
 
 def _print_overlap(first, second) -> None:
-    """Shared blocks, Jaccard index and, of two scores files, Spearman's rank correlation, by projection and in all."""
+    """Print shared blocks, Jaccard index and any rank correlation of scores (Spearman's), by projection and in all."""
     from smt_trainer.selection.overlap import Overlap
 
     found = Overlap.of(_selection(first), _selection(second))

@@ -1,1 +1,1 @@
-"""What a run takes, from the model's configuration alone."""
+"""Estimate what a run takes, from the model's configuration alone."""

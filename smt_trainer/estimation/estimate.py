@@ -1,36 +1,36 @@
-"""What a run will take, from the model's configuration alone: memory, FLOPs, size of the delta; and what LoRA and full
-fine-tuning would take.
+"""Estimate what a run takes, from the model's configuration alone: memory, FLOPs and size of the delta; and what LoRA
+and full fine-tuning would take.
 
-The model is built on the meta device, where a tensor has a shape but no values, and does one step there as it does in
-training: its linears rewritten, its activations checkpointed or not. What the step takes is counted, not modelled (see
+The model is built on the meta device, where a tensor has a shape but no values. It runs one step there as in training,
+with its linears rewritten and its activations checkpointed or not. The cost of the step is counted, not modelled (see
 `meter.py`). In bytes, for each device:
 
-    peak         = weights + added + optimizer + largest sum of all other tensors alive at one time of the step
-    weights      = those of the model and its buffers
-    added        = what lies beside them throughout: the masters of n blocks of m weights and their positions, LoRA's
+    peak         = weights + added + optimizer + largest sum of all other tensors alive at any time in the step
+    weights      = the model's parameters and buffers
+    added        = what stays beside them throughout: the masters of n blocks of m weights and their positions, LoRA's
                    adapters (in float32, as PEFT keeps them), or the accumulators of the warm-up
-    optimizer    = AdamW: two moments in the dtype of what is trained, and a step count of 4 a tensor
-    gradients    = as much as is trained, at the end of backward
-    activations  = the distinct tensors that live when the output embeddings are reached: what autograd keeps for
-                   backward (with checkpointing the inputs of the layers), and their own input
-    loss         = what comes on top in the output embeddings and the loss: T tokens x V words as logits, in float32
-                   and as log-probabilities, and their gradients
+    optimizer    = AdamW: two moments in the dtype of the trained tensor, and a step count of 4 bytes a tensor
+    gradients    = those at the end of backward, as large as the trained parameters
+    activations  = the distinct tensors alive when the output embeddings are reached: what autograd keeps for backward
+                   (with checkpointing, the inputs of the layers), and the input of the output embeddings
+    loss         = what the output embeddings and the loss add: logits of T tokens x V words, also in float32 and as
+                   log-probabilities, and their gradients
 
-so that peak = weights + added + optimizer + activations + loss, unless backward needs more than the loss: for its
-gradients (full fine-tuning), or for the activations of the layer it recomputes (checkpointing).
+so peak = weights + added + optimizer + activations + loss, unless backward needs more than the loss: for its gradients
+(full fine-tuning), or for the activations of the layer that it recomputes (checkpointing).
 
-Over R ranks, each with its own batch, ZeRO divides by R: the optimizer's state from stage 1 on; each gradient, once it
-is complete, from stage 2 on; weights and what is added in stage 3 (and FSDP2), where those of two layers and all that
-lies outside the layers are gathered. Under DDP, stage 0, the gradients exist once more, in its buckets.
+Each of R ranks has its own batch. ZeRO divides by R: the optimizer's state from stage 1 on; each gradient, once
+complete, from stage 2 on; weights and added tensors in stage 3 (and FSDP2). Stage 3 gathers the weights of two layers
+and of everything outside the layers. DDP (stage 0) holds the gradients a second time, in its buckets.
 
-LoRA has adapters of one rank r on all targets, r (O + I) weights for each [O, I], where r makes it train as many
-weights as SMT. A write-back reads n m masters, writes as many weights, and keeps nothing. The delta holds n m weights
-in the dtype of the model, and 8 bytes a block for its position.
+LoRA has adapters of one rank r on all targets, with r (O + I) weights for each [O, I]; r is such that LoRA trains as
+many weights as SMT. A write-back reads n m masters, writes as many weights and keeps nothing. The delta holds n m
+weights in the model's dtype, and 8 bytes a block for its position.
 
-Approximate: no sequence is padded (with padding, attention saves a mask [batch, seq, seq] in each layer); attention is
-fused and its FLOPs are those of all pairs of tokens; blocks lie at random, and where they lie changes little; sums of
-the warm-up that `accumulator_device` may move to the CPU are on the device. On top come the memory of the device's
-runtime and of its kernels, and what its allocator rounds up and cannot use.
+The estimate is approximate. It assumes that no sequence is padded (with padding, attention saves a mask [batch, seq,
+seq] in each layer), that attention is fused and its FLOPs are those of all pairs of tokens, that blocks lie at random
+places (which matters little), and that warm-up sums stay on the device where `accumulator_device` may move them to the
+CPU. It leaves out the memory of the device's runtime and kernels, and what the allocator rounds up or cannot use.
 """
 
 from __future__ import annotations
@@ -70,17 +70,17 @@ POSITION_BYTES = 8
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step takes on each device: bytes, but for the first and the last; see the top of this file.
+    """Cost of one step on each device, in bytes except for `trainable` and `flops`; see the top of this file.
 
     Attributes:
-        trainable: parameters that are trained; 0 in the warm-up.
-        weights: of the model, with its buffers.
-        added: masters, adapters or accumulators beside them.
+        trainable: number of trained parameters; 0 in the warm-up.
+        weights: the model's parameters and buffers.
+        added: masters, adapters or accumulators.
         optimizer: AdamW's state.
-        gradients: at the end of backward, with DDP's buckets.
-        activations: alive when the output embeddings are reached.
-        loss: what output embeddings and loss need at most on top of `activations`.
-        peak: what lives at most at one time.
+        gradients: those at the end of backward, with DDP's buckets.
+        activations: tensors alive when the output embeddings are reached.
+        loss: the most that output embeddings and loss add to `activations`.
+        peak: the most that is alive at one time.
         flops: FLOPs of forward and backward.
     """
 
@@ -97,18 +97,18 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run of SMT takes on each device, and what others would.
+    """What an SMT run takes on each device, and what LoRA and full fine-tuning would take.
 
     Attributes:
-        selection: as many blocks as will be chosen, at random places unless the configuration names them.
-        smt: a step of sparse training.
-        warmup: a step of the warm-up; None where the configuration needs none.
-        lora: a step of LoRA of `lora_rank`.
-        full: a step of full fine-tuning, all in the dtype of the weights.
-        lora_rank: the rank at which LoRA trains as many parameters as SMT does, at least 1.
-        accumulators: score -> bytes that its warm-up sums in, on all devices together; of `qm_taylor`, for one class.
-        write_back: bytes that are read and written after each step.
-        delta: bytes of the saved tensors; their names and the manifest come on top.
+        selection: as many blocks as the run will choose, at random places unless the configuration names them.
+        smt: a step of SMT.
+        warmup: a step of the warm-up; None if the configuration needs no warm-up.
+        lora: a step of LoRA with `lora_rank`.
+        full: a step of full fine-tuning, all in the weights' dtype.
+        lora_rank: the rank at which LoRA trains about as many parameters as SMT, at least 1.
+        accumulators: score -> bytes of its warm-up sums, on all devices together; of `qm_taylor`, for one class.
+        write_back: bytes read and written after each step.
+        delta: bytes of the saved tensors, without their names and the manifest.
     """
 
     selection: BlockSelection
@@ -123,7 +123,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """Bytes that warm-up and training need at most on each device."""
+        """The most bytes that warm-up or training needs on each device."""
         return max(self.smt.peak, self.warmup.peak if self.warmup else 0)
 
 
@@ -138,17 +138,17 @@ def estimate(
     ranks: int = 1,
     zero_stage: int = 0,
 ) -> Estimate:
-    """What it takes to train a causal language model of transformers; nothing of it is loaded but its configuration.
+    """Estimate what training a causal language model of transformers takes; load only its configuration.
 
     Args:
         model: hub name, folder with a `config.json`, or a configuration.
         config: what to train and how to choose it.
-        batch: sequences that a device takes at a time.
-        seq: tokens of a sequence.
-        dtype: of the weights, in which forward and backward run.
+        batch: sequences that a device processes at a time.
+        seq: tokens per sequence.
+        dtype: of the weights, and of forward and backward.
         checkpointing: recompute the activations of each layer in backward.
         ranks: number of devices.
-        zero_stage: 0 for DDP, 1, 2, or 3 also for FSDP2.
+        zero_stage: 0 for DDP, 1, 2, or 3 (also for FSDP2).
 
     Raises:
         SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it.
@@ -188,7 +188,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Step:
-    """What steps have in common, of whatever is trained; `weights` are bytes, the rest is as in `estimate`."""
+    """What all steps share, whatever is trained; `weights` is in bytes, the rest is as in `estimate`."""
 
     batch: int
     seq: int
@@ -198,7 +198,7 @@ class _Step:
     weights: int
 
     def cost(self, model: nn.Module, sums: list[Tensor] | None = None) -> Cost:
-        """The cost of a step of what asks for a gradient; of a step of the warm-up, if its sums are given."""
+        """Return the cost of one training step, or of one warm-up step if its `sums` are given."""
         if self.checkpointing:
             _checkpoint(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad and sums is None]
@@ -210,7 +210,7 @@ class _Step:
             reading = read_step(model, self.batch, self.seq, beside=sums or [], gradient_share=kept)
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
-            raise SMTError(f"{type(model).__name__} cannot be run without its values: {first_line}") from error
+            raise SMTError(f"{type(model).__name__} cannot run on the meta device: {first_line}") from error
         buckets = _bytes(trained) if self.ranks > 1 and self.zero_stage == 0 else 0
         weights, added, optimizer = round(share[3] * self.weights), round(share[3] * added), round(share[1] * optimizer)
         gathered = round((1 - share[3]) * _gathered(model))
@@ -240,7 +240,7 @@ def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callab
         build()
     except (OSError, ValueError) as error:
         first_line = str(error).partition("\n")[0]
-        raise SMTError(f"no causal language model can be made of {model}: {first_line}") from error
+        raise SMTError(f"no causal language model can be built from {model}: {first_line}") from error
     return build
 
 
@@ -271,12 +271,12 @@ def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
 
 
 def _equal_rank(selection: BlockSelection) -> int:
-    """The rank at which adapters on all targets hold as many weights as the blocks."""
+    """Return the rank at which adapters on all targets hold as many weights as the blocks."""
     return max(1, round(selection.trainable_parameters / sum(sum(g.weight_shape) for g in selection.grids.values())))
 
 
 def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[str], rank: int) -> nn.Module:
-    """A model with LoRA's adapters on all targets."""
+    """Freeze a model except for LoRA's adapters on all targets and what is trained whole."""
     model.requires_grad_(False)
     for name, grid in selection.grids.items():
         linear = model.get_submodule(name)
@@ -289,13 +289,13 @@ def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[
 
 
 def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """y + s B A x in the dtype of the adapters, as PEFT computes it."""
+    """Return y + s B A x in the adapters' dtype, as PEFT computes it."""
     x = inputs[0].to(linear.lora_a.dtype)
     return (output + F.linear(F.linear(x, linear.lora_a), linear.lora_b) * 2.0).to(output.dtype)
 
 
 def _warmup_cost(model: nn.Module, scorer: Scorer, config: SMTConfig, step: _Step) -> Cost | None:
-    """The cost of a step of the warm-up, if there is one."""
+    """Return the cost of one warm-up step, if there is a warm-up."""
     if not scorer.needs_warmup or config.selection is not None:
         return None
     handle = None if scorer.needs_backward else model.register_forward_hook(_start_at_loss)
@@ -307,20 +307,20 @@ def _warmup_cost(model: nn.Module, scorer: Scorer, config: SMTConfig, step: _Ste
 
 
 def _start_at_loss(_, __, output) -> None:
-    """Let a backward that goes nowhere begin and end at the loss."""
+    """Make the loss a leaf, so that backward begins and ends there."""
     output.loss.requires_grad_(True)
 
 
 def _checkpoint(model: nn.Module) -> None:
-    """Recompute activations as SMTTrainer has it: without asking for the gradient of the embeddings."""
-    # Early versions 5 of transformers know the second name only, later ones warn of it.
+    """Turn on activation checkpointing as SMTTrainer does: without a gradient for the embeddings."""
+    # Early 5.x versions of transformers know only the second name; later ones warn about it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     model.disable_input_require_grads()
 
 
 def _gathered(model: nn.Module) -> int:
-    """Bytes of the parameters of two layers, the largest, and of all that lies outside the layers."""
+    """Return the bytes of all parameters outside the layers, plus twice those of the largest layer."""
     layers: dict[int, int] = {}
     for name, parameter in model.named_parameters():
         index = layer_index(name)
@@ -330,13 +330,13 @@ def _gathered(model: nn.Module) -> int:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, tied ones once."""
+    """Yield parameters and buffers, tied ones once."""
     yield from module.parameters()
     yield from module.buffers()
 
 
 def _parts(model: nn.Module, name: str) -> Iterator[Tensor]:
-    """The tensors of something that is trained whole."""
+    """Return the tensors of a module or bias that is trained whole."""
     whole = get_whole(model, name)
     return iter([whole]) if isinstance(whole, Tensor) else _tensors(whole)
 

@@ -1,11 +1,11 @@
-"""What a training step takes, counted while it runs: bytes of the tensors alive, and FLOPs.
+"""Count what a training step takes while it runs: bytes of the tensors alive, and FLOPs.
 
-A step on the meta device, where tensors have shapes but no values, counts as one elsewhere. Three things differ there
-and are put right: attention would fall apart into products of whole [seq, seq] matrices, autocast is unknown, and a
-value cannot be read. Models read values to see whether a sequence is padded or packed; the answer is that none is.
+A step on the meta device, where tensors have shapes but no values, gives the same counts as one on a real device. Three
+differences are corrected: attention would split into products of whole [seq, seq] matrices, autocast is unknown, and no
+value can be read. Models read values to see whether a sequence is padded or packed; the answer is always that none is.
 
-A tensor's bytes are those of its storage, counted once for all its views from the operation that makes it until the
-last reference goes. What a kernel uses for itself and an allocator rounds up is not seen.
+A tensor's bytes are those of its storage. They count once for all its views, from the operation that makes it until the
+last reference goes. What a kernel uses for itself and what an allocator rounds up are not counted.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ FLOPS = flop_registry | {
 
 @dataclass(frozen=True)
 class Reading:
-    """What one step took, beyond what was there before it.
+    """What one step took, beyond what existed before it.
 
     Attributes:
-        activations: bytes that live when the output embeddings are reached: what is kept for backward, and their input.
-        loss: bytes that live at most from there until backward comes back there, on top of `activations`.
+        activations: bytes alive when the output embeddings are reached: what is kept for backward, and their input.
+        loss: the most bytes alive from there until backward returns there, on top of `activations`.
         gradients: bytes of the gradients at the end.
-        peak: bytes that live at most.
-        flops: FLOPs of the matrix products of forward and backward, two for each multiplication with its addition.
+        peak: the most bytes alive at one time.
+        flops: FLOPs of the matrix products of forward and backward, two for each multiply-add.
     """
 
     activations: int
@@ -54,14 +54,14 @@ class Reading:
 def read_step(
     model: nn.Module, batch: int, seq: int, *, beside: Iterable[Tensor] = (), gradient_share: float = 1.0
 ) -> Reading:
-    """Run forward and backward of one step of a causal language model, and count.
+    """Run forward and backward of one step of a causal language model, and count what it takes.
 
     Args:
-        model: of transformers, on the meta device or a real one; what it trains has its gradients afterwards.
+        model: of transformers, on the meta device or a real one; its trained parameters have gradients afterwards.
         batch: number of sequences.
-        seq: tokens in each.
-        beside: tensors that were there before, other than the model's own.
-        gradient_share: the part of a gradient that stays once it is complete.
+        seq: tokens per sequence.
+        beside: tensors that existed before, other than the model's own.
+        gradient_share: the share of a gradient that stays once it is complete.
     """
     before = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *beside]]
     alive = _Alive(before)
@@ -91,7 +91,7 @@ def read_step(
 
 
 class _Alive(TorchDispatchMode):
-    """Counts FLOPs, and the bytes of the storages that are made while it is active, with their peak in each phase."""
+    """Counts FLOPs, and the bytes of the storages made while it is active, with their peak in each phase."""
 
     def __init__(self, before: list[UntypedStorage]) -> None:
         super().__init__()
@@ -125,26 +125,26 @@ class _Alive(TorchDispatchMode):
         self.peaks[-1] = max(self.peaks[-1], self.now)
 
     def start_phase(self) -> None:
-        """Begin another peak."""
+        """Begin a new phase, with its own peak."""
         self.peaks.append(self.now)
 
     def shrink(self, tensor: Tensor, share: float) -> None:
-        """Count a part of a tensor only, from now on."""
+        """From now on, count only a share of a tensor."""
         self._resize(_key(tensor.untyped_storage()), round(share * tensor.nbytes))
 
     def bytes_of(self, keys: Iterable[int]) -> int:
-        """Bytes of those of the storages that were made here and are still alive."""
+        """Return the bytes of those storages that were made here and are still alive."""
         return sum(self.sizes.get(key, 0) for key in keys)
 
 
 def _key(storage: UntypedStorage) -> int:
-    """What tells storages apart while they live."""
+    """Return a key that tells storages apart while they are alive."""
     return storage._cdata
 
 
 @contextlib.contextmanager
 def _like_elsewhere() -> Iterator[None]:
-    """Within this context, attention is one operation on the meta device too, and autocast is known to be off there."""
+    """Within this context, make attention one operation on the meta device, and autocast known to be off there."""
     originals = attention, autocasts = F.scaled_dot_product_attention, torch.is_autocast_enabled
 
     def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

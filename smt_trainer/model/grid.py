@@ -2,10 +2,10 @@
 
 A weight W of `nn.Linear` is [O, I] (out features x in features). A grid of blocks of br x bc weights cuts it into
 R = O / br block rows and C = I / bc block columns; block (r, c) is W[r*br:(r+1)*br, c*bc:(c+1)*bc]. The paper's
-sub-matrices have br = bc = 256; a row of SPSFT is a block of 1 x I, a column one of O x 1.
+sub-matrices have br = bc = 256; an SPSFT row is a block of 1 x I, an SPSFT column a block of O x 1.
 
-GPT-2's `Conv1D` stores W^T [I, O]. Its grid is `transposed` and cuts the view W of that parameter, so that everywhere
-else rows are out features and columns are in features.
+GPT-2's `Conv1D` stores W^T [I, O]. Its grid is `transposed` and cuts the view W of that parameter, so everywhere else
+rows are out features and columns are in features.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALLEST_AUTO_EDGE = 16
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The cut of one [out_features, in_features] weight into equal blocks; `transposed` if it is stored the other way.
+    """The grid of one [out_features, in_features] weight; `transposed` if the weight is stored as [in, out].
 
     Raises:
         SMTError: the block does not divide the weight.
@@ -77,7 +77,7 @@ class BlockGrid:
         return self.block_rows * self.block_columns
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; `from_dict` reads them back."""
+        """Return JSON types that `from_dict` reads back."""
         return {
             "weight_shape": list(self.weight_shape),
             "block_shape": list(self.block_shape),
@@ -86,31 +86,31 @@ class BlockGrid:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockGrid:
-        """Inverse of `to_dict`; further keys do not matter."""
+        """Inverse of `to_dict`; ignores other keys."""
         return cls(*values["weight_shape"], *values["block_shape"], values.get("transposed", False))
 
     def split(self, weight: Tensor) -> Tensor:
-        """View [R, C, br, bc] of a weight of `stored_shape`: writing to it writes to the weight."""
+        """Return a view [R, C, br, bc] of a weight of `stored_shape`; writing to the view writes to the weight."""
         rows, columns = self.shape
         weight = weight.t() if self.transposed else weight
         return weight.unflatten(1, (columns, self.block_columns)).unflatten(0, (rows, self.block_rows)).transpose(1, 2)
 
     def gather(self, weight: Tensor, block_indices: Tensor) -> Tensor:
-        """Copy of the blocks [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`."""
+        """Copy the blocks [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`."""
         rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
         return self.split(weight)[rows, columns]
 
     def scatter_(self, weight: Tensor, block_indices: Tensor, blocks: Tensor) -> None:
-        """Write `blocks` [n, br, bc], cast to its dtype, at `block_indices` [n, 2] of a weight of `stored_shape`."""
+        """Write `blocks` [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`, in its dtype."""
         rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
         self.split(weight)[rows, columns] = blocks.to(weight.device, weight.dtype)
 
     def check_indices(self, block_indices: Tensor, module: str) -> None:
-        """Raise `SMTError` unless `block_indices` is an integer [n, 2] of distinct blocks of this grid."""
+        """Raise `SMTError` unless `block_indices` is an integer tensor [n, 2] of distinct blocks of this grid."""
         if block_indices.ndim != 2 or block_indices.shape[1] != 2 or block_indices.is_floating_point():
             raise SMTError(
                 f"block_indices of `{module}` must be integers of shape [n, 2], got {block_indices.dtype} of shape "
-                f"{list(block_indices.shape)}. The selection or delta is damaged; make it anew."
+                f"{list(block_indices.shape)}. The selection or delta is damaged; create it again."
             )
         limit = torch.tensor(self.shape)
         outside = ((block_indices < 0) | (block_indices >= limit)).any(1)
@@ -126,10 +126,10 @@ class BlockGrid:
 
 
 def make_grids(shapes: Mapping[str, tuple[int, int]], config: SMTConfig) -> dict[str, BlockGrid]:
-    """One grid per module, from the weights' shapes (O, I) and the config's `granularity` and `block_size`.
+    """Make one grid per module from the weights' shapes (O, I) and the config's `granularity` and `block_size`.
 
     Raises:
-        SMTError: the block size does not divide a weight, or 'auto' finds none of at least 16.
+        SMTError: the block size does not divide a weight, or 'auto' finds no size of at least 16.
     """
     if config.granularity == "row":
         return {name: BlockGrid(out, into, 1, into) for name, (out, into) in shapes.items()}
@@ -155,16 +155,16 @@ def make_grids(shapes: Mapping[str, tuple[int, int]], config: SMTConfig) -> dict
 
 
 def common_block_size(shapes: Mapping[str, tuple[int, int]]) -> int:
-    """The largest common divisor, at most 256, of all dimensions."""
+    """Return the largest common divisor of all dimensions that is at most 256."""
     common = math.gcd(*(dimension for shape in shapes.values() for dimension in shape))
     return max(divisor for divisor in range(1, min(common, LARGEST_AUTO_EDGE) + 1) if common % divisor == 0)
 
 
 def auto_block_size(shapes: Mapping[str, tuple[int, int]]) -> int:
-    """`common_block_size`, refused below 16: blocks that small cost more in bookkeeping than they save.
+    """Return `common_block_size`, but refuse less than 16: such blocks cost more in bookkeeping than they save.
 
     Raises:
-        SMTError: naming the modules whose dimensions have no common divisor with the rest.
+        SMTError: the size is below 16; names the modules whose dimensions are not multiples of 16.
     """
     edge = common_block_size(shapes)
     if edge >= SMALLEST_AUTO_EDGE:

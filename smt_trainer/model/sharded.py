@@ -1,9 +1,9 @@
-"""Parameters whose values are spread over ranks: FSDP2's and DeepSpeed ZeRO-3's.
+"""Parameters that FSDP2 or DeepSpeed ZeRO-3 shards over ranks.
 
-Each rank holds one run of a weight's values in row-major order: FSDP2 whole rows (a DTensor sharded in dimension 0),
-ZeRO-3 an equal share of the flat weight, which may begin and end inside a row (`ds_tensor`). `full_tensor` brings the
-whole value together, `full_tensors` those of many; `local_parts` gives what this rank holds as rectangles of the
-weight, to be written in place.
+Each rank holds one run of a weight's values in row-major order. FSDP2 gives it whole rows (a DTensor sharded in
+dimension 0); ZeRO-3 gives it an equal share of the flat weight, which may begin and end inside a row (`ds_tensor`).
+`full_tensor` gathers one whole value, `full_tensors` many. `local_parts` returns this rank's part as rectangles of the
+weight, which can be written in place.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from smt_trainer.errors import SMTError
 
 
 class Part(NamedTuple):
-    """A rectangle of a weight [O, I] that lies on this rank: `values` are weight[row:, column:] of its own size."""
+    """A rectangle of a weight [O, I] that this rank holds; `values` starts at weight[row, column]."""
 
     values: Tensor
     row: int
@@ -29,22 +29,22 @@ class Part(NamedTuple):
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has partitioned this parameter: it looks empty between uses."""
+    """Return whether ZeRO-3 has partitioned this parameter, which then looks empty between uses."""
     return hasattr(parameter, "ds_id")
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether this rank holds only a part of the parameter between uses."""
+    """Return whether this rank holds only a part of the parameter between uses."""
     return isinstance(parameter, DTensor) or is_partitioned(parameter)
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter."""
+    """Return the shape of the whole parameter."""
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
-    """The whole value, detached. A collective when the parameter is sharded: all ranks call it in the same order."""
+    """Return the whole value, detached. Collective if the parameter is sharded: all ranks call it in the same order."""
     if isinstance(parameter, DTensor):
         return parameter.detach().full_tensor()
     if is_partitioned(parameter):
@@ -56,7 +56,7 @@ def full_tensor(parameter: Tensor) -> Tensor:
 
 
 def full_tensors(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """`full_tensor` of many parameters; those that FSDP2 shards alike come together in a single collective."""
+    """Return `full_tensor` of many parameters; gather those that FSDP2 shards alike in one collective."""
     alike: dict[tuple, list[DTensor]] = {}
     for parameter in parameters:
         if isinstance(parameter, DTensor) and Shard(0) in parameter.placements:
@@ -66,7 +66,7 @@ def full_tensors(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _gather(parameters: list[DTensor]) -> Iterator[Tensor]:
-    """The whole values of parameters that lie over the same ranks, as many rows of each on every rank but the last."""
+    """Yield the whole values of parameters sharded alike: ceil(rows / ranks) rows on each rank, fewer on the last."""
     mesh, dimension = parameters[0].device_mesh, parameters[0].placements.index(Shard(0))
     ranks = mesh.size(dimension)
     sizes = [-(-parameter.shape[0] // ranks) * parameter.shape[1:].numel() for parameter in parameters]
@@ -79,12 +79,12 @@ def _gather(parameters: list[DTensor]) -> Iterator[Tensor]:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """What FSDP2 keeps on this rank of a tensor; any other tensor itself."""
+    """Return this rank's part of a tensor that FSDP2 shards, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_like(local: Tensor, parameter: Tensor) -> Tensor:
-    """The whole of a tensor of which each rank holds `local`, sharded as FSDP2 shards the parameter; else `local`."""
+    """Gather a tensor from each rank's `local`, sharded like an FSDP2 `parameter`; for others, return `local`."""
     if not isinstance(parameter, DTensor):
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -97,10 +97,10 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     """Set a parameter to a whole value that every rank holds.
 
     Raises:
-        SMTError: ZeRO-3 has partitioned the parameter; its optimizer keeps a copy of its own.
+        SMTError: ZeRO-3 has partitioned the parameter; its optimizer keeps its own copy.
     """
     if is_partitioned(parameter):
-        raise SMTError("values cannot be put into parameters that ZeRO-3 has partitioned; load them before training.")
+        raise SMTError("values cannot be loaded into parameters that ZeRO-3 has partitioned; load before training.")
     if isinstance(parameter, DTensor):
         local, row = parameter.to_local(), _first_row(parameter)
         local.copy_(value[row : row + len(local)])
@@ -109,10 +109,10 @@ def assign(parameter: Tensor, value: Tensor) -> None:
 
 
 def local_parts(parameter: Tensor) -> list[Part]:
-    """What this rank holds of a weight, as views: writing to all of them writes to the weight.
+    """Return views of what this rank holds of a weight; writing to all of them writes to the weight.
 
     Raises:
-        SMTError: the weight is sharded other than by rows (tensor parallelism).
+        SMTError: the weight is sharded, but not by rows (tensor parallelism).
     """
     if isinstance(parameter, DTensor):
         return [part for part in [Part(parameter.to_local().detach(), _first_row(parameter), 0)] if part.values.numel()]
@@ -127,18 +127,18 @@ def _first_row(weight: DTensor) -> int:
         if placement.is_replicate():
             continue
         if placement != Shard(0) or rows != weight.shape[0]:
-            raise SMTError(f"blocks are written back to weights sharded by rows, got placements {weight.placements}.")
+            raise SMTError(f"blocks can be written back only to weights sharded by rows, got {weight.placements}.")
         chunk = -(-rows // weight.device_mesh.size(dimension))
         row = min(rows, chunk * weight.device_mesh.get_local_rank(dimension))
     return row
 
 
 def _flat_parts(weight: Tensor) -> list[Part]:
-    """The head of a row, whole rows and the tail of a row, of a flat share of the weight."""
+    """Split a flat share of the weight into the end of a row, whole rows and the start of a row."""
     share, columns = weight.ds_tensor.detach(), full_shape(weight)[1]
     start = share.numel() * dist.get_rank(weight.ds_process_group)
     end = min(start + share.numel(), weight.ds_numel)
-    # Parameters below the persistence threshold are kept whole besides.
+    # ZeRO-3 also keeps parameters below the persistence threshold whole.
     parts = [Part(weight.detach(), 0, 0)] if weight.numel() == weight.ds_numel else []
     while start < end:
         row, column = divmod(start, columns)

@@ -1,6 +1,6 @@
-"""Which linears of a model are targets, and why the others are not.
+"""Find the linears of a model that are targets, and say why the others are not.
 
-A linear is an `nn.Linear` with its weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O].
+A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from smt_trainer.model.sharded import full_shape
 
 logger = logging.getLogger(__name__)
 
-# Names under which transformers' architectures keep the query, key and value projections, apart or fused.
+# Names of the query, key and value projections, separate or fused, in transformers' architectures.
 QKV_NAMES = frozenset(
     "q_proj k_proj v_proj query key value query_proj key_proj value_proj q_lin k_lin v_lin q k v "
     "linear_q linear_k linear_v to_q to_k to_v to_kv Wq Wk Wv query_global key_global value_global kv_proj "
@@ -38,15 +38,15 @@ WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, nn.Module]:
-    """The linears to choose blocks from, by full module name, in the model's own order.
+    """Find the linears to choose blocks from, by full module name, in the model's order.
 
-    A linear that matches but cannot be tuned is left out with a warning: its weight is shared (tied) or is no plain
-    matrix of floats (quantised), or its `forward` is replaced on the instance (offloading hooks) or never called. So
-    are experts that match but are kept as 3-D parameters.
+    Leave out, with a warning, a matching linear that cannot be tuned: its weight is shared (tied) or not a plain matrix
+    of floats (quantised), or its `forward` is replaced on the instance (offloading hooks) or never called. Also warn
+    about matching experts that are stored as 3-D parameters.
 
     Raises:
-        SMTError: the model holds PEFT adapters, nothing matches, or nothing that matches can be tuned; the message
-            lists the model's linears.
+        SMTError: the model holds PEFT adapters, nothing matches (the message lists the model's linears), or no match
+            can be tuned.
     """
     refuse_adapters(model)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -69,55 +69,55 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, nn.Module]:
 
 
 def target_grids(targets: Mapping[str, nn.Module], config: SMTConfig) -> dict[str, BlockGrid]:
-    """One grid per target, by the config's `granularity` and `block_size`; transposed where the weight is.
+    """Make one grid per target from the config's `granularity` and `block_size`, transposed where the weight is.
 
     Raises:
-        SMTError: as `make_grids`.
+        SMTError: as in `make_grids`.
     """
     grids = make_grids({name: _weight_shape(linear) for name, linear in targets.items()}, config)
     return {name: replace(grid, transposed=is_transposed(targets[name])) for name, grid in grids.items()}
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Raise `SMTError` if a model is wrapped by PEFT or holds layers of it."""
+    """Raise `SMTError` if PEFT wraps a model or any of its modules."""
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise SMTError(
-                f"{f'`{name}`' if name else 'the model'} is a {type(module).__name__} of PEFT; blocks are trained in "
-                "plain weights. Merge the adapter with model = model.merge_and_unload() or drop it with "
-                "model.unload() first, or pass the base model as it was loaded."
+                f"{f'`{name}`' if name else 'the model'} is a PEFT {type(module).__name__}; blocks can be trained "
+                "only in plain weights. Merge the adapter with model = model.merge_and_unload() or drop it with "
+                "model.unload() first, or pass the base model as loaded."
             )
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is an `nn.Linear` or a `Conv1D`."""
+    """Return whether a module is an `nn.Linear` or a `Conv1D`."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module is a `Conv1D`; told by its name, since loading transformers takes seconds."""
+    """Return whether a module is a `Conv1D`; compare names, since importing transformers takes seconds."""
     return any((base.__module__, base.__name__) == CONV1D for base in type(module).__mro__)
 
 
 def has_plain_weight(linear: nn.Module) -> bool:
-    """Whether a linear's weight is a matrix of floats: not quantised, packed, sharded or computed."""
+    """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
     shape = _weight_shape(linear)[::-1] if is_transposed(linear) else _weight_shape(linear)
     weight = linear.weight
     return type(weight) is nn.Parameter and weight.dtype in WEIGHT_DTYPES and full_shape(weight) == shape
 
 
 def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
-    """Those of the targets of another configuration that this one wants as well."""
+    """Keep the names of targets that this configuration also asks for."""
     return [name for name in names if _is_wanted([name], config, heads=set())]
 
 
 def in_group(name: str, group: str) -> bool:
-    """Whether a target belongs to 'qkv', 'attention' or 'mlp', or is the module, or ends like the module, named."""
+    """Return whether a target is in 'qkv', 'attention' or 'mlp', or matches the name or ending of a module."""
     return _is_target(name, group, heads=set()) if group in GROUPS else matches(name, [group])
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Children of a sequence or token classification model that hold its new head, such as `score`."""
+    """Name the children of a sequence or token classification model that hold its new head, such as `score`."""
     if not type(model).__name__.endswith(HEADED_CLASSES):
         return []
     base = getattr(model, "base_model_prefix", "")
@@ -125,7 +125,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of a model, tied weights counted once: the denominator of the papers' `#Params%`."""
+    """Count a model's parameters, tied weights once: the denominator of the papers' `#Params%`."""
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
 
 
@@ -134,13 +134,13 @@ def _weight_shape(linear: nn.Module) -> tuple[int, int]:
 
 
 def _heads(model: nn.Module) -> set[str]:
-    """Names of the modules that 'all-linear' leaves out: the output embeddings, a classification head."""
+    """Name the modules that 'all-linear' leaves out: the output embeddings and a classification head."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
 
 
 def _is_wanted(names: list[str], config: SMTConfig, heads: set[str]) -> bool:
-    """Whether the configuration asks for what goes by any of these names."""
+    """Return whether the configuration asks for a module with any of these names."""
     return (
         any(_is_target(name, config.target_modules, heads) for name in names)
         and not (config.exclude_modules and any(matches(name, config.exclude_modules) for name in names))
@@ -175,7 +175,7 @@ def _why_not(linear: nn.Module, shared: set[int]) -> str | None:
         return "its weight is shared with another module"
     if not has_plain_weight(linear):
         return (
-            f"its weight is no plain matrix of floats but a {type(weight).__name__} of {weight.dtype} "
+            f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype} "
             f"{list(weight.shape)}"
         )
     if "forward" in vars(linear):
@@ -186,7 +186,7 @@ def _why_not(linear: nn.Module, shared: set[int]) -> str | None:
 
 
 def _stacked_experts(model: nn.Module) -> dict[str, Tensor]:
-    """The experts that are kept as 3-D parameters [experts, ., .], by full parameter name."""
+    """Find the experts that are stored as 3-D parameters [experts, ., .], by full parameter name."""
     return {
         f"{name}.{leaf}": parameter
         for name, module in model.named_modules()

@@ -1,7 +1,8 @@
-"""What is trained whole beside the blocks, and stored in the delta: modules named in `modules_to_save` or the new head
-of a classification model, normalisation layers (`train_norm`), biases of the linears with blocks (`train_bias`).
+"""Find what is trained whole beside the blocks and stored in the delta: modules named in `modules_to_save` or the new
+head of a classification model, normalisation layers (`train_norm`), and biases of the linears with blocks
+(`train_bias`).
 
-Whole parameters have no masters: they are trained in the dtype of the model.
+Whole parameters have no masters: they are trained in the model's dtype.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from smt_trainer.model.targets import head_names
 
 
 def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> tuple[str, ...]:
-    """Full names of the modules, and of the biases, to train whole.
+    """Find the full names of the modules and biases to train whole.
 
     Args:
         model: a plain model.
         config: its `modules_to_save`, `train_norm` and `train_bias`.
-        linears: names of those that have blocks, or may get them.
+        linears: names of the linears that have blocks, or may get them.
 
     Raises:
-        SMTError: a name matches no module, a linear lies in a module to train whole, or there are no norms or biases.
+        SMTError: a name matches no module, a linear lies in a module to train whole, or norms or biases are missing.
     """
     linears = list(linears)
     found = head_names(model) if config.modules_to_save is None else _find_named(model, config.modules_to_save)
@@ -33,8 +34,8 @@ def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> t
         whole = next((name for name in found if f"{linear}.".startswith(f"{name}.")), None)
         if whole is not None:
             raise SMTError(
-                f"`{linear}` is a target, and lies in `{whole}`, which modules_to_save trains whole. Name it in "
-                "exclude_modules, or leave it out of modules_to_save."
+                f"`{linear}` is a target but lies in `{whole}`, which modules_to_save trains whole. Add the target "
+                "to exclude_modules, or remove the module from modules_to_save."
             )
     if config.train_norm:
         found += _expect(_norms(model, config.lowest_layer), "train_norm=True, but this model has no norm layer")
@@ -45,7 +46,7 @@ def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> t
 
 
 def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
-    """The module, or the bias, of a name that `find_whole` found."""
+    """Return the module or bias of a name that `find_whole` found."""
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), leaf)
 
@@ -64,7 +65,7 @@ def _find_named(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def _norms(model: nn.Module, lowest_layer: int) -> list[str]:
-    """Normalisation layers outside the layers and from the lowest one on: modules called so that have parameters."""
+    """Find normalisation modules with parameters, by class name, outside the layers and from the lowest layer on."""
     return [
         name
         for name, module in model.named_modules()

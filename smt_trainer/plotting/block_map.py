@@ -1,4 +1,4 @@
-"""The block map: where in each weight the trained blocks lie."""
+"""The block map: where the trained blocks lie in each weight."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Layers in a strip: few, in large tiles, as long as two strips hold them.
+# Layers in a strip: few, in large tiles, if two strips hold all layers; else many.
 FEW, MANY = 16, 32
-# In inches: the widest tile, what stands above a projection, below a strip, above and below the whole, the colour bar
-# with its labels, and the smallest cell that the eye can tell.
+# In inches: the widest tile, the title above a projection, the labels below a strip, the text above and below the
+# figure, the colour bar with its labels, and the smallest visible cell.
 WIDEST_TILE, TITLE, LAYERS, HEADING, BAR, CELL = 0.8, 0.22, 0.17, 0.22, 0.65, 0.012
-# In tile widths: the gap between two tiles, and how flat or tall a weight is drawn at the most.
+# In tile widths: the gap between two tiles, and the least and greatest height of a drawn weight.
 GAP, FLATTEST, TALLEST = 0.1, 0.25, 4.0
 
 
 def plot_selection(selection: BlockSelection, path: str | Path | None = None) -> Figure:
-    """The block map: for each projection, the weights of all layers side by side with their trained blocks filled.
+    """Draw the block map: for each projection, the weights of all layers side by side, with trained blocks filled.
 
-    A weight is drawn as wide as its in features, as high as its out features. Where its blocks are too small to be
-    seen, a cell stands for several neighbours, and its shade for the share of them that is trained.
+    A weight is drawn as wide as its in features and as high as its out features. If its blocks are too small to see, a
+    cell stands for several neighbours, and its shade for the share of them that is trained.
 
     Args:
-        selection: what to draw; `selection_rows` gives the same as rows.
-        path: file to write as well (PNG, PDF or SVG, by its ending).
+        selection: what to draw; `selection_rows` gives the same data as rows.
+        path: file to write, if any (PNG, PDF or SVG, by its ending).
 
     Returns:
         The matplotlib figure.
@@ -99,8 +99,11 @@ def plot_selection(selection: BlockSelection, path: str | Path | None = None) ->
 
 
 def trained_share(selection: BlockSelection, name: str, most_rows: int, most_columns: int) -> np.ndarray:
-    """The share of trained blocks in each cell of a module's grid [R, C], as [r, c] with r <= most_rows and c <=
-    most_columns: a cell is one block where the grid is no larger than that, else a rectangle of neighbours."""
+    """Return the share of trained blocks in each cell of a module's grid, as [r, c].
+
+    A cell is one block if the grid [R, C] has at most `most_rows` rows and `most_columns` columns. Otherwise it is a
+    rectangle of neighbours, so that r <= most_rows and c <= most_columns.
+    """
     shape = selection.grids[name].shape
     trained = np.zeros(shape)
     if name in selection.block_indices:
@@ -116,7 +119,7 @@ def _sums(cells: np.ndarray, *most: int) -> np.ndarray:
 
 
 def _tile_sizes(selection: BlockSelection) -> dict[str, tuple[float, float]]:
-    """Module -> height and width of its tile; the widest weight of each projection is 1 wide."""
+    """Return module -> height and width of its tile; the widest weight of each projection is 1 wide."""
     sizes = {}
     for names in by_projection(selection.grids).values():
         widest = max(selection.grids[name].in_features for name in names)

@@ -1,4 +1,4 @@
-"""All pictures of a selection, each beside its numbers."""
+"""Draw all pictures of a selection, each with its numbers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def plot_all(
 
     Args:
         selection: what to draw.
-        folder: where to write `selection.png`, `layers.png`, `shares.png` and `scores.png`, and the same as `.csv`.
-        scores: module name -> scores [R, C] that the blocks were chosen by.
-        suffix: goes between each name and its ending.
+        folder: where to write `selection.png`, `layers.png`, `shares.png` and `scores.png`, and their `.csv` files.
+        scores: module name -> scores [R, C] from which the blocks were chosen.
+        suffix: text between each file name and its ending.
 
     Returns:
-        The pictures.
+        The paths of the pictures.
 
     Raises:
         SMTError: matplotlib is not installed.

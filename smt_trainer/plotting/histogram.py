@@ -1,4 +1,4 @@
-"""How the scores are spread, as rows: a histogram in which the cut falls between two intervals; no matplotlib."""
+"""The distribution of the scores as rows: a histogram with the cut between two intervals. Needs no matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smt_trainer.model.names import by_projection
 from smt_trainer.selection.block_selection import BlockSelection
 
 BINS = 40
-# Scores whose highest is more than this many times their median are shown on a logarithmic axis.
+# The axis is logarithmic if the highest score is more than this many times the median.
 LOGARITHMIC_FROM = 10
 
 
@@ -29,17 +29,17 @@ class ScoreRow(NamedTuple):
 
 
 def score_rows(scores: Mapping[str, Tensor], selection: BlockSelection) -> list[ScoreRow]:
-    """A histogram of each projection's scores, over the same intervals; the cut lies between two of them.
+    """Make a histogram of each projection's scores over the same intervals, with the cut between two of them.
 
-    The intervals have one width, or one ratio of their ends where the scores need a logarithmic axis. Blocks with a
-    score of 0, which have no place on it, then come first in an interval [0, 0).
+    The intervals have equal widths, or equal ratios of their ends if the scores need a logarithmic axis. Such an axis
+    cannot show a score of 0; blocks with that score then come first, in an interval [0, 0).
 
     Args:
-        scores: module name -> [R, C], at least 0, as `select_blocks` took them.
-        selection: what was chosen from them.
+        scores: module name -> [R, C], at least 0, as passed to `select_blocks`.
+        selection: the blocks chosen from them.
 
     Raises:
-        SMTError: the scores are of other modules or grids than the selection.
+        SMTError: the scores and the selection have different modules or grids.
     """
     _check_scores(scores, selection)
     values = {name: score.double().numpy() for name, score in scores.items()}
@@ -60,20 +60,20 @@ def score_rows(scores: Mapping[str, Tensor], selection: BlockSelection) -> list[
 
 
 def cut(scores: Mapping[str, Tensor], selection: BlockSelection) -> float:
-    """The lowest score of a trained block."""
+    """Return the lowest score of a trained block."""
     return min(
         float(scores[name][tuple(indices.T)].min()) for name, indices in selection.block_indices.items() if len(indices)
     )
 
 
 def is_logarithmic(scores: Mapping[str, Tensor], selection: BlockSelection) -> bool:
-    """Whether the scores need a logarithmic axis, and the cut has a place on it."""
+    """Return whether the scores need a logarithmic axis and this axis can show the cut."""
     values = _all(scores)
     return cut(scores, selection) > 0 and values.max() > LOGARITHMIC_FROM * np.median(values[values > 0])
 
 
 def _chosen(values: np.ndarray, selection: BlockSelection, name: str) -> np.ndarray:
-    """The values of a module's trained blocks."""
+    """Return the values of a module's trained blocks."""
     indices = selection.block_indices.get(name)
     return values[:0].ravel() if indices is None else values[tuple(indices.T.numpy())]
 
@@ -83,7 +83,8 @@ def _all(scores: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def _edges(values: np.ndarray, cut: float, logarithmic: bool) -> list[float]:
-    """Ends of about `BINS` intervals, of one width or one ratio, that cover all values (but 0) and meet at the cut."""
+    """Return the ends of about `BINS` intervals, equal in width or ratio, that cover all values (but 0) and meet at
+    `cut`."""
     high = float(values.max())
     if logarithmic:
         low = float(values[values > 0].min())
@@ -107,5 +108,5 @@ def _check_scores(scores: Mapping[str, Tensor], selection: BlockSelection) -> No
         name = next(name for name in [*expected, *shapes] if shapes.get(name) != expected.get(name))
         raise SMTError(
             f"the scores do not belong to the selection: `{name}` has scores of shape {shapes.get(name)} and a grid of "
-            f"{expected.get(name)}. Give the scores that the blocks were chosen from."
+            f"{expected.get(name)}. Pass the scores from which the blocks were chosen."
         )

@@ -1,4 +1,4 @@
-"""Which layers of which projection are trained (SMT, figure 4)."""
+"""The trained layers of each projection (SMT, figure 4)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LAYERS_A_STRIP = 32
-# In inches: edge of a cell, labels of a strip, what stands beside them, a line of the title; and its letters per inch.
+# In inches: edge of a cell, labels of a strip, margin beside them, a line of the title; and its letters per inch.
 CELL, LABELS, MARGIN, LINE, LETTERS = 0.19, 0.22, 0.2, 0.13, 16
 
 
 def plot_layers(selection: BlockSelection, path: str | Path | None = None) -> Figure:
-    """The layers that are trained, as in figure 4 of the SMT paper: a cell for each projection in each layer.
+    """Draw the trained layers, as in figure 4 of the SMT paper: one cell for each projection in each layer.
 
-    A cell's number is that of its trained blocks, its shade their share of its blocks. Frozen ones are white with a
-    dot; a layer that has no such target has no cell.
+    A cell's number counts its trained blocks; its shade shows their share of its blocks. Frozen cells are white with a
+    dot. A layer without such a target has no cell.
 
     Args:
-        selection: what to draw; `layer_rows` gives the same as rows.
-        path: file to write as well (PNG, PDF or SVG, by its ending).
+        selection: what to draw; `layer_rows` gives the same data as rows.
+        path: file to write, if any (PNG, PDF or SVG, by its ending).
 
     Returns:
         The matplotlib figure.
@@ -70,7 +70,7 @@ def plot_layers(selection: BlockSelection, path: str | Path | None = None) -> Fi
 
 
 def _heat(axis: Axes, grid: list, most: float) -> None:
-    """One strip: a coloured cell for each row of the table, with its number."""
+    """Draw one strip: a coloured cell with its number for each row of the table."""
     shares = np.array([[np.nan if row is None else row.trained / row.blocks for row in line] for line in grid])
     axis.pcolormesh(
         shares, cmap=shades().with_extremes(under="white"), vmin=np.nextafter(0, 1), vmax=most, edgecolors=RULE, lw=0.4

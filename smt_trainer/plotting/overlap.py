@@ -1,4 +1,4 @@
-"""How soon a selection stops changing as the warm-up grows."""
+"""How soon a selection stops changing as the warm-up gets longer."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ MARKERS, DASHES = "os^Dv", ("-", "--", ":", "-.")
 
 
 def plot_overlap(points: Sequence[OverlapPoint], path: str | Path | None = None) -> Figure:
-    """Overlap of selections (left) and rank correlation of scores (right) over the length of the warm-up.
+    """Draw overlap of selections (left) and rank correlation of scores (right) over the length of the warm-up.
 
-    A line is the mean over seeds for one score and one thing it is compared with, the shade around it their range.
-    The grey line is what random selections of the same size would have in common.
+    Each line is the mean over seeds for one score and one comparison; the shade around it is their range. The grey line
+    is the overlap expected of random selections of the same size.
 
     Args:
-        points: what to draw; they are the rows for `write_csv` too.
-        path: file to write as well (PNG, PDF or SVG, by its ending).
+        points: what to draw; `write_csv` takes the same rows.
+        path: file to write, if any (PNG, PDF or SVG, by its ending).
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        SMTError: there is no point, matplotlib is not installed, or the path has another ending.
+        SMTError: there are no points, matplotlib is not installed, or the path has another ending.
     """
     if not points:
-        raise SMTError("no point to draw: expected at least one OverlapPoint.")
+        raise SMTError("no points to draw: expected at least one OverlapPoint.")
     with drawing(path, PAGE_WIDTH, HEIGHT) as figure:
         overlap, correlation = figure.subplots(1, 2)
         _lines(overlap, points, "jaccard")
@@ -56,7 +56,7 @@ def plot_overlap(points: Sequence[OverlapPoint], path: str | Path | None = None)
 
 
 def _lines(axis: Axes, points: Sequence[OverlapPoint], what: str) -> None:
-    """One line for each score and comparison."""
+    """Draw one line for each score and comparison."""
     scores = list(dict.fromkeys(point.score for point in points))
     others = list(dict.fromkeys(point.against for point in points))
     for score, against in dict.fromkeys((point.score, point.against) for point in points):

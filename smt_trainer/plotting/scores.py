@@ -1,4 +1,4 @@
-"""How the scores are spread, and where the budget cuts them."""
+"""The distribution of the scores, and where the budget cuts it."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# In inches: a projection's panel, and the labels of the whole.
+# In inches: a projection's panel, and the labels of the figure.
 PANEL, LABELS = 0.8, 0.6
 
 
 def plot_scores(scores: Mapping[str, Tensor], selection: BlockSelection, path: str | Path | None = None) -> Figure:
-    """A histogram of the scores of each projection, the trained blocks filled and the cut marked.
+    """Draw a histogram of each projection's scores, with the trained blocks filled and the cut marked.
 
-    The cut is the lowest score of a trained block. Numbers of blocks are on a logarithmic axis, scores on one where
-    their highest is more than ten times their median; blocks with a score of 0 then stand in the title.
+    The cut is the lowest score of a trained block. The axis of block counts is logarithmic. The axis of scores is
+    logarithmic if the highest score is more than ten times the median; the title then counts the blocks with a score of
+    0.
 
     Args:
-        scores: module name -> [R, C], as `select_blocks` took them.
-        selection: what was chosen from them; `score_rows` gives what is drawn as rows.
-        path: file to write as well (PNG, PDF or SVG, by its ending).
+        scores: module name -> [R, C], as passed to `select_blocks`.
+        selection: the blocks chosen from them; `score_rows` gives the same data as rows.
+        path: file to write, if any (PNG, PDF or SVG, by its ending).
 
     Returns:
         The matplotlib figure.
 
     Raises:
-        SMTError: the scores are of other modules or grids than the selection, matplotlib is not installed, or the
+        SMTError: the scores and the selection have different modules or grids, matplotlib is not installed, or the
             path has another ending.
     """
     panels: dict[str, list[ScoreRow]] = {}
@@ -61,7 +62,7 @@ def plot_scores(scores: Mapping[str, Tensor], selection: BlockSelection, path: s
 
 
 def _bars(rows: list[ScoreRow]) -> list[ScoreRow]:
-    """The rows that have a width; not that of the zeros."""
+    """Return the rows of intervals with a width, without the row of zeros."""
     return [row for row in rows if row.high > 0]
 
 

@@ -1,4 +1,4 @@
-"""How the trained weights are spread over the projections (SMT, figure 5)."""
+"""How the trained weights are divided among the projections (SMT, figure 5)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from smt_trainer.selection.block_selection import BlockSelection
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# In bar distances.
+# In distances between projections.
 THICKNESS = 0.38
 # In inches: a projection's two bars, and all labels.
 PAIR, LABELS = 0.36, 0.75
 
 
 def plot_shares(selection: BlockSelection, path: str | Path | None = None) -> Figure:
-    """Each projection's share of the trained weights, as in figure 5 of the SMT paper, above its share of all targets.
+    """Draw each projection's share of the trained weights, as in figure 5 of the SMT paper, above its share of the
+    targets.
 
-    Without a preference both bars of a projection would be equally long.
+    If the selection preferred no projection, both bars of each would be equally long.
 
     Args:
-        selection: what to draw; `share_rows` gives the same as rows.
-        path: file to write as well (PNG, PDF or SVG, by its ending).
+        selection: what to draw; `share_rows` gives the same data as rows.
+        path: file to write, if any (PNG, PDF or SVG, by its ending).
 
     Returns:
         The matplotlib figure.

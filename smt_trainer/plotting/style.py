@@ -1,4 +1,4 @@
-"""One look for all pictures: the widths of a two-column page, type legible there, tones that survive greyscale."""
+"""One style for all pictures: widths of a two-column page, type legible at that size, tones that survive greyscale."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ LOOK = {
 
 @contextlib.contextmanager
 def drawing(path: str | Path | None, width: float, height: float) -> Iterator[Figure]:
-    """A figure of a size in inches, to be drawn on in this context; written to `path`, if given, on leaving it.
+    """Yield a figure of a size in inches to draw on; at the end of the context, write it to `path`, if given.
 
     Raises:
         SMTError: matplotlib is not installed, or `path` does not end in .png, .pdf or .svg.
     """
     if path is not None and Path(path).suffix.lower() not in ENDINGS:
-        raise SMTError(f"a picture's path must end in {', '.join(ENDINGS)}, which says its format; got {path}.")
+        raise SMTError(f"a picture's path must end in {', '.join(ENDINGS)}, which sets its format; got {path}.")
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -66,26 +66,26 @@ def drawing(path: str | Path | None, width: float, height: float) -> Iterator[Fi
 
 
 def shades() -> Colormap:
-    """From pale to dark as the trained share rises; a frozen part, of share 0, has a tone of its own."""
+    """Return a colour map from pale to dark as the trained share rises; a share of 0 (frozen) has its own tone."""
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("trained", [PALE, TRAINED]).with_extremes(under=FROZEN)
 
 
 def strips(items: Sequence, most: int) -> list[Sequence]:
-    """The items cut into as few runs of at most `most` as will hold them, of nearly one length."""
+    """Split the items into as few runs of at most `most` items as possible, of nearly equal length."""
     count = -(-len(items) // most)
     length = -(-len(items) // count)
     return [items[start : start + length] for start in range(0, len(items), length)]
 
 
 def model_name(selection: BlockSelection) -> str:
-    """What a title calls the model: its name without the revision."""
+    """Return the model's name for titles: its name without the revision."""
     return (selection.base_model or "the model").partition("@")[0]
 
 
 def block_shapes(selection: BlockSelection) -> str:
-    """The shapes of the blocks in weights: '64x64'."""
+    """Return the shapes of the blocks in weights, such as '64x64'."""
     return ", ".join(
         "{}x{}".format(*shape) for shape in sorted({grid.block_shape for grid in selection.grids.values()})
     )

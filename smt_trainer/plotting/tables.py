@@ -1,4 +1,4 @@
-"""The numbers behind the pictures of a selection, as rows; no matplotlib."""
+"""The numbers behind the pictures of a selection, as rows. Needs no matplotlib."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SelectionRow(NamedTuple):
 
 
 class LayerRow(NamedTuple):
-    """One projection in one layer: blocks trained, of how many; `layer` is -1 outside the layers."""
+    """One projection in one layer: its trained blocks and all its blocks; `layer` is -1 outside the layers."""
 
     projection: str
     layer: int
@@ -46,16 +46,16 @@ class ShareRow(NamedTuple):
 
 
 class OverlapPoint(NamedTuple):
-    """How much a selection after a short warm-up has in common with another one.
+    """How much a selection after a short warm-up has in common with another selection.
 
     Attributes:
         score: name of the score.
         steps: length of the warm-up, in optimizer steps.
         against: what it is compared with, such as "longest warm-up" or "other seed".
-        seed: label of the data order, or of the pair of them.
+        seed: label of the data order, or of the pair of data orders.
         jaccard: blocks in both selections over blocks in either, 0 to 1.
         chance: the Jaccard index expected of two random selections of this size.
-        rank_correlation: Spearman's, of the scores of all blocks, -1 to 1.
+        rank_correlation: Spearman's rank correlation of all blocks' scores, -1 to 1.
     """
 
     score: str
@@ -68,7 +68,7 @@ class OverlapPoint(NamedTuple):
 
 
 def selection_rows(selection: BlockSelection) -> list[SelectionRow]:
-    """Every trained block: projection by projection, in the model's order, row by row."""
+    """List every trained block: projection by projection, in the model's order, row by row."""
     return [
         SelectionRow(name, projection, layer_index(name), *block)
         for projection, names in by_projection(selection.grids).items()
@@ -79,7 +79,7 @@ def selection_rows(selection: BlockSelection) -> list[SelectionRow]:
 
 
 def layer_rows(selection: BlockSelection) -> list[LayerRow]:
-    """Trained blocks of each projection in each of its layers, the frozen ones included."""
+    """Count the trained blocks of each projection in each of its layers, frozen layers included."""
     rows = []
     for projection, names in by_projection(selection.grids).items():
         layers: dict[int, list[str]] = {}
@@ -90,7 +90,7 @@ def layer_rows(selection: BlockSelection) -> list[LayerRow]:
 
 
 def share_rows(selection: BlockSelection) -> list[ShareRow]:
-    """Each projection's part of the trained weights, and of the targeted ones."""
+    """Return each projection's share of the trained weights and of the targeted weights."""
     all_weights = sum(grid.num_blocks * grid.block_numel for grid in selection.grids.values())
     rows = []
     for projection, names in by_projection(selection.grids).items():
@@ -105,10 +105,10 @@ def write_csv(rows: Sequence[NamedTuple], path: str | Path) -> None:
     """Write rows of one kind as CSV (UTF-8, field names first), atomically.
 
     Raises:
-        SMTError: there is no row.
+        SMTError: there are no rows.
     """
     if not rows:
-        raise SMTError(f"no row to write to {path}: expected at least one.")
+        raise SMTError(f"no rows to write to {path}: expected at least one.")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0]._fields)
@@ -117,7 +117,7 @@ def write_csv(rows: Sequence[NamedTuple], path: str | Path) -> None:
 
 
 def _blocks(selection: BlockSelection, names: Iterable[str]) -> tuple[int, int]:
-    """Trained blocks of some modules, and all their blocks."""
+    """Count the trained blocks, and all blocks, of some modules."""
     names = list(names)
     trained = sum(len(selection.block_indices.get(name, ())) for name in names)
     return trained, sum(selection.grids[name].num_blocks for name in names)

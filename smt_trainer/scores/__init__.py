@@ -1,20 +1,20 @@
-"""Scores: how much each block of the targeted weights matters for the task.
+"""Scores: how much each block of the targets matters for the task.
 
-G = sum over warm-up steps t of G_t is the summed gradient of one weight W [O, I], where G_t is the gradient of the loss
-of one optimizer step (all micro-batches and ranks together) at the base weights. Of each block:
+Let G = sum over warm-up steps t of G_t be the summed gradient of one weight W [O, I]. G_t is the gradient of one
+optimizer step's loss (over all micro-batches and ranks) at the base weights. The scores of a block are:
 
     grad_l1      mean of |G|                         SMT, section 3.2 and appendix B
     grad_l2      root of the sum of G^2
     grad_signed  |mean of G|                         what the authors' released code ranks by
-    grad_abs     sum over t of the mean of |G_t|     here G_t is that of each backward, micro-batch by micro-batch
+    grad_abs     sum over t of the mean of |G_t|     here G_t is the gradient of one backward (one micro-batch)
     taylor       |<W, G>|                            SPSFT, section 3.2, eq. 6
     qm_taylor    mean of quantiles over the classes  SPSFT, section 3.2, eq. 7
     activation   L2 norm of its columns' inputs      SMT's selection by activations (forward only)
     magnitude    L2 norm of W                        SPSFT, section 3.2 (no warm-up)
-    random       uniform, seeded                     the baseline a score has to beat (no warm-up)
+    random       uniform, seeded                     the baseline that a score has to beat (no warm-up)
 
-What ranks average is linear in the data: sums of G, of <W, G>, of squares; absolute values and roots come after. Only
-`grad_abs` depends on how the data are cut. Each file of this package derives its own scores.
+Ranks average sums that are linear in the data: of G, of <W, G>, of squares. Absolute values and roots are taken
+afterwards. Only `grad_abs` depends on how the data are split. Each file of this package derives its own scores.
 """
 
 from __future__ import annotations
@@ -50,5 +50,5 @@ SCORERS: dict[str, type[Scorer]] = {
 def make_scorer(
     targets: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
 ) -> Scorer:
-    """The scorer that `config.score` names."""
+    """Make the scorer that `config.score` names."""
     return SCORERS[config.score](targets, grids, config, seed)

@@ -1,11 +1,11 @@
-"""Scores of the summed gradient G itself, from an accumulator as large as the targets.
+"""Scores of the summed gradient G, held in an accumulator as large as the targets.
 
     grad_l1      mean over the block of |G|
     grad_l2      root of the sum over the block of G^2
 
-|.| and the square come last, so the whole signed sum is needed: how the data are cut into micro-batches, or spread over
-ranks, cannot change it. An accumulator in bfloat16 takes half the memory and rounds at each addition, to 8 bits: what
-one backward adds is lost where it is smaller than 1/256 of the sum.
+|.| and the square come last, so these scores need the whole signed sum; splitting the data into micro-batches or over
+ranks cannot change it. A bfloat16 accumulator takes half the memory but rounds each addition to 8 bits: a contribution
+smaller than 1/256 of the sum is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COPIES_UNDER_WAY = 2
 
 
 class Accumulated(Scorer):
-    """Sums the gradients of the targets in `config.accumulator_dtype`, sharded as the targets are."""
+    """Sums the targets' gradients in `config.accumulator_dtype`, sharded as the targets are."""
 
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
@@ -59,7 +59,7 @@ class Accumulated(Scorer):
         return taken
 
     def statistics(self) -> Iterator[Tensor]:
-        # FSDP2 averages the gradients of sharded weights itself.
+        # FSDP2 already averages the gradients of sharded weights.
         yield from (self.sums[name] for name, linear in self.targets.items() if not is_sharded(linear.weight))
 
     def scores(self) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ class Accumulated(Scorer):
 
     @staticmethod
     def norms(blocks: Tensor) -> Tensor:
-        """The score [R, C] of summed gradients [R, C, br, bc]."""
+        """Return the scores [R, C] of summed gradients [R, C, br, bc]."""
         raise NotImplementedError
 
 
@@ -91,7 +91,7 @@ class GradL2(Accumulated):
 
 
 def _accumulator_device(targets: Mapping[str, nn.Module], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
-    """The CPU, or None for the device of each weight."""
+    """Return the CPU, or None for each weight's own device."""
     if config.accumulator_device == "auto":
         device = next(iter(targets.values())).weight.device
         if device.type != "cuda":
@@ -102,29 +102,32 @@ def _accumulator_device(targets: Mapping[str, nn.Module], config: SMTConfig, dty
 
 
 class _Copies:
-    """Gradients on their way from the GPU to sums on the CPU: each is copied into pinned memory on a stream of its own,
-    and added when others are under way already, so that backward does not wait for it."""
+    """Gradients on their way from the GPU to sums on the CPU.
+
+    A separate stream copies each gradient into pinned memory. It is added to its sum once later copies are under way,
+    so backward does not wait for it.
+    """
 
     def __init__(self) -> None:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self.under_way: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
 
     def add(self, total: Tensor, gradient: Tensor) -> None:
-        """Add a gradient to a sum, sooner or later."""
+        """Start to copy a gradient; add it to its sum later."""
         stream = self.streams.setdefault(gradient.device, torch.cuda.Stream(gradient.device))
         stream.wait_stream(torch.cuda.current_stream(gradient.device))
         copy = torch.empty_like(gradient, device="cpu", pin_memory=True)
         with torch.cuda.stream(stream):
             copy.copy_(gradient, non_blocking=True)
             copied = stream.record_event()
-        # Its memory may be used again by backward only once it is copied.
+        # Keep backward from reusing the gradient's memory before it is copied.
         gradient.record_stream(stream)
         self.under_way.append((total, copy, copied))
         while len(self.under_way) > COPIES_UNDER_WAY:
             self._add_oldest()
 
     def finish(self) -> None:
-        """Add all that are under way."""
+        """Add all gradients that are still under way."""
         while self.under_way:
             self._add_oldest()
 

@@ -1,11 +1,11 @@
 """`activation`: the score of the inputs, which needs no backward.
 
-With x [T, I] the inputs of a linear over all T tokens of the warm-up, padding included, and c a block's columns,
+Let x [T, I] be the inputs of a linear over all T warm-up tokens, padding included, and c a block's columns:
 
     activation   root of the sum over tokens and columns of x[:, c]^2
 
-All blocks of a block column score alike, and so do q, k and v, which share their input: ties go by module order, then
-row by row. Ranks average the sums of squares, which divides all scores alike.
+All blocks of a block column get the same score, and so do q, k and v, which share their input. Module order breaks
+ties, then row order. Ranks average the sums of squares, which scales all scores alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Activation(Scorer):
         try:
             for name, linear in self.targets.items():
                 handles.append(linear.register_forward_pre_hook(functools.partial(self._add, name)))
-            # Without a graph nothing is kept, and no checkpointed layer runs twice.
+            # Without a graph, no activation is kept and no checkpointed layer runs twice.
             with torch.no_grad():
                 yield
         finally:

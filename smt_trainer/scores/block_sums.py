@@ -1,20 +1,20 @@
-"""Scores of which one number per block is kept, summed in float32.
+"""Scores that keep one number per block, summed in float32.
 
     grad_signed  |mean over the block of G|
     grad_abs     sum over t of the mean over the block of |G_t|
     taylor       |<W, G>|, the sum over the block of W * G
 
-The mean over a block is linear, and G_t = dy^T x (dy [T, O], x [T, I], T tokens), so that with p(.) the mean over
-the br or bc neighbouring features of one block row or column
+The mean over a block is linear, and G_t = dy^T x (dy [T, O], x [T, I], T tokens). With p(.) the mean over the br or bc
+neighbouring features of one block row or column,
 
     mean over block (r, c) of G_t = sum over tokens of p(dy)[:, r] * p(x)[:, c]
 
-and `grad_signed` needs no weight gradient at all: one product of pooled activations. The other two form the gradient of
-one weight at a time, reduce it to one number per block and drop it; since <W, G> = sum over t of <W, G_t>, `taylor`
-needs no sum of gradients either.
+so `grad_signed` needs no weight gradient, only one product of pooled activations. The other two scores form one weight
+gradient at a time, reduce it to one number per block and drop it. Since <W, G> = sum over t of <W, G_t>, `taylor` needs
+no sum of gradients either.
 
-Where FSDP2 shards a weight over n ranks, each holds some of its rows and reduces these, n-fold: the mean over ranks,
-which all sums go through, is then the sum over the whole block.
+Where FSDP2 shards a weight over n ranks, each rank reduces its own rows and multiplies the result by n. All sums are
+averaged over ranks, which then gives the sum over the whole block.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
 
 
 class BlockSums(Scorer):
-    """Keeps a sum for each block, whose absolute value is the score."""
+    """Keeps one sum per block; its absolute value is the score."""
 
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
@@ -49,7 +49,7 @@ class BlockSums(Scorer):
             yield
 
     def observing(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which each backward adds to `step_sums`."""
+        """Return a context in which each backward adds to `step_sums`."""
         raise NotImplementedError
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
@@ -83,12 +83,12 @@ class GradSigned(BlockSums):
 
 
 def _pool(features: Tensor, parts: int) -> Tensor:
-    """Means [T, parts] over equal runs of the last dimension of `features` [..., parts * edge], in float32."""
+    """Return means [T, parts] over equal runs of the last dimension of `features` [..., parts * edge], in float32."""
     return features.detach().reshape(-1, parts, features.shape[-1] // parts).mean(2, dtype=torch.float32)
 
 
 class Reduced(BlockSums):
-    """Reduces each gradient that backward delivers to a sum for each block."""
+    """Reduces each weight gradient of a backward to one sum per block."""
 
     def observing(self) -> contextlib.AbstractContextManager[None]:
         return weight_gradients(self.targets, self._add)
@@ -100,15 +100,15 @@ class Reduced(BlockSums):
 
     @staticmethod
     def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
-        """What to sum over each block, in the shape of the weight."""
+        """Return the values to sum over each block, in the weight's shape."""
         raise NotImplementedError
 
 
 class GradAbs(Reduced):
-    """`grad_abs`: sum over t of the mean over the block of |G_t|, G_t being the gradient that one backward delivers.
+    """`grad_abs`: sum over t of the mean over the block of |G_t|, where G_t is the gradient of one backward.
 
-    Depends on how the data are cut: into micro-batches, and over the ranks of DDP, each of which has a backward of its
-    own. FSDP2 delivers the mean over its ranks; reentrant checkpointing, a gradient for each use of a shared layer.
+    Depends on how the data are split into micro-batches, and over DDP's ranks, each of which runs its own backward.
+    FSDP2 delivers the mean over its ranks; reentrant checkpointing delivers one gradient per use of a shared layer.
     """
 
     @staticmethod
@@ -117,7 +117,7 @@ class GradAbs(Reduced):
 
 
 class Taylor(Reduced):
-    """`taylor`: |<W, G>|, to first order what removing the block changes in the loss (SPSFT, section 3.2, eq. 6)."""
+    """`taylor`: |<W, G>|, to first order the change in loss if the block is removed (SPSFT, section 3.2, eq. 6)."""
 
     @staticmethod
     def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Taylor(Reduced):
 
 
 def add_block_sums(total: Tensor, grid: BlockGrid, values: Tensor, first_row: int = 0, factor: int = 1) -> None:
-    """Add `factor` times the sums over the blocks of `values` to `total` [R, C].
+    """Add `factor` times the block sums of `values` to `total` [R, C].
 
     Args:
         values: rows of a tensor of the grid's `stored_shape`, from `first_row` on; may begin and end inside a block.
@@ -138,7 +138,7 @@ def add_block_sums(total: Tensor, grid: BlockGrid, values: Tensor, first_row: in
 
 
 def _shards(weight: Tensor) -> int:
-    """Over how many ranks FSDP2 spreads a weight; copies of it do not count."""
+    """Return the number of ranks over which FSDP2 shards a weight; replicas do not count."""
     if not isinstance(weight, DTensor):
         return 1
     sizes = zip(weight.device_mesh.shape, weight.placements, strict=True)

@@ -7,11 +7,11 @@ n / n_c * G^c, up to a factor that all classes share, so that (SPSFT, section 3.
     eta^c      = n / n_c * |<W, G^c>|
     qm_taylor  = (1 / 11) * sum over k = 0..10 of the 10 k % quantile of {eta^c}_c
 
-with quantiles between two classes interpolated linearly; with a single class it is `taylor`.
+Quantiles between two classes are interpolated linearly. With a single class, the score is `taylor`.
 
-One backward gives all G^c: the gradient dy of a linear's output holds those of the examples one by one, so that with
-x[c] and dy[c] the tokens of the examples of class c, G^c = dy[c]^T x[c]. Together these take as many FLOPs as G; each
-is reduced to one number per block and dropped. Examples must not look at each other, as in batch normalisation.
+One backward gives all G^c, since the gradient dy of a linear's output keeps the examples apart: G^c = dy[c]^T x[c],
+where x[c] and dy[c] hold the tokens of class c's examples. Together these products take as many FLOPs as G; each is
+reduced to one number per block and dropped. Examples must not affect each other, as they do in batch normalisation.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ QUANTILES = np.linspace(0, 1, 11)
 class QMTaylor(BlockSums):
     """`qm_taylor`: mean of the 0, 10, ..., 100 % quantiles of the classes' Taylor scores (SPSFT, eq. 7).
 
-    Keeps one number per block and class. Before each forward `begin_batch` has to tell the classes of its examples.
+    Keeps one number per block and class. `begin_batch` must read the classes of the examples before each forward.
     """
 
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
-        # [classes, R, C], with room for some more classes.
+        # [classes, R, C], with room for more classes.
         self.sums = {name: total.new_zeros(0, *total.shape) for name, total in self.sums.items()}
         self.step_sums = self.sums
         self.counts = self.step_counts = torch.zeros(0, dtype=torch.long)
@@ -88,8 +88,8 @@ class QMTaylor(BlockSums):
         if x.shape[0] != len(self.classes):
             raise SMTError(
                 f"'qm_taylor' tells examples apart by the first dimension of a linear's input: `{name}` should get "
-                f"{len(self.classes)} of them, got {list(x.shape)}. Examples that are packed into one sequence have "
-                "no class each; use 'taylor', or leave such modules out."
+                f"{len(self.classes)} examples, got shape {list(x.shape)}. Examples packed into one sequence have no "
+                "separate classes; use 'taylor', or exclude such modules."
             )
         kept = _Kept.apply(x, torch.ones((), requires_grad=True)).grad_fn
         return lambda dy: self._add(name, linear, kept.saved_tensors[0], dy)
@@ -110,7 +110,7 @@ class QMTaylor(BlockSums):
         return taken
 
     def statistics(self) -> Iterator[Tensor]:
-        # Ranks see different classes; after this, all know all, in one order.
+        # Ranks see different classes; give all ranks all classes, in one order.
         labels = sorted(set().union(*_gathered(list(self.places))))
         self._make_room(len(self.places) + 1)
         order = [self.places.get(label, len(self.places)) for label in labels]
@@ -128,7 +128,7 @@ class QMTaylor(BlockSums):
 
 
 class _Kept(torch.autograd.Function):
-    """Keeps a tensor as autograd keeps what it needs for backward, so that checkpointing and offloading see to it."""
+    """Saves a tensor for backward through autograd, so that checkpointing and offloading apply to it."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor, anchor: Tensor) -> Tensor:
@@ -137,12 +137,12 @@ class _Kept(torch.autograd.Function):
 
 
 def _extended(tensor: Tensor, size: int) -> Tensor:
-    """The tensor with zeros after it, `size` in its first dimension."""
+    """Pad the first dimension of a tensor to `size` with zeros."""
     return torch.cat([tensor, tensor.new_zeros(size - len(tensor), *tensor.shape[1:])])
 
 
 def _gathered(labels: list[int]) -> list[list[int]]:
-    """The labels of all ranks."""
+    """Gather the labels of all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return [labels]
     everywhere = [None] * dist.get_world_size()
@@ -151,7 +151,7 @@ def _gathered(labels: list[int]) -> list[list[int]]:
 
 
 def _quantile_mean(scores: Tensor) -> Tensor:
-    """Mean [R, C] of the quantiles over the first dimension of [classes, R, C], in float32."""
+    """Return the mean [R, C] of the quantiles over the first dimension of [classes, R, C], in float32."""
     if not len(scores):
         return scores.sum(0).float()
     return torch.from_numpy(np.quantile(scores.numpy(), QUANTILES, axis=0).mean(0)).float()

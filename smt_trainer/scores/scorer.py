@@ -1,4 +1,4 @@
-"""What all scorers have in common."""
+"""What all scorers share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from smt_trainer.model.grid import BlockGrid
 
 
 class Scorer(ABC):
-    """Scores the blocks of the targets, if need be from what it sees of forward and backward while `attached`.
+    """Scores the blocks of the targets; most scorers observe forward and backward while `attached`.
 
     Attributes:
-        needs_warmup: whether it looks at batches at all.
-        needs_backward: whether a step of the warm-up runs backward; if not, forward runs without a graph.
+        needs_warmup: whether the scorer needs batches.
+        needs_backward: whether a warm-up step runs backward; if not, forward runs without a graph.
 
     Args:
         targets: module name -> linear, in the model's order.
         grids: module name -> grid.
         config: the configuration; a scorer reads its own fields only.
-        seed: for scores that draw.
+        seed: for random scores.
     """
 
     needs_warmup: ClassVar[bool] = True
@@ -44,38 +44,38 @@ class Scorer(ABC):
 
     @contextlib.contextmanager
     def attached(self, hold: bool = False) -> Iterator[None]:
-        """Observe the targets within this context; all hooks are gone after it, also after an exception.
+        """Observe the targets within this context; remove all hooks at its end, even after an exception.
 
-        With `hold`, what an optimizer step contributes is kept apart until the caller takes it by `take_step`.
+        With `hold`, keep each optimizer step's contribution apart until the caller takes it with `take_step`.
         """
         yield
 
     def begin_batch(self, inputs: MutableMapping[str, Any]) -> None:
-        """Told of each micro-batch before its forward; takes out of it what is not meant for the model."""
+        """Look at a micro-batch before its forward, and remove from it what the model does not take."""
         return
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
-        """Each sum and what the step that was just run contributes to it; the scorer forgets the latter.
+        """Return each sum with the last step's contribution to it, and forget the contribution.
 
-        Contributions of gradients are floating point, and as large as the loss is scaled; counts are integers.
+        Contributions of gradients are floating point and carry the loss scale; counts are integers.
         """
         return []
 
     def statistics(self) -> Iterator[Tensor]:
-        """What was summed so far, one tensor at a time: linear in the data, so ranks may average it in place."""
+        """Yield the sums so far, one at a time; they are linear in the data, so ranks may average them in place."""
         yield from ()
 
     @abstractmethod
     def scores(self) -> dict[str, Tensor]:
-        """Module name -> scores [R, C], float32 on the CPU, in the model's order."""
+        """Return module name -> scores [R, C], float32 on the CPU, in the model's order."""
 
 
 @contextlib.contextmanager
 def weight_gradients(targets: Mapping[str, nn.Module], consume: Callable[[str, Tensor], None] | None) -> Iterator[None]:
-    """Within this context the targets' weights ask for a gradient.
+    """Let the targets' weights require a gradient within this context.
 
-    `consume` is called with the name of a module and its weight once each backward has formed `weight.grad`, which is
-    freed at once: one gradient is alive at a time. Without it they stay, and accumulate.
+    Each time backward has formed a `weight.grad`, call `consume` with the module's name and the weight, then free the
+    gradient: only one is alive at a time. Without `consume`, gradients stay and accumulate.
     """
     handles = []
     try:
@@ -103,8 +103,11 @@ def _drain(name: str, consume: Callable[[str, Tensor], None], weight: Tensor) ->
 def output_gradients(
     targets: Mapping[str, nn.Module], observe: Callable[[str, nn.Module, Tensor], Callable[[Tensor], None]]
 ) -> Iterator[None]:
-    """Within this context, `observe` is called with a module's name, the module and its input x at each of its calls;
-    what it returns is called in backward with the gradient dy of the module's output. No weight gradient is formed."""
+    """Observe the output gradients of the targets within this context; form no weight gradient.
+
+    Each call of a target calls `observe` with the module's name, the module and its input x. Backward then calls what
+    `observe` returned with the gradient dy of the module's output.
+    """
     handles = []
     try:
         for name, linear in targets.items():
@@ -116,10 +119,10 @@ def output_gradients(
 
 
 def _watch(name: str, observe: Callable, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor):
-    # Reentrant checkpointing runs forward without a graph first.
+    # Reentrant checkpointing first runs forward without a graph.
     if not torch.is_grad_enabled():
         return None
-    # With all weights frozen nothing asks for a gradient at the lowest target; a leaf in its place does.
+    # With all weights frozen, the lowest target's output requires no gradient; replace it by a leaf that does.
     started = output if output.requires_grad else output.detach().requires_grad_(True)
     started.register_hook(observe(name, linear, inputs[0].detach()))
     return started

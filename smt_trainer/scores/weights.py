@@ -1,4 +1,4 @@
-"""Scores that need no warm-up: of the base weights alone, or of nothing."""
+"""Scores that need no warm-up: of the base weights alone, or random."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from smt_trainer.scores.scorer import Scorer
 
 
 class Magnitude(Scorer):
-    """`magnitude`: L2 norm of the block of the base weight (SPSFT, section 3.2)."""
+    """`magnitude`: L2 norm of the block in the base weight (SPSFT, section 3.2)."""
 
     needs_warmup = False
 

@@ -1,8 +1,8 @@
-"""Which blocks are trained: from scores and a budget to a `BlockSelection`, an artefact that can be kept and re-used.
+"""Choose the blocks to train: scores and a budget give a `BlockSelection`, an artefact that can be saved and reused.
 
-How many are chosen from where is in `budget.py`. Ranking is a stable sort, highest score first; ties go by the model's
-module order, then row by row, so every rank and machine chooses the same blocks from the same scores. Under a cap each
-layer first gives the best of its own; the ranking goes on among these.
+`budget.py` decides how many blocks each group gives. Ranking is a stable sort, highest score first. The model's module
+order breaks ties, then row order, so every rank and machine chooses the same blocks from the same scores. Under a cap,
+each layer first offers its best blocks; the ranking then chooses among these.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class BlockSelection:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.block_indices) - set(self.grids))
         if unknown:
-            raise SMTError(f"the selection has blocks for `{unknown[0]}` but no grid; it is damaged, make it anew.")
+            raise SMTError(f"the selection has blocks for `{unknown[0]}` but no grid; it is damaged, create it again.")
         for name, indices in self.block_indices.items():
             self.grids[name].check_indices(indices, name)
         if not self.num_blocks:
@@ -58,12 +58,12 @@ class BlockSelection:
 
     @property
     def num_blocks(self) -> int:
-        """Chosen blocks of all modules together."""
+        """Number of chosen blocks in all modules together."""
         return sum(len(indices) for indices in self.block_indices.values())
 
     @property
     def trainable_parameters(self) -> int:
-        """Weights in the chosen blocks."""
+        """Number of weights in the chosen blocks."""
         return sum(len(indices) * self.grids[name].block_numel for name, indices in self.block_indices.items())
 
     @property
@@ -77,14 +77,14 @@ class BlockSelection:
         return self.trainable_parameters / sum(grid.num_blocks * grid.block_numel for grid in self.grids.values())
 
     def blocks_by_projection(self) -> dict[str, int]:
-        """Projection (`v_proj`) -> its chosen blocks; targets without any are included."""
+        """Return projection (`v_proj`) -> number of chosen blocks, including projections without any."""
         return {
             projection: sum(len(self.block_indices.get(name, ())) for name in names)
             for projection, names in by_projection(self.grids).items()
         }
 
     def summary(self) -> str:
-        """One line: how many blocks of which shape, how many parameters, of which projections."""
+        """Describe the selection in one line: blocks and their shape, parameters, fractions, projections."""
         shapes = {grid.block_shape for grid in self.grids.values()}
         shape = "{}x{}".format(*shapes.pop()) if len(shapes) == 1 else "several shapes"
         shares = ", ".join(f"{leaf} {count}" for leaf, count in self.blocks_by_projection().items())
@@ -94,7 +94,7 @@ class BlockSelection:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; `from_dict` reads them back."""
+        """Return JSON types that `from_dict` reads back."""
         config = self.config.to_dict() | {"selection": None}
         modules = {
             name: grid.to_dict()
@@ -134,14 +134,14 @@ class BlockSelection:
 
     @classmethod
     def resolve(cls, selection: BlockSelection | Mapping[str, Any] | str | Path) -> BlockSelection:
-        """A selection given as itself, as its dictionary or as the path of its file."""
+        """Return a selection given as itself, as its dictionary or as the path of its file."""
         if isinstance(selection, BlockSelection):
             return selection
         return cls.from_dict(selection) if isinstance(selection, Mapping) else cls.load(selection)
 
 
 def base_name(model: nn.Module) -> str | None:
-    """The model's hub name, with its revision where known (`name@commit`); of a local base the folder's name only."""
+    """Return the model's hub name, with its revision if known (`name@commit`); for a local base, the folder's name."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     if not name:
@@ -159,12 +159,12 @@ def select_blocks(
     num_parameters: int,
     base_model: str | None = None,
 ) -> BlockSelection:
-    """The highest-scoring blocks within the budget (SMT, section 3.2).
+    """Choose the highest-scoring blocks within the budget (SMT, section 3.2).
 
     Args:
         scores: module name -> [R, C], in the model's module order.
         grids: module name -> grid.
-        config: its `budget`, `budget_of`, `scope` and `layer_cap` count here (see `budget.py`).
+        config: its `budget`, `budget_of`, `scope` and `layer_cap` are read (see `budget.py`).
         num_parameters: parameters of the whole model.
         base_model: name recorded in the selection.
 
@@ -198,7 +198,7 @@ def select_blocks(
 
 
 def _best_of_all(scores: Mapping[str, Tensor], group: BudgetGroup) -> dict[str, Tensor]:
-    """Module name -> flat positions of its blocks among the best of all modules together."""
+    """Return module name -> flat positions of its blocks among the best of all modules together."""
     flat = torch.cat([score.flatten().float() for score in scores.values()])
     counts = torch.tensor([group.grids[name].num_blocks for name in scores])
     numels = torch.tensor([group.grids[name].block_numel for name in scores], dtype=torch.float64)
@@ -206,12 +206,12 @@ def _best_of_all(scores: Mapping[str, Tensor], group: BudgetGroup) -> dict[str, 
     if group.config.layer_cap is not None:
         allowed = _best_of_each_layer(flat, counts, numels, list(scores), group)
         flat, available = flat.masked_fill(~allowed, -torch.inf), int(allowed.sum())
-        # Where a layer's blocks are of several sizes, what it can give depends on the scores.
+        # If a layer has blocks of several sizes, the scores decide how much it can give.
         group.check_room(available, float(numels.repeat_interleave(counts)[allowed].sum()))
     if group.weights is not None:
         best = _best(flat, min(available, int(group.weights / numels.min()) + 1))
         sizes = numels[torch.bucketize(best, counts.cumsum(0), right=True)]
-        # The k blocks of highest score whose size is nearest to what is wanted, at least one.
+        # Take the k highest-scoring blocks whose total size is nearest to the budget, at least one.
         best = best[: max(1, int((sizes.cumsum(0) - sizes / 2 <= group.weights).sum()))]
     else:
         best = _best(flat, group.count)
@@ -221,7 +221,7 @@ def _best_of_all(scores: Mapping[str, Tensor], group: BudgetGroup) -> dict[str, 
 
 
 def _best_of_each_layer(flat: Tensor, counts: Tensor, numels: Tensor, names: list[str], group: BudgetGroup) -> Tensor:
-    """True at the blocks, of all in `flat`, that are the best of their layer up to its cap."""
+    """Return a mask over `flat`, True at each layer's best blocks up to its cap."""
     allowed = torch.zeros(len(flat), dtype=torch.bool)
     places = {name: place for place, name in enumerate(names)}
     starts = counts.cumsum(0) - counts
@@ -236,7 +236,7 @@ def _best_of_each_layer(flat: Tensor, counts: Tensor, numels: Tensor, names: lis
 
 
 def _best(flat: Tensor, count: int) -> Tensor:
-    """Positions of the `count` >= 1 highest scores, best first, ties in order; sorts these alone, not all millions."""
+    """Return the positions of the `count` >= 1 highest scores, best first, ties in order; sort only these."""
     cutoff = len(flat) - count
     lowest = np.partition(flat.numpy(), cutoff)[cutoff].item()
     candidates = (flat >= lowest).nonzero().flatten()
@@ -244,6 +244,6 @@ def _best(flat: Tensor, count: int) -> Tensor:
 
 
 def _best_of_each(scores: Mapping[str, Tensor], group: BudgetGroup) -> dict[str, Tensor]:
-    """Module name -> flat positions of its own best blocks, as many as its share of the budget."""
+    """Return module name -> flat positions of its own best blocks, as many as its quota."""
     quotas = group.quotas()
     return {name: _best(score.flatten().float(), quotas[name]) for name, score in scores.items() if quotas[name]}

@@ -1,13 +1,13 @@
-"""What a budget buys: how many blocks, from which targets, and whether they hold as many.
+"""Turn a budget into the number of blocks to choose from each target, and check that the targets hold them.
 
-A fraction f is of D weights: the P parameters of the model, or the T weights of all targets (`budget_of`). It asks for
-f * D weights, and blocks of m weights each are chosen with k * m as near to f * D as whole blocks allow. A count asks
-for k blocks. Budgets by group (SMT, tables 4 and 6) make a `BudgetGroup` each, which is ranked apart from the
+A fraction f refers to D weights: the P parameters of the model, or the T weights of all targets (`budget_of`). It asks
+for f * D weights; k blocks of m weights each are chosen, with k * m as near to f * D as whole blocks allow. A count
+asks for k blocks. Budgets by group (SMT, tables 4 and 6) make one `BudgetGroup` each, which is ranked apart from the
 others and meets its own budget.
 
-In each module alone (`scope="per_module"`), a count is of each, and f * D is divided in proportion to the modules'
-sizes. What goes into one layer may be capped (`layer_cap`), at n blocks or at a fraction of the layer's weights in the
-group: then a layer gives its best blocks up to there, and the targets hold less.
+With `scope="per_module"`, a count applies to each module, and f * D is divided in proportion to the modules' sizes.
+`layer_cap` limits each layer to n blocks, or to a fraction of the layer's weights in the group. Each layer then offers
+only its best blocks up to the cap, so the targets hold less.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PIECES = {"block": "blocks", "row": "rows", "column": "columns"}
 
 @dataclass(frozen=True)
 class BudgetGroup:
-    """Targets that are ranked together, and how much of them is to be chosen.
+    """Targets that are ranked together, and how many of their blocks or weights to choose.
 
     Attributes:
-        label: what errors call the budget, such as "budget=0.0084" or "budget['mlp']=100".
+        label: the budget's name in errors, such as "budget=0.0084" or "budget['mlp']=100".
         grids: module name -> grid, in the model's order.
-        config: the configuration that the budget is of.
-        count: number of blocks asked for (of each module, per module); None for a fraction.
+        config: the configuration that sets the budget.
+        count: number of blocks asked for (of each module if scope is 'per_module'); None for a fraction.
         weights: number of weights asked for; None for a count.
-        denominator: weights that the fraction is of.
+        denominator: weights that the fraction refers to.
     """
 
     label: str
@@ -48,23 +48,23 @@ class BudgetGroup:
     denominator: int
 
     def layers(self) -> dict[str, list[str]]:
-        """Layer -> the names of its targets; "" for those outside the layers."""
+        """Return layer -> the names of its targets; "" for targets outside the layers."""
         layers: dict[str, list[str]] = {}
         for name in self.grids:
             layers.setdefault(layer_path(name), []).append(name)
         return layers
 
     def cap(self, names: Iterable[str]) -> tuple[int, int]:
-        """The most blocks, and the most weights, that may be chosen from the targets of one layer."""
+        """Return the most blocks and the most weights that may be chosen from the targets of one layer."""
         cap, total = self.config.layer_cap, numel(self.grids[name] for name in names)
         blocks = sum(self.grids[name].num_blocks for name in names)
         if cap is None:
             return blocks, total
-        # In decimals, as it is written: 0.29 of a hundred weights is 28.999... in floating point.
+        # Compute in decimals, as written: 0.29 of 100 weights is 28.999... in floating point.
         return (min(cap, blocks), total) if isinstance(cap, int) else (blocks, int(Fraction(str(cap)) * total))
 
     def quotas(self) -> dict[str, int]:
-        """Per module: whole blocks in proportion to its size; what rounding down leaves goes by largest remainder."""
+        """Return each module's blocks: the count, or a share in proportion to size, rounded by largest remainder."""
         if self.count is not None:
             return dict.fromkeys(self.grids, self.count)
         fraction = min(1.0, self.weights / numel(self.grids.values()))
@@ -76,7 +76,7 @@ class BudgetGroup:
         return quotas
 
     def check_room(self, blocks: int, weights: float) -> None:
-        """Raise `SMTError` unless so many blocks, of so many weights in all, are enough."""
+        """Raise `SMTError` unless `blocks` blocks with `weights` weights in all can meet the budget."""
         capped = "" if self.config.layer_cap is None else f" under layer_cap={self.config.layer_cap}"
         remedies = ["Lower the budget", "raise layer_cap" if capped else "widen target_modules"]
         if self.weights is not None:
@@ -95,20 +95,20 @@ class BudgetGroup:
 
 
 def numel(grids: Iterable[BlockGrid]) -> int:
-    """Weights in all grids together."""
+    """Count the weights of all grids together."""
     return sum(grid.num_blocks * grid.block_numel for grid in grids)
 
 
 def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> list[BudgetGroup]:
-    """The budget's shares: one of all targets, or one for each group.
+    """Make the budget's groups: one of all targets, or one for each group that the budget names.
 
     Args:
         grids: module name -> grid, for every target.
-        config: its `budget`, `budget_of`, `scope` and `layer_cap` count here.
+        config: its `budget`, `budget_of`, `scope` and `layer_cap` are read.
         num_parameters: parameters of the whole model.
 
     Raises:
-        SMTError: a target belongs to no group or to two, or a group has no target.
+        SMTError: a target belongs to no group or to several, or a group has no target.
     """
     denominator = num_parameters if config.budget_of == "model" else numel(grids.values())
     if not isinstance(config.budget, dict):
@@ -131,8 +131,8 @@ def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_paramet
     for group, own in members.items():
         if not own:
             raise SMTError(
-                f"budget has a group {group!r}, to which none of the {len(grids)} targets of "
-                f"target_modules={config.target_modules!r} belongs. Widen target_modules or drop the group."
+                f"budget has a group {group!r}, but none of the {len(grids)} targets of "
+                f"target_modules={config.target_modules!r} belongs to it. Widen target_modules or drop the group."
             )
     return [
         _group(f"budget[{group!r}]={amount}", members[group], config, amount, denominator)
@@ -141,7 +141,7 @@ def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_paramet
 
 
 def check_budget_fits(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> None:
-    """Raise `SMTError` unless each share is at least half a block and at most what its targets hold under the cap."""
+    """Raise `SMTError` if a group asks for less than half a block, or for more than its targets hold under the cap."""
     for group in budget_groups(grids, config, num_parameters):
         smallest = min(grid.block_numel for grid in group.grids.values())
         if group.weights is not None and group.weights < smallest / 2:
@@ -167,7 +167,7 @@ def _group(
 
 
 def _check_modules(group: BudgetGroup) -> None:
-    """As `check_budget_fits`, where each module has its own quota."""
+    """Do as `check_budget_fits` does, for modules with a quota each."""
     quotas, pieces = group.quotas(), PIECES[group.config.granularity]
     if group.weights is not None:
         group.check_room(sum(quotas.values()), numel(group.grids.values()))
@@ -189,12 +189,12 @@ def _check_modules(group: BudgetGroup) -> None:
 
 
 def _room(group: BudgetGroup, names: list[str]) -> tuple[int, int]:
-    """The most blocks, and the most weights, that one layer can give under its cap, whatever the scores."""
+    """Return the most blocks and the most weights that a layer can give under its cap, whatever the scores."""
     blocks, weights = group.cap(names)
     sizes = Counter()
     for name in names:
         sizes[group.grids[name].block_numel] += group.grids[name].num_blocks
-    # Most blocks: the smallest first. Most weights: the largest first, in whole steps of what all sizes have in common.
+    # For most blocks, take the smallest first; for most weights, the largest first, in steps of their common divisor.
     step = math.gcd(*sizes)
     most_blocks, most_weights, left = 0, 0, weights
     for size in sorted(sizes):

@@ -1,18 +1,18 @@
-"""Which columns of a linear belong to a row of another, and a selection of rows with these columns (SPSFT's `dep`).
+"""Find the columns of a linear that depend on rows of another, and add them to a selection of rows (SPSFT's `dep`).
 
 Let y be the output of a linear A at all tokens and x the input of a linear B. Row i of A and column j of B depend on
-each other if x_j is 0 at every token whenever y_i is, whatever all other outputs are: column j then reads nothing but
-what row i computes. This is the dependency of structured pruning, where removing the row leaves the column nothing to
-multiply. In Llama row i of `gate_proj` and of `up_proj` go with column i of `down_proj`, and row i of `v_proj` with one
-column of `o_proj` for each query head of its group. A row of `q_proj` or `k_proj` reaches all columns of its head but
-decides none; what is added to the residual stream is never alone there.
+each other if x_j is 0 at every token whenever y_i is, whatever all other outputs are. Column j then reads only what row
+i computes. Structured pruning uses the same dependency: removing the row leaves the column nothing to multiply. In
+Llama, row i of `gate_proj` and of `up_proj` go with column i of `down_proj`, and row i of `v_proj` goes with one column
+of `o_proj` for each query head of its group. A row of `q_proj` or `k_proj` affects all columns of its head but
+determines none. The residual stream adds other outputs to a row's output, so it determines no column there.
 
-The search asks the model itself, and the weights of its linears do not count. A forward pass in which all linears give
-noise, and the outputs in a set S give 0, shows in which columns all is 0: those that depend on a member of S. If S_b
-holds the outputs whose index has bit b set, and T_b the others, a column with one row turns 0 under exactly one of S_b
-and T_b for each b, and so spells the row's index. One with several rows, as behind a fused gate and up projection,
-turns 0 under both somewhere, and is asked again in each half of the outputs. So 2 log2 n passes do for the n outputs of
-the linears of one kind in all layers.
+The search runs the model itself; the weights of its linears do not matter. In a forward pass, all linears output noise,
+except that the outputs in a set S are 0. The columns that are then 0 everywhere depend on a member of S. Let S_b hold
+the outputs whose index has bit b set, and T_b the others. A column with one row turns 0 under exactly one of S_b and
+T_b for each b, which spells the row's index. A column with several rows, as behind a fused gate and up projection,
+turns 0 under both for some b; the search repeats for it in each half of the outputs. So 2 log2 n passes suffice for the
+n outputs of the linears of one kind in all layers.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from smt_trainer.selection.block_selection import BlockSelection
 
 logger = logging.getLogger(__name__)
 
-# Noise that a ReLU makes 0 at all tokens would hide a column: 1 in 2**TOKENS.
+# A ReLU hides a column if it sets the noise to 0 at all tokens; the chance is 1 in 2**TOKENS.
 TOKENS = 32
 
-# By model: a trainer asks when it is made, to refuse what does not fit, and again when it trains.
+# Cached by model: a trainer asks when it is constructed, to refuse what does not fit, and again when it trains.
 _found: weakref.WeakKeyDictionary[nn.Module, list[Dependency]] = weakref.WeakKeyDictionary()
 
 
@@ -51,9 +51,9 @@ class Dependency:
     Attributes:
         source: full name of the linear with the rows.
         reader: full name of the linear with the columns.
-        pairs: [n, 2] int32 (row of the source, column of the reader), by column; a row may have several columns, a
-            column several rows.
-        grid: the cut of the reader into columns.
+        pairs: [n, 2] int32 (row of the source, column of the reader), by row, then column; a row may have several
+            columns, a column several rows.
+        grid: the reader's grid of columns.
     """
 
     source: str
@@ -63,18 +63,18 @@ class Dependency:
 
 
 def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str]) -> list[Dependency]:
-    """The dependencies of a model's targets; the model is left as it was, and so is the random state.
+    """Find the dependencies of a model's targets; leave the model and the random state unchanged.
 
-    A target whose columns depend on rows of another gives no rows itself, since a weight has one grid: it is said so in
-    the log, as a warning where `target_modules` names modules.
+    A target whose columns depend on rows of another gives no rows itself, since a weight has only one grid. The log
+    says so, as a warning if `target_modules` names modules.
 
     Args:
         model: a plain model that takes token ids.
-        config: what it excludes has no columns to train.
+        config: columns of the modules that it excludes are not trained.
         targets: names of the linears to choose rows from.
 
     Returns:
-        By source and reader, in the model's order. No reader is a source.
+        The dependencies by source and reader, in the model's order. No reader is a source.
 
     Raises:
         SMTError: the model takes no token ids or is sharded over ranks, or no column depends on the targets.
@@ -98,15 +98,15 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
     both = sorted({name.rpartition(".")[2] for name in targets & readers})
     if both:
         level = logging.INFO if config.target_modules in (*GROUPS, "all-linear") else logging.WARNING
-        message = "%s: columns that depend on rows of other targets are trained, no rows of its own (train_dependents)."
+        message = "%s: only columns that depend on rows of other targets are trained, and no rows (train_dependents)."
         logger.log(level, message, ", ".join(both))
     return kept
 
 
 def add_columns(selection: BlockSelection, dependencies: Iterable[Dependency]) -> BlockSelection:
-    """A selection of rows with the columns that depend on them, but for what its configuration excludes.
+    """Add to a selection of rows the columns that depend on them, except those its configuration excludes.
 
-    The budget was for the rows alone. So is SPSFT's (section 4.3), which halves the ratio for what comes on top.
+    The budget covers the rows alone, as in SPSFT (section 4.3), which halves the ratio to make room for the columns.
     """
     excluded = selection.config.exclude_modules
     grids, columns = dict(selection.grids), {}
@@ -134,12 +134,12 @@ def _refuse_unsuited(model: nn.Module) -> None:
     if any(full_shape(parameter) != tuple(parameter.shape) for parameter in model.parameters()):
         raise SMTError(
             "train_dependents=True runs the model before training, but its parameters are sharded over ranks. Choose "
-            "the blocks on one process, with SMTTrainer.select, and give them as SMTConfig.selection."
+            "the blocks on one process, with SMTTrainer.select, and pass them as SMTConfig.selection."
         )
 
 
 def _all_dependencies(model: nn.Module) -> list[Dependency]:
-    """The dependencies between any two linears of a model, by source and reader in its order."""
+    """Find the dependencies between any two linears of a model, by source and reader in the model's order."""
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     grids = target_grids(linears, SMTConfig(granularity="column"))
     kinds: dict[str, list[str]] = {}
@@ -149,7 +149,7 @@ def _all_dependencies(model: nn.Module) -> list[Dependency]:
     with _noise_for_linears(model, linears, grids) as zero_columns:
         alive = {name: ~zero for name, zero in zero_columns({}).items()}
         for kind in kinds.values():
-            # Output i of the k-th of these K linears has the index i * K + k: a half of them is a half of each.
+            # Output i of the k-th of these K linears has index i * K + k, so half of the indices is half of each.
             rows = max(grids[name].out_features for name in kind)
 
             def turned_zero(outputs: Tensor, kind=kind, rows=rows) -> dict[str, Tensor]:
@@ -168,7 +168,7 @@ def _all_dependencies(model: nn.Module) -> list[Dependency]:
 def _search(
     turned_zero: Callable[[Tensor], dict[str, Tensor]], asked: Mapping[str, Tensor], among: range, count: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(module, columns [n], indices [n]): which of the `asked` columns depend on which of the outputs `among` all."""
+    """Yield (module, columns [n], indices [n]): the `asked` columns and the outputs in `among` they depend on."""
     index = torch.arange(count)
     members = (index >= among.start) & (index < among.stop)
     found = {name: zero & asked[name] for name, zero in turned_zero(members).items() if name in asked}
@@ -195,7 +195,7 @@ def _search(
 
 
 def _join(found: list[tuple[str, str, Tensor]], grids: Mapping[str, BlockGrid]) -> list[Dependency]:
-    """One dependency per source and reader, in the model's order."""
+    """Make one dependency per source and reader, in the model's order."""
     parts: dict[tuple[str, str], list[Tensor]] = {}
     for source, reader, pairs in found:
         parts.setdefault((source, reader), []).append(pairs)
@@ -212,8 +212,11 @@ def _join(found: list[tuple[str, str, Tensor]], grids: Mapping[str, BlockGrid]) 
 def _noise_for_linears(
     model: nn.Module, linears: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid]
 ) -> Iterator[Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
-    """A function from the outputs that are set to 0 (module name -> [O] bool) to the inputs that then are 0 at all
-    tokens (module name -> [I] bool, of modules that some token reached), in a context in which linears give noise."""
+    """Make the linears output noise within this context.
+
+    Yields a function from the outputs that are set to 0 (module name -> [O] bool) to the inputs that are then 0 at all
+    tokens (module name -> [I] bool, for modules that some token reached).
+    """
     generator = torch.Generator().manual_seed(0)
     zeros: dict[str, Tensor] = {}
     is_zero: dict[str, Tensor] = {}
@@ -237,7 +240,7 @@ def _noise_for_linears(
         body(**inputs)
         return {name: zero.cpu() for name, zero in is_zero.items()}
 
-    # Without the head, which may want more of the tokens than that there are some.
+    # Run without the head, which may need particular tokens.
     body = getattr(model, "base_model", model)
     inputs = {"input_ids": torch.ones(1, TOKENS, dtype=torch.long, device=next(model.parameters()).device)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):

@@ -1,8 +1,8 @@
-"""How much two selections, or the scores behind them, agree: between seeds, scores, data or lengths of the warm-up.
+"""How much two selections, or their scores, agree: across seeds, scores, data or warm-up lengths.
 
-With the chosen blocks A and B, the Jaccard index is |A and B| / |A or B|: 1 if both choose the same, 0 if they share
-nothing. Spearman's rank correlation is Pearson's correlation of the ranks of all scores, where equal scores have the
-mean of the ranks that they take up.
+For chosen blocks A and B, the Jaccard index is |A and B| / |A or B|: 1 if both selections are the same, 0 if they share
+nothing. Spearman's rank correlation is Pearson's correlation of the ranks of all scores; equal scores share the mean of
+their ranks.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ class Overlap:
 
     @property
     def jaccard(self) -> float:
-        """Shared blocks as a fraction of those that either chooses; 1 where neither chooses any."""
+        """Shared blocks as a fraction of the blocks in either selection; 1 if both are empty."""
         either = self.first + self.second - self.shared
         return self.shared / either if either else 1.0
 
     @classmethod
     def of(cls, first: BlockSelection | BlockScores, second: BlockSelection | BlockScores) -> Overlap:
-        """Compare two selections; of scores, what they select by their own budget, and of two scores also the ranking.
+        """Compare two selections. `BlockScores` stand for what they select with their own budget.
+
+        Two `BlockScores` are also compared by ranking.
 
         Raises:
-            SMTError: they do not have the same targets, cut in the same way.
+            SMTError: their targets or grids differ.
         """
         _check_grids(first, second)
         chosen = [_masks(artefact) for artefact in (first, second)]
@@ -68,7 +70,7 @@ class Overlap:
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation of two vectors [n]; NaN if all numbers of one are equal."""
+    """Return the rank correlation of two vectors [n]; NaN if all numbers of one are equal."""
     ranks = [_ranks(values) for values in (first, second)]
     centred = [rank - rank.mean() for rank in ranks]
     norms = torch.stack([part.norm() for part in centred])
@@ -76,7 +78,7 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    """The rank of each number, from 1 for the lowest; equal ones have the mean of their ranks. [n], float64."""
+    """Return the rank of each number [n] in float64, from 1 for the lowest; equal numbers get their mean rank."""
     _, places, counts = values.unique(return_inverse=True, return_counts=True)
     counts = counts.double()
     return (counts.cumsum(0) - (counts - 1) / 2)[places]
@@ -87,7 +89,7 @@ def _flat(scores: dict[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 def _masks(artefact: BlockSelection | BlockScores) -> dict[str, Tensor]:
-    """Module name -> [R * C], True at the chosen blocks."""
+    """Return module name -> [R * C], True at the chosen blocks."""
     selection = artefact.select() if isinstance(artefact, BlockScores) else artefact
     masks = {}
     for name, grid in artefact.grids.items():
@@ -102,8 +104,8 @@ def _check_grids(first: BlockSelection | BlockScores, second: BlockSelection | B
     for name in [*first.grids, *second.grids]:
         cuts = [artefact.grids.get(name) for artefact in (first, second)]
         if cuts[0] != cuts[1]:
-            found = ["no target" if cut is None else f"{cut.weight_shape} in {cut.block_shape}" for cut in cuts]
+            found = ["not a target" if cut is None else f"{cut.weight_shape} in {cut.block_shape}" for cut in cuts]
             raise SMTError(
-                f"`{name}` is {found[0]} for the first and {found[1]} for the second; only what has the same targets "
-                "and blocks can be compared."
+                f"`{name}` is {found[0]} for the first and {found[1]} for the second. Compare selections or scores "
+                "with the same targets and grids."
             )

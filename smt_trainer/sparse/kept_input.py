@@ -1,21 +1,22 @@
-"""What the sparse linear keeps of its input x for backward: nothing of its own, wherever that is possible.
+"""What the sparse linear keeps of its input x for backward: nothing of its own, where possible.
 
-The frozen layer before it keeps tensors for its own backward that x can be made of again, as it was, bit for bit:
+The frozen module before it often keeps tensors for its own backward from which x can be recomputed bit for bit:
 
-    RMSNorm      x = cast(h * rstd) * w             keeps h, rstd and w, for all models that write it so
+    RMSNorm      x = cast(h * rstd) * w             keeps h, rstd and w, in all models that write it this way
     LayerNorm    x = (h - mean) * rstd * w + b      keeps h, mean, rstd, w and b
     gated MLP    x = act(g) * u                     keeps act(g) and u
 
-with h, x [..., I], mean and rstd [..., 1], w and b [I]. Which of them there are is read off the graph that autograd has
-just built (`_saved_*` of its nodes), so it does not depend on the architecture. Then the sparse linear refers to these
-tensors, which takes no memory, and its backward makes x again from them, only those columns that have blocks.
+with h, x [..., I], mean and rstd [..., 1], w and b [I]. The graph that autograd has just built shows which tensors
+exist (`_saved_*` of its nodes), so the architecture does not matter. The sparse linear refers to these tensors, which
+takes no memory. Its backward recomputes x from them, but only the columns that have blocks.
 
-Elsewhere x itself is kept, by reference: it takes no memory where another layer keeps it too (the output of attention),
-and once the memory of x where it does not, however many linears share it (query, key and value). That is
+Otherwise the sparse linear keeps x itself, by reference. This takes no memory if another module keeps x too (the output
+of attention). If not, it takes the memory of x once, however many linears share x (query, key and value). It does so
 
-- where x is no such product, or where nothing before x asks for a gradient: in the lowest layer with blocks;
-- under hooks on saved tensors: activation checkpointing keeps neither, and offloading may move x, not look into others;
-- under torch.compile, which decides by itself what to compute again.
+- where x is not such a product, or where nothing before x requires a gradient: in the lowest layer with blocks;
+- under hooks on saved tensors: activation checkpointing keeps none of these tensors, and offloading may move x, but
+  reading the tensors of other nodes would fetch them back;
+- under torch.compile, which decides by itself what to recompute.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from smt_trainer.model.sharded import is_partitioned
 
 
 class KeptInput(NamedTuple):
-    """An input x [..., I] as what elementwise steps make of kept tensors; x itself where there is no step.
+    """An input x [..., I] as kept tensors and the elementwise steps that make x of them; x itself without steps.
 
     Attributes:
         tensors: each [..., I], [..., 1], [I] or a scalar.
-        steps: they begin with the first tensor. A dtype casts, "mul" and "sub" take the next tensor, and "affine"
-            multiplies by the next one and adds the one after.
+        steps: applied in order to the first tensor. A dtype casts, "mul" and "sub" take the next tensor, and "affine"
+            multiplies by the next tensor and adds the one after.
     """
 
     tensors: tuple[Tensor, ...]
     steps: tuple[str | torch.dtype, ...] = ()
 
     def columns(self, start: int, length: int) -> Tensor:
-        """Columns `start` to `start + length` of x [T, I] over its flattened tokens."""
+        """Compute columns `start` to `start + length` of x [T, I], over its flattened tokens."""
         x, *others = (_columns(tensor, start, length) for tensor in self.tensors)
         for step in self.steps:
             if step == "mul":
@@ -63,7 +64,7 @@ def _columns(tensor: Tensor, start: int, length: int) -> Tensor:
 
 
 def find_origin(x: Tensor) -> KeptInput | None:
-    """The tensors that autograd keeps anyway and that x can be made of; None where there are none."""
+    """Find tensors that autograd keeps anyway and from which x can be recomputed; None if there are none."""
     if torch.compiler.is_compiling() or x.grad_fn is None or _saved_tensors_are_hooked():
         return None
     origin = _trace(x.grad_fn)
@@ -74,7 +75,7 @@ def find_origin(x: Tensor) -> KeptInput | None:
 
 
 def _trace(node: Node | None) -> KeptInput | None:
-    """The outcome of a node of autograd's graph, from what the nodes up to it keep."""
+    """Express the output of an autograd node by the tensors that it and the nodes before it keep."""
     match type(node).__name__:
         case "ToCopyBackward0":
             origin = _trace(node.next_functions[0][0])
@@ -95,19 +96,19 @@ def _layer_norm(node: Node) -> KeptInput | None:
     h, mean, rstd, weight, bias = (
         getattr(node, f"_saved_{name}") for name in ("input", "result1", "result2", "weight", "bias")
     )
-    # In half precision throughout, mean and rstd are kept rounded.
+    # If everything is in half precision, mean and rstd are kept rounded.
     if len(node._saved_normalized_shape) != 1 or weight is None or bias is None or mean.dtype.itemsize < 4:
         return None
     return KeptInput((h, mean, rstd, weight, bias), ("sub", "mul", "affine", node._input_metadata[0].dtype))
 
 
 def _is_aligned(tensor: Tensor, x: Tensor) -> bool:
-    """Whether a tensor meets x [..., I] token by token: it is [..., I], [..., 1], [I] or a scalar."""
+    """Return whether a tensor matches x [..., I] token by token: it is [..., I], [..., 1], [I] or a scalar."""
     if tensor.ndim <= 1:
         return tensor.ndim == 0 or tensor.shape[0] in (1, x.shape[-1])
     return tensor.shape[:-1] == x.shape[:-1] and tensor.shape[-1] in (1, x.shape[-1])
 
 
 def _saved_tensors_are_hooked() -> bool:
-    """Whether hooks take hold of what is saved for backward now. torch has no public way to ask."""
+    """Return whether hooks on saved tensors are active now. torch has no public way to ask."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -6,21 +6,21 @@ dimensions):
     y  = x W^T + bias
     dx = dy W
 
-and of the weight gradient dW = dy^T x only the n chosen blocks exist (SMT, section 3.1 and figure 2b):
+Of the weight gradient dW = dy^T x, only the n chosen blocks are computed (SMT, section 3.1 and figure 2b):
 
     dW[r, c] = dy[:, r-th block row]^T  x[:, c-th block column]          [br, bc]
 
-Blocks in one block column share their slice of x, so they are one matrix product (`Group`): the slices of dy are
-taken side by side, which costs nothing where the block rows are adjacent. Neighbouring block columns with blocks on the
-same block rows are one product, too: a weight of which all blocks are chosen takes a single one. Where the blocks touch
-fewer block rows than block columns (columns as blocks, for one) the roles are swapped. Batch and sequence are flattened
-into T first: one product with a long inner dimension instead of one per sequence.
+Blocks in one block column share their slice of x, so one matrix product computes them (`Group`). It takes the slices of
+dy side by side, which costs nothing if the block rows are adjacent. Neighbouring block columns with blocks on the same
+block rows also share a product; if all blocks are chosen, one product suffices. If the blocks touch fewer block rows
+than block columns (columns as blocks, for example), the roles are swapped. Batch and sequence are first flattened into
+T: one product with a long inner dimension instead of one per sequence.
 
-Where the grid is `transposed` (GPT-2's `Conv1D`) the parameter holds W^T [I, O]. Only the two dense products differ:
-the blocks are those of W.
+If the grid is `transposed` (GPT-2's `Conv1D`), the parameter holds W^T [I, O]. Only the two dense products differ; the
+blocks are those of W.
 
-The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient. What
-is kept of x for backward is decided in `kept_input.py`.
+The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient.
+`kept_input.py` decides what is kept of x for backward.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from torch.autograd.function import once_differentiable
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.sparse.kept_input import KeptInput, find_origin
 
-# Features of a block from which copying run by run is faster than copying feature by feature.
+# From this many features per block, copying run by run is faster than copying feature by feature.
 RUN_EDGE = 8
 
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks `first` to `last` (exclusive) of the stored order: those on neighbouring block columns (or rows).
+    """Blocks `first` to `last` (exclusive) in stored order, which lie on neighbouring block columns (or rows).
 
     Attributes:
         line: the first of these block columns (or rows).
-        lines: their number.
-        runs: start and length of the runs of neighbours among the block rows (or columns) that the blocks of each
-            line lie on.
+        lines: the number of these block columns (or rows).
+        runs: start and length of each run of neighbouring block rows (or columns) with blocks; the same for every
+            line.
     """
 
     first: int
@@ -67,7 +67,7 @@ class Plan:
 
 
 def group_blocks(block_indices: Tensor, grid: BlockGrid) -> tuple[Plan, Tensor, Tensor]:
-    """Group the blocks of one weight.
+    """Group the blocks of one weight into matrix products.
 
     Args:
         block_indices: [n, 2] (row, column) of the chosen blocks, in any order.
@@ -97,13 +97,13 @@ def group_blocks(block_indices: Tensor, grid: BlockGrid) -> tuple[Plan, Tensor, 
 
 
 def _runs(offsets: list[int]) -> tuple[tuple[int, int], ...]:
-    """Start and length of the runs of neighbours among ascending numbers."""
+    """Return start and length of each run of neighbours among ascending numbers."""
     starts = [i for i, offset in enumerate(offsets) if i == 0 or offsets[i - 1] != offset - 1]
     return tuple((offsets[i], end - i) for i, end in zip(starts, [*starts[1:], len(offsets)], strict=True))
 
 
 def block_gradients(dy: Tensor, x: KeptInput, plan: Plan, positions: Tensor) -> Tensor:
-    """The chosen blocks [n, br, bc] of dy^T x, in stored order and in the dtype of dy, for dy [T, O] and x [T, I]."""
+    """Compute the chosen blocks [n, br, bc] of dy^T x, in stored order and dy's dtype, for dy [T, O] and x [T, I]."""
     br, bc = plan.grid.block_shape
     blocks = dy.new_empty(plan.groups[-1].last, br, bc)
     if not plan.by_column:
@@ -122,7 +122,7 @@ def block_gradients(dy: Tensor, x: KeptInput, plan: Plan, positions: Tensor) -> 
 
 
 def _take(features: Tensor, group: Group, edge: int, positions: Tensor) -> Tensor:
-    """The features [T, k * edge] of a line of k blocks: a slice where they are adjacent, a copy elsewhere."""
+    """Return the features [T, k * edge] of a line of k blocks: a slice if they are adjacent, else a copy."""
     slices = [features.narrow(1, start * edge, length * edge) for start, length in group.runs]
     if len(slices) == 1:
         return slices[0]
@@ -133,7 +133,7 @@ def _take(features: Tensor, group: Group, edge: int, positions: Tensor) -> Tenso
 
 
 def _transposed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """y = x weight + bias for a weight [I, O]: the very product of `Conv1D`, so that not a bit changes."""
+    """Compute y = x weight + bias for a weight [I, O], by the same product as `Conv1D`, so that no bit changes."""
     flat_x = x.reshape(-1, x.shape[-1])
     y = torch.mm(flat_x, weight) if bias is None else torch.addmm(bias, flat_x, weight)
     return y.view(*x.shape[:-1], weight.shape[1])
@@ -153,7 +153,7 @@ class SparseLinear(torch.autograd.Function):
         plan: Plan,
         origin: KeptInput | None,
     ) -> Tensor:
-        # x goes in uncast: query, key and value hold one and the same tensor, also under autocast.
+        # Save x uncast, so that query, key and value hold the same tensor, even under autocast.
         ctx.save_for_backward(weight, positions, *(origin.tensors if origin else (x,)))
         ctx.steps = origin.steps if origin else ()
         ctx.plan, ctx.master_dtype, ctx.x_shape, ctx.x_dtype = plan, blocks.dtype, x.shape, x.dtype
@@ -180,7 +180,7 @@ class SparseLinear(torch.autograd.Function):
 def sparse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, positions: Tensor, plan: Plan
 ) -> Tensor:
-    """y = x W^T + bias, with gradients for x, bias and the chosen blocks of W (SMT, equation 2).
+    """Compute y = x W^T + bias, with gradients for x, bias and the chosen blocks of W (SMT, equation 2).
 
     Args:
         x: [..., I] of any leading shape.

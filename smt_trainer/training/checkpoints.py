@@ -132,12 +132,12 @@ class SavesDelta:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint in a folder that is complete: Trainer writes `trainer_state.json` last."""
+    """Return the newest complete checkpoint in a folder: Trainer writes `trainer_state.json` last."""
     steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
     for _, checkpoint in sorted(steps.items(), reverse=True):
         try:
-            load_json(checkpoint / TRAINER_STATE_NAME, "state of the trainer")
+            load_json(checkpoint / TRAINER_STATE_NAME, "trainer state")
             return str(checkpoint)
         except SMTError as error:
-            logger.warning("%s is left out, because its writing was interrupted: %s", checkpoint.name, error)
+            logger.warning("%s is incomplete and is skipped: %s", checkpoint.name, error)
     return None

@@ -1,4 +1,4 @@
-"""What SMTTrainer cannot train under, said at construction, before any work is lost."""
+"""Refuse what SMTTrainer cannot train with, at construction, before any work is lost."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from smt_trainer.scores import SCORERS
 from smt_trainer.training.class_column import refuse_missing_column
 from smt_trainer.training.preserved import rng_preserved
 
-# Optimizers that keep their own map of the model's matrices, or swap values behind forward's back.
+# Optimizers that keep their own map of the model's matrices, or swap weights outside forward.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
 
 def refuse_unusable(trainer) -> None:
-    """Raise `SMTError` for an argument, a model or a way of running that blocks cannot be trained under.
+    """Raise `SMTError` for an argument, a model or a launch setup with which blocks cannot be trained.
 
     Args:
-        trainer: an `SMTTrainerMixin`, once the trainer behind it has read its arguments.
+        trainer: an `SMTTrainerMixin` whose base trainer has read its arguments.
     """
     config = trainer.smt_config
     scorer = SCORERS[config.score]
@@ -41,20 +41,20 @@ def refuse_unusable(trainer) -> None:
     if needs_warmup:
         _refuse_data_read_once(trainer.train_dataset)
         with rng_preserved():
-            # A look at the first example may draw random numbers.
+            # Reading the first example may draw random numbers.
             refuse_missing_column(trainer.train_dataset, scorer.class_column(config))
 
 
 def _refuse_optimizers(trainer) -> None:
     if trainer.optimizer is not None or trainer.lr_scheduler is not None:
         raise SMTError(
-            "optimizers= holds an optimizer or scheduler bound to the parameters from before the blocks were chosen. "
+            "optimizers= holds an optimizer or scheduler that was bound to parameters before the blocks were chosen. "
             "Pass optimizer_cls_and_kwargs=(class, kwargs), or set TrainingArguments.optim and lr_scheduler_type."
         )
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if optim.startswith(REFUSED_OPTIMIZERS):
         raise SMTError(
-            f"optim={optim!r} works on whole matrices or swaps weights behind forward's back, and cannot train "
+            f"optim={optim!r} works on whole matrices or swaps weights outside forward, so it cannot train "
             "blocks. Use adamw_torch, adamw_torch_fused, adamw_bnb_8bit, adafactor, sgd or lion."
         )
 
@@ -62,16 +62,16 @@ def _refuse_optimizers(trainer) -> None:
 def _refuse_data_parallel(visible_gpus: int) -> None:
     if visible_gpus > 1:
         raise SMTError(
-            f"one process sees {visible_gpus} GPUs, where Trainer uses torch.nn.DataParallel. Start one process per "
-            "GPU with `accelerate launch` (or torchrun), or show one GPU (CUDA_VISIBLE_DEVICES=0)."
+            f"one process sees {visible_gpus} GPUs, so Trainer uses torch.nn.DataParallel. Start one process per "
+            "GPU with `accelerate launch` (or torchrun), or make only one GPU visible (CUDA_VISIBLE_DEVICES=0)."
         )
 
 
 def _refuse_model_parallelism(config) -> None:
     if any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
         raise SMTError(
-            "parallelism_config splits tensors or sequences (tp_size, cp_size or sp_size above 1); blocks are trained "
-            "under data parallelism only. Use DDP, FSDP2 or ZeRO."
+            "parallelism_config splits tensors or sequences (tp_size, cp_size or sp_size above 1); blocks can be "
+            "trained only with data parallelism. Use DDP, FSDP2 or ZeRO."
         )
 
 
@@ -89,11 +89,11 @@ def _refuse_sharded_weights(model: nn.Module | None, needs_warmup: bool) -> None
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         raise SMTError(
             "the model's weights were sharded when it was loaded, before the blocks are chosen. Load it without a "
-            "tp_plan or distributed_config; accelerate shards it (FSDP2, ZeRO) once it is rewritten."
+            "tp_plan or distributed_config; accelerate shards it (FSDP2, ZeRO) after the rewrite."
         )
     if needs_warmup and any(map(is_partitioned, parameters)):
         raise SMTError(
-            "ZeRO-3 has partitioned the weights already, and the warm-up needs the bare model. Choose the blocks in a "
+            "ZeRO-3 has already partitioned the weights, but the warm-up needs the bare model. Choose the blocks in a "
             "run without ZeRO-3 (one process, DDP, FSDP2 or ZeRO-2) and pass its smt_selection.json as "
             "SMTConfig(selection=...), or use a score without a warm-up ('magnitude', 'random')."
         )
@@ -106,12 +106,12 @@ def _refuse_hidden_weights(accelerator: Accelerator) -> None:
     if on_nvme or zero.get("zero_quantized_weights") or zero.get("zero_hpz_partition_size", 1) > 1:
         raise SMTError(
             "ZeRO-3 keeps weights on NVMe, quantised or in secondary copies, where blocks cannot be written back. "
-            "Offload parameters to the CPU, and leave zero_quantized_weights and zero_hpz_partition_size out."
+            "Offload parameters to the CPU, and leave out zero_quantized_weights and zero_hpz_partition_size."
         )
 
 
 def _refuse_copies_by_name(args) -> None:
-    """TRL's ways of copying the parameters into another model, which has no blocks."""
+    """Refuse TRL's options that copy the parameters into another model, which has no blocks."""
     for name, remedy in (("sync_ref_model", "keep the reference as it is"), ("use_vllm", "generate without vLLM")):
         if getattr(args, name, False):
             raise SMTError(f"{name}=True copies parameters into a model that has no blocks; {remedy}.")
@@ -121,5 +121,5 @@ def _refuse_data_read_once(dataset) -> None:
     if isinstance(dataset, (IterableDataset, Iterator)) and iter(dataset) is iter(dataset):
         raise SMTError(
             "train_dataset can be read only once, but the warm-up and the main loop both read it. Make its "
-            "__iter__ start afresh each time, or pass SMTConfig(selection=...) chosen before."
+            "__iter__ start from the beginning each time, or pass an existing selection in SMTConfig(selection=...)."
         )

@@ -139,7 +139,7 @@ def truncated_base(base):
 def damaged_index(base):
     (base / SINGLE_FILE).unlink()
     (base / INDEX_FILE).write_text("{")
-    return "is no valid JSON"
+    return "is not valid JSON"
 
 
 def missing_shard(base):

@@ -1,4 +1,4 @@
-"""The estimate of a run, against what really happens on the CPU."""
+"""The estimate of a run against a real run on the CPU."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import frozen
 
 BATCH, LENGTH = 4, tiny.LENGTH
-# Masks of dropout are bytes on a GPU only.
+# Dropout masks are bytes only on a GPU.
 WITHOUT_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 MODELS = {
     "llama": tiny.llama,
@@ -31,31 +31,31 @@ MODELS = {
 
 
 def guess(model, smt_config=None, **kwargs):
-    """The estimate for a tiny model."""
+    """Estimate a run of a tiny model."""
     return estimate(
         model.config, smt_config or tiny.config(), batch=BATCH, seq=LENGTH, **{"dtype": torch.float32} | kwargs
     )
 
 
 def real(model, found=None, dtype=torch.float32, checkpointing=False):
-    """The model ready for a real step on the CPU, with the blocks of an estimate if there is one."""
+    """Return the model ready for a real step on the CPU, with the blocks of an estimate, if given."""
     model = model.to(dtype).train()
     if found is not None:
         convert_to_smt(model, found.selection)
     if checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        # The state of the random numbers that it would keep lies on the CPU always.
+        # The random state that it would keep is always on the CPU.
         enable({"use_reentrant": False, "preserve_rng_state": False})
         model.disable_input_require_grads()
     return model
 
 
-# Numbers that take part in arithmetic become tensors on a CPU: of 16 bytes each, as it allocates them.
+# Numbers in arithmetic become tensors on a CPU, which allocates 16 bytes for each.
 NUMBERS = 3 * 16
 
 
 def step(model):
-    """Forward and backward; returns the bytes allocated since the start when the output embeddings are reached."""
+    """Run forward and backward; return the bytes allocated from the start until the output embeddings are reached."""
 
     def mark(*_):
         with torch.profiler.record_function("head"):
@@ -76,7 +76,7 @@ def gradients(model):
 
 
 def optimizer_state(model):
-    """Bytes of the state of a real AdamW after its first step."""
+    """Return the bytes of a real AdamW's state after its first step."""
     optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
     optimizer.step()
     return sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
@@ -137,12 +137,12 @@ def test_the_scores_differ_in_what_a_warm_up_takes(llama):
     blocks, columns = sum(grid.num_blocks for grid in grids), sum(grid.shape[1] for grid in grids)
     numbers = {"grad_l1": weights, "grad_l2": weights, "activation": columns}
     for score, size in found["grad_l1"].accumulators.items():
-        # `qm_taylor` counts the examples of its one class besides.
+        # `qm_taylor` also counts the examples of its one class.
         expected = 4 * numbers.get(score, blocks) + 8 * (score == "qm_taylor")
         assert size == (expected if score in found else 0)
     halved = guess(llama, tiny.config(accumulator_dtype="bfloat16")).accumulators
     assert halved == found["grad_l1"].accumulators | {score: 2 * weights for score in ("grad_l1", "grad_l2")}
-    # Forward alone; a product more for each weight gradient.
+    # Forward alone; one more product for each weight gradient.
     assert found["activation"].warmup.flops < found["grad_signed"].warmup.flops < found["taylor"].warmup.flops
     assert found["taylor"].warmup.flops == found["grad_l1"].warmup.flops == found["qm_taylor"].warmup.flops
 
@@ -153,7 +153,7 @@ def test_sums_on_the_cpu_are_not_on_the_device(llama):
 
 
 @pytest.mark.parametrize("score", ["magnitude", "random"])
-def test_a_score_without_warm_up_has_no_cost_of_one(llama, score):
+def test_a_score_without_warm_up_has_no_warm_up_cost(llama, score):
     found = guess(llama, tiny.config(score=score))
     assert found.warmup is None and found.accumulators[score] == 0
     assert found.peak == found.smt.peak
@@ -165,7 +165,7 @@ def test_given_blocks_are_those_estimated(llama):
     assert found.selection is selection and found.warmup is None
 
 
-def test_the_delta_is_as_large_as_said_but_for_its_header(llama, tmp_path):
+def test_the_delta_is_as_large_as_estimated_except_for_its_header(llama, tmp_path):
     found = guess(llama, tiny.config(modules_to_save=["norm"]), dtype=torch.bfloat16)
     save_delta(real(llama, found, torch.bfloat16), tmp_path)
     written = (tmp_path / "smt_delta.safetensors").read_bytes()
@@ -228,7 +228,7 @@ def test_torch_is_left_as_it_was(llama, monkeypatch):
     before = F.scaled_dot_product_attention, torch.is_autocast_enabled
     guess(llama)
     monkeypatch.setattr(type(llama), "forward", lambda *_, **__: torch.zeros(1, device="meta").nonzero())
-    with pytest.raises(SMTError, match="LlamaForCausalLM cannot be run without its values"):
+    with pytest.raises(SMTError, match="LlamaForCausalLM cannot run on the meta device"):
         guess(llama)
     assert (F.scaled_dot_product_attention, torch.is_autocast_enabled) == before
 
@@ -236,8 +236,8 @@ def test_torch_is_left_as_it_was(llama, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "no/such folder"}, "no causal language model can be made of no/such folder"),
-        ({"model": T5Config()}, "no causal language model can be made of T5Config"),
+        ({"model": "no/such folder"}, "no causal language model can be built from no/such folder"),
+        ({"model": T5Config()}, "no causal language model can be built from T5Config"),
         ({"config": SMTConfig(budget=10**6)}, "more than the targets hold"),
         ({"config": SMTConfig(target_modules=["experts"])}, "matches no linear"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
@@ -263,7 +263,7 @@ def test_the_command_reads_the_configuration_alone(base, capsys):
     assert columns.split() == ["each", "device", "SMT", "warm-up", "LoRA", "r=7", "full"]
 
 
-def test_the_command_says_by_how_much_a_card_is_too_small(base, capsys):
+def test_the_command_says_how_much_memory_a_card_lacks(base, capsys):
     assert main(["estimate", str(base), "--budget", "0.05", "--score", "random", "--card", "0.0001"]) == 0
     output = capsys.readouterr().out
     assert "fits a 0.0001 GB card: no, " in output and "too much" in output
@@ -274,7 +274,7 @@ def test_the_command_refuses_in_one_line(tmp_path, capsys):
     assert main(["estimate", str(tmp_path)]) == 1
     assert main(["estimate", str(tmp_path), "--budget", "much"]) == 1
     errors = capsys.readouterr().err.splitlines()
-    assert errors[0].startswith(f"smt: no causal language model can be made of {tmp_path}")
+    assert errors[0].startswith(f"smt: no causal language model can be built from {tmp_path}")
     assert errors[1].startswith("smt: budget must be a count of blocks")
 
 

@@ -1,4 +1,4 @@
-"""`BlockGrid` and how block sizes are found."""
+"""`BlockGrid` and the choice of block sizes."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_damaged_block_indices_are_refused_naming_the_module(block_indices, mess
         ({"granularity": "column"}, [(192, 1), (96, 1)]),
     ],
 )
-def test_grids_have_the_shape_that_the_configuration_says(fields, block_shapes):
+def test_grids_have_the_configured_shape(fields, block_shapes):
     assert [grid.block_shape for grid in make_grids(SHAPES, SMTConfig(**fields)).values()] == block_shapes
 
 
@@ -91,6 +91,6 @@ def test_auto_below_16_is_refused_naming_the_odd_modules():
         make_grids(shapes, SMTConfig())
 
 
-def test_a_block_size_that_does_not_divide_is_refused_saying_what_would():
+def test_a_block_size_that_does_not_divide_is_refused_naming_one_that_does():
     with pytest.raises(SMTError, match=r"`up_proj` is 96x64; block_size=64 does not divide it.*'auto' \(32 here\)"):
         make_grids(SHAPES, SMTConfig(block_size=64))

@@ -1,6 +1,6 @@
-"""The parts of a weight that ranks hold, on one process: with the attributes that ZeRO-3 gives a partitioned parameter.
+"""The parts of a weight that ranks hold, on one process, with the attributes of a parameter that ZeRO-3 partitioned.
 
-Runs on real ranks are in `test_sharded.py`.
+Runs on real ranks are in `runs/test_sharded.py`.
 """
 
 import pytest
@@ -17,7 +17,7 @@ from smt_trainer.sparse.write_back import write_back
 
 
 class OfRank:
-    """Stands in for a process group: this process has `rank` in it."""
+    """Stands in for a process group in which this process has `rank`."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -31,7 +31,7 @@ def ranks_of_stand_ins():
 
 
 def partitioned(weight: torch.Tensor, rank: int, ranks: int, whole: bool = False) -> nn.Parameter:
-    """What ZeRO-3 makes of a weight on one rank; `whole` as for one below the persistence threshold."""
+    """Make one rank's ZeRO-3 parameter of a weight; `whole` as for one below the persistence threshold."""
     share = -(-weight.numel() // ranks)
     padded = torch.cat([weight.flatten(), weight.new_zeros(share * ranks - weight.numel())])
     parameter = nn.Parameter(weight.clone() if whole else weight.new_empty(0), requires_grad=False)

@@ -17,7 +17,7 @@ QKV = [LAYER(layer, name) for layer in (0, 1) for name in "qkv"]
 
 
 def leaves(model: nn.Module, **fields) -> list[str]:
-    """The last parts of the targets' names, each once, in order."""
+    """Return the last parts of the targets' names, each once, in order."""
     return list(dict.fromkeys(name.rpartition(".")[2] for name in find_targets(model, SMTConfig(**fields))))
 
 
@@ -91,7 +91,7 @@ def test_layers_below_the_lowest_are_left_out(llama):
         ({"exclude_modules": ["q_proj", "k_proj", "v_proj"]}, "exclude_modules=.* matches no linear"),
     ],
 )
-def test_no_match_is_refused_listing_what_there_is(llama, fields, message):
+def test_no_match_is_refused_listing_the_linears(llama, fields, message):
     with pytest.raises(SMTError, match=message):
         find_targets(llama, SMTConfig(**fields))
 
@@ -110,7 +110,9 @@ def test_linears_that_cannot_be_tuned_are_left_out_with_the_reason(llama, warnin
     reasons = "\n".join(warnings())
     assert f"`{QKV[0]}` is not tuned: its forward is replaced" in reasons
     assert f"`{QKV[1]}` is not tuned: its weight is shared" in reasons
-    assert f"`{QKV[2]}` is not tuned: its weight is no plain matrix of floats but a Parameter of torch.uint8" in reasons
+    assert (
+        f"`{QKV[2]}` is not tuned: its weight is not a plain matrix of floats but a Parameter of torch.uint8" in reasons
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,7 @@ def test_linears_that_cannot_be_tuned_are_left_out_with_the_reason(llama, warnin
 def test_a_weight_that_only_looks_like_floats_is_left_out(weight, llama, warnings):
     llama.get_submodule(QKV[0]).weight = weight
     assert list(find_targets(llama, SMTConfig())) == QKV[1:]
-    assert f"`{QKV[0]}` is not tuned: its weight is no plain matrix of floats" in warnings()[0]
+    assert f"`{QKV[0]}` is not tuned: its weight is not a plain matrix of floats" in warnings()[0]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_a_weight_that_only_looks_like_floats_is_left_out(weight, llama, warning
         ("Linear4bit", {"quant_storage": torch.bfloat16}, "Params4bit of torch.bfloat16 [512, 1]"),
     ],
 )
-def test_linears_of_bitsandbytes_are_left_out(kind, options, weight, llama, warnings):
+def test_bitsandbytes_linears_are_left_out(kind, options, weight, llama, warnings):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     for layer in llama.model.layers:
         layer.self_attn.v_proj = getattr(bitsandbytes.nn, kind)(64, 32, bias=False, **options).to("cpu")
@@ -224,16 +226,16 @@ def test_the_experts_of_an_architecture_are_known(architecture, overrides):
         find_targets(tiny.build(architecture, **overrides), SMTConfig(target_modules="mlp"))
 
 
-# ---- adapters of PEFT ----
+# ---- PEFT adapters ----
 
 
 def wrapped(peft, model):
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), "the model is a PeftModel of PEFT"
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), "the model is a PEFT PeftModel"
 
 
 def injected(peft, model):
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
-    return model, r"`model\.layers\.0\.self_attn\.q_proj` is a Linear of PEFT"
+    return model, r"`model\.layers\.0\.self_attn\.q_proj` is a PEFT Linear"
 
 
 @pytest.mark.parametrize("adapt", [wrapped, injected])
@@ -261,13 +263,13 @@ def test_only_untunable_matches_are_refused():
         find_targets(tiny.llama(tie_word_embeddings=True), SMTConfig(target_modules=["lm_head"]))
 
 
-def test_the_head_of_a_classifier_is_no_target():
+def test_the_head_of_a_classifier_is_not_a_target():
     model = tiny.build("LlamaForSequenceClassification", num_key_value_heads=2, num_labels=3)
     assert head_names(model) == ["score"]
     assert "score" not in leaves(model, target_modules="all-linear")
 
 
-def test_routers_are_no_targets():
+def test_routers_are_not_targets():
     model = nn.Module()
     router = nn.ModuleDict({"layer": nn.Linear(32, 4)})
     model.layers = nn.ModuleList(

@@ -40,12 +40,12 @@ def test_norms_of_every_kind_are_found(llama):
     ("fields", "message"),
     [({"train_bias": True}, "none of the linears with blocks has a bias"), ({"train_norm": 2}, "train_norm must be")],
 )
-def test_what_is_not_there_is_refused_before_any_work(llama, tmp_path, fields, message):
+def test_missing_parts_are_refused_before_any_work(llama, tmp_path, fields, message):
     with pytest.raises(SMTError, match=message):
         tiny.smt_trainer(llama, tmp_path, tiny.config(**fields)).train()
 
 
-def test_they_are_trained_stored_and_merged_and_nothing_else_changes(tmp_path):
+def test_norms_and_biases_are_trained_stored_and_merged_and_nothing_else_changes(tmp_path):
     base = tiny.gpt2()
     base.save_pretrained(tmp_path / "base")
     before = tiny.weights(base)

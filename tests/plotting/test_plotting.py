@@ -1,4 +1,4 @@
-"""Pictures of selections and scores: what they draw is what the selection holds, and what the rows for CSV say."""
+"""Pictures of selections and scores: they draw what the selection holds and what the rows for CSV say."""
 
 import builtins
 import csv
@@ -38,7 +38,7 @@ def selection(llama):
 
 @pytest.fixture
 def scores(selection):
-    """Scores of which the selection holds the highest, over three powers of ten and some of them 0."""
+    """Scores over three powers of ten, some of them 0; the selection holds the highest."""
     drawn = {name: torch.rand(grid.shape) for name, grid in selection.grids.items()}
     return {
         name: torch.where(values < 0.2, 0.0, 1000**values).index_put(
@@ -52,7 +52,7 @@ def scores(selection):
 
 
 def rows_selection(rows: int, columns: int, chosen: set[int], block=(1, 1)) -> BlockSelection:
-    """A selection of some blocks, by their flat positions, in one module."""
+    """Make a selection of some blocks, by flat position, in one module."""
     grid = BlockGrid(rows * block[0], columns * block[1], *block)
     indices = torch.tensor([divmod(position, columns) for position in sorted(chosen)])
     return BlockSelection({"layers.0.q": grid}, {"layers.0.q": indices}, 1000, tiny.config())
@@ -104,7 +104,7 @@ def test_thousands_of_rows_are_drawn_as_cells_with_a_scale():
 
 
 @given(st.lists(st.integers(), min_size=1, max_size=200), st.integers(1, 40))
-def test_strips_hold_all_items_in_as_few_runs_as_there_can_be(items, most):
+def test_strips_hold_all_items_in_as_few_runs_as_possible(items, most):
     runs = strips(items, most)
     assert [item for run in runs for item in run] == items
     assert max(map(len, runs)) <= most and len(runs) == -(-len(items) // most)
@@ -113,7 +113,7 @@ def test_strips_hold_all_items_in_as_few_runs_as_there_can_be(items, most):
 # ---- layers and shares ----
 
 
-def test_each_layer_of_each_projection_tells_its_trained_blocks(selection):
+def test_each_layer_of_each_projection_shows_its_trained_blocks(selection):
     axis = plot_layers(selection).axes[0]
     rows = layer_rows(selection)
     assert [text.get_text() for text in axis.texts] == [str(row.trained or "·") for row in rows]
@@ -229,8 +229,8 @@ def test_a_line_is_the_mean_over_seeds_beside_chance():
     np.testing.assert_allclose(correlation.lines[0].get_xydata(), [[1, 0.05], [5, 0.25], [10, 0.5]])
 
 
-def test_no_point_is_refused():
-    with pytest.raises(SMTError, match="no point to draw"):
+def test_no_points_are_refused():
+    with pytest.raises(SMTError, match="no points to draw"):
         plot_overlap([])
 
 
@@ -267,7 +267,7 @@ def test_another_ending_is_refused(selection, tmp_path):
         plot_selection(selection, tmp_path / "picture.jpg")
 
 
-def test_without_matplotlib_the_command_to_install_it_is_told(selection, monkeypatch):
+def test_without_matplotlib_the_error_names_the_install_command(selection, monkeypatch):
     importing = builtins.__import__
 
     def refuse(name, *args, **kwargs):
@@ -287,5 +287,5 @@ def test_rows_are_read_back_from_their_csv(selection, tmp_path):
         read = list(csv.DictReader(file))
     assert [row["projection"] for row in read] == ["q_proj", "k_proj", "v_proj"]
     assert [float(row["share_of_trained"]) for row in read] == [row.share_of_trained for row in rows]
-    with pytest.raises(SMTError, match="no row to write"):
+    with pytest.raises(SMTError, match="no rows to write"):
         write_csv([], tmp_path / "empty.csv")

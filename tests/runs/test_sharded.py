@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import sharded_script
+import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from sharded_script import CASES, LAUNCHED

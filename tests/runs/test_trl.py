@@ -158,7 +158,7 @@ def test_adapters_of_peft_are_refused(wrapped, make, base):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = AutoModelForCausalLM.from_pretrained(base)
     arguments = {"model": peft.get_peft_model(model, lora)} if wrapped else {"peft_config": lora}
-    with pytest.raises(SMTError, match=r"of PEFT.*merge_and_unload"):
+    with pytest.raises(SMTError, match=r"is a PEFT .*merge_and_unload"):
         make("SFT", tiny.config(), more=arguments)
 
 

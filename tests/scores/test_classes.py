@@ -1,4 +1,4 @@
-"""Classes of examples for `qm_taylor`: from labels or a column, on their way past the trainer's collator."""
+"""Classes of examples for `qm_taylor`, from labels or from a column that bypasses the trainer's collator."""
 
 import datasets
 import pytest
@@ -11,7 +11,7 @@ from smt_trainer.training.class_column import ClassCollator
 
 
 def labelled(count=32):
-    """Sequences whose subject goes by their first token."""
+    """Make sequences whose subject depends on their first token."""
     return [item | {"subject": f"subject {item['input_ids'][0]}"} for item in tiny.examples(count)]
 
 
@@ -42,7 +42,7 @@ def test_a_column_names_the_classes_that_the_labels_name_by_default(make, overri
     assert all(torch.equal(by_column[name], by_label[name]) for name in by_label)
 
 
-def test_fewer_classes_are_other_scores(tmp_path):
+def test_fewer_classes_change_the_scores(tmp_path):
     halves = [item | {"subject": number % 2} for number, item in enumerate(tiny.examples())]
     by_half, by_label = (tiny.warm_up(trainer_for(tmp_path, halves, column)) for column in ("subject", None))
     assert any(not torch.allclose(by_half[name], by_label[name], rtol=0.01) for name in by_label)
@@ -70,7 +70,7 @@ def test_a_column_that_a_stream_lacks_is_refused_at_its_first_batch(tmp_path):
 
 
 class OwnLoader(tiny.RecordingSMTTrainer):
-    """Collates by itself."""
+    """Makes its own data loader, which collates."""
 
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(
@@ -93,7 +93,7 @@ def test_an_input_of_the_model_can_be_the_class(tmp_path):
     assert set(batch) == {"input_ids", "labels", CLASSES_KEY}
 
 
-def test_a_number_is_the_same_class_in_whatever_type_it_comes():
+def test_a_number_is_the_same_class_in_every_type():
     values = [3, torch.tensor(3), torch.tensor(3).numpy(), "3", 4]
     features = [item | {"subject": value} for item, value in zip(tiny.examples(5), values, strict=True)]
     first, tensor, scalar, text, four = ClassCollator(strict, "subject", False)(features)[CLASSES_KEY].tolist()

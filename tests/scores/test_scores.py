@@ -29,7 +29,7 @@ OF_SUMMED_GRADIENT = {
     "grad_signed": lambda block: block.mean().abs(),
 }
 GRADIENT_SCORES = [*OF_SUMMED_GRADIENT, "grad_abs", "taylor", "qm_taylor"]
-# What a batch and its parts give the same of.
+# Scores that are the same for a batch and for its parts.
 LINEAR_SCORES = [*OF_SUMMED_GRADIENT, "taylor", "qm_taylor"]
 WARMUP_SCORES = [*GRADIENT_SCORES, "activation"]
 CLASSES = torch.tensor([5, 7, 5, 9])
@@ -50,7 +50,7 @@ def scorer_for(model, score="grad_l1", seed=0, **fields):
 
 
 def batches_of(model, count=3):
-    """Batches of four examples of three classes, two of them of one."""
+    """Make batches of four examples in three classes, two examples in one of them."""
     if "Classification" in type(model).__name__:
         return [{"input_ids": tiny.tokens(4, seed=seed), "labels": CLASSES % 3} for seed in range(count)]
     batches = [tiny.batch(4, seed=seed) for seed in range(count)]
@@ -103,7 +103,7 @@ def twin_scores(model, scorer, score, batches):
 
 
 def assert_close(scores, expected, tolerance):
-    """Up to rounding in what cancels: relative to the largest score. Inputs from a LayerNorm cancel in rows wholly."""
+    """Compare up to rounding, relative to the largest score: terms cancel, after a LayerNorm in whole rows."""
     for name, twin in expected.items():
         atol = max(1e-8, tolerance * twin.max().item())
         torch.testing.assert_close(scores[name], twin.float(), rtol=tolerance, atol=atol)
@@ -183,7 +183,7 @@ def test_a_class_weighs_by_its_mean_loss_however_long_its_examples_are():
     assert_close(scores, expected, 1e-5)
 
 
-def test_examples_without_a_label_are_of_no_class(llama):
+def test_examples_without_a_label_have_no_class(llama):
     batches = batches_of(llama)
     rows = torch.cat([inputs["input_ids"] for inputs in batches])
     unlabelled = [
@@ -195,9 +195,9 @@ def test_examples_without_a_label_are_of_no_class(llama):
     assert_close(observe(llama, scorer_for(llama, "qm_taylor"), unlabelled), expected, 1e-5)
 
 
-def test_examples_that_are_packed_have_no_class_each(llama):
+def test_packed_examples_are_refused(llama):
     scorer = scorer_for(llama, "qm_taylor")
-    with pytest.raises(SMTError, match=r"q_proj` should get 2 of them, got \[1, 12, 64\]"):
+    with pytest.raises(SMTError, match=r"q_proj` should get 2 examples, got shape \[1, 12, 64\]"):
         scorer.begin_batch({"labels": torch.tensor([0, 1])})
         with frozen(llama), scorer.attached():
             llama(**tiny.batch(1))

@@ -1,4 +1,4 @@
-"""Scores as an artefact: what is chosen from them later, and what they refuse."""
+"""Scores as an artefact: choosing blocks from them later, and what they refuse."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_a_file_takes_four_bytes_a_block_and_its_manifest(llama, tmp_path):
         ({"lowest_layer": 1}, {"layers.0."}),
     ],
 )
-def test_what_is_chosen_later_is_what_a_run_so_configured_would_have_chosen(fields, lower, scores):
+def test_choosing_later_gives_what_a_run_with_that_configuration_chooses(fields, lower, scores):
     config = fewer(scores, **fields)
     names = [name for name in scores.grids if not any(part in name for part in lower)]
     grids, found = ({name: part[name] for name in names} for part in (scores.grids, scores.scores))
@@ -101,7 +101,7 @@ def test_what_needs_other_scores_is_refused_naming_the_field(fields, message, ll
         scores.select(fewer(scores, **fields))
 
 
-def test_the_configuration_of_the_selection_says_how_its_scores_came_about(scores):
+def test_the_configuration_of_the_selection_says_how_its_scores_were_made(scores):
     selection = scores.select(fewer(scores, budget=5, smt_warmup_steps=7, selection="elsewhere.json"))
     assert selection.config == fewer(scores, budget=5)
 
@@ -130,7 +130,7 @@ def test_scores_fit_their_own_model(scores, llama):
         (lambda: tiny.llama(), {"target_modules": r".*\.(q|up)_proj"}, "want 2 modules without scores, such as `model"),
     ],
 )
-def test_another_model_or_more_of_it_is_refused(model, fields, message, scores, tmp_path):
+def test_another_model_or_more_targets_are_refused(model, fields, message, scores, tmp_path):
     scores.save(tmp_path / "scores.safetensors")
     with pytest.raises(SMTError, match=message):
         resolve_selection(tmp_path / "scores.safetensors", fewer(scores, **fields), model())
@@ -141,7 +141,7 @@ def test_another_model_or_more_of_it_is_refused(model, fields, message, scores, 
 
 @pytest.fixture
 def manifest(scores, tmp_path):
-    """A function that rewrites the file of the scores with another manifest or other tensors."""
+    """Return a function that rewrites the scores file with another manifest or other tensors."""
     path = tmp_path / "scores.safetensors"
     scores.save(path)
 
@@ -190,7 +190,7 @@ def test_a_file_of_something_else_is_refused(delta):
         BlockScores.load(delta[0] / "smt_delta.safetensors")
 
 
-def test_scores_that_are_not_finite_are_refused_when_something_is_chosen(scores):
+def test_scores_that_are_not_finite_are_refused_at_selection(scores):
     scores.scores[NAME][0, 0] = float("nan")
     with pytest.raises(SMTError, match=f"scores of `{NAME}` are not finite"):
         scores.select()

@@ -18,7 +18,7 @@ GRIDS = {"layers.0.q_proj": BlockGrid(64, 64, 16, 16), "layers.0.v_proj": BlockG
 
 @st.composite
 def scored_grids(draw, same_blocks: bool = False):
-    """Up to three modules with few distinct scores, so that ties are common, not all of them zero."""
+    """Draw up to three modules with few distinct scores, so that ties are common; not all scores are zero."""
     grids, scores = {}, {}
     for place in range(draw(st.integers(1, 3))):
         rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 4))
@@ -87,7 +87,7 @@ def test_a_fraction_per_module_is_split_in_proportion_to_size(case, budget):
     quotas = {name: len(selection.block_indices.get(name, ())) for name in grids}
     assert abs(selection.num_blocks - budget * blocks) <= 0.5
     excess = {name: quotas[name] - budget * grid.num_blocks for name, grid in grids.items()}
-    # Largest remainder: nobody who was rounded down had more left than one who was rounded up.
+    # Largest remainder: no module that was rounded down had a larger remainder than one that was rounded up.
     assert max(excess.values()) - min(excess.values()) <= 1 + 1e-9
     for name in grids:
         assert abs(excess[name]) < 1

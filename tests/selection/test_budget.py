@@ -24,7 +24,7 @@ PARAMETERS = 10_000
 
 @st.composite
 def scored(draw, same_size: bool = True):
-    """Six linears in two layers, with few distinct scores and as many blocks as to differ; none all zero."""
+    """Draw six linears in two layers with few distinct scores, not all zero; their block counts differ."""
     grids, scores = {}, {}
     for name in NAMES:
         rows, columns = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -74,12 +74,12 @@ def test_groups_choose_as_if_each_were_alone_with_its_budget(case, data):
     [
         ({"attention": 1}, r"exactly one group of the budget \(attention\): `model\.layers\.0\.mlp\.up_proj` to none"),
         ({"attention": 1, "mlp": 1, "q_proj": 1}, r"`model\.layers\.0\.self_attn\.q_proj` to attention and q_proj"),
-        ({"attention": 1, "mlp": 1, "o_proj": 1}, r"a group 'o_proj', to which none of the 6 targets"),
+        ({"attention": 1, "mlp": 1, "o_proj": 1}, r"a group 'o_proj', but none of the 6 targets"),
         ({"attention": 99, "mlp": 1}, r"budget\['attention'\]=99 blocks is more than the targets hold \(16\)"),
         ({"attention": 1, "mlp": 0.9}, r"budget\['mlp'\]=0\.9 of 10,000 parameters is more than the targets hold"),
     ],
 )
-def test_groups_that_do_not_part_the_targets_or_hold_too_little_are_refused(budget, message):
+def test_groups_that_do_not_divide_the_targets_or_hold_too_little_are_refused(budget, message):
     grids = dict.fromkeys(NAMES, BlockGrid(8, 8, 4, 4))
     with pytest.raises(SMTError, match=message):
         check_budget_fits(grids, SMTConfig(target_modules="all-linear", budget=budget), PARAMETERS)
@@ -129,7 +129,7 @@ def test_under_a_cap_each_layer_gives_its_best_and_the_best_of_these_are_chosen(
 
 
 @given(scored(same_size=False), st.one_of(st.integers(1, 12), st.floats(0.3, 1.0)), st.floats(0.05, 1.0))
-def test_with_blocks_of_several_sizes_the_cap_holds_and_what_it_does_not_let_in_is_refused(case, cap, budget):
+def test_with_blocks_of_several_sizes_the_cap_holds_and_a_larger_budget_is_refused(case, cap, budget):
     scores, grids = case
     config = SMTConfig(budget=budget, budget_of="targets", layer_cap=cap)
     allowed = under_cap(ranked(scores), grids, {name: layer_path(name) for name in grids}, cap)
@@ -144,7 +144,7 @@ def test_with_blocks_of_several_sizes_the_cap_holds_and_what_it_does_not_let_in_
     assert set(chosen(selection)) == set(allowed[: blocks_within(allowed, grids, wanted)])
 
 
-def test_a_cap_that_a_decimal_fraction_meets_is_met_in_floating_point():
+def test_a_decimal_cap_is_met_exactly():
     grids = {"layers.0.q_proj": BlockGrid(100, 1, 1, 1)}
     assert 0.29 * 100 < 29
     check_budget_fits(grids, SMTConfig(budget=29, layer_cap=0.29), PARAMETERS)
@@ -211,7 +211,7 @@ def select(name: str, **fields) -> BlockSelection:
         ("Llama-3-8B", 3.01, 3688),
     ],
 )
-def test_the_percentages_of_smts_tables_are_so_many_blocks(name, percent, blocks):
+def test_the_percentages_of_smts_tables_give_their_block_counts(name, percent, blocks):
     selection = select(name, budget=percent / 100)
     assert selection.num_blocks == blocks
     assert {grid.block_shape for grid in selection.grids.values()} == {(256, 256)}

@@ -1,4 +1,4 @@
-"""Columns that depend on rows: which they are, and that they are trained with them (`train_dependents`)."""
+"""Columns that depend on rows: finding them, and training them with the rows (`train_dependents`)."""
 
 import logging
 
@@ -38,7 +38,7 @@ def dependencies_of(model, **fields):
         ("DebertaV2ForSequenceClassification", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, 2),
     ],
 )
-def test_dependent_are_the_columns_that_read_nothing_but_what_one_row_computes(architecture, fields, count):
+def test_dependent_columns_read_only_what_one_row_computes(architecture, fields, count):
     model = tiny.build(architecture, **SMALL | fields)
     inputs = {"input_ids": tiny.tokens(2)}
     before = recorded_inputs(model, inputs)
@@ -65,7 +65,7 @@ def test_dependent_are_the_columns_that_read_nothing_but_what_one_row_computes(a
 def test_a_row_of_a_value_projection_has_a_column_for_each_query_head_of_its_group(llama):
     (found,) = [one for one in dependencies_of(llama) if one.source == "model.layers.1.self_attn.v_proj"]
     assert found.reader == "model.layers.1.self_attn.o_proj"
-    # 2 heads of keys and values and 4 of queries, of 16 features each.
+    # 2 key and value heads and 4 query heads, of 16 features each.
     pairs = [[16 * (head // 2) + place, 16 * head + place] for head in range(4) for place in range(16)]
     assert sorted(found.pairs.tolist()) == sorted(pairs)
 
@@ -137,16 +137,16 @@ def test_selection_and_scores_give_the_same_blocks_again(llama, tmp_path):
 @pytest.mark.parametrize(
     ("target_modules", "level"), [("mlp", "INFO"), (["up_proj", "down_proj"], "WARNING"), (["up_proj"], None)]
 )
-def test_a_target_that_gives_columns_gives_no_rows_and_it_is_said_so(target_modules, level, llama, tmp_path, caplog):
+def test_a_target_that_gives_columns_gives_no_rows_and_the_log_says_so(target_modules, level, llama, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="smt_trainer")
     selection = tiny.smt_trainer(llama, tmp_path, rows_config(target_modules=target_modules)).select()
     down = selection.grids["model.layers.0.mlp.down_proj"]
     assert down.block_shape == (64, 1)
-    said = {record.levelname for record in caplog.records if record.getMessage().startswith("down_proj: columns")}
+    said = {record.levelname for record in caplog.records if record.getMessage().startswith("down_proj: only columns")}
     assert said == ({level} if level else set())
 
 
-def test_what_has_no_dependent_columns_is_refused(llama):
+def test_no_dependent_columns_are_refused(llama):
     with pytest.raises(SMTError, match="no column depends on the rows"):
         dependencies_of(llama, target_modules=["q_proj", "k_proj", "o_proj", "down_proj"])
     llama.main_input_name = "pixel_values"

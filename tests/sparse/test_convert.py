@@ -39,7 +39,7 @@ def test_the_projections_of_an_architecture_are_found_trained_and_merged(archite
     merge_and_unload(model)
 
     assert {name: type(module) for name, module in model.named_modules()} == classes
-    # FalconLinear multiplies before it adds the bias, others do both at once: one rounding apart.
+    # FalconLinear multiplies, then adds the bias; others do both at once. They differ by one rounding.
     tolerance = 1e-6 if architecture == "FalconForCausalLM" else 0
     torch.testing.assert_close(tiny.logits(model, **inputs), trained, rtol=tolerance, atol=tolerance)
     for name, tensor in model.state_dict().items():
@@ -67,7 +67,7 @@ def test_one_step_equals_dense_training_with_the_gradient_masked(make, granulari
     masks = {name: block_mask(selection.grids[name], chosen) for name, chosen in selection.block_indices.items()}
     base = tiny.weights(dense)
 
-    # Decay would reach the masked weights of the dense twin, which the sparse model does not have at all.
+    # Decay would change the masked weights of the dense twin; the sparse model does not train them at all.
     optimizer_class = type("NoDecay", (optimizer,), {})
     if optimizer is torch.optim.AdamW:
         optimizer_class.__init__ = lambda self, trained, lr: optimizer.__init__(self, trained, lr=lr, weight_decay=0)
@@ -99,7 +99,7 @@ def test_the_model_its_modules_and_its_ties_keep_their_identity():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_making_it_plain_restores_what_asked_for_a_gradient(llama):
+def test_unloading_restores_requires_grad(llama):
     llama.lm_head.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
     merge_and_unload(convert_to_smt(llama, tiny.choose(llama)))
@@ -107,7 +107,7 @@ def test_making_it_plain_restores_what_asked_for_a_gradient(llama):
     assert not is_smt_model(llama) and not list(smt_linears(llama))
 
 
-def test_rewriting_and_making_it_plain_without_training_changes_no_weight(llama):
+def test_rewriting_and_unloading_without_training_changes_no_weight(llama):
     before = tiny.weights(llama)
     merge_and_unload(convert_to_smt(llama, tiny.choose(llama)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
@@ -226,7 +226,7 @@ def test_a_fingerprint_is_of_the_chosen_blocks_in_the_given_dtype(llama):
     assert fingerprint(llama, selection, torch.bfloat16) != first
 
 
-def test_any_module_tree_of_linears_will_do():
+def test_any_module_tree_of_linears_works():
     model = nn.ModuleDict({"q_proj": nn.Linear(32, 32), "rest": nn.Linear(32, 32)})
     selection = dataclasses.replace(tiny.every_block(model, ["q_proj"]), config=SMTConfig(target_modules=["q_proj"]))
     convert_to_smt(model, selection)

@@ -11,8 +11,8 @@ from smt_trainer.sparse import sparse_linear
 from smt_trainer.sparse.kept_input import KeptInput, find_origin
 from smt_trainer.sparse.linear import smt_linears
 
-# Model -> linear -> whether its input can be made of what autograd keeps anyway. Layer 1: below it, something asks for
-# a gradient.
+# Model -> linear -> whether its input can be recomputed from what autograd keeps anyway. Layer 1, since something
+# below it requires a gradient.
 LLAMA = {"self_attn.v_proj": True, "self_attn.o_proj": False, "mlp.up_proj": True, "mlp.down_proj": True}
 CASES = {
     "llama": (tiny.llama, LLAMA),
@@ -22,7 +22,7 @@ CASES = {
 
 
 def inputs_of(model, endings, run):
-    """Name -> input of the linears of layer 1 with these endings, and its origin as the linear would find it."""
+    """Return name -> input of the linears of layer 1 with these endings, and the origin that the linear would find."""
     found = {}
 
     def see(name):
@@ -42,7 +42,7 @@ def inputs_of(model, endings, run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"])
 @pytest.mark.parametrize("name", CASES)
-def test_an_input_is_made_again_bit_for_bit(name, dtype):
+def test_an_input_is_recomputed_bit_for_bit(name, dtype):
     build, linears = CASES[name]
     model = build().requires_grad_(False).train()
     model.enable_input_require_grads()
@@ -54,7 +54,7 @@ def test_an_input_is_made_again_bit_for_bit(name, dtype):
         found = inputs_of(model, linears, lambda: model(**tiny.batch(2)))
     for linear, expected in linears.items():
         x, origin = found[linear]
-        # LayerNorm in half precision keeps its mean rounded.
+        # LayerNorm in half precision keeps a rounded mean.
         expected = expected and not (linear in ("attn.c_attn", "mlp.c_fc") and dtype == torch.bfloat16)
         assert (origin is not None) == expected, linear
         if origin:
@@ -63,7 +63,7 @@ def test_an_input_is_made_again_bit_for_bit(name, dtype):
 
 
 def kept(node):
-    """Address -> bytes of the storages that a graph of autograd keeps."""
+    """Return address -> bytes of the storages that an autograd graph keeps."""
     seen, found, stack = set(), {}, [node]
     while stack:
         node = stack.pop()
@@ -153,8 +153,8 @@ def test_parameters_that_zero_3_empties_are_left_alone():
     assert find_origin(x * x.exp() * weight) is None
 
 
-def test_torch_still_tells_what_the_trace_asks():
-    """Without any of these, inputs would silently be kept again."""
+def test_torch_still_has_what_the_trace_reads():
+    """If one of these were missing, inputs would silently be kept again."""
     x = torch.randn(4, 8, requires_grad=True)
     node = (x * x.exp()).bfloat16().grad_fn
     assert node._input_metadata[0].dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""`SMTLinear` and `SMTConv1D`: made in place, undone in place, weight and blocks always in step."""
+"""`SMTLinear` and `SMTConv1D`: rewritten and undone in place, with weight and blocks always in step."""
 
 import copy
 
@@ -18,11 +18,11 @@ BLOCK_INDICES = torch.tensor([[0, 1], [2, 0]])
 
 
 class NamedLinear(nn.Linear):
-    """A subclass, as FalconLinear is one."""
+    """A subclass of `nn.Linear`, like FalconLinear."""
 
 
 class FromInToOut(Conv1D):
-    """A subclass of `Conv1D`, with its arguments the other way round."""
+    """A subclass of `Conv1D` with its arguments swapped."""
 
     def __init__(self, nx: int, nf: int) -> None:
         super().__init__(nf, nx)
@@ -50,7 +50,7 @@ def smt_linear(kind, dtype=torch.float32) -> BlockLinear:
 
 
 def shift(layer: BlockLinear, by: float = 1.0) -> None:
-    """What an optimizer does: change the blocks, not the weight."""
+    """Do what an optimizer does: change the blocks, not the weight."""
     with torch.no_grad():
         layer.blocks += by
 
@@ -70,7 +70,7 @@ def test_rewriting_keeps_identity_keys_bias_weight_and_hooks(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_undoing_gives_the_class_the_keys_and_the_trained_values(kind):
+def test_undoing_restores_the_class_and_keys_and_keeps_the_trained_values(kind):
     layer = smt_linear(kind)
     shift(layer)
     block_indices, blocks = layer.block_indices, layer.blocks.detach().clone()
@@ -194,5 +194,5 @@ def test_a_trained_bias_gets_its_gradient_and_the_weight_none(kind):
     assert torch.equal(layer.bias.grad, torch.full((48,), 5.0)) and layer.weight.grad is None
 
 
-def test_the_representation_tells_the_blocks(kind):
+def test_the_representation_shows_the_blocks(kind):
     assert "in_features=32, out_features=48, bias=True, blocks=2 of 16x16 (grid 3x2)" in repr(smt_linear(kind))

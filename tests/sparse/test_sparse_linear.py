@@ -32,7 +32,7 @@ GRIDS |= {f"{name}, transposed": (replace(grid, transposed=True), chosen) for na
 
 
 def prepare(grid, block_indices, dtype=torch.float64, leading=(5,), bias=True, master=None):
-    """Inputs of `sparse_linear` and the stored block indices; all floats ask for a gradient, but for the weight."""
+    """Make inputs of `sparse_linear` and the stored block indices; all floats but the weight require a gradient."""
     plan, stored, positions = group_blocks(torch.as_tensor(block_indices), grid)
     weight = torch.randn(grid.stored_shape, dtype=dtype)
     x = torch.randn(*leading, grid.in_features, dtype=dtype, requires_grad=True)
@@ -42,7 +42,7 @@ def prepare(grid, block_indices, dtype=torch.float64, leading=(5,), bias=True, m
 
 
 def dense_linear(x, weight, bias, grid):
-    """What `nn.Linear` computes, or `Conv1D` for a transposed grid."""
+    """Compute what `nn.Linear` does, or `Conv1D` for a transposed grid."""
     if not grid.transposed:
         return F.linear(x, weight, bias)
     if bias is None:
@@ -51,7 +51,7 @@ def dense_linear(x, weight, bias, grid):
 
 
 def dense_gradients(x, weight, bias, dy, stored, grid):
-    """Gradients of x, bias and the blocks by autograd through a dense linear."""
+    """Compute gradients of x, bias and the blocks by autograd through a dense linear."""
     x, weight = (tensor.detach().clone().requires_grad_(True) for tensor in (x, weight))
     bias = None if bias is None else bias.detach().clone().requires_grad_(True)
     dense_linear(x, weight, bias, grid).backward(dy)

@@ -1,4 +1,4 @@
-"""Architectures of transformers in tiny sizes, and what each is expected to have."""
+"""Architectures of transformers in tiny sizes, and what to expect of each."""
 
 import tiny
 import torch
@@ -58,10 +58,10 @@ ARCHITECTURES = {
         | {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 4, "mask_time_prob": 0.0},
         ["k_proj", "v_proj", "q_proj"],
     ),
-    # The names in ViT differ between releases of transformers.
+    # ViT's names differ between releases of transformers.
     "ViTForImageClassification": ({"image_size": 8, "patch_size": 4, "num_labels": 3}, None),
 }
-# Attentions of a model, where not one in each of its two layers: some are crossed, some shared.
+# Number of attentions, where a model does not have one in each of its two layers: some are crossed, some shared.
 ATTENTIONS = {
     "BartForConditionalGeneration": 6,
     "T5ForConditionalGeneration": 6,
@@ -71,7 +71,7 @@ ATTENTIONS = {
 
 
 def inputs_of(model) -> dict[str, torch.Tensor]:
-    """One batch that suits the model."""
+    """Make one batch that suits the model."""
     if "Whisper" in type(model).__name__:
         return {"input_features": torch.randn(4, 8, 12), "labels": tiny.tokens(4)}
     if "Classification" not in type(model).__name__:

@@ -1,4 +1,4 @@
-"""The slow twins: what the library computes fast, as plain loops that can be checked by eye."""
+"""The slow twins: what the library computes fast, as plain loops that a reader can check."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from smt_trainer.model.grid import BlockGrid
 
 
 def block(weight: Tensor, grid: BlockGrid, row: int, column: int) -> Tensor:
-    """Block (row, column) of a weight as it is stored, by slicing."""
+    """Slice block (row, column) out of a weight as it is stored."""
     br, bc = grid.block_shape
     return (weight.T if grid.transposed else weight)[row * br : (row + 1) * br, column * bc : (column + 1) * bc]
 
 
 def block_scores(weight: Tensor, grid: BlockGrid, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """`score` of every block [R, C], one block at a time."""
+    """Return the `score` of every block [R, C], one block at a time."""
     rows, columns = grid.shape
     return torch.stack([torch.stack([score(block(weight, grid, r, c)) for c in range(columns)]) for r in range(rows)])
 
 
 def block_mask(grid: BlockGrid, block_indices: Tensor) -> Tensor:
-    """True, in the shape of the stored weight, where a weight lies in one of the blocks."""
+    """Return a mask in the shape of the stored weight, True in the blocks."""
     mask = torch.zeros(grid.stored_shape, dtype=torch.bool)
     for row, column in block_indices.tolist():
         block(mask, grid, row, column).fill_(True)
@@ -34,7 +34,7 @@ def block_mask(grid: BlockGrid, block_indices: Tensor) -> Tensor:
 
 
 def cell_shares(rows: int, columns: int, chosen: set[int], most: tuple[int, int]) -> list[list[float]]:
-    """The share of chosen blocks, by flat position, in each cell of a grid that is drawn with at most so many cells."""
+    """Return the share of `chosen` flat positions in each cell of a grid that is drawn with at most `most` cells."""
     height, width = -(-rows // most[0]), -(-columns // most[1])
     cells = [
         [
@@ -51,7 +51,7 @@ def cell_shares(rows: int, columns: int, chosen: set[int], most: tuple[int, int]
 
 
 def ranked(scores: dict[str, Tensor]) -> list[tuple[str, int, int]]:
-    """All blocks, best first; equal scores by module order, then row by row."""
+    """Return all blocks, best first; equal scores by module order, then row by row."""
     blocks = [
         (-score[row, column].item(), place, row, column, name)
         for place, (name, score) in enumerate(scores.items())
@@ -62,7 +62,7 @@ def ranked(scores: dict[str, Tensor]) -> list[tuple[str, int, int]]:
 
 
 def blocks_within(ranking: list[tuple[str, int, int]], grids: dict[str, BlockGrid], wanted: float) -> int:
-    """How many of the best blocks hold a number of weights nearest to `wanted`: at least one; the larger of two."""
+    """Count the best blocks whose weights come nearest to `wanted`: at least one, and the larger of two counts."""
     totals, total = [], 0
     for name, _, _ in ranking:
         total += grids[name].block_numel
@@ -73,7 +73,7 @@ def blocks_within(ranking: list[tuple[str, int, int]], grids: dict[str, BlockGri
 def under_cap(
     ranking: list[tuple[str, int, int]], grids: dict[str, BlockGrid], layer_of: dict[str, str], cap: int | float
 ) -> list[tuple[str, int, int]]:
-    """A ranking without what its layer has no room for: each layer gives its best blocks, up to the first too many."""
+    """Return a ranking within the cap: each layer gives its best blocks, up to the first that does not fit."""
     kept, blocks, weights, full = [], Counter(), Counter(), set()
     for entry in ranking:
         layer = layer_of[entry[0]]
@@ -90,7 +90,7 @@ def under_cap(
 def summed_gradients(
     model: nn.Module, modules: Iterable[str], batches: Iterable[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Full gradients of the named linears' weights, summed over the batches by autograd on the whole model."""
+    """Sum the full gradients of the named linears' weights over the batches, by autograd on the whole model."""
     model.requires_grad_(True)
     model.zero_grad()
     for inputs in batches:
@@ -101,18 +101,18 @@ def summed_gradients(
 
 
 def examples_of_class(inputs: dict[str, Tensor], classes: Tensor, label: int) -> tuple[dict[str, Tensor], float]:
-    """The examples of one class of a batch of equally long ones, and their share of its loss."""
+    """Return a class's examples in a batch of equally long examples, and their share of the batch's loss."""
     mine = classes == label
     return {key: value[mine] for key, value in inputs.items()}, mine.float().mean().item()
 
 
 def taylor(weight: Tensor, gradient: Tensor, grid: BlockGrid) -> Tensor:
-    """|<W, G>| of every block [R, C]."""
+    """Return |<W, G>| of every block [R, C]."""
     return block_scores(weight.detach() * gradient, grid, lambda terms: terms.sum().abs())
 
 
 def quantile_mean(scores: list[Tensor]) -> Tensor:
-    """Mean of the 0, 10, ..., 100 % quantiles of tensors [R, C], number by number."""
+    """Return the mean of the 0, 10, ..., 100 % quantiles of tensors [R, C], number by number."""
     mean = torch.zeros_like(scores[0])
     for row, column in torch.cartesian_prod(*map(torch.arange, mean.shape)).tolist():
         values = sorted(score[row, column].item() for score in scores)
@@ -125,7 +125,7 @@ def quantile_mean(scores: list[Tensor]) -> Tensor:
 
 
 def inputs_of_linears(model: nn.Module, modules: Iterable[str], batches: Iterable[dict[str, Tensor]]) -> dict:
-    """Module name -> [tokens, I], all that the named linears get."""
+    """Return module name -> [tokens, I], all inputs of the named linears."""
     seen, handles = {name: [] for name in modules}, []
     for name, inputs in seen.items():
         keep = lambda _, args, inputs=inputs: inputs.append(args[0].detach().flatten(0, -2))  # noqa: E731
@@ -138,7 +138,7 @@ def inputs_of_linears(model: nn.Module, modules: Iterable[str], batches: Iterabl
 
 
 def train_only(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
-    """Make the named linears trainable where their mask is True: the gradient is set to zero elsewhere."""
+    """Make the named linears trainable where their mask is True; elsewhere the gradient is set to 0."""
     model.requires_grad_(False)
     for name, mask in masks.items():
         weight = model.get_submodule(name).weight.requires_grad_(True)
@@ -147,7 +147,7 @@ def train_only(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Spearman's: Pearson's correlation of ranks, a rank counting those below and half of the equal ones."""
+    """Return Spearman's: Pearson's correlation of ranks, where a rank counts lower numbers and half the equal ones."""
     ranks = [
         [sum(b < a for b in values) + sum(b == a for b in values) / 2 for a in values] for values in (first, second)
     ]
@@ -157,7 +157,7 @@ def rank_correlation(first: list[float], second: list[float]) -> float:
 
 
 def recorded_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Module name -> input [tokens, I] of each linear in a forward pass, `Conv1D`s included."""
+    """Return module name -> input [tokens, I] of each linear in a forward pass, `Conv1D`s included."""
     found = {}
 
     def record(name: str) -> Callable:
@@ -173,7 +173,7 @@ def recorded_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Te
 
 
 def with_row(model: nn.Module, source: str, row: int, factor: float, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`recorded_inputs` while one row of a linear, its bias included, is multiplied by a factor."""
+    """Return `recorded_inputs` while one row of a linear, bias included, is multiplied by a factor."""
     linear = model.get_submodule(source)
     weight = linear.weight.data.T if type(linear).__name__ == "Conv1D" else linear.weight.data
     parts = [part[row] for part in (weight, getattr(linear, "bias", None)) if part is not None]

@@ -1,12 +1,12 @@
-"""Runs of training on ranks that shard the model (FSDP2) or its optimizer and weights (DeepSpeed ZeRO), on the CPU.
+"""Training runs on ranks that shard the model (FSDP2) or its optimizer and weights (DeepSpeed ZeRO), on the CPU.
 
     torchrun --nproc_per_node 2 sharded_script.py FOLDER CASE...
     accelerate launch --config_file recipes/accelerate/NAME.yaml ... sharded_script.py FOLDER launched NAME
 
-Writes what came out of each case as `FOLDER/CASE/result-RANK.pt`. accelerate chooses neither on the CPU: in place of
-FSDP it runs DDP without a word, and it starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu`
-are shims for these two decisions; everything below them is accelerate's, torch's and DeepSpeed's own, and each run
-asserts that the model it trained was sharded.
+Writes the outcome of each case to `FOLDER/CASE/result-RANK.pt`. accelerate chooses neither on the CPU: instead of FSDP
+it silently runs DDP, and it starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu` are shims
+for these two decisions. Everything below them is accelerate's, torch's and DeepSpeed's own, and each run asserts that
+the model it trained was sharded.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ CASES = {
     "zero3-tied": {"zero": 3, "model": "tied"},
     "zero3-partitioned": {"zero": 3, "smt": {"score": "magnitude"}, "partitioned": True},
 }
-# Sharded as `accelerate launch --config_file recipes/accelerate/NAME.yaml` says.
+# Sharded as in `accelerate launch --config_file recipes/accelerate/NAME.yaml`.
 LAUNCHED = {
     "fsdp2": {"launched": True, "fsdp": None},
     "zero2": {"launched": True, "zero": 2},
@@ -89,15 +89,15 @@ def choose_fsdp_on_cpu() -> None:
 
 def choose_zero_on_cpu() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
-    # TrainingArguments allows bf16 on the CPU only where it is asked for, which would turn DeepSpeed off.
+    # TrainingArguments allows bf16 on the CPU only if the CPU is asked for, which would turn DeepSpeed off.
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
-    """Arguments of a run whose global batch is the same on any number of processes."""
+    """Make arguments of a run whose global batch is the same on any number of processes."""
     how = {"use_cpu": not torch.cuda.is_available() and (processes == 1 or "zero" not in case)}
     if processes > 1 and "fsdp" in case and "launched" not in case:
-        # Spelt as older versions of transformers want it; newer ones take True.
+        # Older versions of transformers need this spelling; newer ones take True.
         wrapped = "auto_wrap_policy" not in case["fsdp"]
         how |= {"fsdp": "full_shard auto_wrap" if wrapped else "full_shard", "fsdp_config": dict(case["fsdp"])}
     if processes > 1 and "zero" in case and "launched" not in case:
@@ -109,7 +109,7 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
         per_device_eval_batch_size=BATCH // processes,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
-        # With an epsilon this large Adam's step is smooth in the gradient, and rounding stays rounding.
+        # With this large epsilon, Adam's step is smooth in the gradient, so rounding errors stay small.
         learning_rate=1.0,
         adam_epsilon=1.0,
         optim="adamw_torch",
@@ -127,7 +127,7 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
 
 
 def base_model(case: dict, seed: int = 0):
-    """The model of a case as it was before training."""
+    """Make the model of a case as it was before training."""
     if case.get("model") == "gpt2":
         return tiny.gpt2(seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return tiny.llama(seed=seed, tie_word_embeddings=case.get("model") == "tied")
@@ -155,7 +155,7 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
 
 
 def outcome(trainer: SMTTrainer) -> dict:
-    """What runs must agree on, gathered on every rank."""
+    """Return what runs must agree on, gathered on every rank."""
     layers = dict(smt_linears(trainer.model))
     return {
         "blocks": {name: full_tensor(layer.blocks)[layer.row_major_order()].float() for name, layer in layers.items()},

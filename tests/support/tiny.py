@@ -1,4 +1,4 @@
-"""Models, data and arguments small enough for tests: everything from a configuration and a seed, no downloads."""
+"""Models, data and arguments small enough for tests, made from a configuration and a seed without downloads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIZES = {
 
 
 def build(architecture: str, seed: int = 0, **overrides) -> nn.Module:
-    """A model of a class of transformers ("LlamaForCausalLM") from a seed; the random state is left alone."""
+    """Build a model of a transformers class ("LlamaForCausalLM") from a seed; leave the random state alone."""
     model_class = getattr(transformers, architecture)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -44,34 +44,34 @@ def build(architecture: str, seed: int = 0, **overrides) -> nn.Module:
 
 
 def llama(seed: int = 0, **overrides) -> nn.Module:
-    """Two layers with grouped queries (q 64x64, k and v 32x64) and an MLP of 96x64 and 64x96."""
+    """Build two layers with grouped queries (q 64x64, k and v 32x64) and an MLP of 96x64 and 64x96."""
     return build("LlamaForCausalLM", seed, num_key_value_heads=2, **overrides)
 
 
 def gpt2(seed: int = 0, **overrides) -> nn.Module:
-    """Two layers of `Conv1D`s, whose weights are stored transposed: c_attn 192x64 is a parameter of 64x192."""
+    """Build two layers of `Conv1D`s, which store weights transposed: c_attn 192x64 is a parameter of 64x192."""
     return build("GPT2LMHeadModel", seed, **overrides)
 
 
 def albert(seed: int = 0, **overrides) -> nn.Module:
-    """A classifier that goes through one and the same layer three times."""
+    """Build a classifier that runs the same layer three times."""
     return build("AlbertForSequenceClassification", seed, num_hidden_layers=3, num_labels=3, **overrides)
 
 
 def tokens(count: int, length: int = LENGTH, seed: int = 1) -> Tensor:
-    """Token ids [count, length] that can be learnt: each sequence counts up from its first token."""
+    """Make token ids [count, length] that can be learnt: each sequence counts up from its first token."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(3, VOCABULARY, (count, 1), generator=generator)
     return 3 + (starts + torch.arange(length)) % (VOCABULARY - 3)
 
 
 def examples(count: int = 32, length: int = LENGTH, seed: int = 1) -> list[dict[str, Tensor]]:
-    """A data set of sequences of equal length, for causal language models."""
+    """Make a data set of sequences of equal length, for causal language models."""
     return [{"input_ids": row, "labels": row} for row in tokens(count, length, seed)]
 
 
 def ragged_examples(count: int = 32) -> list[dict[str, Tensor]]:
-    """A data set of sequences of different lengths; `pad` collates it."""
+    """Make a data set of sequences of different lengths; `pad` collates it."""
     return [{"input_ids": row[: 3 + 5 * i % 8], "labels": row[: 3 + 5 * i % 8]} for i, row in enumerate(tokens(count))]
 
 
@@ -85,7 +85,7 @@ def pad(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Stream(IterableDataset):
-    """A data set without a length, which can be read again and again; or once only, with `once=True`."""
+    """A data set without a length, which can be read many times, or only once with `once=True`."""
 
     def __init__(self, items: list, once: bool = False) -> None:
         self.items = iter(items) if once else items
@@ -96,7 +96,7 @@ class Stream(IterableDataset):
 
 
 def arguments(folder: str | Path, **overrides) -> transformers.TrainingArguments:
-    """Arguments of a short, silent run on the CPU."""
+    """Make arguments of a short, silent run on the CPU."""
     defaults = {
         "per_device_train_batch_size": 4,
         "max_steps": 4,
@@ -113,12 +113,12 @@ def arguments(folder: str | Path, **overrides) -> transformers.TrainingArguments
 
 
 def config(**overrides) -> SMTConfig:
-    """A configuration that suits the sizes here: 12 of the 64 blocks of `llama`, after two warm-up steps."""
+    """Make a configuration that suits the sizes here: 12 of `llama`'s 64 blocks, after two warm-up steps."""
     return SMTConfig(**{"block_size": 16, "budget": 12, "smt_warmup_steps": 2} | overrides)
 
 
 class Recording:
-    """In front of a trainer: keeps what each micro-step of its main loop sees and gives."""
+    """Mixin for a trainer; keeps what each micro-step of its main loop receives and returns."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -127,7 +127,7 @@ class Recording:
     def compute_loss(self, model, inputs, *args, **kwargs):
         state = torch.get_rng_state()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        # The warm-up comes before there is an optimizer.
+        # The warm-up runs before the optimizer exists.
         if model.training and self.optimizer is not None:
             self.inputs.append(inputs["input_ids"])
             self.random_states.append(state)
@@ -153,7 +153,7 @@ def smt_trainer(
     callbacks=None,
     **overrides,
 ) -> SMTTrainer:
-    """An `SMTTrainer`, or another `kind` of one, on `examples()`; `overrides` are training arguments."""
+    """Make an `SMTTrainer`, or another `kind`, on `examples()`; `overrides` are training arguments."""
     return kind(
         model=model,
         args=arguments(folder, **overrides),
@@ -165,7 +165,7 @@ def smt_trainer(
 
 
 def stock_trainer(model: nn.Module, folder: str | Path, data=None, collator=None, **overrides) -> RecordingTrainer:
-    """The stock trainer on the same data with the same arguments."""
+    """Make the stock trainer on the same data with the same arguments."""
     return RecordingTrainer(
         model=model,
         args=arguments(folder, **overrides),
@@ -180,12 +180,12 @@ def warm_up(trainer: SMTTrainer) -> dict[str, Tensor]:
 
 
 def logged(trainer: transformers.Trainer, key: str) -> list:
-    """The values of one key in the trainer's log, in order."""
+    """Return the values of one key in the trainer's log, in order."""
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
 def choose(model: nn.Module, smt_config: SMTConfig | None = None, seed: int = 0) -> BlockSelection:
-    """A selection at random blocks, without a warm-up."""
+    """Select random blocks, without a warm-up."""
     smt_config = smt_config or config(score="random")
     targets = find_targets(model, smt_config)
     grids = target_grids(targets, smt_config)
@@ -194,31 +194,31 @@ def choose(model: nn.Module, smt_config: SMTConfig | None = None, seed: int = 0)
 
 
 def every_block(model: nn.Module, modules: list[str], block: int = 16, **config_fields) -> BlockSelection:
-    """A selection of all blocks of the named linears."""
+    """Select all blocks of the named linears."""
     grids = target_grids({name: model.get_submodule(name) for name in modules}, config(block_size=block))
     block_indices = {name: torch.cartesian_prod(*map(torch.arange, grid.shape)) for name, grid in grids.items()}
     return BlockSelection(grids, block_indices, count_parameters(model), config(**config_fields))
 
 
 def batch(count: int = 4, **kwargs) -> dict[str, Tensor]:
-    """One batch for a forward pass with a loss."""
+    """Make one batch for a forward pass with a loss."""
     rows = tokens(count, **kwargs)
     return {"input_ids": rows, "labels": rows}
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's state dict."""
+    """Copy a model's state dict."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
 def logits(model: nn.Module, **inputs) -> Tensor:
-    """The model's logits in evaluation mode."""
+    """Return the model's logits in evaluation mode."""
     return model.eval()(**inputs or {"input_ids": tokens(3)}).logits
 
 
 def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
-    """One optimizer step, written back."""
+    """Take one optimizer step and write it back."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = optimizer_class(trained, lr=0.1)
     model(**inputs).loss.backward()
@@ -227,7 +227,7 @@ def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
 
 
 def saved_files(folder) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
-    """File name -> metadata and tensors, of every safetensors file of a folder."""
+    """Return file name -> metadata and tensors, of every safetensors file in a folder."""
     read = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -236,17 +236,17 @@ def saved_files(folder) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
 
 
 def saved_tensors(folder) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, by name."""
+    """Return all tensors of a folder, by name."""
     return {key: tensor for _, shard in saved_files(folder).values() for key, tensor in shard.items()}
 
 
 def assert_same(ours, theirs) -> None:
-    """Bit for bit."""
+    """Assert equality, bit for bit."""
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 class Noting(SMTCallback):
-    """Notes the events in their order."""
+    """Notes the events in order."""
 
     def __init__(self):
         super().__init__()

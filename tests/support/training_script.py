@@ -1,10 +1,10 @@
-"""Runs of training in processes of their own: resumed from a checkpoint, killed, or on several ranks.
+"""Training runs in separate processes: resumed from a checkpoint, killed, or on several ranks.
 
     python training_script.py resume FOLDER CHECKPOINT
     torchrun --nproc-per-node 2 training_script.py resume FOLDER CHECKPOINT
     torchrun --nproc-per-node 2 training_script.py ranks FOLDER
 
-Writes what came out as `FOLDER/result-RANK.pt`. `launch` does the same without the seconds that a new interpreter takes
+Writes the outcome to `FOLDER/result-RANK.pt`. `launch` does the same without the seconds that a new interpreter takes
 to import everything: its processes are forked from a server that imported the libraries and did nothing else.
 """
 
@@ -41,7 +41,7 @@ FORKED.set_forkserver_preload(["transformers.trainer", "transformers.models.llam
 
 
 def result(trainer) -> dict:
-    """Everything that two runs of the same training must agree on."""
+    """Return everything that two runs of the same training must agree on."""
     return {
         "blocks": {name: layer.blocks.detach() for name, layer in smt_linears(trainer.model)},
         "block_indices": {name: layer.block_indices for name, layer in smt_linears(trainer.model)},
@@ -53,20 +53,20 @@ def result(trainer) -> dict:
 
 
 def resumable(folder: Path, **overrides):
-    """A run of six steps with dropout, each of two micro-batches, with a checkpoint after every second."""
+    """Make a run of six steps with dropout, each of two micro-batches, with a checkpoint after every second step."""
     defaults = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     return tiny.smt_trainer(tiny.llama(attention_dropout=0.3), folder, **defaults | overrides)
 
 
 class Evaluated(tiny.RecordingSMTTrainer):
-    """With data to evaluate on."""
+    """A trainer with evaluation data."""
 
     def __init__(self, **kwargs) -> None:
         super().__init__(eval_dataset=tiny.examples(4), **kwargs)
 
 
 def ranked(folder: Path, processes: int) -> dict:
-    """A run whose global batch is the same on any number of processes; its outcome, with the warm-up's scores."""
+    """Run with the same global batch on any number of processes; return the outcome, with the warm-up's scores."""
     model = tiny.llama().double()
     smt_config = tiny.config(smt_warmup_steps=3, master_dtype="float64")
     trainer = tiny.smt_trainer(
@@ -98,22 +98,22 @@ def launch(
     checkpoint: int | None = None,
     **overrides,
 ) -> list[int]:
-    """Train in `FOLDER/run` as a launcher does: resume what is there; kill all ranks as soon as one is dead.
+    """Train in `FOLDER/run` as a launcher does: resume an earlier run; kill all ranks as soon as one is dead.
 
     Args:
         folder: the outcome is written here.
         processes: number of ranks.
-        moment: at which the `dying` ranks kill themselves.
-        delay: seconds from the beginning of training to when the `dying` ranks are killed; they wait for it at the end.
-        dying: ranks.
-        checkpoint: step to resume from in place of the last.
-        overrides: of `resumable`.
+        moment: the moment at which the `dying` ranks kill themselves.
+        delay: seconds from the start of training until the `dying` ranks are killed; they wait for it at the end.
+        dying: the ranks that die.
+        checkpoint: step to resume from instead of the last.
+        overrides: passed to `resumable`.
 
     Returns:
         The exit codes.
     """
     run = folder / "run"
-    # Nothing to resume is an error of Trainer's own; a launcher looks first.
+    # Trainer raises an error if there is nothing to resume, so a launcher looks first.
     resume = (run / SELECTION_FILE).is_file() or any(run.glob("checkpoint-*"))
     if checkpoint is not None:
         resume = str(run / f"checkpoint-{checkpoint}")
@@ -127,7 +127,7 @@ def launch(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "ACCELERATE_USE_CPU": "true",
-            # Not cpu:0, to which older versions of transformers cannot load an optimizer.
+            # Older versions of transformers cannot load an optimizer to cpu:0.
             "ACCELERATE_TORCH_DEVICE": "cpu",
         }
         arguments = (folder, resume, moment if rank in dying else None, delay is not None, beginning, overrides)
@@ -149,10 +149,10 @@ def launch(
 def train(
     environment: dict, folder: Path, resume: bool | str, moment: str | None, doomed: bool, beginning, overrides
 ) -> None:
-    """One rank of `launch`."""
+    """Run one rank of `launch`."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    # A garbage collection would touch, and thereby copy, all that the server imported: a second.
+    # A garbage collection would touch, and so copy, all that the server imported, which takes a second.
     gc.freeze()
     trainer = resumable(folder / "run", callbacks=[Mortal(moment)], **overrides)
     die_at(moment)
@@ -171,7 +171,7 @@ def torchrun(script: str, processes: int, *arguments: str | Path, **environment:
 
 
 def accelerate_launch(config: Path, script: str, *arguments: str | Path, **environment: str) -> None:
-    """Run a file as a configuration file of accelerate says, but on two processes and in full precision."""
+    """Run a file with an accelerate configuration file, but on two processes and in full precision."""
     launcher = ["accelerate.commands.launch", "--config_file", config, "--num_processes=2", "--mixed_precision=no"]
     _run_module([*launcher, f"--main_process_port={free_port()}", script, *arguments], environment)
 
@@ -182,12 +182,12 @@ def _run_module(command: list, environment: dict[str, str]) -> None:
 
 
 def outcomes(folder: Path, processes: int = 1) -> list[dict]:
-    """What each rank of a run wrote."""
+    """Return what each rank of a run wrote."""
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 def duration(folder: Path) -> float:
-    """The seconds that the training of a `launch` took."""
+    """Return the seconds that the training of a `launch` took."""
     begun, ended = ((folder / name).stat().st_mtime for name in ("begun", "result-0.pt"))
     return ended - begun
 
@@ -225,7 +225,7 @@ class Mortal(SMTCallback):
 
 
 def die_at(moment: str | None) -> None:
-    """Kill the process half-way through a write, where the moment is one."""
+    """Kill the process half-way through a write, if the moment is a write."""
     if moment == "writing the selection":
         BlockSelection.save = lambda selection, path: write_atomically(path, half_written)
     if moment == "writing the delta":
@@ -241,7 +241,7 @@ def die_at(moment: str | None) -> None:
 
 
 def saving_until(name: str, last: Callable[[Path], None], save=torch.save) -> Callable:
-    """A `torch.save` which ends with the file of a name."""
+    """Return a `torch.save` that calls `last` for the file with the given name instead of saving."""
     return lambda value, path: last(Path(path)) if name in str(path) else save(value, path)
 
 
@@ -257,7 +257,7 @@ def half_deleted(path: Path) -> None:
 
 
 def die_late(path: Path) -> None:
-    """Die when the other rank, where it does not wait, is long done with the checkpoint."""
+    """Die when the other rank, if it does not wait, has long finished the checkpoint."""
     time.sleep(2)
     die()
 

@@ -73,7 +73,7 @@ def test_a_warm_up_on_partitioned_weights_is_refused(construct):
     model = tiny.llama()
     model.lm_head.weight.ds_id = 0
     model.lm_head.weight.ds_shape = model.lm_head.weight.shape
-    with pytest.raises(SMTError, match=r"partitioned the weights already.*SMTConfig\(selection=...\)"):
+    with pytest.raises(SMTError, match=r"already partitioned the weights.*SMTConfig\(selection=...\)"):
         construct(model=model)
     construct(model=model, smt_config=tiny.config(score="magnitude"))
 
