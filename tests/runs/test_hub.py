@@ -65,5 +65,6 @@ def test_the_card_names_base_selection_budget_and_repository(trainer, uploads):
     card = uploads[-1]["README.md"].decode()
     assert "trained values of 12 blocks of the weights of `base`" in card
     assert trainer.smt_selection.summary() in card
-    assert "score `grad_l1` over 2 warm-up steps, scope `global`, budget `12`" in card
+    assert "`score='grad_l1'`, `smt_warmup_steps=2`, `scope='global'`, `budget=12`" in card
+    assert "`budget_of='model'`, `layer_cap=None`" in card
     assert 'from_delta(snapshot_download("me/tiny-delta"))' in card

@@ -99,7 +99,7 @@ def test_without_being_asked_a_run_chooses_its_blocks_again(interrupted):
         ({"budget": 11}, "budget: 11 != 12"),
         (
             {"score": "grad_signed", "smt_warmup_steps": 3},
-            r"smt_warmup_steps: 3 != 2; score: 'grad_signed' != 'grad_l1'",
+            "score: 'grad_signed' != 'grad_l1'; smt_warmup_steps: 3 != 2",
         ),
         ({"block_size": 32, "budget": 3}, "block_size: 32 != 16"),
         ({"master_dtype": "float64"}, "master_dtype: 'float64' != 'float32'"),
