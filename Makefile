@@ -1,4 +1,4 @@
-# `make help` lists the verbs.
+# `make help` lists the commands.
 PYTHON  ?= python3
 PROFILE ?= default
 OUT     ?= runs/commonsense
@@ -9,10 +9,10 @@ BIN  := $(VENV)/bin
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-slow test-deepspeed test-oldest quality style commonsense bench clean
 
-help: ## this list
+help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-venv: $(BIN)/.complete ## the environment in .venv, made once with the tested versions
+venv: $(BIN)/.complete ## make the environment in .venv with the tested versions
 
 $(BIN)/.complete: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; set PYTHON=")'
@@ -20,17 +20,17 @@ $(BIN)/.complete: setup.cfg constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-test: venv ## the tests
+test: venv ## run the tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: venv ## the tests that need the real model and data, or minutes
+test-slow: venv ## run the tests that need the real model and data, or take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-deepspeed: venv ## the tests of DeepSpeed ZeRO, which is installed for them (on the CPU; needs a C++ compiler)
+test-deepspeed: venv ## install DeepSpeed and run the ZeRO tests (on the CPU; needs a C++ compiler)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed]'
 	$(BIN)/python -m pytest -m "" tests/runs/test_sharded.py -k zero
 
-test-oldest: .venv-oldest/.complete ## the library's tests with the oldest versions it supports, in .venv-oldest
+test-oldest: .venv-oldest/.complete ## run the library's tests with the oldest supported versions, in .venv-oldest
 	.venv-oldest/bin/python -m pytest -m "not slow" --ignore tests/recipes
 
 .venv-oldest/.complete: setup.cfg constraints-oldest.txt
@@ -38,11 +38,11 @@ test-oldest: .venv-oldest/.complete ## the library's tests with the oldest versi
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
-quality: venv ## lint and formatting, checked
+quality: venv ## check lint and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-style: venv ## lint and formatting, mended
+style: venv ## fix lint and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -51,7 +51,7 @@ commonsense: venv ## fine-tune and evaluate on commonsense tasks (PROFILE=, MODE
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 bench: OUT = runs/bench
-bench: venv ## step time and memory of SMT and its rivals (SHAPE=, OUT=, ARGS=)
+bench: venv ## measure step time and memory of SMT and other methods (SHAPE=, OUT=, ARGS=)
 	$(BIN)/python -m recipes.benchmarks.training_step --output "$(OUT)" $(if $(SHAPE),--shape $(SHAPE)) $(ARGS)
 
 clean: ## remove the environment and caches

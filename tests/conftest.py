@@ -1,4 +1,4 @@
-"""Fixtures. Models, data and training arguments are in `tiny.py`, the slow twins in `reference.py`."""
+"""Fixtures. `tiny.py` has models, data and training arguments; `reference.py` has slow twins."""
 
 import gc
 import logging
@@ -10,65 +10,65 @@ import training_script
 from hypothesis import settings
 
 torch.set_num_threads(1)
-# How long an example takes says something about the machine only.
+# The time for an example depends on the machine only.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def small_heap():
-    """Each training run collects garbage first, which takes long among all that was imported."""
+    """Exempt the imports from the garbage collection at the start of each training run."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def same_seed() -> None:
-    """Each test draws the same random numbers, whatever ran before it."""
+    """Give each test the same random numbers, independent of earlier tests."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def llama():
-    """The tiny Llama of `tiny.llama`."""
+    """Make the tiny Llama of `tiny.llama`."""
     return tiny.llama()
 
 
 @pytest.fixture
 def warnings(caplog):
-    """Messages that the library logged as warnings."""
+    """Return a function that gives the library's warnings so far."""
     caplog.set_level(logging.WARNING, logger="smt_trainer")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("smt_trainer")]
 
 
 @pytest.fixture
 def base(llama, tmp_path):
-    """The tiny Llama on disk: its folder."""
+    """Write the tiny Llama to disk; return its folder."""
     llama.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
 @pytest.fixture
 def delta(tmp_path):
-    """A delta of the tiny Llama whose blocks were shifted: its folder, and the rewritten model it came from."""
+    """Save a delta of the tiny Llama with changed blocks; return its folder and the rewritten model."""
     from smt_trainer import convert_to_smt, save_delta
     from smt_trainer.sparse.linear import smt_linears
     from smt_trainer.sparse.write_back import write_back
 
     model = tiny.llama()
     convert_to_smt(model, tiny.choose(model))
-    layers = [layer for _, layer in smt_linears(model)]
+    linears = [linear for _, linear in smt_linears(model)]
     with torch.no_grad():
-        for layer in layers:
-            layer.blocks += torch.randn_like(layer.blocks) / 8
-    write_back(layers)
+        for linear in linears:
+            linear.blocks += torch.randn_like(linear.blocks) / 8
+    write_back(linears)
     save_delta(model, tmp_path / "delta")
     return tmp_path / "delta", model
 
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """The folder of an uninterrupted run with its checkpoints, and its outcome."""
+    """Run without interruption; return the folder with the checkpoints, and the outcome."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     trainer = training_script.resumable(folder)
     trainer.train()

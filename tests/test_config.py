@@ -24,13 +24,13 @@ def test_every_field_says_what_it_decides_and_help_shows_its_help():
         assert len(field) > 20 and f"{name} (default {field.default!r}) {field}" in shown
 
 
-def test_no_field_is_called_like_a_training_argument():
+def test_no_field_has_the_name_of_a_training_argument():
     assert not {item.name for item in fields(SMTConfig)} & {item.name for item in fields(TrainingArguments)}
 
 
 @dataclasses.dataclass
 class ScriptArguments:
-    """What a script adds."""
+    """Arguments that a script adds."""
 
     data: str = "here"
 
@@ -59,7 +59,7 @@ def test_an_argument_parser_reads_every_field_from_text():
     assert (script.data, training.warmup_steps) == ("there", 3)
 
 
-def test_an_argument_parser_gives_the_defaults_where_nothing_is_said():
+def test_an_argument_parser_gives_the_defaults_without_flags():
     _, config, _ = HfArgumentParser(CLASSES).parse_args_into_dataclasses(
         ["--output_dir", "out"], look_for_args_file=False
     )
@@ -85,7 +85,7 @@ def test_a_yaml_file_is_read_by_trls_parser(as_text, tmp_path):
     ("given", "kept"),
     [(["mlp"], "mlp"), (["q_proj"], ["q_proj"]), ([".*q_proj"], ".*q_proj"), (("a", "b"), ["a", "b"]), (None, "qkv")],
 )
-def test_a_list_of_one_keyword_or_expression_is_that(given, kept):
+def test_a_list_of_one_keyword_or_expression_is_unwrapped(given, kept):
     assert SMTConfig(target_modules=given).target_modules == kept
 
 
@@ -99,7 +99,7 @@ def test_a_list_of_one_keyword_or_expression_is_that(given, kept):
         {"granularity": "row", "score": "magnitude", "selection": "selection.json", "master_dtype": "bfloat16"},
     ],
 )
-def test_json_gives_the_same_configuration_back(values):
+def test_a_configuration_survives_json(values):
     config = SMTConfig(**values)
     assert SMTConfig.from_json(config.to_json()) == config
 
@@ -154,7 +154,7 @@ def test_a_value_out_of_range_is_refused_naming_the_field(values, message):
 @pytest.mark.parametrize(
     ("alias", "score"), [("mean_abs", "grad_signed"), ("abs_mean", "grad_l1"), ("L1", "grad_l1"), ("L2", "grad_l2")]
 )
-def test_the_names_of_the_authors_code_are_kept_under_ours(alias, score):
+def test_the_names_of_the_authors_code_are_aliases_of_ours(alias, score):
     config = SMTConfig(score=alias)
     assert config.score == score and config == SMTConfig.from_dict(SMTConfig().to_dict() | {"score": alias})
     assert config.differences(SMTConfig(score=score)) == []
@@ -176,7 +176,7 @@ def test_a_budget_by_groups_is_written_with_equals_signs():
 
 
 @pytest.mark.parametrize("text", ["many", "", "0", "-3", "1.5", "nan", "mlp=", "=3", "mlp=3,attention", "mlp=1,mlp=2"])
-def test_a_text_that_is_no_budget_is_refused(text):
+def test_a_text_that_does_not_name_a_budget_is_refused(text):
     with pytest.raises(SMTError, match=r"budget must be|budget names a group twice"):
         SMTConfig(budget=text)
 

@@ -13,9 +13,9 @@ COMMANDS = (select, inspect_artefact, merge_delta, estimate)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `smt` with the given arguments (those of the process by default); returns the exit status."""
+    """Run `smt` with the given arguments (by default, those of the process); return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="smt", description="Sparse Matrix Tuning: what a run takes, which blocks it trains, and its deltas."
+        prog="smt", description="Sparse Matrix Tuning: estimate a run, choose its blocks, inspect and merge its deltas."
     )
     parser.add_argument("--version", action="version", version=f"smt_trainer {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

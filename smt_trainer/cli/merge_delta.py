@@ -10,13 +10,13 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("merge", help="merge a delta into its base checkpoint")
     parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
     parser.add_argument("delta", help="delta folder")
-    parser.add_argument("out", help="folder to write; must not exist or be empty")
+    parser.add_argument("out", help="folder to write; must be new or empty")
     parser.add_argument("--revision", help="revision of a base on the hub")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge shard by shard; see `merge_checkpoint`."""
+    """Merge the delta shard by shard; see `merge_checkpoint`."""
     from smt_trainer.delta.merge import merge_checkpoint
 
     merge_checkpoint(arguments.base, arguments.delta, arguments.out, revision=arguments.revision)

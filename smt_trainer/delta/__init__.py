@@ -1,1 +1,1 @@
-"""What is saved: the trained blocks, and their merge into a checkpoint."""
+"""Save the trained blocks, load them, and merge them into a checkpoint."""

@@ -1,14 +1,14 @@
-"""The delta: a folder with the trained blocks, their positions and what they were trained on.
+"""The delta: a folder with the trained blocks, their positions and a record of their base.
 
     smt_delta.safetensors   <module>.blocks         [n, br, bc]  trained values (not differences, so merging is exact)
                             <module>.block_indices  [n, 2] int32 (row, column) in the module's grid
                             <parameter>             whole tensors of `modules_to_save`, norms, biases
-                            and in its metadata the manifest: format, configuration, grids, name and fingerprint of the
+                            its metadata holds the manifest: format, configuration, grids, name and fingerprint of the
                             base, dtype of its weights
-    smt_config.json         the manifest again, for people and other programs to read
+    smt_config.json         a copy of the manifest, for people and other programs to read
 
-The tensors file alone is the delta. It is replaced in one step: an interrupted write leaves the earlier delta. All of
-it is plain data; nothing is unpickled.
+The tensors file alone is the delta. It is replaced in one step, so an interrupted write leaves the earlier delta. Both
+files are plain data; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ MANIFEST = "smt"
 
 @dataclass(frozen=True)
 class Delta:
-    """A delta in memory, checked.
+    """A checked delta in memory.
 
     Attributes:
-        selection: which blocks, of which model, chosen how.
-        blocks: module name -> trained values [n, br, bc], row by row like `selection.block_indices`.
-        whole: parameter name -> tensor, of what is trained whole.
+        selection: the blocks, their model and how they were chosen.
+        blocks: module name -> trained values [n, br, bc], in the order of `selection.block_indices`.
+        whole: parameter name -> tensor, for what is trained whole.
         fingerprint: checksum of the base values of the blocks (see `sparse/fingerprint.py`).
-        weight_dtype: dtype of the base weights in training; merging into it is exact.
+        weight_dtype: dtype of the base weights in training; merging into this dtype is exact.
     """
 
     selection: BlockSelection
@@ -85,8 +85,8 @@ class Delta:
 
         Args:
             model: rewritten by `convert_to_smt`, `load_delta` or SMTTrainer.
-            master: keep the blocks in the master dtype, to continue training; by default they are cast to the dtype of
-                the weights, which forward and merging use.
+            master: keep the blocks in the master dtype, to continue training; by default, cast them to the dtype of
+                the weights, as forward and merging do.
 
         Raises:
             SMTError: the model trains no blocks.
@@ -99,7 +99,7 @@ class Delta:
         return cls(state.selection, blocks, whole, state.fingerprint, state.weight_dtype)
 
     def save(self, folder: str | Path) -> None:
-        """Write the delta to a folder, which is made if it does not exist; replace an older delta in one step."""
+        """Write the delta to a folder; make the folder if needed, and replace an older delta in one step."""
         selection = self.selection.to_dict()
         for module in selection["modules"].values():
             del module["block_indices"]
@@ -120,7 +120,7 @@ class Delta:
 
     @classmethod
     def load(cls, folder: str | Path) -> Delta:
-        """Read and check a delta folder. Raises `SMTError` when it is missing, damaged or out of range."""
+        """Read and check a delta folder. Raise `SMTError` if it is missing, damaged or out of range."""
         manifest, tensors = load_tensors(Path(folder, DELTA_FILE), MANIFEST, "delta")
         with refusing_damage(f"delta in {folder}"):
             check_format(manifest, FORMAT, f"delta in {folder}")
@@ -153,8 +153,8 @@ def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> 
     """Put a delta into a model, in place.
 
     Args:
-        model: the plain base model, which becomes a rewritten one that can be trained further; or a model that
-            already trains the same blocks.
+        model: the plain base model, which is rewritten and can be trained further; or a model that already trains
+            the same blocks.
         folder: a delta folder or a checkpoint of SMTTrainer.
         merge: make the model plain again with the trained values in its weights.
 
@@ -162,19 +162,19 @@ def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> 
         The same model.
 
     Raises:
-        SMTError: the delta is damaged, or belongs to another base or other blocks; the model is unchanged then.
+        SMTError: the delta is damaged, or belongs to another base or other blocks. The model stays unchanged.
     """
     put_delta(model, Delta.load(folder))
     return merge_and_unload(model) if merge else model
 
 
 def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> None:
-    """Put a delta that is already in memory into a model, as `load_delta` without merging.
+    """Put a delta from memory into a model, like `load_delta` without merging.
 
     Args:
-        model: plain, or training the same blocks.
-        delta: what to put into it.
-        has_weights: False on a rank that will get the base weights from another one; they are not checked then.
+        model: plain, or already training the same blocks.
+        delta: the delta to put into it.
+        has_weights: False on a rank that gets the base weights from another rank later; skips their check.
     """
     if is_smt_model(model):
         _check_same_blocks(model, delta)
@@ -202,10 +202,10 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
         auto_class: the class to load the base with; `transformers.AutoModelForCausalLM` by default.
         base: hub name or path of the base; by default the name that the delta records.
         merge: return a plain model.
-        kwargs: for `auto_class.from_pretrained`; `dtype` is that of training by default.
+        kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training.
 
     Raises:
-        SMTError: as `load_delta`, and when neither `base` is given nor one is recorded.
+        SMTError: as in `load_delta`; or `base` is not given and the delta records none.
     """
     if auto_class is None:
         from transformers import AutoModelForCausalLM as auto_class
@@ -222,7 +222,7 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
 
 
 def check_base(delta: Delta, name: str | None, found: str) -> None:
-    """Refuse a base whose blocks are not those the delta was trained from; warn when only its name differs.
+    """Refuse a base whose blocks differ from those before training; warn if only the name differs.
 
     Raises:
         SMTError: the fingerprints differ.
@@ -235,7 +235,7 @@ def check_base(delta: Delta, name: str | None, found: str) -> None:
             f"{delta.fingerprint[:12]}). Load the base that the delta was trained on, in {delta.weight_dtype} or finer."
         )
     if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
-        logger.warning("The delta names %s as its base, this is %s; the weights agree.", expected, name)
+        logger.warning("The delta names %s as its base. This model is %s; the weights agree.", expected, name)
 
 
 def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
@@ -244,13 +244,13 @@ def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     if not same or state.fingerprint != delta.fingerprint:
         raise SMTError(
-            "the delta holds other blocks, or of another base, than this model trains. Load it into the plain base "
-            "model instead."
+            "the delta holds other blocks than this model trains, or blocks of another base. Load it into the plain "
+            "base model instead."
         )
 
 
 def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
-    """Return the tensors of a model by name, once it is sure that they hold what the delta trains whole."""
+    """Return a model's tensors by name; raise `SMTError` unless what the delta trains whole fits them."""
     destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in delta.whole.items():
         if name not in destinations or full_shape(destinations[name]) != tuple(tensor.shape):

@@ -1,4 +1,4 @@
-"""Merge a delta into a checkpoint on disk, shard by shard: peak memory is one shard, no model is built."""
+"""Merge a delta into a checkpoint on disk, shard by shard. Memory holds one shard at a time and no model."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def merge_checkpoint(
         base: folder or hub name of the base checkpoint, in safetensors format.
         delta_folder: a delta folder.
         output: folder to make; it appears whole or not at all.
-        revision: of a base on the hub.
+        revision: revision of a base on the hub.
 
     Returns:
         The output folder.
 
     Raises:
         SMTError: the output exists and is not empty, the delta is damaged or belongs to another base, or the base is
-            no safetensors checkpoint; nothing is written then.
+            not a safetensors checkpoint. Nothing is written.
     """
     with new_folder(Path(output)) as stage:
         _merge_into(stage, base, delta_folder, revision)
@@ -72,26 +72,26 @@ def _find_checkpoint(base: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(str(base), revision=revision, allow_patterns=HUB_PATTERNS))
     except Exception as error:
         raise SMTError(
-            f"{base} is no folder and could not be fetched from the hub ({error}). Give the folder of the base "
-            "checkpoint, or its hub name with a connection."
+            f"{base} is not a folder and could not be fetched from the hub ({error}). Give the folder of the base "
+            "checkpoint, or connect and give its hub name."
         ) from error
 
 
 def _shards(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, for a checkpoint in one or several safetensors files."""
+    """Return tensor name -> file name, for a checkpoint in one or several safetensors files."""
     if (folder / INDEX_FILE).is_file():
         return load_json(folder / INDEX_FILE, "index of the base")["weight_map"]
     if (folder / SINGLE_FILE).is_file():
         with open_tensors(folder / SINGLE_FILE, "base") as file:
             return dict.fromkeys(file.keys(), SINGLE_FILE)
     raise SMTError(
-        f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Convert the base to safetensors first "
+        f"{folder} should hold {SINGLE_FILE} or {INDEX_FILE}, but has neither. Convert the base to safetensors first "
         "(from_pretrained, then save_pretrained)."
     )
 
 
 def _find_key(name: str, shard_of: dict[str, str], base: str | Path) -> str:
-    """A tensor's name in the checkpoint, which may lack or add the prefix of the base model (`model.`)."""
+    """Return a tensor's name in the checkpoint, which may lack or add the prefix of the base model (`model.`)."""
     if name in shard_of:
         return name
     similar = [key for key in shard_of if key.endswith("." + name) or name.endswith("." + key)]
@@ -110,16 +110,22 @@ def _check_weights(
     for name, key in keys.items():
         weight, expected = _read(folder / shard_of[key], key), delta.selection.grids[name].stored_shape
         if tuple(weight.shape) != expected:
-            raise SMTError(f"`{key}` of {folder} is {list(weight.shape)}, the delta expects {list(expected)}.")
+            raise SMTError(
+                f"the delta expects `{key}` of {folder} to have shape {list(expected)}, got {list(weight.shape)}. Use "
+                "the base that it was trained on."
+            )
         update_fingerprint(digest, name, weight, delta.selection, delta.weight_dtype)
         dtypes.add(weight.dtype)
     check_base(delta, folder.resolve().name if folder.is_dir() else None, digest.hexdigest())
     for key, tensor in whole.items():
         if _read(folder / shard_of[key], key).shape != tensor.shape:
-            raise SMTError(f"`{key}` of {folder} has another shape than in the delta, {list(tensor.shape)}.")
+            raise SMTError(
+                f"the delta expects `{key}` of {folder} to have shape {list(tensor.shape)}, got another. Use the base "
+                "that it was trained on."
+            )
     for dtype in dtypes - {delta.weight_dtype}:
         logger.warning(
-            "The delta was trained on %s and is merged into %s weights: the result is not exactly the trained model.",
+            "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained model.",
             delta.weight_dtype,
             dtype,
         )

@@ -1,4 +1,4 @@
-"""The section of a model card that tells what a delta is."""
+"""The section of a model card that explains a delta."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ model = from_delta(snapshot_download("{repository}"))  # loads the base and puts
 
 
 def delta_section(selection: BlockSelection, repository: str) -> str:
-    """Return a section in Markdown: base, selection and budget of a delta, and how to load it from its repository."""
+    """Return a section in Markdown: a delta's base, selection and budget, and how to load it from its repository."""
     config = selection.config
     told = ["score", "smt_warmup_steps", "scope", "budget", "budget_of", "layer_cap"]
     return SECTION.format(

@@ -21,7 +21,7 @@ from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, smt_linears
 
 @dataclass(frozen=True)
 class SMTState:
-    """What a rewritten model remembers, as its attribute `smt_state`.
+    """The state of a rewritten model, in its attribute `smt_state`.
 
     Attributes:
         selection: the blocks it trains.
@@ -39,12 +39,12 @@ class SMTState:
 
 
 def is_smt_model(model: nn.Module) -> bool:
-    """Whether `convert_to_smt` or `load_delta` has rewritten this model."""
+    """Return whether `convert_to_smt` or `load_delta` has rewritten this model."""
     return hasattr(model, "smt_state")
 
 
 def get_state(model: nn.Module) -> SMTState:
-    """The state of a rewritten model. Raises `SMTError` for a plain one."""
+    """Return the state of a rewritten model. Raise `SMTError` for a plain one."""
     if not is_smt_model(model):
         raise SMTError("this model trains no blocks; run SMTTrainer, convert_to_smt or load_delta on it first.")
     return model.smt_state
@@ -55,14 +55,14 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
 
     Args:
         model: a plain model; its modules keep their identity, names, hooks and ties.
-        selection: its config gives the `master_dtype` and what is trained whole.
+        selection: the blocks to train; its config sets the `master_dtype` and what is trained whole.
 
     Returns:
         The same model.
 
     Raises:
-        SMTError: the model is already rewritten or does not have the selection's modules in the selection's shapes;
-            nothing is changed then.
+        SMTError: the model is already rewritten, or lacks the selection's modules in the selection's shapes. Nothing
+            is changed.
     """
     linears = find_linears(model, selection)
     dtype = next(iter(linears.values())).weight.dtype
@@ -71,7 +71,7 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
 
 
 def rewrite_as(model: nn.Module, state: SMTState) -> nn.Module:
-    """Rewrite a plain model that is known to fit, and let it remember its state."""
+    """Rewrite a plain model that is known to fit, and store its state in it."""
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype))
     model.smt_state = replace(state, was_trainable=trainable)
@@ -79,13 +79,13 @@ def rewrite_as(model: nn.Module, state: SMTState) -> nn.Module:
 
 
 def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> nn.Module:
-    """Rewrite a model without reading any value of it; it may be on the meta device.
+    """Rewrite a model without reading its values; it may be on the meta device.
 
     Args:
         model: a plain model that is known to fit.
         selection: the blocks to train.
         whole: full names of the modules and biases to train whole.
-        master_dtype: of the trainable blocks.
+        master_dtype: dtype of the trainable blocks.
     """
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
@@ -98,14 +98,14 @@ def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], m
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """Write the trained blocks into the dense weights and make the model plain again, in place; return it.
+    """Write the trained blocks into the dense weights, make the model plain again in place, and return it.
 
     The weights are bit-identical to those that forward used in training. Parameters that required a gradient before
-    rewriting require one again.
+    rewriting do so again.
     """
     state = get_state(model)
-    for _, layer in list(smt_linears(model)):
-        layer.to_linear()
+    for _, linear in list(smt_linears(model)):
+        linear.to_linear()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.was_trainable)
     del model.smt_state
@@ -116,11 +116,11 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, nn.Mo
     """Return the linears of a plain model that hold a selection's blocks, by full name.
 
     Raises:
-        SMTError: the model trains blocks already or holds PEFT adapters, or it lacks one of the linears or has it in
-            another kind or shape, or quantised.
+        SMTError: the model already trains blocks or holds PEFT adapters; or one of the linears is missing, quantised,
+            or of another kind or shape.
     """
     if is_smt_model(model):
-        raise SMTError("this model already trains blocks; call merge_and_unload on it before choosing others.")
+        raise SMTError("this model already trains blocks; call merge_and_unload on it first.")
     refuse_adapters(model)
     modules = dict(model.named_modules())
     return {name: _expect_linear(modules.get(name), name, selection) for name in selection.block_indices}
@@ -140,7 +140,7 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
     raise SMTError(
         f"the blocks of `{name}` lie in a {'Conv1D' if grid.transposed else 'linear'} with a weight of "
         f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
-        f"{selection.base_model or 'another model'}: load that, unquantised, or choose anew."
+        f"{selection.base_model or 'another model'}. Load that model unquantised, or choose the blocks again."
     )
 
 
@@ -156,9 +156,9 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
-    """Return the state dict that the model would have after `merge_and_unload`, without changing the model.
+    """Return the state dict that the model would have after `merge_and_unload`; leave the model as it is.
 
-    A collective when the model is sharded over ranks; tied weights stay tied. With `keep=False` this rank only takes
+    A collective when the model is sharded over ranks. Tied weights stay tied. With `keep=False`, this rank only takes
     part and gets an empty dictionary.
     """
     own = {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
@@ -177,5 +177,5 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
 
 
 def trainable_parameters(model: nn.Module) -> int:
-    """Count the parameters that require a gradient, tied weights once."""
+    """Count the parameters that require a gradient; count tied weights once."""
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)

@@ -1,10 +1,10 @@
-"""`SMTLinear` and `SMTConv1D`: linears of which only the chosen blocks are trained.
+"""`SMTLinear` and `SMTConv1D`: linears that train only the chosen blocks.
 
-The dense weight stays where it was, frozen, and is what forward reads: forward and generation cost nothing more. The
+Forward reads the dense weight, which stays in place, frozen; so forward and generation cost no more than before. The
 trainable values are `blocks` [n, br, bc], a compact copy in the master dtype (float32 by default: at learning rates
-around 1e-5 most bfloat16 weights would never move). Forward uses exactly the values that a merge writes: `write_back`
-casts the blocks into the weight after each optimizer step of a trainer, and a forward that finds the blocks changed
-since then casts them first.
+around 1e-5 most bfloat16 weights would never change). Forward uses exactly the values that a merge writes: `write_back`
+casts the blocks into the weight after each optimizer step of a trainer. If the blocks have changed since then, forward
+calls it first.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from smt_trainer.sparse.write_back import write_back
 
 
 class BlockLinear(nn.Module):
-    """A linear with trainable blocks. Made from an existing linear by `from_linear`, undone by `to_linear`.
+    """A linear with trainable blocks. `from_linear` makes it from an existing linear, `to_linear` undoes this.
 
     Attributes:
-        weight: [O, I], or [I, O] where the grid is transposed: frozen dense weight, the chosen blocks included.
-        blocks: [n, br, bc] trainable values of the chosen blocks, in the order of `block_indices`. Either may be
-            sharded over ranks.
+        weight: [O, I], or [I, O] if the grid is transposed: frozen dense weight, including the chosen blocks.
+        blocks: [n, br, bc] trainable values of the chosen blocks, in the order of `block_indices`. Both this and the
+            weight may be sharded over ranks.
         block_indices: [n, 2] int32 (row, column) of each block in the grid.
-        grid: the cut of the weight.
+        grid: cuts the weight into blocks.
     """
 
     @classmethod
     def from_linear(
         cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
     ) -> BlockLinear:
-        """Turn a linear into a layer of this class in place: identity, hooks, state-dict keys, bias and ties stay."""
+        """Turn a linear into this class in place; its identity, hooks, state-dict keys, bias and ties stay."""
         plan, block_indices, positions = group_blocks(block_indices.cpu(), grid)
         device = linear.weight.device
         linear.linear_class = type(linear)
@@ -52,7 +52,7 @@ class BlockLinear(nn.Module):
         return linear
 
     def to_linear(self) -> nn.Module:
-        """Write the blocks into the weight and become the plain linear of before, in place."""
+        """Write the blocks into the weight and turn back into a plain linear, in place."""
         write_back([self])
         for name in ("blocks", "block_indices", "positions", "grid", "plan"):
             delattr(self, name)
@@ -67,20 +67,20 @@ class BlockLinear(nn.Module):
         return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
 
     def mark_written(self) -> None:
-        """Note that the weight holds the blocks as they are now."""
+        """Record that the weight holds the current blocks."""
         self._written = self.blocks, self.blocks._version
 
     def is_stale(self) -> bool:
-        """Whether an operation has changed the blocks since they were written into the weight.
+        """Return whether an operation has changed the blocks since they were written into the weight.
 
-        A change through `.data` goes unseen, and so does one of sharded blocks, which forward sees gathered.
+        Changes through `.data` go unnoticed, as do changes of sharded blocks, which forward sees gathered.
         """
         written, version = self._written
         return written is self.blocks and version != written._version
 
     def cut(self, blocks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of what this rank holds of the dense weight under the blocks, and the part of `blocks` [n, br, bc] that
-        belongs into each."""
+        """Return views of this rank's part of the dense weight under the blocks, and the part of `blocks` [n, br, bc]
+        that belongs in each view."""
         parts = local_parts(self.weight)
         addresses = [part.values.data_ptr() for part in parts]
         if vars(self).get("_views", (None,))[0] != addresses:
@@ -90,7 +90,7 @@ class BlockLinear(nn.Module):
         return views, list(whole) if cuts is None else [whole[block][rows, columns] for block, rows, columns in cuts]
 
     def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]] | None]:
-        """Views of the parts under the blocks, and which rows and columns of which block each is; None if all whole."""
+        """Return views of the parts under the blocks, and the block, rows and columns of each; None: all whole."""
         indices = self.block_indices.tolist()
         if not is_sharded(self.weight):
             cut = self.grid.split(parts[0].values)
@@ -110,7 +110,7 @@ class BlockLinear(nn.Module):
         return views, cuts
 
     def _apply(self, fn, recurse=True):
-        # The views would keep the storage alive that the weight is about to leave.
+        # The views would keep the old storage of the weight alive.
         vars(self).pop("_views", None)
         return super()._apply(fn, recurse)
 
@@ -124,7 +124,7 @@ class BlockLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # accelerate fills a model on the meta device; the trainer writes back when all of it is there.
+        # On the meta device, accelerate fills the model later; the trainer writes back when it is complete.
         if self.block_indices.is_meta:
             return
         if f"{prefix}blocks" in state_dict:
@@ -134,11 +134,11 @@ class BlockLinear(nn.Module):
 
     @torch.no_grad()
     def read_back(self) -> None:
-        """Set the blocks from the dense weight: the inverse of `write_back`, for a weight that was just loaded."""
+        """Set the blocks from a dense weight that was just loaded: the inverse of `write_back`."""
         assign(self.blocks, self.grid.gather(full_tensor(self.weight), self.block_indices))
 
     def row_major_order(self) -> Tensor:
-        """[n] int64 on the CPU: the stored blocks in the order of a selection and of a delta, row by row."""
+        """Return [n] int64 on the CPU: the order that sorts the blocks row by row, as in selections and deltas."""
         rows, columns = self.block_indices.long().cpu().unbind(1)
         return torch.argsort(rows * self.grid.shape[1] + columns)
 
@@ -155,9 +155,9 @@ class SMTLinear(BlockLinear, nn.Linear):
 
 
 class SMTConv1D(BlockLinear):
-    """A `Conv1D` of transformers with trainable blocks: its weight is [I, O], its grid transposed."""
+    """A `Conv1D` of transformers with trainable blocks; its weight is [I, O] and its grid transposed."""
 
 
 def smt_linears(model: nn.Module) -> Iterator[tuple[str, BlockLinear]]:
-    """The rewritten linears of a model with their full names, in the model's order; names of wrappers are left out."""
+    """Yield a model's rewritten linears with their full names, without the names of wrappers, in the model's order."""
     return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, BlockLinear))

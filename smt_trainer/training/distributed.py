@@ -83,7 +83,7 @@ def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     # Only the first rank is sure to have the base weights, from which the fingerprint is computed.
     fingerprint = broadcast_object_list([model.smt_state.fingerprint])[0]
     model.smt_state = replace(model.smt_state, fingerprint=fingerprint)
-    for _, layer in smt_linears(model):
+    for _, linear in smt_linears(model):
         # accelerate treats everything in the state dict as a sharded parameter.
         layer.register_buffer("block_indices", layer.block_indices, persistent=False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and not hasattr(model, "_smt_loads_trained_only"):

@@ -56,14 +56,14 @@ def test_inspect_says_what_a_delta_holds(delta, capsys):
 
 
 def by_layer(selection, leaf):
-    """How many blocks of a projection lie in each of the two layers, as text."""
+    """Return the number of chosen blocks of a projection in each of the two layers, as text."""
     chosen = {name: len(found) for name, found in selection.block_indices.items() if name.endswith(leaf)}
     return [str(sum(count for name, count in chosen.items() if f"layers.{layer}." in name)) for layer in range(2)]
 
 
 @pytest.fixture
 def scores(llama, tmp_path):
-    """The path of a scores file of the tiny Llama."""
+    """Write a scores file of the tiny Llama; return its path."""
     config = tiny.config(score="random")
     grids = target_grids(find_targets(llama, config), config)
     drawn = make_scorer({}, grids, config).scores()
@@ -88,7 +88,7 @@ def test_inspect_says_what_a_scores_file_and_a_selection_hold_and_draws_them(sco
     assert outputs[1].splitlines() == [line for line in outputs[0].splitlines() if not line.startswith("scores")]
 
 
-def test_inspect_of_two_says_what_they_share(scores, delta, tmp_path, capsys):
+def test_inspect_of_two_artefacts_says_what_they_share(scores, delta, tmp_path, capsys):
     BlockScores.load(scores).select().save(tmp_path / "selection.json")
     for other, last in ((scores, ["12", "12", "12", "1.000", "1.000"]), (tmp_path / "selection.json", None)):
         assert main(["inspect", str(scores), str(other)]) == 0
@@ -107,7 +107,7 @@ RECORDS = [{"prompt": f"what is {number}?", "completion": f"it is {number + 1}"}
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A tiny Llama and a tokenizer of bytes on disk."""
+    """Write a tiny Llama and a tokenizer of bytes to disk; return their folder."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<bos>", "<eos>", *alphabet))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -147,13 +147,13 @@ def test_select_chooses_by_the_gradients_of_the_completions(checkpointing, check
         name: block_scores(model.get_submodule(name).weight.grad, grid, lambda part: part.abs().mean())
         for name, grid in scores.grids.items()
     }
-    # Early versions 5 of transformers divide the gradients of accumulated batches once too often.
+    # Early 5.x versions of transformers divide the gradients of accumulated batches once too often.
     ours, twins = (torch.cat([part[name].flatten() for name in scores.grids]) for part in (scores.scores, expected))
     torch.testing.assert_close(ours / ours.sum(), twins / twins.sum(), rtol=1e-3, atol=1e-6)
 
 
 def token_of(byte):
-    """The id of a byte of ASCII in the tokenizer of `checkpoint`."""
+    """Return the id of an ASCII byte in the tokenizer of `checkpoint`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return 3 + alphabet.index("\u0120" if byte == 32 else chr(byte))
 
@@ -169,8 +169,8 @@ def test_select_chooses_again_from_scores_alone(scores, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["list", "lines"])
-def test_a_text_is_learnt_whole_to_its_end_and_a_long_one_cut(form, checkpoint, tmp_path):
-    # JSON lines end at a line feed only.
+def test_a_text_is_learnt_with_its_end_token_and_a_long_one_is_cut(form, checkpoint, tmp_path):
+    # In JSON lines, only a line feed ends a line.
     records = [{"text": "a b"}, {"text": "\u2028", "id": 7}]
     lines = [json.dumps(record, ensure_ascii=False) for record in records]
     (tmp_path / "data").write_text("\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
@@ -217,7 +217,7 @@ def test_data_that_cannot_be_learnt_from_are_refused(text, message, checkpoint, 
         (["select", "--scores", "a", "--output", "out", "--budget", "mlp=x"], "smt: budget must be a count of blocks"),
     ],
 )
-def test_bad_input_is_one_line_on_standard_error_and_status_1(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_gives_one_line_on_standard_error_and_status_1(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 1
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The order of the folders is that of a run: a module imports from its own folder or from those before."""
+"""Folders are in the order of a run: a module imports from its own folder or earlier ones."""
 
 import ast
 import subprocess
@@ -10,9 +10,9 @@ import pytest
 import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
-# Files beside the folders come first.
+# The files outside the folders come first.
 ORDER = ["", "model", "scores", "selection", "sparse", "delta", "training", "estimation", "plotting", "cli"]
-# Imports of Trainer and its callbacks as the package is loaded.
+# This folder imports Trainer and its callbacks when it is loaded.
 HOME_OF_TRAINER = "training"
 
 
@@ -29,7 +29,7 @@ def folder(name: str) -> str:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Full names of all modules imported under a node, except for what only a type checker imports."""
+    """Return the full names of all modules imported under a node, except for type checking only."""
     found = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -44,7 +44,7 @@ def imports(tree: ast.AST) -> set[str]:
 
 
 def ours(tree: ast.AST) -> set[str]:
-    """The package's own modules imported under a node."""
+    """Return the package's own modules imported under a node."""
     return {name.removeprefix("smt_trainer.") for name in imports(tree)} & set(MODULES)
 
 
@@ -59,16 +59,16 @@ def test_a_module_imports_from_its_folder_or_those_before(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ORDER if name])
-def test_no_folder_holds_a_circle(name):
+def test_no_folder_has_circular_imports(name):
     own = {module: ours(tree) - {module} for module, tree in MODULES.items() if folder(module) == name}
     left = {module: imported & set(own) - {name} for module, imported in own.items()}
     while left:
         free = {module for module, imported in left.items() if not imported & set(left)}
-        assert free, f"these import each other in a circle: {sorted(left)}"
+        assert free, f"these modules import each other in a circle: {sorted(left)}"
         left = {module: imported for module, imported in left.items() if module not in free}
 
 
-def test_transformers_is_imported_on_loading_by_the_home_of_trainer_alone():
+def test_only_the_training_folder_imports_transformers_on_loading():
     importing = {
         folder(name)
         for name, tree in MODULES.items()
@@ -80,7 +80,7 @@ def test_transformers_is_imported_on_loading_by_the_home_of_trainer_alone():
 
 
 def loaded_by(statement: str) -> set[str]:
-    """The heavy packages that a fresh interpreter has loaded after a statement."""
+    """Return the heavy packages that a new interpreter has loaded after a statement."""
     script = f"{statement}\nimport sys\nprint(*{{'torch', 'transformers', 'matplotlib'}} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(run.stdout.split())

@@ -1,4 +1,4 @@
-"""The private methods of `Trainer` that the library overrides or reads; a release that changes one fails here first."""
+"""The private methods of `Trainer` that the library overrides or calls. A release that changes one fails here first."""
 
 import inspect
 

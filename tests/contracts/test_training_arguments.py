@@ -1,7 +1,7 @@
-"""Every field of `TrainingArguments`: the table in `training_arguments.md`, and what it says.
+"""Every field of `TrainingArguments`: check the table in `training_arguments.md` and its claims.
 
-The trainer chooses, in a gradient warm-up, every block of the value projections; the stock trainer trains these weights
-and nothing else. All that two such runs show of themselves must then agree, whatever the arguments.
+SMTTrainer chooses every block of the value projections by a gradient warm-up; the stock trainer trains only these
+weights. Everything that can be observed of two such runs must then agree under all arguments.
 """
 
 import copy
@@ -50,11 +50,11 @@ NEWEST = Version(re.search(r"transformers (\d+\.\d+\.\d+)", TABLE.read_text())[1
 HERE = Version(transformers.__version__)
 
 
-# ---- two trainers that must agree, and all that they show ----
+# ---- two trainers that must agree, and what is compared ----
 
 
 class Watching:
-    """In front of a recording trainer: keeps what the warm-up and evaluation see, too."""
+    """Extends a recording trainer: also records what the warm-up and evaluation see."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -79,7 +79,7 @@ class Stock(Watching, tiny.RecordingTrainer):
 
 
 class Metrics:
-    """A `compute_metrics` which keeps what it is given; its score falls and rises again."""
+    """A `compute_metrics` that records its input; its score first falls, then rises."""
 
     def __init__(self) -> None:
         self.given = []
@@ -91,7 +91,7 @@ class Metrics:
 
 
 def described(part):
-    """The nesting, shapes and sums of arrays."""
+    """Return the nesting, shapes and sums of arrays."""
     if part is None or isinstance(part, (list, tuple)):
         return part and [described(each) for each in part]
     return [list(part.shape), torch.as_tensor(part).double().abs().sum().item()]
@@ -99,12 +99,12 @@ def described(part):
 
 @functools.cache
 def base_model(dtype: str) -> nn.Module:
-    """The model that all runs begin with."""
+    """Make the model from which all runs start."""
     return tiny.llama(attention_dropout=0.3).to(getattr(torch, dtype))
 
 
 def make(kind, folder, data=tiny.examples, collator=None, metrics=False, callbacks=None, dtype="float64", **fields):
-    """A trainer of a kind, about to train."""
+    """Make a trainer of a kind."""
     model = copy.deepcopy(base_model(dtype))
     given = {}
     if issubclass(kind, Ours):
@@ -127,14 +127,14 @@ def make(kind, folder, data=tiny.examples, collator=None, metrics=False, callbac
 
 
 def trained(kind, folder, **case):
-    """A trainer of a kind that has trained."""
+    """Make a trainer of a kind and train."""
     trainer = make(kind, folder, **case)
     trainer.train()
     return trainer
 
 
 def record(trainer) -> dict:
-    """Whatever a trainer that has trained shows of what it did, once it has evaluated as well."""
+    """Evaluate a trained trainer; return everything that can be observed of it."""
     loader = trainer.callback_handler.train_dataloader
     weights = trainer.model.state_dict()
     shown = {
@@ -161,7 +161,7 @@ def record(trainer) -> dict:
         "accumulation": trainer.accelerator.gradient_state.plugin_kwargs,
         "gathering": getattr(trainer.gather_function, "keywords", None),
     }
-    torch.manual_seed(0)  # transformers before 5.23 may draw the order of evaluation
+    torch.manual_seed(0)  # transformers before 5.23 may shuffle for evaluation
     shown["evaluation"] = public(trainer.evaluate())
     shown["evaluated in"] = str(trainer.model.dtype)
     shown["evaluated"] = trainer.evaluated
@@ -176,12 +176,12 @@ OF_THE_MACHINE = re.compile(r"runtime|per_second|_mem_|preparation_time|total_fl
 
 
 def public(log: dict) -> dict:
-    """A log entry, without what differs from run to run."""
+    """Hide the values of a log entry that differ from run to run."""
     return {key: None if OF_THE_MACHINE.search(key) else value for key, value in log.items()}
 
 
 def files(folder) -> list[str]:
-    """What lies in an output folder, whatever form the model has."""
+    """Return the names of the files in an output folder; a delta and a whole model get the same name."""
     names = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
     names = [name.replace(DELTA_FILE, "the model").replace("model.safetensors", "the model") for name in names]
     return sorted(
@@ -193,7 +193,7 @@ STOCK_CONFIGS = ("config.json", "generation_config.json")
 
 
 def leaves(value, path: str = ""):
-    """The nested items of a record with their paths."""
+    """Yield the nested items of a record with their paths."""
     nested = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, item in nested:
         yield from leaves(item, f"{path}/{key}")
@@ -202,7 +202,7 @@ def leaves(value, path: str = ""):
 
 
 def same(ours, stock) -> bool:
-    """Equal, floating-point numbers but for rounding: other matrix products, and a loss computed in float32."""
+    """Compare two values; floats up to the rounding of other matrix products and of a loss in float32."""
     if torch.is_tensor(ours) and torch.is_tensor(stock):
         tolerances = {"rtol": 1e-5, "atol": 1e-9, "equal_nan": True} if ours.is_floating_point() else {}
         return ours.shape == stock.shape and (
@@ -214,7 +214,7 @@ def same(ours, stock) -> bool:
 
 
 def differences(ours: dict, stock: dict) -> dict:
-    """The paths of what differs between two records, with both values."""
+    """Return path -> both values, where two records differ."""
     ours, stock = dict(leaves(ours)), dict(leaves(stock))
     both = {path: (ours.get(path, "missing"), stock.get(path, "missing")) for path in ours | stock}
     return {path: pair for path, pair in both.items() if not same(*pair)}
@@ -222,7 +222,7 @@ def differences(ours: dict, stock: dict) -> dict:
 
 @pytest.fixture(autouse=True)
 def global_state():
-    """What the trainer sets for the whole process is put back."""
+    """Restore what a trainer sets for the whole process."""
     verbosity, deterministic = transformers.utils.logging.get_verbosity(), torch.are_deterministic_algorithms_enabled()
     yield
     transformers.utils.logging.set_verbosity(verbosity)
@@ -243,20 +243,20 @@ def padded():
 
 
 def ragged_with_lengths():
-    """Sequences of different lengths whose column `size` says the opposite."""
+    """Make sequences of different lengths; their column `size` reverses the order of length."""
     return datasets.Dataset.from_list([item | {"size": 99 - len(item["labels"])} for item in ragged()]).with_format(
         "torch"
     )
 
 
 def one_unlabelled():
-    """The third batch, in order, has no label and so no loss."""
+    """Make data whose third batch, in order, has no label and so no loss."""
     items = tiny.examples()
     return items[:8] + [item | {"labels": torch.full_like(item["labels"], -100)} for item in items[8:12]] + items[12:]
 
 
 def shifted():
-    """A collator that needs a column which forward does not accept."""
+    """Return a collator that needs a column which forward does not accept."""
 
     def collate(features):
         rows = torch.stack([(feature["input_ids"] + feature.get("shift", 0)) % tiny.VOCABULARY for feature in features])
@@ -279,7 +279,7 @@ SIZED = {
     "train_sampling_strategy": "group_by_length",
     "remove_unused_columns": False,
 }
-# Each argument, or two that only work together, and what it needs beside it to be seen at work.
+# Each argument (or two that only work together), and other settings that make its effect visible.
 CASES = [
     ({"per_device_train_batch_size": 2}, {}),
     ({"num_train_epochs": 1.5}, {"max_steps": -1, "data": lambda: tiny.examples(8)}),
@@ -365,13 +365,13 @@ for name in (schedule.value for schedule in SchedulerType if schedule != Schedul
 
 
 def is_known(fields: dict) -> bool:
-    """Whether this release of transformers has the fields, and a sampling strategy that is younger than its field."""
+    """Return whether this release of transformers has the fields and the sampling strategy."""
     return fields.keys() <= KNOWN and (HERE >= NEWEST or fields.get("train_sampling_strategy") != "batch_rebalance")
 
 
 @pytest.fixture(scope="module")
 def baselines(tmp_path_factory):
-    """Records of the stock trainer without the argument under test, made once for each setting beside it."""
+    """Return a function that gives the stock trainer's record without the tested argument, made once per setting."""
     known = {}
 
     def baseline(beside: dict) -> dict:
@@ -419,7 +419,7 @@ def test_the_warm_up_computes_what_the_first_steps_compute(case, tmp_path):
 
 
 def test_the_warm_ups_workers_end_with_it(tmp_path):
-    """Persistent workers, too."""
+    """This includes persistent workers."""
 
     class Counting(TrainerCallback):
         def on_train_begin(self, *args, **kwargs):
@@ -432,8 +432,8 @@ def test_the_warm_ups_workers_end_with_it(tmp_path):
     assert counting.workers == 0
 
 
-def test_a_trainer_goes_with_its_last_reference(tmp_path):
-    """Left to the garbage collector, torch would wait five seconds for each persistent worker."""
+def test_a_trainer_is_freed_with_its_last_reference(tmp_path):
+    """If the garbage collector freed it, torch would wait five seconds for each persistent worker."""
     gone = []
     for kind in (Stock, Ours):
         trainer = trained(kind, tmp_path)
@@ -443,17 +443,17 @@ def test_a_trainer_goes_with_its_last_reference(tmp_path):
     assert gone == [True, True]
 
 
-# ---- arguments that show elsewhere ----
+# ---- arguments whose effect shows elsewhere ----
 
 
 def calls(monkeypatch, owner, name) -> list:
-    """Each call of a function is noted in this list, and made."""
+    """Wrap a function so that each call adds its keyword arguments to the returned list."""
     made, function = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *args, **kwargs: made.append(kwargs) or function(*args, **kwargs))
     return made
 
 
-def test_the_cache_is_emptied_in_the_steps_that_the_stock_trainer_empties_it_and_in_the_warm_up(monkeypatch, tmp_path):
+def test_the_cache_is_emptied_in_the_same_steps_as_on_the_stock_trainer_and_in_the_warm_up(monkeypatch, tmp_path):
     counts = []
     for kind in (Stock, Ours):
         emptied = calls(monkeypatch, transformers.trainer, "clear_device_cache")
@@ -472,7 +472,7 @@ def test_predictions_leave_the_device_as_often_as_they_do_on_the_stock_trainer(m
     assert counts[1] == 2 * counts[0] >= 2 * 3
 
 
-def test_the_model_is_compiled_with_what_the_stock_trainer_compiles_with(monkeypatch, tmp_path):
+def test_the_model_is_compiled_with_the_options_of_the_stock_trainer(monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(torch, "compile", lambda model, **kwargs: given.append(kwargs) or model)
     for kind in (Stock, Ours):
@@ -490,7 +490,7 @@ CHECKPOINTED = {
 }
 
 
-@pytest.mark.skipif("activation_checkpointing" not in KNOWN, reason="called gradient_checkpointing in it")
+@pytest.mark.skipif("activation_checkpointing" not in KNOWN, reason="this release calls it gradient_checkpointing")
 @pytest.mark.parametrize("kwargs", CHECKPOINTED.values(), ids=CHECKPOINTED)
 def test_checkpointed_layers_are_computed_as_often_as_on_the_stock_trainer(kwargs, tmp_path):
     computed, losses = [], []
@@ -520,7 +520,7 @@ def test_an_overflow_is_found_in_the_blocks(capsys, tmp_path):
 
 
 def terminate(trainer) -> None:
-    """Send this process a SIGTERM, and wait until the trainer would act on it."""
+    """Send this process a SIGTERM, and wait until the trainer has noticed it."""
     (jit,) = (each for each in trainer.callback_handler.callbacks if type(each).__name__ == "JITCheckpointCallback")
     jit.jit_manager.kill_wait = 0
     os.kill(os.getpid(), signal.SIGTERM)
@@ -529,7 +529,7 @@ def terminate(trainer) -> None:
 
 
 class Terminated:
-    """In front of a trainer: it is terminated before its first step, ours in the warm-up, or in the third."""
+    """Extends a trainer: it is terminated in the warm-up, or in the step after `at` others."""
 
     at = None
 
@@ -541,7 +541,7 @@ class Terminated:
 
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["in the warm-up", "in the main loop"])
-def test_a_terminated_run_saves_itself_and_goes_on_as_the_stock_trainer_does(steps, tmp_path):
+def test_a_terminated_run_saves_itself_and_resumes_as_on_the_stock_trainer(steps, tmp_path):
     handler, resumed = signal.getsignal(signal.SIGTERM), []
     for kind in (Ours, Stock):
         case = {"folder": tmp_path / kind.__name__, "gradient_accumulation_steps": 2, "max_steps": 5}
@@ -563,7 +563,7 @@ def test_a_terminated_run_saves_itself_and_goes_on_as_the_stock_trainer_does(ste
 
 
 class Counting(TrainerCallback, ExportableState):
-    """Counts steps, and can be saved."""
+    """Counts steps; its count can be saved."""
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
@@ -584,7 +584,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize(("fields", "saved"), RESUMED, ids=map(str, RESUMED))
-def test_a_resumed_run_is_a_resumed_stock_run(fields, saved, tmp_path):
+def test_a_resumed_run_equals_a_resumed_stock_run(fields, saved, tmp_path):
     common = {"callbacks": lambda: [Counting()], "data": lambda: tiny.examples(12), "max_steps": 8}
     records = []
     for kind, given in ((Stock, fields), (Ours, fields), (Stock, {})):
@@ -601,12 +601,12 @@ def test_a_resumed_run_is_a_resumed_stock_run(fields, saved, tmp_path):
 
 # ---- optimizers ----
 
-# Their state is shared by the values of a row or column, and blocks have others than the weight.
+# Values of a row or column share their state, and blocks have other rows and columns than the weight.
 NOT_ELEMENTWISE = ("adafactor",)
 
 
 def outcome(kind, folder, optim):
-    """What a trainer does with an optimizer: its losses, or what it says against it."""
+    """Train with an optimizer; return the losses, or the error with its message."""
     learning_rate = {"sgd": 1.0, "adafactor": 1e-2}.get(optim, 1e-3)
     try:
         trainer = trained(kind, folder, optim=optim, learning_rate=learning_rate, dtype="float32")
@@ -619,7 +619,7 @@ def outcome(kind, folder, optim):
 @pytest.mark.parametrize(
     "optim", [name.value for name in OptimizerNames if not name.value.startswith(REFUSED_OPTIMIZERS)]
 )
-def test_an_optimizer_trains_or_says_what_it_says_to_the_stock_trainer(optim, tmp_path):
+def test_an_optimizer_trains_or_fails_as_on_the_stock_trainer(optim, tmp_path):
     ours, stock = (outcome(kind, tmp_path, optim) for kind in (Ours, Stock))
     if optim in NOT_ELEMENTWISE:
         assert ours[0] == stock[0]
@@ -634,7 +634,7 @@ def test_an_optimizer_trains_or_says_what_it_says_to_the_stock_trainer(optim, tm
 
 @pytest.fixture
 def reports(monkeypatch):
-    """What is told to trackio, which is mocked."""
+    """Mock trackio; return a list of the calls to it."""
     told = []
     module = types.ModuleType("trackio")
     module.__spec__, module.__version__ = importlib.machinery.ModuleSpec("trackio", None), "1.0.0"
@@ -656,7 +656,7 @@ REPORTED = {
 }
 
 
-def test_a_reporter_is_told_what_the_stock_trainer_tells_it(reports, tmp_path):
+def test_a_reporter_gets_the_same_as_from_the_stock_trainer(reports, tmp_path):
     told = []
     for kind in (Stock, Ours):
         trained(kind, tmp_path, report_to="trackio", **{name: REPORTED[name] for name in REPORTED if name in KNOWN})
@@ -674,7 +674,7 @@ def test_a_reporter_is_told_what_the_stock_trainer_tells_it(reports, tmp_path):
 
 
 class Upload(Future):
-    """Is under way until it is waited for."""
+    """An upload that is never done until it is awaited."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -686,7 +686,7 @@ class Upload(Future):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The calls to the hub, which is mocked."""
+    """Mock the hub; return a list of the calls to it."""
     made = []
 
     def create_repo(name, **kwargs):
@@ -701,7 +701,7 @@ def hub(monkeypatch):
     if hasattr(transformers.trainer, "hf_api"):
         api = types.SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
         monkeypatch.setattr(transformers.trainer, "hf_api", lambda: api)
-    else:  # transformers before 5.23 calls the functions themselves
+    else:  # transformers before 5.23 calls the functions directly
         monkeypatch.setattr(transformers.trainer, "create_repo", create_repo)
         monkeypatch.setattr(transformers.trainer, "upload_folder", upload_folder)
     return made
@@ -721,7 +721,7 @@ HUB = [
 
 
 @pytest.mark.parametrize("fields", HUB, ids=map(str, HUB))
-def test_the_hub_is_asked_for_what_the_stock_trainer_asks_it_for(fields, hub, tmp_path):
+def test_the_hub_gets_the_same_calls_as_from_the_stock_trainer(fields, hub, tmp_path):
     made = []
     for kind, given in ((Stock, fields), (Ours, fields), (Stock, {})):
         trained(kind, tmp_path / str(len(made)) / "run", push_to_hub=True, save_strategy="steps", save_steps=2, **given)
@@ -757,7 +757,7 @@ ON_TWO_NODES = {
 
 
 def on_a_node(folder: Path, environment: dict) -> None:
-    """One of the two processes: makes all these runs, and writes what they showed."""
+    """Make all runs in one of the two processes, and write their records."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     gc.freeze()
@@ -781,7 +781,7 @@ def on_a_node(folder: Path, environment: dict) -> None:
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    """What the runs on two nodes showed, node by node."""
+    """Run on two nodes; return the records of each."""
     folder = tmp_path_factory.mktemp("nodes")
     environment = {
         "CUDA_VISIBLE_DEVICES": "",
@@ -826,12 +826,12 @@ def test_each_node_saves_the_delta(nodes):
 
 
 def rows() -> list[tuple[list[str], str, str]]:
-    """The fields, the status and the proof of each row."""
+    """Return the fields, the status and the proof of each row."""
     cells = [line.strip("| \n").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| `")]
     return [(re.findall(r"`(\w+)`", fields), status.strip(), shown) for fields, status, shown in cells]
 
 
-@pytest.mark.skipif(HERE < NEWEST, reason=f"the table is of transformers {NEWEST}")
+@pytest.mark.skipif(HERE < NEWEST, reason=f"the table is for transformers {NEWEST}")
 def test_the_table_has_each_field_once():
     assert sorted(field for fields, _, _ in rows() for field in fields) == sorted(KNOWN)
 
@@ -848,9 +848,9 @@ def test_a_row_names_tests_that_exist_and_cover_its_fields(fields, status, shown
         "test_on_two_nodes_an_argument_does_what_it_does_on_the_stock_trainer": [
             case for case, _ in ON_TWO_NODES.values()
         ],
-        "test_the_hub_is_asked_for_what_the_stock_trainer_asks_it_for": [*HUB, {"push_to_hub": True}],
-        "test_a_resumed_run_is_a_resumed_stock_run": [case for case, _ in RESUMED],
-        "test_a_reporter_is_told_what_the_stock_trainer_tells_it": [REPORTED | {"report_to": "trackio"}],
+        "test_the_hub_gets_the_same_calls_as_from_the_stock_trainer": [*HUB, {"push_to_hub": True}],
+        "test_a_resumed_run_equals_a_resumed_stock_run": [case for case, _ in RESUMED],
+        "test_a_reporter_gets_the_same_as_from_the_stock_trainer": [REPORTED | {"report_to": "trackio"}],
     }
     tested = set().union(*(case for _, test in named for case in cases.get(test, ())))
     assert not tested or tested.issuperset(fields)

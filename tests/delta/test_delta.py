@@ -16,7 +16,7 @@ from smt_trainer.sparse.linear import smt_linears
 
 
 def no_space(*_, **__) -> None:
-    """In place of what writes a file."""
+    """Stand in for a function that writes a file."""
     raise OSError("disk full")
 
 
@@ -41,7 +41,7 @@ def test_the_delta_of_a_model_with_transposed_weights_gives_its_logits(granulari
     assert torch.equal(tiny.logits(load_delta(tiny.gpt2(), tmp_path, merge=True)), tiny.logits(model))
 
 
-def test_loading_gives_every_tensor_of_the_trained_model_back(delta):
+def test_loading_restores_every_tensor_of_the_trained_model(delta):
     folder, trained = delta
     state = load_delta(tiny.llama(), folder).state_dict()
     assert state.keys() == trained.state_dict().keys()
@@ -86,7 +86,7 @@ def test_saving_again_replaces_the_delta(delta):
     assert torch.equal(tiny.logits(load_delta(tiny.llama(), folder)), tiny.logits(model))
 
 
-def test_the_head_of_a_classifier_travels_in_the_delta(tmp_path):
+def test_the_delta_holds_the_head_of_a_classifier(tmp_path):
     model, base = (tiny.build("BertForSequenceClassification", num_labels=3) for _ in range(2))
     inputs = inputs_of(model)
     convert_to_smt(model, tiny.choose(model))
@@ -101,7 +101,7 @@ def test_the_head_of_a_classifier_travels_in_the_delta(tmp_path):
     assert not is_smt_model(other)
 
 
-def test_tied_modules_trained_whole_stay_tied_and_travel_in_the_delta(tmp_path):
+def test_the_delta_holds_tied_modules_trained_whole_and_they_stay_tied(tmp_path):
     smt_config = tiny.config(score="random", modules_to_save=["embed_tokens", "lm_head"])
     model = tiny.llama(tie_word_embeddings=True)
     convert_to_smt(model, tiny.choose(model, smt_config))
@@ -148,13 +148,15 @@ def test_a_finer_dtype_is_the_same_base(delta):
     torch.testing.assert_close(tiny.logits(model).float(), tiny.logits(trained), rtol=1e-5, atol=1e-5)
 
 
-def test_another_name_of_the_same_weights_is_warned_about(delta, warnings):
+def test_another_name_of_the_same_weights_gives_a_warning(delta, warnings):
     folder, _ = delta
     edit(folder, lambda manifest: manifest["selection"].update(base_model="someone/base@abc"))
     model = tiny.llama()
     model.config._name_or_path = "someone/copy"
     load_delta(model, folder)
-    assert warnings() == ["The delta names someone/base@abc as its base, this is someone/copy; the weights agree."]
+    assert warnings() == [
+        "The delta names someone/base@abc as its base. This model is someone/copy; the weights agree."
+    ]
 
 
 def test_a_delta_of_other_blocks_is_refused_by_a_rewritten_model(delta):
@@ -267,7 +269,7 @@ def test_a_failed_save_leaves_the_older_delta_whole(delta, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_save_that_breaks_off_between_the_files_leaves_a_whole_delta(delta, llama, monkeypatch, tmp_path):
+def test_a_save_interrupted_between_the_files_leaves_a_whole_delta(delta, llama, monkeypatch, tmp_path):
     model = tiny.llama()
     convert_to_smt(model, tiny.choose(model, seed=1))
     monkeypatch.setattr("smt_trainer.delta.delta.write_text", no_space)

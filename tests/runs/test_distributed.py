@@ -1,4 +1,4 @@
-"""Two processes with half the batch each, against one process: gloo, on the CPU."""
+"""Two processes with half the batch each, compared with one process: gloo, on the CPU."""
 
 import pytest
 import tiny
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The folder of a run on two ranks, the outcome of each rank, and that of one process."""
+    """Run on two ranks and on one process; return the folder, the outcome of each rank, and that of one process."""
     folder = tmp_path_factory.mktemp("ranks")
     training_script.torchrun(training_script.__file__, 2, "ranks", folder, ACCELERATE_USE_CPU="true")
     return folder, training_script.outcomes(folder, 2), training_script.ranked(folder / "single", processes=1)
@@ -26,9 +26,9 @@ def test_both_ranks_end_with_the_same_blocks_and_weights(runs):
         torch.testing.assert_close(first[key], second[key], rtol=0, atol=0)
 
 
-def test_two_ranks_score_select_and_train_as_one_process(runs):
+def test_two_ranks_score_select_and_train_like_one_process(runs):
     _, (rank, _), single = runs
-    # Ranks average squares of activations, and the backward of each is one more to `grad_abs`.
+    # Ranks average squares of activations; for `grad_abs`, the backward pass of each rank counts separately.
     factors = {"activation": 2**0.5}
     for score in rank["scores"].keys() - {"grad_abs"}:
         for name, expected in single["scores"][score].items():
@@ -36,7 +36,7 @@ def test_two_ranks_score_select_and_train_as_one_process(runs):
             ours, atol = factors.get(score, 1) * rank["scores"][score][name], 1e-5 * expected.max().item()
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=atol)
     torch.testing.assert_close(rank["block_indices"], single["block_indices"], rtol=0, atol=0)
-    # Weights are float64, but transformers computes the loss, whose gradient starts the backward pass, in float32.
+    # Weights are float64, but transformers computes the loss, and so the first gradient, in float32.
     torch.testing.assert_close(rank["blocks"], single["blocks"], rtol=0, atol=1e-6)
     assert rank["losses"] == pytest.approx(single["losses"], rel=1e-5)
     base = tiny.llama().double().state_dict()

@@ -1,6 +1,6 @@
-"""A disk that fills up half-way through a file: what was saved before is still whole, and nothing half is left.
+"""A disk that fills up half-way through a file: earlier files stay whole, and no partial file is left.
 
-The fault is a real one: the kernel lets no file of this process grow beyond a limit.
+The fault is real: the kernel lets no file of this process grow beyond a limit.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ROOM = 10_000
 
 @contextlib.contextmanager
 def full_disk(room: int):
-    """No file grows beyond `room` bytes."""
+    """Let no file grow beyond `room` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -38,7 +38,7 @@ def full_disk(room: int):
 
 @pytest.fixture
 def fills_up(monkeypatch):
-    """Makes a function find the disk full, when one of its arguments is a path with a certain name."""
+    """Return a function that makes another one find the disk full if an argument contains `name`."""
 
     def make(owner, function: str, name: str = ""):
         write = getattr(owner, function)
@@ -53,12 +53,12 @@ def fills_up(monkeypatch):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything below a folder, hidden or not."""
+    """Return all files and folders below a folder, hidden or not, with their bytes."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*")}
     return {name: path.read_bytes() if path.is_file() else b"" for name, path in paths.items()}
 
 
-def test_an_older_selection_is_still_there(uninterrupted, fills_up, monkeypatch, tmp_path):
+def test_an_older_selection_survives(uninterrupted, fills_up, monkeypatch, tmp_path):
     tiny.choose(tiny.llama()).save(tmp_path / SELECTION_FILE)
     before = contents(tmp_path)
     fills_up(BlockSelection, "save")
@@ -82,7 +82,7 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_the_checkpoint_before_is_resumed(writer, uninterrupted, fills_up, monkeypatch, tmp_path):
+def test_the_previous_checkpoint_is_resumed(writer, uninterrupted, fills_up, monkeypatch, tmp_path):
     folder, expected = uninterrupted
     shutil.copytree(folder / "checkpoint-2", tmp_path / "checkpoint-2")
     before = contents(tmp_path)
@@ -102,7 +102,7 @@ def test_the_checkpoint_before_is_resumed(writer, uninterrupted, fills_up, monke
 
 
 @pytest.mark.parametrize("function", ["write_text", "save_file"])
-def test_a_folder_with_an_older_delta_of_other_blocks_holds_one_of_the_two(function, delta, fills_up):
+def test_a_folder_with_an_older_delta_of_other_blocks_holds_either_delta_whole(function, delta, fills_up):
     folder, older = delta
     newer = tiny.llama()
     convert_to_smt(newer, tiny.choose(newer, tiny.config(score="random", budget=11)))
@@ -116,7 +116,7 @@ def test_a_folder_with_an_older_delta_of_other_blocks_holds_one_of_the_two(funct
     tiny.assert_same(dict(loaded.state_dict()), dict(same.state_dict()))
 
 
-def test_the_delta_that_save_model_wrote_before_is_untouched(fills_up, tmp_path):
+def test_an_earlier_delta_of_save_model_is_untouched(fills_up, tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path / "out")
     trainer.train()
     trainer.save_model(tmp_path / "delta")
@@ -128,7 +128,7 @@ def test_the_delta_that_save_model_wrote_before_is_untouched(fills_up, tmp_path)
     assert contents(tmp_path / "delta") == before
 
 
-def test_no_part_of_a_merged_checkpoint_is_left(tmp_path):
+def test_merge_and_save_leaves_no_partial_checkpoint(tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path / "out")
     trainer.train()
     before = contents(tmp_path)
@@ -140,7 +140,7 @@ def test_no_part_of_a_merged_checkpoint_is_left(tmp_path):
     assert torch.equal(tiny.logits(merged), tiny.logits(trainer.model))
 
 
-def test_smt_merge_says_so_and_no_part_of_what_it_writes_is_left(base, delta, tmp_path, capsys):
+def test_smt_merge_reports_the_error_and_leaves_no_partial_output(base, delta, tmp_path, capsys):
     before = contents(tmp_path)
     with full_disk(ROOM):
         assert main(["merge", str(base), str(delta[0]), str(tmp_path / "merged")]) == 1

@@ -1,4 +1,4 @@
-"""What only a GPU shows. Run on a machine that has one: `make test` there, or `pytest -m gpu`."""
+"""Tests that need a GPU. On a machine with one, run `make test` or `pytest -m gpu`."""
 
 import pytest
 import sharded_script
@@ -17,7 +17,7 @@ def on_gpu(folder, smt_config=None, **overrides) -> SMTTrainer:
 
 
 @pytest.mark.parametrize("score", SCORES[:-2])
-def test_a_gpu_scores_as_a_cpu(score, tmp_path):
+def test_a_gpu_scores_like_a_cpu(score, tmp_path):
     smt_config = tiny.config(score=score)
     ours = tiny.warm_up(on_gpu(tmp_path, smt_config))
     torch.testing.assert_close(ours, tiny.warm_up(tiny.smt_trainer(tiny.llama(), tmp_path, smt_config)))
@@ -33,7 +33,7 @@ def test_where_the_sums_are_kept_does_not_change_the_scores(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_training_under_mixed_precision_follows_that_in_full(precision, tmp_path):
+def test_mixed_precision_training_follows_full_precision(precision, tmp_path):
     full, mixed = (on_gpu(tmp_path / name, **more) for name, more in (("full", {}), ("mixed", {precision: True})))
     for trainer in (full, mixed):
         trainer.train()
@@ -58,7 +58,7 @@ def test_liger_kernels_give_the_same_losses(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-bf16", "zero2", "zero3"])
-def test_two_gpus_end_alike_and_resume(name, tmp_path):
+def test_two_gpus_end_with_the_same_values_and_resume(name, tmp_path):
     torchrun(sharded_script.__file__, 2, tmp_path, name)
     first, second = (torch.load(tmp_path / name / f"result-{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Pushing to the hub, which is mocked: what would be uploaded is a delta with its card."""
+"""Pushing to a mocked hub: each upload is a delta with its card."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE
 
 @pytest.fixture
 def uploads(monkeypatch):
-    """The files of each upload, by name, with their contents."""
+    """Mock the hub; return a list with, for each upload, file name -> contents."""
     taken = []
 
     def upload_folder(folder_path, **kwargs):
@@ -27,7 +27,7 @@ def uploads(monkeypatch):
 
     if hasattr(transformers.trainer, "hf_api"):
         monkeypatch.setattr(transformers.trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
-    else:  # transformers before 5.23 calls the function itself
+    else:  # transformers before 5.23 calls the function directly
         monkeypatch.setattr(transformers.trainer, "upload_folder", upload_folder)
     monkeypatch.setattr(transformers.Trainer, "init_hf_repo", init_hf_repo)
     return taken
@@ -35,7 +35,7 @@ def uploads(monkeypatch):
 
 @pytest.fixture
 def trainer(base, uploads, tmp_path):
-    """A trainer on a base that lies on disk, which pushes at each of its two checkpoints."""
+    """Train from a base on disk, with a push at each of two checkpoints; return the trainer."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     trainer = tiny.smt_trainer(
         model, tmp_path / "run", push_to_hub=True, save_strategy="steps", save_steps=2, hub_always_push=True

@@ -1,4 +1,4 @@
-"""`hyperparameter_search`: each trial warms up, selects and trains on a model of its own."""
+"""`hyperparameter_search`: each trial warms up, selects and trains on its own model."""
 
 import pytest
 import tiny
@@ -29,7 +29,7 @@ def learning_rate(trial) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory):
-    """The folder of a search of three trials, its trainer and the best run."""
+    """Search with three trials; return the folder, the trainer and the best run."""
     optuna = pytest.importorskip("optuna")
     optuna.logging.disable_default_handler()
     folder = tmp_path_factory.mktemp("search")
@@ -51,7 +51,7 @@ def test_each_trial_starts_from_the_model_that_model_init_gives(search):
     assert not torch.equal(first, other)
 
 
-def test_trials_of_the_same_hyperparameters_end_bit_for_bit_alike(search):
+def test_trials_with_the_same_hyperparameters_end_bit_identical(search):
     first, other, same = (checkpoint(search[0], trial) for trial in range(3))
     assert first.keys() == other.keys() == same.keys()
     assert all(torch.equal(tensor, same[key]) for key, tensor in first.items())

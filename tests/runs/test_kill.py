@@ -1,4 +1,4 @@
-"""A run that is killed (SIGKILL) and started again ends bit for bit where an uninterrupted one ends."""
+"""A run that is killed (SIGKILL) and restarted ends bit-identical to an uninterrupted one."""
 
 import itertools
 import random
@@ -15,17 +15,17 @@ from smt_trainer.training.trainer import SELECTION_FILE, last_checkpoint
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 MOMENTS = ["in the warm-up", "before the first step", "writing the delta", "in the main loop"]
-# A run long enough to be killed in each of its phases, over three epochs.
+# A run of three epochs, long enough to be killed in each of its phases.
 LONG = {"max_steps": 12, "save_steps": 1, "save_total_limit": 2, "smt_config": tiny.config(smt_warmup_steps=6)}
 
 
 def without_warm_up(outcomes: list[dict]) -> list[dict]:
-    """Only the process that ran the warm-up reports it."""
+    """Drop the reports of warm-ups: only the process that ran the warm-up has one."""
     return [{key: value for key, value in outcome.items() if key != "warm-ups"} for outcome in outcomes]
 
 
 def assert_ends_as(folder, expected: list[dict], **overrides) -> None:
-    """Start a run again; it ends as expected."""
+    """Restart a run and check that it ends as expected."""
     assert launch(folder, len(expected), **overrides) == [0] * len(expected)
     tiny.assert_same(*map(without_warm_up, (outcomes(folder, len(expected)), expected)))
 
@@ -46,7 +46,7 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_ends(moment, uninterrupted
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
-    """The folder of an uninterrupted run on two ranks, and the outcome of each."""
+    """Run on two ranks without interruption; return the folder and the outcome of each rank."""
     folder = tmp_path_factory.mktemp("two-ranks")
     assert launch(folder, 2) == [0, 0]
     return folder, outcomes(folder, 2)
@@ -85,12 +85,12 @@ def test_two_ranks_in_new_interpreters_end_where_the_uninterrupted_run_ended(on_
 
 @needs_gloo
 @pytest.mark.slow
-def test_a_checkpoint_without_the_random_state_of_every_rank_is_left_out(on_two_ranks, tmp_path):
+def test_a_checkpoint_without_the_random_state_of_every_rank_is_ignored(on_two_ranks, tmp_path):
     die(tmp_path, 2, moment="before the random state", dying=[1])
     assert_ends_as(tmp_path, on_two_ranks[1])
 
 
-def test_a_checkpoint_whose_second_writing_broke_off_is_left_out(uninterrupted, tmp_path):
+def test_a_checkpoint_whose_rewriting_was_interrupted_is_ignored(uninterrupted, tmp_path):
     folder, expected = uninterrupted
     for step in (2, 4):
         shutil.copytree(folder / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
@@ -98,7 +98,7 @@ def test_a_checkpoint_whose_second_writing_broke_off_is_left_out(uninterrupted, 
     assert_ends_as(tmp_path, [expected])
 
 
-def test_the_only_checkpoint_that_is_kept_outlives_half_written_ones(uninterrupted, tmp_path):
+def test_the_only_kept_checkpoint_survives_half_written_ones(uninterrupted, tmp_path):
     folder, expected = uninterrupted
     run = tmp_path / "run"
     shutil.copytree(folder / "checkpoint-2", run / "checkpoint-2")
@@ -111,8 +111,8 @@ def test_the_only_checkpoint_that_is_kept_outlives_half_written_ones(uninterrupt
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-def test_the_best_checkpoint_outlives_a_half_written_one(tmp_path):
-    # The first is the best: the loss falls.
+def test_the_best_checkpoint_survives_a_half_written_one(tmp_path):
+    # The first checkpoint is the best, since the loss falls and greater is better.
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     best |= {"kind": Evaluated, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
     killed, uninterrupted = tmp_path / "killed", tmp_path / "uninterrupted"
@@ -125,7 +125,7 @@ def test_the_best_checkpoint_outlives_a_half_written_one(tmp_path):
 
 
 def phase(run) -> str:
-    """Where a run was killed, as its folder tells."""
+    """Infer from the folder of a killed run where it was killed."""
     if not (run / SELECTION_FILE).is_file():
         return "warm-up"
     steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*"))
@@ -138,7 +138,7 @@ def phase(run) -> str:
 
 @pytest.fixture(scope="module")
 def long_run(request, tmp_path_factory):
-    """The outcomes of a longer uninterrupted run on so many ranks, and the seconds it took."""
+    """Make a longer run on the given number of ranks; return the outcomes and the seconds it took."""
     folder = tmp_path_factory.mktemp("long-run")
     assert launch(folder, request.param, **LONG) == [0] * request.param
     return outcomes(folder, request.param), duration(folder)

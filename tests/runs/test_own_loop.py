@@ -1,4 +1,4 @@
-"""Training without a trainer: scores, blocks, a loop of one's own, a delta."""
+"""Training without a trainer: scores, blocks, a custom loop, a delta."""
 
 import pytest
 import tiny
@@ -9,7 +9,7 @@ from smt_trainer.sparse.linear import smt_linears
 
 
 def own_loop(model, steps: int = 4, optimizer_class=torch.optim.AdamW) -> list[float]:
-    """Train in the simplest way; nothing here knows of blocks."""
+    """Train in the simplest way; nothing here is specific to blocks."""
     optimizer = optimizer_class([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -41,7 +41,7 @@ def test_the_scores_are_those_of_the_trainers_warm_up(tmp_path):
     tiny.assert_same(ours.scores, tiny.warm_up(trainer))
 
 
-def test_forward_sees_blocks_whoever_changed_them(llama):
+def test_forward_sees_blocks_changed_outside_an_optimizer(llama):
     convert_to_smt(llama, tiny.choose(llama))
     before = tiny.logits(llama)
     linears = [linear for _, linear in smt_linears(llama)]
@@ -54,6 +54,6 @@ def test_forward_sees_blocks_whoever_changed_them(llama):
         assert torch.equal(held, linear.blocks.detach())
 
 
-def test_no_batch_is_refused(llama):
+def test_an_empty_list_of_batches_is_refused(llama):
     with pytest.raises(SMTError, match="there is no batch to score blocks on"):
         BlockScores.of(llama, tiny.config(), [])

@@ -46,20 +46,20 @@ def test_the_last_checkpoint_is_found(uninterrupted, tmp_path):
     tiny.assert_same(training_script.result(trainer), expected)
 
 
-def test_a_folder_that_is_only_named_like_a_checkpoint_is_none(uninterrupted, tmp_path):
+def test_a_folder_that_is_only_named_like_a_checkpoint_is_ignored(uninterrupted, tmp_path):
     for name in ("checkpoint-2", "checkpoint-4-kept"):
         shutil.copytree(uninterrupted[0] / "checkpoint-2", tmp_path / name)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-def test_where_nothing_was_saved_the_error_is_trainers_own(tmp_path):
+def test_without_a_checkpoint_trainer_raises_its_own_error(tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         training_script.resumable(tmp_path).train(resume_from_checkpoint=True)
 
 
 @pytest.fixture
 def interrupted(tmp_path):
-    """The folder of a run that broke off in its first step, its blocks chosen and nothing else saved."""
+    """Interrupt a run in its first step, after it has saved only its blocks and scores; return its folder."""
 
     class Breaking(tiny.RecordingSMTTrainer):
         def training_step(self, *args, **kwargs):
@@ -73,7 +73,7 @@ def interrupted(tmp_path):
     return tmp_path
 
 
-def test_a_run_interrupted_before_its_first_checkpoint_starts_anew_on_its_blocks(interrupted, uninterrupted):
+def test_a_run_interrupted_before_its_first_checkpoint_restarts_with_its_blocks(interrupted, uninterrupted):
     trainer = training_script.resumable(interrupted)
     trainer.train(resume_from_checkpoint=True)
     outcome, expected = training_script.result(trainer), uninterrupted[1]
@@ -81,13 +81,13 @@ def test_a_run_interrupted_before_its_first_checkpoint_starts_anew_on_its_blocks
     tiny.assert_same(outcome, {key: value for key, value in expected.items() if key != "warm-ups"})
 
 
-def test_it_does_not_under_another_configuration(interrupted):
+def test_an_interrupted_run_does_not_restart_under_another_configuration(interrupted):
     trainer = training_script.resumable(interrupted, smt_config=tiny.config(budget=11))
     with pytest.raises(SMTError, match=f"{SELECTION_FILE} was made under another smt_config .*budget: 11 != 12"):
         trainer.train(resume_from_checkpoint=True)
 
 
-def test_without_being_asked_a_run_chooses_its_blocks_again(interrupted):
+def test_a_run_that_is_not_resumed_chooses_its_blocks_again(interrupted):
     trainer = training_script.resumable(interrupted)
     trainer.train()
     assert training_script.result(trainer)["warm-ups"] == [2]
@@ -112,7 +112,7 @@ def test_another_configuration_is_refused_naming_the_fields(fields, message, uni
     assert not is_smt_model(trainer.model)
 
 
-def test_another_accumulator_device_is_no_other_configuration(uninterrupted, tmp_path):
+def test_another_accumulator_device_is_accepted(uninterrupted, tmp_path):
     folder, expected = uninterrupted
     trainer = training_script.resumable(tmp_path, smt_config=tiny.config(accumulator_device="cpu"))
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))

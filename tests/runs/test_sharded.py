@@ -1,6 +1,6 @@
-"""Models sharded over two ranks, by FSDP2 and by DeepSpeed ZeRO, against one process: gloo, on the CPU.
+"""Models sharded over two ranks by FSDP2 and DeepSpeed ZeRO, compared with one process: gloo, on the CPU.
 
-The runs and the shims they need there are in `sharded_script.py`.
+`sharded_script.py` has the runs and the shims that the CPU needs.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ ZERO = [name for name in CASES if "zero" in name]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'")
 MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(ZERO, needs_deepspeed)
-# With ACCELERATE_USE_CPU accelerate leaves DeepSpeed out, which has a variable of its own.
+# With ACCELERATE_USE_CPU, accelerate leaves DeepSpeed out; DeepSpeed has its own variable.
 ENVIRONMENT = {"fsdp": {"ACCELERATE_USE_CPU": "true"}, "zero": {"DS_ACCELERATOR": "cpu"}}
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
@@ -34,7 +34,7 @@ every_case = pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The folder of a case, run with others like it in one launch."""
+    """Return a function that gives the folder of a case; similar cases share one launch."""
     folders = {}
 
     def folder(name):
@@ -50,7 +50,7 @@ def folder_of(tmp_path_factory):
 
 @pytest.fixture
 def ranks_of(folder_of):
-    """What each rank of a case wrote."""
+    """Return a function that gives what each rank of a case wrote."""
     return lambda name: [torch.load(folder_of(name) / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
@@ -63,8 +63,8 @@ def test_all_ranks_end_with_the_same_blocks_and_weights(name, ranks_of):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CASES if "bf16" not in name]
 )
-def test_two_ranks_select_and_train_as_one_process(name, ranks_of, tmp_path):
-    """Not with bf16, which both ways of sharding bring about by casting weights, one process by casting activations."""
+def test_two_ranks_select_and_train_like_one_process(name, ranks_of, tmp_path):
+    """bf16 is left out: both ways of sharding cast the weights, one process casts the activations."""
     ours, single = ranks_of(name)[0]["trained"], sharded_script.run(tmp_path, CASES[name], 1)["trained"]
     tiny.assert_same(ours["block_indices"], single["block_indices"])
     for key in ("blocks", "weights"):
@@ -76,7 +76,7 @@ def test_two_ranks_select_and_train_as_one_process(name, ranks_of, tmp_path):
 @every_case
 def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of):
     ours, base = ranks_of(name)[0]["trained"], sharded_script.base_model(CASES[name])
-    # DeepSpeed casts the model itself.
+    # With bf16, DeepSpeed casts the weights of the model.
     base = (base.bfloat16() if name == "zero2-bf16" else base).float().state_dict()
     for key, weight in ours["weights"].items():
         changed = weight != base[key]
@@ -126,10 +126,10 @@ def test_a_checkpoint_holds_the_delta_and_the_state_of_training_but_no_model(nam
     assert {CONFIG_FILE, DELTA_FILE, "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {
         path.name for path in files
     }
-    # DeepSpeed adds the source of a script, 40 kB, and saves what is trained padded and per rank.
+    # DeepSpeed adds a script of 40 kB, and saves the trained parameters padded and per rank.
     model = sharded_script.base_model(CASES[name])
     frozen = 4 * sum(parameter.numel() for parameter in model.parameters())
-    # A module trained whole is there five times: in the delta and in the model's state, as master and as two moments.
+    # A module trained whole is saved five times: in the delta, the model's state, the master and two moments.
     whole = 5 * 4 * model.lm_head.weight.numel() if "whole-module" in name else 0
     assert sum(path.stat().st_size for path in files if path.suffix != ".py") < frozen / 2 + whole
 
@@ -138,7 +138,7 @@ def test_a_checkpoint_holds_the_delta_and_the_state_of_training_but_no_model(nam
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if "fsdp" in name else needs_deepspeed) for name in LAUNCHED]
 )
-def test_a_ready_configuration_of_accelerate_shards_as_it_says(name, tmp_path):
+def test_a_provided_accelerate_configuration_shards_as_it_says(name, tmp_path):
     accelerate_launch(
         CONFIGURATIONS / f"{name}.yaml", sharded_script.__file__, tmp_path, "launched", name, **ENVIRONMENT[name[:4]]
     )
@@ -148,6 +148,6 @@ def test_a_ready_configuration_of_accelerate_shards_as_it_says(name, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGURATIONS.iterdir()), ids=lambda path: path.stem)
-def test_accelerate_reads_each_ready_configuration(path):
+def test_accelerate_reads_each_provided_configuration(path):
     expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert load_config_from_file(str(path)).distributed_type == expected[path.stem]

@@ -1,4 +1,4 @@
-"""TRL's trainers behind the mixin."""
+"""The mixin with TRL's trainers."""
 
 import pytest
 import tiny
@@ -15,7 +15,7 @@ trl = pytest.importorskip("trl")
 
 
 def distinct_letters(completions, **_) -> list[float]:
-    """A reward."""
+    """Reward different letters."""
     return [float(len(set(completion))) for completion in completions]
 
 
@@ -31,7 +31,7 @@ RUN = {
     "report_to": [],
     "disable_tqdm": True,
 }
-# Trainer, arguments of the trainer, fields of its configuration, examples.
+# Trainer, its arguments, configuration class, fields of the configuration, examples.
 STOCK = {
     "SFT": (trl.SFTTrainer, {}, trl.SFTConfig, {}, [{"text": text} for text in TEXTS]),
     "DPO": (
@@ -53,7 +53,7 @@ STOCK = {
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """One token for each byte."""
+    """Make a tokenizer with one token for each byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(("<pad>", "<bos>", "<eos>", *alphabet))}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -64,7 +64,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def base(tokenizer, tmp_path_factory):
-    """A tiny Llama with the tokenizer's vocabulary, on disk: TRL loads its reference models from there."""
+    """Write a tiny Llama with the tokenizer's vocabulary to disk, where TRL loads its reference models."""
     folder = tmp_path_factory.mktemp("trl") / "base"
     tiny.llama(vocab_size=len(tokenizer)).save_pretrained(folder)
     return folder
@@ -72,7 +72,7 @@ def base(tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def make(base, tokenizer, tmp_path):
-    """A trainer of TRL, by name: behind the mixin where an `smt_config` is given. `fields` are training arguments."""
+    """Return a function that makes a TRL trainer: an `smt_config` adds the mixin; `fields` are training arguments."""
 
     def make(name, smt_config=None, folder="run", more=(), **fields):
         kind, arguments, config_class, settings, examples = STOCK[name]
@@ -87,7 +87,7 @@ def make(base, tokenizer, tmp_path):
 
 
 def by_step(trainer) -> list[dict[str, float]]:
-    """The trainer's log, by step."""
+    """Return the trainer's log, one entry per step."""
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
@@ -101,7 +101,7 @@ def test_the_warm_up_leaves_no_trace_in_what_the_trainer_logs(name, score, make)
     assert ours._metrics == stock._metrics
     for key in ("num_tokens", "learning_rate"):
         assert tiny.logged(ours, key) == tiny.logged(stock, key)
-    # Before the first update both models are the base; what is left out depends on what is trained and on the clock.
+    # Before the first update both models are the base. The omitted keys depend on what is trained, or on the clock.
     first, expected = (
         {key: value for key, value in by_step(trainer)[0].items() if key not in ("grad_norm", "step_time")}
         for trainer in (ours, stock)
@@ -149,7 +149,7 @@ def test_grpo_trains_the_blocks_and_nothing_else(fields, make, base):
             assert not changed.any()
 
 
-# ---- what cannot work ----
+# ---- refusals ----
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

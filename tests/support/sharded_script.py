@@ -3,10 +3,10 @@
     torchrun --nproc_per_node 2 sharded_script.py FOLDER CASE...
     accelerate launch --config_file recipes/accelerate/NAME.yaml ... sharded_script.py FOLDER launched NAME
 
-Writes the outcome of each case to `FOLDER/CASE/result-RANK.pt`. accelerate chooses neither on the CPU: instead of FSDP
-it silently runs DDP, and it starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu` are shims
-for these two decisions. Everything below them is accelerate's, torch's and DeepSpeed's own, and each run asserts that
-the model it trained was sharded.
+Writes the outcome of each case to `FOLDER/CASE/result-RANK.pt`. On the CPU, accelerate chooses neither: it silently
+runs DDP instead of FSDP, and starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu` override
+these two decisions. The rest is the real code of accelerate, torch and DeepSpeed, and each run asserts that its model
+was sharded.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ def choose_fsdp_on_cpu() -> None:
 
 def choose_zero_on_cpu() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
-    # TrainingArguments allows bf16 on the CPU only if the CPU is asked for, which would turn DeepSpeed off.
+    # TrainingArguments allows bf16 on the CPU only with `use_cpu`, which would turn DeepSpeed off.
     transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 
 
 def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
-    """Make arguments of a run whose global batch is the same on any number of processes."""
+    """Make training arguments with the same global batch on any number of processes."""
     how = {"use_cpu": not torch.cuda.is_available() and (processes == 1 or "zero" not in case)}
     if processes > 1 and "fsdp" in case and "launched" not in case:
         # Older versions of transformers need this spelling; newer ones take True.
@@ -127,7 +127,7 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
 
 
 def base_model(case: dict, seed: int = 0):
-    """Make the model of a case as it was before training."""
+    """Make the untrained model of a case."""
     if case.get("model") == "gpt2":
         return tiny.gpt2(seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     return tiny.llama(seed=seed, tie_word_embeddings=case.get("model") == "tied")
@@ -155,10 +155,12 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
 
 
 def outcome(trainer: SMTTrainer) -> dict:
-    """Return what runs must agree on, gathered on every rank."""
-    layers = dict(smt_linears(trainer.model))
+    """Return all that runs must agree on, gathered on every rank."""
+    linears = dict(smt_linears(trainer.model))
     return {
-        "blocks": {name: full_tensor(layer.blocks)[layer.row_major_order()].float() for name, layer in layers.items()},
+        "blocks": {
+            name: full_tensor(linear.blocks)[linear.row_major_order()].float() for name, linear in linears.items()
+        },
         "block_indices": dict(trainer.smt_selection.block_indices),
         "weights": {name: tensor.clone().float() for name, tensor in plain_state_dict(trainer.model).items()},
         "losses": tiny.logged(trainer, "loss"),
@@ -167,13 +169,13 @@ def outcome(trainer: SMTTrainer) -> dict:
 
 
 def assert_sharded(trainer: SMTTrainer, case: dict) -> None:
-    layers = [layer for _, layer in smt_linears(trainer.model)]
+    linears = [linear for _, linear in smt_linears(trainer.model)]
     if "fsdp" in case:
-        assert all(layer.weight.to_local().numel() < layer.weight.numel() for layer in layers)
-        assert any(layer.blocks.to_local().numel() < layer.blocks.numel() for layer in layers)
+        assert all(linear.weight.to_local().numel() < linear.weight.numel() for linear in linears)
+        assert any(linear.blocks.to_local().numel() < linear.blocks.numel() for linear in linears)
     else:
         assert trainer.model_wrapped.zero_optimization_stage() == case["zero"]
-        assert all(is_partitioned(layer.blocks) == (case["zero"] == 3) for layer in layers)
+        assert all(is_partitioned(linear.blocks) == (case["zero"] == 3) for linear in linears)
 
 
 def run(folder: Path, case: dict, processes: int) -> dict:

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 training_script.py resume FOLDER CHECKPOINT
     torchrun --nproc-per-node 2 training_script.py ranks FOLDER
 
-Writes the outcome to `FOLDER/result-RANK.pt`. `launch` does the same without the seconds that a new interpreter takes
-to import everything: its processes are forked from a server that imported the libraries and did nothing else.
+Writes the outcome to `FOLDER/result-RANK.pt`. `launch` does the same, but saves the seconds that a new interpreter
+takes for its imports: it forks processes from a server that has only imported the libraries.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ FORKED.set_forkserver_preload(["transformers.trainer", "transformers.models.llam
 def result(trainer) -> dict:
     """Return everything that two runs of the same training must agree on."""
     return {
-        "blocks": {name: layer.blocks.detach() for name, layer in smt_linears(trainer.model)},
-        "block_indices": {name: layer.block_indices for name, layer in smt_linears(trainer.model)},
+        "blocks": {name: linear.blocks.detach() for name, linear in smt_linears(trainer.model)},
+        "block_indices": {name: linear.block_indices for name, linear in smt_linears(trainer.model)},
         "weights": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "losses": tiny.logged(trainer, "loss"),
@@ -98,15 +98,15 @@ def launch(
     checkpoint: int | None = None,
     **overrides,
 ) -> list[int]:
-    """Train in `FOLDER/run` as a launcher does: resume an earlier run; kill all ranks as soon as one is dead.
+    """Train in `FOLDER/run` like a launcher: resume an earlier run, and kill all ranks as soon as one dies.
 
     Args:
-        folder: the outcome is written here.
+        folder: receives the outcome.
         processes: number of ranks.
         moment: the moment at which the `dying` ranks kill themselves.
-        delay: seconds from the start of training until the `dying` ranks are killed; they wait for it at the end.
+        delay: seconds from the start of training until the `dying` ranks are killed; if done earlier, they wait.
         dying: the ranks that die.
-        checkpoint: step to resume from instead of the last.
+        checkpoint: step to resume from, instead of the last checkpoint.
         overrides: passed to `resumable`.
 
     Returns:
@@ -152,7 +152,7 @@ def train(
     """Run one rank of `launch`."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    # A garbage collection would touch, and so copy, all that the server imported, which takes a second.
+    # A garbage collection would touch, and so copy, all imports of the server, which takes a second.
     gc.freeze()
     trainer = resumable(folder / "run", callbacks=[Mortal(moment)], **overrides)
     die_at(moment)
@@ -225,7 +225,7 @@ class Mortal(SMTCallback):
 
 
 def die_at(moment: str | None) -> None:
-    """Kill the process half-way through a write, if the moment is a write."""
+    """Make the process die half-way through a write, if the moment is a write."""
     if moment == "writing the selection":
         BlockSelection.save = lambda selection, path: write_atomically(path, half_written)
     if moment == "writing the delta":
@@ -241,7 +241,7 @@ def die_at(moment: str | None) -> None:
 
 
 def saving_until(name: str, last: Callable[[Path], None], save=torch.save) -> Callable:
-    """Return a `torch.save` that calls `last` for the file with the given name instead of saving."""
+    """Return a `torch.save` that calls `last` instead of saving the file with the given name."""
     return lambda value, path: last(Path(path)) if name in str(path) else save(value, path)
 
 
@@ -257,7 +257,7 @@ def half_deleted(path: Path) -> None:
 
 
 def die_late(path: Path) -> None:
-    """Die when the other rank, if it does not wait, has long finished the checkpoint."""
+    """Die so late that the other rank, unless it waits, has finished the checkpoint."""
     time.sleep(2)
     die()
 

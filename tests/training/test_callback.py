@@ -1,4 +1,4 @@
-"""`SMTCallback` and the write-back: events, logs, and what does not depend on them."""
+"""`SMTCallback` and the write-back: events and logs; training does not depend on the callback."""
 
 import pytest
 import tiny
@@ -18,7 +18,7 @@ def test_a_subclass_takes_the_place_of_the_callback_and_sees_the_events_in_order
     assert callback.events == ["begin 2", "step 0", "step 1", "end", "selection of 12", "train"]
 
 
-def test_the_end_of_a_failed_warm_up_is_told(tmp_path):
+def test_a_failed_warm_up_reports_its_end(tmp_path):
     class Failing(tiny.SMTTrainer):
         def compute_loss(self, *args, **kwargs):
             raise RuntimeError("broken")
@@ -40,7 +40,7 @@ def test_the_warm_up_is_reported_once_and_before_the_first_step(tmp_path):
 
 
 class Silent(SMTCallback):
-    """Forgets `super()` everywhere."""
+    """Never calls `super()`."""
 
     def __init__(self):
         pass
@@ -78,7 +78,7 @@ def test_training_does_not_depend_on_the_callback(callback, tmp_path):
     tiny.assert_same(tiny.weights(other.model), tiny.weights(usual.model))
 
 
-def test_after_each_step_forward_reads_the_blocks_that_were_stepped(tmp_path):
+def test_forward_reads_the_updated_blocks_after_each_step(tmp_path):
     class Checking(TrainerCallback):
         steps = 0
 

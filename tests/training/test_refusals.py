@@ -1,4 +1,4 @@
-"""What is refused at construction for the way of running: on this machine by stand-ins for what accelerate says."""
+"""Ways of running that are refused at construction; stand-ins pretend to be accelerate's state."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ from smt_trainer import SMTError, SMTTrainerMixin
 
 @pytest.fixture
 def construct(tmp_path):
-    """Construct a trainer, as if Trainer had found other arguments or accelerate another state."""
+    """Return a function that makes a trainer which sees other arguments or another state of accelerate."""
 
     def construct(model=None, smt_config=None, state=None, arguments=None):
         class Elsewhere(transformers.Trainer):
@@ -90,6 +90,6 @@ def test_weights_sharded_on_loading_are_refused(construct, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_generating_by_another_engine_is_refused(construct):
+def test_generating_with_another_engine_is_refused(construct):
     with pytest.raises(SMTError, match="use_vllm"):
         construct(arguments={"use_vllm": True})

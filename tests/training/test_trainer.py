@@ -1,4 +1,4 @@
-"""`SMTTrainer` end to end: it trains the blocks, as stock training would, under every setting of Trainer."""
+"""`SMTTrainer` end to end: it trains the blocks as stock training would, under the settings of Trainer."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def trained(folder, model=None, smt_config=None, **overrides):
     return trainer
 
 
-# ---- against stock training ----
+# ---- compared with stock training ----
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
@@ -57,8 +57,8 @@ def test_a_loss_in_chunks_of_tokens_trains_the_same(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-# The gradients differ in the last bit only (other matrix products); AdamW divides by their size, which is near zero
-# for some, so that in float32 a few weights drift by a thousandth of the twelve steps of at most 1e-3.
+# Other matrix products change only the last bit of the gradients. But AdamW divides by their size, which is near zero
+# for some, so in float32 a few weights drift by a thousandth of the twelve steps of at most 1e-3.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_selecting_every_block_equals_stock_training(accumulation, weight_decay, dtype, tolerance, tmp_path):
     overrides = {
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_gives_the_same_losses(overrides, tmp_path):
 
 
 @pytest.mark.parametrize(("reentrant", "asks"), [(False, False), (True, True)])
-def test_checkpointing_asks_for_needless_gradients_in_its_reentrant_kind_only(reentrant, asks, tmp_path):
+def test_only_reentrant_checkpointing_asks_for_needless_gradients(reentrant, asks, tmp_path):
     model, asked = tiny.llama(), []
     model.model.layers[0].register_forward_hook(lambda layer, inputs, output: asked.append(output.requires_grad))
     overrides = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
@@ -119,7 +119,7 @@ def test_checkpointing_asks_for_needless_gradients_in_its_reentrant_kind_only(re
     assert any(asked) is asks
 
 
-def test_a_compiled_run_trains_as_an_uncompiled_one(tmp_path):
+def test_a_compiled_run_trains_like_an_uncompiled_one(tmp_path):
     compiled = trained(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
     assert compiled.losses == pytest.approx(trained(tmp_path).losses, rel=1e-5)
     assert type(compiled.model_wrapped).__name__ == "OptimizedModule"
@@ -141,9 +141,9 @@ def test_an_optimizer_trains_the_blocks_and_nothing_else(optim, precision, tmp_p
     )
     assert trainer.losses[-1] < trainer.losses[0]
     selection = model.smt_state.selection
-    for _, layer in smt_linears(model):
-        written = layer.grid.gather(layer.weight, layer.block_indices)
-        assert torch.equal(written, layer.blocks.detach().to(written.dtype))
+    for _, linear in smt_linears(model):
+        written = linear.grid.gather(linear.weight, linear.block_indices)
+        assert torch.equal(written, linear.blocks.detach().to(written.dtype))
     for name, tensor in merge_and_unload(model).state_dict().items():
         changed = tensor != before[name]
         if (module := name.removesuffix(".weight")) in selection.block_indices:
@@ -158,10 +158,10 @@ def test_float32_masters_of_bfloat16_weights_move_at_small_learning_rates(tmp_pa
     base = tiny.weights(model)
     trained(tmp_path, model, max_steps=20, learning_rate=1e-5)
     moved = [
-        layer.blocks.detach() != layer.grid.gather(base[f"{name}.weight"], layer.block_indices).float()
-        for name, layer in smt_linears(model)
+        linear.blocks.detach() != linear.grid.gather(base[f"{name}.weight"], linear.block_indices).float()
+        for name, linear in smt_linears(model)
     ]
-    assert {layer.blocks.dtype for _, layer in smt_linears(model)} == {torch.float32}
+    assert {linear.blocks.dtype for _, linear in smt_linears(model)} == {torch.float32}
     assert torch.cat([part.flatten() for part in moved]).float().mean() > 0.99
 
 
@@ -194,7 +194,7 @@ def test_the_model_init_of_trainer_is_rewritten_at_each_run(tmp_path):
     assert trainer.losses == first * 2
 
 
-def test_a_second_run_trains_the_same_blocks_on(tmp_path):
+def test_a_second_run_continues_with_the_same_blocks(tmp_path):
     trainer = trained(tmp_path)
     selection = trainer.smt_selection
     first = trainer.losses.copy()
@@ -219,7 +219,7 @@ def test_a_batch_size_that_does_not_fit_is_halved(call, tmp_path):
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
-def test_any_subclass_of_trainer_can_stand_behind_the_mixin(tmp_path):
+def test_the_mixin_extends_any_subclass_of_trainer(tmp_path):
     class SMTSeq2SeqTrainer(SMTTrainerMixin, Seq2SeqTrainer):
         pass
 
@@ -315,7 +315,7 @@ def test_merged_checkpoint_merged_delta_and_delta_on_base_all_give_the_trained_l
     assert all(torch.equal(tensor, streamed[key]) for key, tensor in merged.items())
 
 
-def test_training_goes_on_after_merging_as_if_nothing_had_happened(tmp_path):
+def test_merging_in_the_middle_does_not_change_training(tmp_path):
     class Merging(tiny.RecordingSMTTrainer):
         def training_step(self, *args, **kwargs):
             if self.state.global_step == 2 and is_smt_model(self.model):
@@ -353,7 +353,7 @@ def test_a_classifier_trains_its_head_and_stores_it(tmp_path):
     assert torch.equal(tiny.logits(load_delta(model(), tmp_path / "delta")), tiny.logits(trainer.model))
 
 
-def test_a_trained_model_says_what_is_trained(tmp_path, capsys):
+def test_print_trainable_parameters_says_what_is_trained(tmp_path, capsys):
     trainer = trained(tmp_path)
     trainer.print_trainable_parameters()
     total = trainer.smt_selection.num_parameters
@@ -383,7 +383,7 @@ def optimizer_for(model):
         ({"smt_config": tiny.config(selection="nowhere.json")}, "no selection at nowhere.json"),
     ],
 )
-def test_what_cannot_work_is_refused_when_the_trainer_is_made(arguments, message, tmp_path):
+def test_bad_input_is_refused_when_the_trainer_is_made(arguments, message, tmp_path):
     defaults = {"train_dataset": tiny.examples(), "smt_config": tiny.config()}
     with pytest.raises(SMTError, match=message):
         tiny.SMTTrainer(model=tiny.llama(), args=tiny.arguments(tmp_path), **defaults | arguments)
@@ -411,7 +411,7 @@ def test_the_replacement_works(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{"score": "random"}, {"selection": True}])
-def test_data_that_can_be_read_once_are_enough_where_there_is_no_warm_up(fields, tmp_path):
+def test_data_that_can_be_read_only_once_suffice_without_a_warm_up(fields, tmp_path):
     model = tiny.llama()
     smt_config = tiny.config(**fields | ({"selection": tiny.choose(model)} if "selection" in fields else {}))
     trainer = trained(tmp_path, model, smt_config, data=tiny.Stream(tiny.examples(), once=True))

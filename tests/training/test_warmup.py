@@ -1,4 +1,4 @@
-"""The gradient warm-up: right scores, and no trace left behind."""
+"""The gradient warm-up: it scores correctly and leaves no trace."""
 
 import random
 
@@ -23,7 +23,7 @@ QKV = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for nam
 
 
 def dropping_llama(**overrides):
-    """A model whose forward draws random numbers."""
+    """Make a model whose forward draws random numbers."""
     return tiny.llama(attention_dropout=0.3, **overrides)
 
 
@@ -74,7 +74,7 @@ MAIN_LOOPS = {
 
 
 @pytest.mark.parametrize("case", MAIN_LOOPS.values(), ids=MAIN_LOOPS)
-def test_the_main_loop_sees_what_the_stock_trainers_sees(case, tmp_path):
+def test_the_main_loop_sees_the_same_as_on_the_stock_trainer(case, tmp_path):
     runs = []
     for make in (tiny.stock_trainer, tiny.smt_trainer):
         overrides = case | ({"data": case["data"]()} if "data" in case else {})
@@ -95,7 +95,7 @@ def test_the_main_loop_sees_what_the_stock_trainers_sees(case, tmp_path):
 
 
 class Failing(tiny.RecordingSMTTrainer):
-    """Fails in the second warm-up step, once."""
+    """Fails once, in the second warm-up step."""
 
     calls = 0
 
@@ -148,7 +148,7 @@ TWINS = {"grad_l1": lambda block: block.abs().mean(), "grad_signed": lambda bloc
 
 
 def shares(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Scores up to a common factor, which changes no ranking and differs between releases of transformers."""
+    """Remove a common factor, which differs between releases of transformers and changes no ranking."""
     total = sum(score.sum() for score in scores.values())
     return {name: score / total for name, score in scores.items()}
 
@@ -175,14 +175,14 @@ def test_the_warm_up_scores_the_gradients_of_the_main_loops_first_batches(score,
         ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, 1e-4),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, 1e-6),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, 1e-6),
-        # Eight bits of mantissa, through two layers forward and backward.
+        # Eight bits of mantissa, forward and backward through two layers.
         ({"bf16": True}, 2**-5),
     ],
     ids=["accumulation", "reentrant", "non-reentrant", "bf16"],
 )
 def test_how_a_step_is_computed_does_not_change_the_scores(score, overrides, tolerance, tmp_path):
     if score == "grad_abs" and "gradient_accumulation_steps" in overrides:
-        pytest.skip("the one score that depends on how a step is cut")
+        pytest.skip("only this score depends on how a step is split")
     smt_config = tiny.config(score=score)
     expected = tiny.warm_up(tiny.smt_trainer(tiny.llama(), tmp_path, smt_config))
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path, smt_config, **overrides)
@@ -194,7 +194,7 @@ def test_how_a_step_is_computed_does_not_change_the_scores(score, overrides, tol
 
 def test_a_last_step_of_fewer_micro_batches_counts_as_much_as_a_whole_one(tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path, data=tiny.examples(12), gradient_accumulation_steps=2)
-    trainer.model_accepts_loss_kwargs = False  # as for a model whose loss is the mean over its batch
+    trainer.model_accepts_loss_kwargs = False  # like a model whose loss is the mean over its batch
     grids = find_candidates(trainer.model, trainer.smt_config).grids
     batches = first_batches(trainer, 3)
     whole, last = (summed_gradients(tiny.llama(), QKV, part) for part in (batches[:2], batches[2:]))
@@ -210,11 +210,11 @@ def test_the_warm_up_runs_under_the_autocast_of_the_main_loop(tmp_path):
     assert dtypes == [torch.bfloat16] * 3
 
 
-# ---- fp16: the loss is scaled, and steps overflow ----
+# ---- fp16: scaled loss, steps that overflow ----
 
 
 class Overflowing(tiny.RecordingSMTTrainer):
-    """Under fp16 as far as the warm-up goes; the losses of the warm-up's steps are multiplied by `factors`."""
+    """Pretends to the warm-up that it runs under fp16; multiplies the losses of its steps by `factors`."""
 
     factors = (1.0, 1.0, 1.0)
 
@@ -249,7 +249,7 @@ def test_a_step_that_overflows_does_not_count(score, tmp_path, caplog):
     torch.testing.assert_close(overflowed, fp16_scores((1.0, 1.0), tmp_path, score))
 
 
-def test_a_step_that_overflows_halves_the_scale_for_those_after_it(tmp_path):
+def test_a_step_that_overflows_halves_the_scale_of_later_steps(tmp_path):
     overflowed = fp16_scores((1.0, 1e38, 1.0), tmp_path, "grad_l1")
     torch.testing.assert_close(overflowed, fp16_scores((1.0, 0.0, 1.0), tmp_path, "grad_l1"))
 
@@ -287,7 +287,7 @@ def test_the_selection_of_a_run_can_be_used_again_without_a_warm_up(tmp_path):
     first = tiny.smt_trainer(tiny.llama(), tmp_path / "first")
     first.train()
     path = tmp_path / "first" / SELECTION_FILE
-    # Its own fields would fit no model: they do not count beside a selection.
+    # These fields would fit no model, but a selection overrides them.
     smt_config = tiny.config(selection=path, budget=10_000)
     second = tiny.smt_trainer(tiny.llama(), tmp_path / "second", smt_config)
     second.train()
@@ -302,13 +302,13 @@ def test_the_selection_of_a_run_can_be_used_again_without_a_warm_up(tmp_path):
 def test_another_budget_can_be_chosen_from_the_scores_of_a_run_without_a_warm_up(tmp_path):
     tiny.smt_trainer(tiny.llama(), tmp_path / "first").train()
     fields = {"budget": {"v_proj": 3, "q_proj": 2}, "target_modules": ["q_proj", "v_proj"]}
-    anew = tiny.smt_trainer(tiny.llama(), tmp_path / "anew", tiny.config(**fields))
-    anew.train()
+    other = tiny.smt_trainer(tiny.llama(), tmp_path / "other", tiny.config(**fields))
+    other.train()
     smt_config = tiny.config(selection=tmp_path / "first" / SCORES_FILE, **fields)
     again = tiny.smt_trainer(tiny.llama(), tmp_path / "again", smt_config)
     again.train()
-    assert tiny.logged(again, "smt_warmup_steps") == [] and again.losses == anew.losses
-    assert again.smt_selection.to_dict() == anew.smt_selection.to_dict()
+    assert tiny.logged(again, "smt_warmup_steps") == [] and again.losses == other.losses
+    assert again.smt_selection.to_dict() == other.smt_selection.to_dict()
 
 
 @pytest.mark.parametrize("training", [False, True])
