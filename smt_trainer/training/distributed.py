@@ -85,7 +85,7 @@ def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     model.smt_state = replace(model.smt_state, fingerprint=fingerprint)
     for _, linear in smt_linears(model):
         # accelerate treats everything in the state dict as a sharded parameter.
-        layer.register_buffer("block_indices", layer.block_indices, persistent=False)
+        linear.register_buffer("block_indices", linear.block_indices, persistent=False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and not hasattr(model, "_smt_loads_trained_only"):
         model.register_load_state_dict_post_hook(_expect_trained_only)
         model._smt_loads_trained_only = True
