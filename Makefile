@@ -38,9 +38,10 @@ test-oldest: .venv-oldest/.complete ## the library's tests with the oldest versi
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
-quality: venv ## lint and formatting, checked
+quality: venv ## lint, formatting and types, checked
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 style: venv ## lint and formatting, mended
 	$(BIN)/ruff check --fix .
