@@ -38,9 +38,10 @@ test-oldest: .venv-oldest/.complete ## run the library's tests with the oldest s
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
-quality: venv ## check lint and formatting
+quality: venv ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 style: venv ## fix lint and formatting
 	$(BIN)/ruff check --fix .

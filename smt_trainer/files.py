@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from smt_trainer.errors import SMTError
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move that file to `path` in one step.
 
     Raises:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from smt_trainer.errors import SMTError
 
@@ -25,7 +25,7 @@ class Kind:
         flag: keyword arguments of argparse for the field's flag; its text goes through the kind as well.
     """
 
-    flag: ClassVar[Mapping[str, Any]] = {}
+    flag: Mapping[str, Any] = {}
 
     def __call__(self, name: str, value: Any) -> Any:
         """The value of the field `name` as the configuration keeps it. Raises `SMTError` for any other value."""
@@ -50,7 +50,7 @@ class Choice(Kind):
 class Flag(Kind):
     """True or False."""
 
-    flag: ClassVar = {"action": "store_const", "const": True}
+    flag: Mapping[str, Any] = {"action": "store_const", "const": True}
 
     def __call__(self, name: str, value: Any) -> bool:
         if not isinstance(value, bool):
@@ -61,7 +61,7 @@ class Flag(Kind):
 class Whole(Kind):
     """A whole number."""
 
-    flag: ClassVar = {"type": int}
+    flag: Mapping[str, Any] = {"type": int}
 
     def __init__(self, least: int) -> None:
         self.least = least
@@ -79,7 +79,7 @@ class Names(Kind):
     module can be called is a regular expression.
     """
 
-    flag: ClassVar = {"nargs": "+"}
+    flag: Mapping[str, Any] = {"nargs": "+"}
 
     def __init__(self, *keywords: str) -> None:
         self.keywords = keywords
@@ -99,7 +99,7 @@ class Names(Kind):
 class NameList(Kind):
     """A list of names, which may be empty; one name stands for a list of it."""
 
-    flag: ClassVar = {"nargs": "+"}
+    flag: Mapping[str, Any] = {"nargs": "+"}
 
     def __call__(self, name: str, value: Any) -> list[str]:
         names = [value] if isinstance(value, str) else value

@@ -31,6 +31,7 @@ from smt_trainer.model.sharded import assign, full_shape, full_tensor
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.sparse.convert import (
+    Model,
     SMTState,
     find_linears,
     get_state,
@@ -149,7 +150,7 @@ def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) ->
     Delta.of(model, master=master).save(folder)
 
 
-def load_delta(model: nn.Module, folder: str | Path, *, merge: bool = False) -> nn.Module:
+def load_delta(model: Model, folder: str | Path, *, merge: bool = False) -> Model:
     """Put a delta into a model, in place.
 
     Args:

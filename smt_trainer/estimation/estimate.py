@@ -50,7 +50,7 @@ from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.model.names import layer_index
-from smt_trainer.model.targets import find_targets, is_linear
+from smt_trainer.model.targets import find_targets, is_linear, named_linears
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import Scorer, make_scorer
 from smt_trainer.scores.collect import frozen
@@ -61,7 +61,7 @@ from smt_trainer.selection.dependencies import find_dependencies
 from smt_trainer.sparse.convert import find_linears, rewrite
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 META = torch.device("meta")
 STEP_COUNT_BYTES = 4
@@ -164,7 +164,8 @@ def estimate(
     whole = find_whole(plain, config, selection.block_indices)
     rank = _equal_rank(selection)
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, weights=_bytes(_tensors(plain)))
-    targets = {name: plain.get_submodule(name) for name in selection.grids}
+    linears = named_linears(plain)
+    targets = {name: linears[name] for name in selection.grids}
     scorers = {
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
         for score in SCORES
@@ -197,7 +198,7 @@ class _Step:
     zero_stage: int
     weights: int
 
-    def cost(self, model: nn.Module, sums: list[Tensor] | None = None) -> Cost:
+    def cost(self, model: PreTrainedModel, sums: list[Tensor] | None = None) -> Cost:
         """Return the cost of one training step, or of one warm-up step if its `sums` are given."""
         if self.checkpointing:
             _checkpoint(model)
@@ -227,11 +228,11 @@ class _Step:
         )
 
 
-def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callable[..., nn.Module]:
+def _builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callable[..., PreTrainedModel]:
     """Return a function that builds the model, on the meta device unless it is given another one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def build(device: torch.device = META) -> nn.Module:
+    def build(device: torch.device = META) -> PreTrainedModel:
         with device:
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).train()
 
@@ -254,7 +255,8 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     if config.train_dependents:
         dependencies = find_dependencies(_without_linear_weights(build), config, find_targets(model, config))
     candidates = find_candidates(model, config, dependencies)
-    targets = {name: model.get_submodule(name) for name in candidates.grids}
+    linears = named_linears(model)
+    targets = {name: linears[name] for name in candidates.grids}
     scores = make_scorer(targets, candidates.grids, replace(config, score="random")).scores()
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
 
@@ -275,7 +277,9 @@ def _equal_rank(selection: BlockSelection) -> int:
     return max(1, round(selection.trainable_parameters / sum(sum(g.weight_shape) for g in selection.grids.values())))
 
 
-def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[str], rank: int) -> nn.Module:
+def _with_adapters(
+    model: PreTrainedModel, selection: BlockSelection, whole: Iterable[str], rank: int
+) -> PreTrainedModel:
     """Freeze a model except for LoRA's adapters on all targets and what is trained whole."""
     model.requires_grad_(False)
     for name, grid in selection.grids.items():
@@ -290,11 +294,12 @@ def _with_adapters(model: nn.Module, selection: BlockSelection, whole: Iterable[
 
 def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Return y + s B A x in the adapters' dtype, as PEFT computes it."""
-    x = inputs[0].to(linear.lora_a.dtype)
-    return (output + F.linear(F.linear(x, linear.lora_a), linear.lora_b) * 2.0).to(output.dtype)
+    a, b = linear.get_parameter("lora_a"), linear.get_parameter("lora_b")
+    x = inputs[0].to(a.dtype)
+    return (output + F.linear(F.linear(x, a), b) * 2.0).to(output.dtype)
 
 
-def _warmup_cost(model: nn.Module, scorer: Scorer, config: SMTConfig, step: _Step) -> Cost | None:
+def _warmup_cost(model: PreTrainedModel, scorer: Scorer, config: SMTConfig, step: _Step) -> Cost | None:
     """Return the cost of one warm-up step, if there is a warm-up."""
     if not scorer.needs_warmup or config.selection is not None:
         return None
@@ -311,7 +316,7 @@ def _start_at_loss(_, __, output) -> None:
     output.loss.requires_grad_(True)
 
 
-def _checkpoint(model: nn.Module) -> None:
+def _checkpoint(model: PreTrainedModel) -> None:
     """Turn on activation checkpointing as SMTTrainer does: without a gradient for the embeddings."""
     # Early 5.x versions of transformers know only the second name; later ones warn about it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

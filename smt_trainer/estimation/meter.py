@@ -14,13 +14,17 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 aten = torch.ops.aten
 FUSED = aten._scaled_dot_product_flash_attention_for_cpu
@@ -52,7 +56,7 @@ class Reading:
 
 
 def read_step(
-    model: nn.Module, batch: int, seq: int, *, beside: Iterable[Tensor] = (), gradient_share: float = 1.0
+    model: PreTrainedModel, batch: int, seq: int, *, beside: Iterable[Tensor] = (), gradient_share: float = 1.0
 ) -> Reading:
     """Run forward and backward of one step of a causal language model, and count what it takes.
 
@@ -78,6 +82,7 @@ def read_step(
             inputs[0].register_hook(lambda _: alive.start_phase())
 
     activations: list[int] = []
+    # pyrefly: ignore[missing-attribute]  # a causal language model has output embeddings
     handles.append(model.get_output_embeddings().register_forward_pre_hook(reach_head))
     try:
         with _like_elsewhere(), alive:
@@ -99,13 +104,13 @@ class _Alive(TorchDispatchMode):
         self.sizes = dict.fromkeys(map(_key, before), 0)
         self.now, self.peaks, self.flops = 0, [0], 0
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation is aten._local_scalar_dense.default and args[0].is_meta:
+    def __torch_dispatch__(self, func, types, args: tuple = (), kwargs=None):
+        if func is aten._local_scalar_dense.default and args[0].is_meta:
             return True
         kwargs = kwargs or {}
-        result = operation(*args, **kwargs)
-        if operation.overloadpacket in FLOPS:
-            self.flops += FLOPS[operation.overloadpacket](*args, **kwargs, out_val=result)
+        result = func(*args, **kwargs)
+        if func.overloadpacket in FLOPS:
+            self.flops += FLOPS[func.overloadpacket](*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _key(tensor.untyped_storage()) not in self.sizes:
                 self._add(tensor.untyped_storage())
@@ -157,6 +162,7 @@ def _like_elsewhere() -> Iterator[None]:
     def autocasts_anything(*device_type):
         return device_type != ("meta",) and autocasts(*device_type)
 
+    # pyrefly: ignore[bad-assignment]  # any number of arguments is more than the original takes
     F.scaled_dot_product_attention, torch.is_autocast_enabled = attend, autocasts_anything
     try:
         yield

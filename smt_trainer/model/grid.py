@@ -87,7 +87,7 @@ class BlockGrid:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockGrid:
         """Inverse of `to_dict`; ignores other keys."""
-        return cls(*values["weight_shape"], *values["block_shape"], values.get("transposed", False))
+        return cls(*values["weight_shape"], *values["block_shape"], transposed=values.get("transposed", False))
 
     def split(self, weight: Tensor) -> Tensor:
         """Return a view [R, C, br, bc] of a weight of `stored_shape`; writing to the view writes to the weight."""
@@ -135,13 +135,12 @@ def make_grids(shapes: Mapping[str, tuple[int, int]], config: SMTConfig) -> dict
         return {name: BlockGrid(out, into, 1, into) for name, (out, into) in shapes.items()}
     if config.granularity == "column":
         return {name: BlockGrid(out, into, out, 1) for name, (out, into) in shapes.items()}
-    if config.block_size == "auto":
-        edge = auto_block_size(shapes)
-        rows, columns = edge, edge
-    elif isinstance(config.block_size, tuple):
+    if isinstance(config.block_size, tuple):
         rows, columns = config.block_size
-    else:
+    elif isinstance(config.block_size, int):
         rows = columns = config.block_size
+    else:
+        rows = columns = auto_block_size(shapes)
     grids = {}
     for name, (out, into) in shapes.items():
         if out % rows or into % columns:

@@ -9,7 +9,7 @@ weight, which can be written in place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from smt_trainer.errors import SMTError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    class Partitioned(Tensor):
+        """What ZeRO-3 makes of a parameter."""
+
+        ds_id: int
+        ds_shape: torch.Size
+        ds_numel: int
+        ds_tensor: Tensor
+        ds_process_group: dist.ProcessGroup
 
 
 class Part(NamedTuple):
@@ -28,7 +40,7 @@ class Part(NamedTuple):
     column: int
 
 
-def is_partitioned(parameter: Tensor) -> bool:
+def is_partitioned(parameter: Tensor) -> TypeIs[Partitioned]:
     """Return whether ZeRO-3 has partitioned this parameter, which then looks empty between uses."""
     return hasattr(parameter, "ds_id")
 
@@ -46,7 +58,7 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 def full_tensor(parameter: Tensor) -> Tensor:
     """Return the whole value, detached. Collective if the parameter is sharded: all ranks call it in the same order."""
     if isinstance(parameter, DTensor):
-        return parameter.detach().full_tensor()
+        return parameter.detach().full_tensor()  # pyrefly: ignore[missing-attribute]  # detached, it is still a DTensor
     if is_partitioned(parameter):
         import deepspeed
 
@@ -133,7 +145,7 @@ def _first_row(weight: DTensor) -> int:
     return row
 
 
-def _flat_parts(weight: Tensor) -> list[Part]:
+def _flat_parts(weight: Partitioned) -> list[Part]:
     """Split a flat share of the weight into the end of a row, whole rows and the start of a row."""
     share, columns = weight.ds_tensor.detach(), full_shape(weight)[1]
     start = share.numel() * dist.get_rank(weight.ds_process_group)

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,12 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid, make_grids
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.sharded import full_shape
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
+    from typing_extensions import TypeIs
+
+    Linear = nn.Linear | Conv1D
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +44,7 @@ CONV1D = ("transformers.pytorch_utils", "Conv1D")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
     """Find the linears to choose blocks from, by full module name, in the model's order.
 
     Leave out, with a warning, a matching linear that cannot be tuned: its weight is shared (tied) or not a plain matrix
@@ -49,7 +56,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, nn.Module]:
             can be tuned.
     """
     refuse_adapters(model)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = named_linears(model)
     heads = _heads(model)
     matching = {name: module for name, module in linears.items() if _is_wanted([name], config, heads)}
     shared = _shared_weights(model)
@@ -68,7 +75,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, nn.Module]:
     return targets
 
 
-def target_grids(targets: Mapping[str, nn.Module], config: SMTConfig) -> dict[str, BlockGrid]:
+def target_grids(targets: Mapping[str, Linear], config: SMTConfig) -> dict[str, BlockGrid]:
     """Make one grid per target from the config's `granularity` and `block_size`, transposed where the weight is.
 
     Raises:
@@ -89,17 +96,22 @@ def refuse_adapters(model: nn.Module) -> None:
             )
 
 
-def is_linear(module: nn.Module) -> bool:
+def named_linears(model: nn.Module) -> dict[str, Linear]:
+    """Return all linears of a model by full name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_linear(module)}
+
+
+def is_linear(module: nn.Module) -> TypeIs[Linear]:
     """Return whether a module is an `nn.Linear` or a `Conv1D`."""
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
     """Return whether a module is a `Conv1D`; compare names, since importing transformers takes seconds."""
     return any((base.__module__, base.__name__) == CONV1D for base in type(module).__mro__)
 
 
-def has_plain_weight(linear: nn.Module) -> bool:
+def has_plain_weight(linear: Linear) -> bool:
     """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
     shape = _weight_shape(linear)[::-1] if is_transposed(linear) else _weight_shape(linear)
     weight = linear.weight
@@ -129,13 +141,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
 
 
-def _weight_shape(linear: nn.Module) -> tuple[int, int]:
+def _weight_shape(linear: Linear) -> tuple[int, int]:
     return (linear.nf, linear.nx) if is_transposed(linear) else (linear.out_features, linear.in_features)
 
 
 def _heads(model: nn.Module) -> set[str]:
     """Name the modules that 'all-linear' leaves out: the output embeddings and a classification head."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
 
 
@@ -169,7 +181,7 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in counts.items() if count > 1}
 
 
-def _why_not(linear: nn.Module, shared: set[int]) -> str | None:
+def _why_not(linear: Linear, shared: set[int]) -> str | None:
     weight = linear.weight
     if id(weight) in shared:
         return "its weight is shared with another module"
@@ -205,7 +217,7 @@ def _about_experts(experts: dict[str, Tensor]) -> str:
 
 
 def _nothing_matches(
-    config: SMTConfig, linears: dict[str, nn.Module], matching: dict[str, nn.Module], experts: dict[str, Tensor]
+    config: SMTConfig, linears: dict[str, Linear], matching: dict[str, Linear], experts: dict[str, Tensor]
 ) -> str:
     if matching:
         return (

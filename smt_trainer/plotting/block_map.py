@@ -92,7 +92,7 @@ def plot_selection(selection: BlockSelection, path: str | Path | None = None) ->
         if grouped:
             length = min(1.2, height - 4 * HEADING)
             place = (1 - (BAR - 0.1) / width, 1 - (HEADING + TITLE + length) / height, 0.1 / width, length / height)
-            bar = figure.colorbar(axis.images[0], figure.add_axes(place), format=PERCENT, ticks=[0, most])
+            bar = figure.colorbar(figure.axes[-1].images[0], figure.add_axes(place), format=PERCENT, ticks=[0, most])
             bar.set_label("share trained", labelpad=-4)
             bar.outline.set_visible(False)
     return figure

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from smt_trainer.plotting.scores import plot_scores
 from smt_trainer.plotting.shares import plot_shares
 from smt_trainer.plotting.tables import layer_rows, selection_rows, share_rows, write_csv
 from smt_trainer.selection.block_selection import BlockSelection
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def plot_all(
@@ -33,17 +37,18 @@ def plot_all(
     Raises:
         SMTError: matplotlib is not installed.
     """
-    drawn = {
-        "selection": (plot_selection, selection_rows, [selection]),
-        "layers": (plot_layers, layer_rows, [selection]),
-        "shares": (plot_shares, share_rows, [selection]),
-    }
-    if scores is not None:
-        drawn["scores"] = (plot_scores, score_rows, [scores, selection])
-    pictures = []
-    for name, (plot, rows, contents) in drawn.items():
+
+    def draw(name: str, plot: Callable[..., Figure], rows: Callable[..., Sequence[NamedTuple]], *contents) -> Path:
         picture = Path(folder, f"{name}{suffix}.png")
         plot(*contents, picture)
         write_csv(rows(*contents), picture.with_suffix(".csv"))
-        pictures.append(picture)
+        return picture
+
+    pictures = [
+        draw("selection", plot_selection, selection_rows, selection),
+        draw("layers", plot_layers, layer_rows, selection),
+        draw("shares", plot_shares, share_rows, selection),
+    ]
+    if scores is not None:
+        pictures.append(draw("scores", plot_scores, score_rows, scores, selection))
     return pictures

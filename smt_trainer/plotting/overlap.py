@@ -75,9 +75,8 @@ def _lines(axis: Axes, points: Sequence[OverlapPoint], what: str) -> None:
             color=colour,
             label=f"{score}, {against}",
         )
-        axis.fill_between(
-            list(values), *([f(each) for each in values.values()] for f in (min, max)), color=colour, alpha=0.2, lw=0
-        )
+        lowest, highest = ([f(each) for each in values.values()] for f in (min, max))
+        axis.fill_between(list(values), lowest, highest, color=colour, alpha=0.2, lw=0)
     steps = sorted({point.steps for point in points})
     axis.set_xscale("log")
     axis.set_xticks(steps, [str(step) for step in steps])

@@ -20,8 +20,7 @@ afterwards. Only `grad_abs` depends on how the data are split. Each file of this
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.model.grid import BlockGrid
@@ -31,6 +30,9 @@ from smt_trainer.scores.block_sums import GradAbs, GradSigned, Taylor
 from smt_trainer.scores.classwise import QMTaylor
 from smt_trainer.scores.scorer import Scorer
 from smt_trainer.scores.weights import Magnitude, Random
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Linear
 
 __all__ = ["SCORERS", "Scorer", "make_scorer"]
 
@@ -48,7 +50,7 @@ SCORERS: dict[str, type[Scorer]] = {
 
 
 def make_scorer(
-    targets: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
+    targets: Mapping[str, Linear], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
 ) -> Scorer:
     """Make the scorer that `config.score` names."""
     return SCORERS[config.score](targets, grids, config, seed)

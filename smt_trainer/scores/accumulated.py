@@ -13,13 +13,17 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.model.sharded import gather_like, is_sharded, local_tensor
 from smt_trainer.scores.scorer import Scorer, weight_gradients
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Linear
 
 COPIES_UNDER_WAY = 2
 
@@ -43,8 +47,8 @@ class Accumulated(Scorer):
             yield
         self.copies.finish()
 
-    def _add(self, name: str, weight: Tensor) -> None:
-        total, gradient = self.sums[name], local_tensor(weight.grad)
+    def _add(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        total, gradient = self.sums[name], local_tensor(gradient)
         if gradient.is_cuda and not total.is_cuda:
             self.copies.add(total, gradient)
         else:
@@ -90,7 +94,7 @@ class GradL2(Accumulated):
         return torch.linalg.vector_norm(blocks, dim=(2, 3))
 
 
-def _accumulator_device(targets: Mapping[str, nn.Module], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
+def _accumulator_device(targets: Mapping[str, Linear], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
     """Return the CPU, or None for each weight's own device."""
     if config.accumulator_device == "auto":
         device = next(iter(targets.values())).weight.device
@@ -110,7 +114,7 @@ class _Copies:
 
     def __init__(self) -> None:
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
-        self.under_way: deque[tuple[Tensor, Tensor, torch.cuda.Event]] = deque()
+        self.under_way: deque[tuple[Tensor, Tensor, torch.Event]] = deque()
 
     def add(self, total: Tensor, gradient: Tensor) -> None:
         """Start to copy a gradient; add it to its sum later."""

@@ -93,8 +93,8 @@ class Reduced(BlockSums):
     def observing(self) -> contextlib.AbstractContextManager[None]:
         return weight_gradients(self.targets, self._add)
 
-    def _add(self, name: str, weight: Tensor) -> None:
-        gradient, grid = local_tensor(weight.grad), self.grids[name]
+    def _add(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+        gradient, grid = local_tensor(gradient), self.grids[name]
         for values, row, _ in local_parts(weight):
             add_block_sums(self.step_sums[name], grid, self.terms(grid, values, gradient), row, _shards(weight))
 

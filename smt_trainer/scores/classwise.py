@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
 from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
 from smt_trainer.scores.scorer import output_gradients
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Linear
 
 QUANTILES = np.linspace(0, 1, 11)
 
@@ -84,7 +87,7 @@ class QMTaylor(BlockSums):
     def observing(self) -> contextlib.AbstractContextManager[None]:
         return output_gradients(self.targets, self._observe)
 
-    def _observe(self, name: str, linear: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
+    def _observe(self, name: str, linear: Linear, x: Tensor) -> Callable[[Tensor], None]:
         if x.shape[0] != len(self.classes):
             raise SMTError(
                 f"'qm_taylor' tells examples apart by the first dimension of a linear's input: `{name}` should get "
@@ -94,7 +97,7 @@ class QMTaylor(BlockSums):
         kept = _Kept.apply(x, torch.ones((), requires_grad=True)).grad_fn
         return lambda dy: self._add(name, linear, kept.saved_tensors[0], dy)
 
-    def _add(self, name: str, linear: nn.Module, x: Tensor, dy: Tensor) -> None:
+    def _add(self, name: str, linear: Linear, x: Tensor, dy: Tensor) -> None:
         grid, x = self.grids[name], x.to(dy.dtype)
         weight, present = linear.weight.detach(), self.classes.unique()
         for label in present[present != NO_LABEL].tolist():
@@ -145,7 +148,7 @@ def _gathered(labels: list[int]) -> list[list[int]]:
     """Gather the labels of all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return [labels]
-    everywhere = [None] * dist.get_world_size()
+    everywhere: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(everywhere, labels)
     return everywhere
 

@@ -6,13 +6,16 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.model.grid import BlockGrid
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Linear
 
 
 class Scorer(ABC):
@@ -38,7 +41,7 @@ class Scorer(ABC):
         return None
 
     def __init__(
-        self, targets: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
+        self, targets: Mapping[str, Linear], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
     ) -> None:
         self.targets, self.grids, self.config, self.seed = targets, grids, config, seed
 
@@ -71,11 +74,13 @@ class Scorer(ABC):
 
 
 @contextlib.contextmanager
-def weight_gradients(targets: Mapping[str, nn.Module], consume: Callable[[str, Tensor], None] | None) -> Iterator[None]:
+def weight_gradients(
+    targets: Mapping[str, Linear], consume: Callable[[str, Tensor, Tensor], None] | None
+) -> Iterator[None]:
     """Let the targets' weights require a gradient within this context.
 
-    Each time backward has formed a `weight.grad`, call `consume` with the module's name and the weight, then free the
-    gradient: only one is alive at a time. Without `consume`, gradients stay and accumulate.
+    Each time backward has formed a `weight.grad`, call `consume` with the module's name, the weight and the
+    gradient, then free the gradient: only one is alive at a time. Without `consume`, gradients stay and accumulate.
     """
     handles = []
     try:
@@ -94,14 +99,15 @@ def weight_gradients(targets: Mapping[str, nn.Module], consume: Callable[[str, T
             linear.weight.grad = None
 
 
-def _drain(name: str, consume: Callable[[str, Tensor], None], weight: Tensor) -> None:
-    consume(name, weight)
+def _drain(name: str, consume: Callable[[str, Tensor, Tensor], None], weight: Tensor) -> None:
+    if weight.grad is not None:
+        consume(name, weight, weight.grad)
     weight.grad = None
 
 
 @contextlib.contextmanager
 def output_gradients(
-    targets: Mapping[str, nn.Module], observe: Callable[[str, nn.Module, Tensor], Callable[[Tensor], None]]
+    targets: Mapping[str, Linear], observe: Callable[[str, Linear, Tensor], Callable[[Tensor], None]]
 ) -> Iterator[None]:
     """Observe the output gradients of the targets within this context; form no weight gradient.
 
@@ -118,7 +124,7 @@ def output_gradients(
             handle.remove()
 
 
-def _watch(name: str, observe: Callable, linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor):
+def _watch(name: str, observe: Callable, linear: Linear, inputs: tuple[Tensor, ...], output: Tensor):
     # Reentrant checkpointing first runs forward without a graph.
     if not torch.is_grad_enabled():
         return None

@@ -30,7 +30,7 @@ from smt_trainer.manifest import check_format, load_tensors, refusing_damage
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, narrow
+from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, named_linears, narrow
 from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import collect_scores
 from smt_trainer.selection.block_selection import BlockSelection, base_name, select_blocks
@@ -94,7 +94,8 @@ class BlockScores:
             SMTError: the configuration does not fit the model, or there is no batch.
         """
         candidates = find_candidates(model, config)
-        targets = {name: model.get_submodule(name) for name in candidates.grids}
+        linears = named_linears(model)
+        targets = {name: linears[name] for name in candidates.grids}
         scorer = make_scorer(targets, candidates.grids, config, seed)
         scores = collect_scores(model, scorer, itertools.islice(batches, config.smt_warmup_steps))
         return cls.of_candidates(candidates, scores, config, base_name(model))

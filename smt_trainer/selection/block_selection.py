@@ -224,10 +224,10 @@ def _best_of_each_layer(flat: Tensor, counts: Tensor, numels: Tensor, names: lis
     """Return a mask over `flat`, True at each layer's best blocks up to its cap."""
     allowed = torch.zeros(len(flat), dtype=torch.bool)
     places = {name: place for place, name in enumerate(names)}
-    starts = counts.cumsum(0) - counts
+    positions_of = torch.arange(len(flat)).split(counts.tolist())
     for members in group.layers().values():
         mine = sorted(places[name] for name in members)
-        positions = torch.cat([torch.arange(starts[place], starts[place] + counts[place]) for place in mine])
+        positions = torch.cat([positions_of[place] for place in mine])
         blocks, weights = group.cap(members)
         best = torch.sort(flat[positions], descending=True, stable=True).indices
         taken = numels[mine].repeat_interleave(counts[mine])[best].cumsum(0) <= weights

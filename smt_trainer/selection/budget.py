@@ -35,7 +35,7 @@ class BudgetGroup:
         label: the budget's name in errors, such as "budget=0.0084" or "budget['mlp']=100".
         grids: module name -> grid, in the model's order.
         config: the configuration that sets the budget.
-        count: number of blocks asked for (of each module if scope is 'per_module'); None for a fraction.
+        count: number of blocks asked for (of each module if scope is 'per_module'); 0 for a fraction.
         weights: number of weights asked for; None for a count.
         denominator: weights that the fraction refers to.
     """
@@ -43,7 +43,7 @@ class BudgetGroup:
     label: str
     grids: dict[str, BlockGrid]
     config: SMTConfig
-    count: int | None
+    count: int
     weights: float | None
     denominator: int
 
@@ -65,7 +65,7 @@ class BudgetGroup:
 
     def quotas(self) -> dict[str, int]:
         """Return each module's blocks: the count, or a share in proportion to size, rounded by largest remainder."""
-        if self.count is not None:
+        if self.weights is None:
             return dict.fromkeys(self.grids, self.count)
         fraction = min(1.0, self.weights / numel(self.grids.values()))
         exact = {name: fraction * grid.num_blocks for name, grid in self.grids.items()}
@@ -162,7 +162,7 @@ def _group(
 ) -> BudgetGroup:
     counted = isinstance(budget, int)
     return BudgetGroup(
-        label, grids, config, budget if counted else None, None if counted else budget * denominator, denominator
+        label, grids, config, budget if counted else 0, None if counted else budget * denominator, denominator
     )
 
 

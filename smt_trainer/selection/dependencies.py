@@ -32,7 +32,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import GROUPS, find_targets, is_linear, target_grids
+from smt_trainer.model.targets import GROUPS, find_targets, named_linears, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _refuse_unsuited(model: nn.Module) -> None:
 
 def _all_dependencies(model: nn.Module) -> list[Dependency]:
     """Find the dependencies between any two linears of a model, by source and reader in the model's order."""
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = named_linears(model)
     grids = target_grids(linears, SMTConfig(granularity="column"))
     kinds: dict[str, list[str]] = {}
     for name in linears:

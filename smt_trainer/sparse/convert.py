@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,11 @@ from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.fingerprint import fingerprint
 from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, smt_linears
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Linear
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,18 @@ def is_smt_model(model: nn.Module) -> bool:
 
 def get_state(model: nn.Module) -> SMTState:
     """Return the state of a rewritten model. Raise `SMTError` for a plain one."""
-    if not is_smt_model(model):
+    state = getattr(model, "smt_state", None)
+    if state is None:
         raise SMTError("this model trains no blocks; run SMTTrainer, convert_to_smt or load_delta on it first.")
-    return model.smt_state
+    return state
 
 
-def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
+def set_state(model: nn.Module, state: SMTState) -> None:
+    """Store the state of a rewritten model in it."""
+    model.smt_state = state  # pyrefly: ignore[bad-argument-type]  # torch declares tensors and modules only
+
+
+def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     """Freeze a model in place and rewrite the linears of a selection so that only the chosen blocks are trained.
 
     Args:
@@ -70,15 +82,15 @@ def convert_to_smt(model: nn.Module, selection: BlockSelection) -> nn.Module:
     return rewrite_as(model, SMTState(selection, whole, fingerprint(model, selection, dtype), dtype))
 
 
-def rewrite_as(model: nn.Module, state: SMTState) -> nn.Module:
+def rewrite_as(model: Model, state: SMTState) -> Model:
     """Rewrite a plain model that is known to fit, and store its state in it."""
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype))
-    model.smt_state = replace(state, was_trainable=trainable)
+    set_state(model, replace(state, was_trainable=trainable))
     return model
 
 
-def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> nn.Module:
+def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> Model:
     """Rewrite a model without reading its values; it may be on the meta device.
 
     Args:
@@ -97,7 +109,7 @@ def rewrite(model: nn.Module, selection: BlockSelection, whole: Iterable[str], m
     return model
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: Model) -> Model:
     """Write the trained blocks into the dense weights, make the model plain again in place, and return it.
 
     The weights are bit-identical to those that forward used in training. Parameters that required a gradient before
@@ -112,7 +124,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, nn.Module]:
+def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Linear]:
     """Return the linears of a plain model that hold a selection's blocks, by full name.
 
     Raises:
@@ -126,7 +138,7 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, nn.Mo
     return {name: _expect_linear(modules.get(name), name, selection) for name in selection.block_indices}
 
 
-def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelection) -> nn.Module:
+def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelection) -> Linear:
     grid = selection.grids[name]
     if linear is None:
         found = "no such module"

@@ -19,7 +19,7 @@ def fingerprint(model: nn.Module, selection: BlockSelection, dtype: torch.dtype)
     """Return the fingerprint of a plain model; a collective when it is sharded."""
     digest = hashlib.sha256()
     for name in selection.block_indices:
-        update_fingerprint(digest, name, full_tensor(model.get_submodule(name).weight), selection, dtype)
+        update_fingerprint(digest, name, full_tensor(model.get_parameter(f"{name}.weight")), selection, dtype)
     return digest.hexdigest()
 
 

@@ -21,11 +21,10 @@ of attention). If not, it takes the memory of x once, however many linears share
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from smt_trainer.model.sharded import is_partitioned
 
@@ -74,25 +73,24 @@ def find_origin(x: Tensor) -> KeptInput | None:
     return origin
 
 
-def _trace(node: Node | None) -> KeptInput | None:
+def _trace(node: Any) -> KeptInput | None:
     """Express the output of an autograd node by the tensors that it and the nodes before it keep."""
     match type(node).__name__:
         case "ToCopyBackward0":
             origin = _trace(node.next_functions[0][0])
             return origin and KeptInput(origin.tensors, (*origin.steps, node._input_metadata[0].dtype))
         case "MulBackward0":
-            first, second = node._saved_self, node._saved_other
-            if first is not None and second is not None:
-                return KeptInput((first, second), ("mul",))
-            kept, (other, _) = (second, node.next_functions[0]) if first is None else (first, node.next_functions[1])
-            origin = _trace(other)
-            return origin and KeptInput((*origin.tensors, kept), (*origin.steps, "mul"))
+            kept = [factor for factor in (node._saved_self, node._saved_other) if factor is not None]
+            if len(kept) == 2:
+                return KeptInput(tuple(kept), ("mul",))
+            origin = _trace(node.next_functions[0 if node._saved_self is None else 1][0])
+            return origin and KeptInput((*origin.tensors, *kept), (*origin.steps, "mul"))
         case "NativeLayerNormBackward0":
             return _layer_norm(node)
     return None
 
 
-def _layer_norm(node: Node) -> KeptInput | None:
+def _layer_norm(node: Any) -> KeptInput | None:
     h, mean, rstd, weight, bias = (
         getattr(node, f"_saved_{name}") for name in ("input", "result1", "result2", "weight", "bias")
     )

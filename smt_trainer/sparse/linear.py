@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import Part, assign, full_tensor, is_sharded, local_parts
-from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
+from smt_trainer.sparse.sparse_linear import Plan, group_blocks, sparse_linear
 from smt_trainer.sparse.write_back import write_back
 
 
@@ -30,7 +30,18 @@ class BlockLinear(nn.Module):
             weight may be sharded over ranks.
         block_indices: [n, 2] int32 (row, column) of each block in the grid.
         grid: cuts the weight into blocks.
+        positions: the features that the grouped products gather; `plan` is how blocks are grouped (`group_blocks`).
+        linear_class: what `to_linear` restores.
     """
+
+    weight: Tensor
+    bias: Tensor | None
+    blocks: nn.Parameter
+    block_indices: Tensor
+    grid: BlockGrid
+    positions: Tensor
+    plan: Plan
+    linear_class: type[nn.Module]
 
     @classmethod
     def from_linear(
@@ -38,15 +49,16 @@ class BlockLinear(nn.Module):
     ) -> BlockLinear:
         """Turn a linear into this class in place; its identity, hooks, state-dict keys, bias and ties stay."""
         plan, block_indices, positions = group_blocks(block_indices.cpu(), grid)
-        device = linear.weight.device
-        linear.linear_class = type(linear)
-        linear.__class__ = cls
+        linear_class, linear.__class__ = type(linear), cls
+        assert isinstance(linear, cls)
+        linear.linear_class = linear_class
         linear.grid = grid
         linear.plan = plan
         linear.weight.requires_grad_(False)
         blocks = grid.gather(full_tensor(linear.weight), block_indices).to(master_dtype)
         linear.blocks = nn.Parameter(blocks.contiguous())
         linear.mark_written()
+        device = linear.weight.device
         linear.register_buffer("block_indices", block_indices.to(device, torch.int32))
         linear.register_buffer("positions", positions.to(device), persistent=False)
         return linear
@@ -150,7 +162,7 @@ class BlockLinear(nn.Module):
         )
 
 
-class SMTLinear(BlockLinear, nn.Linear):
+class SMTLinear(BlockLinear, nn.Linear):  # pyrefly: ignore[inconsistent-inheritance]  # torch forgets `bias=None`
     """An `nn.Linear` with trainable blocks."""
 
 

@@ -106,15 +106,14 @@ def block_gradients(dy: Tensor, x: KeptInput, plan: Plan, positions: Tensor) -> 
     """Compute the chosen blocks [n, br, bc] of dy^T x, in stored order and dy's dtype, for dy [T, O] and x [T, I]."""
     br, bc = plan.grid.block_shape
     blocks = dy.new_empty(plan.groups[-1].last, br, bc)
-    if not plan.by_column:
-        x_whole = x.columns(0, plan.grid.in_features).to(dy.dtype)
+    gathered = dy if plan.by_column else x.columns(0, plan.grid.in_features).to(dy.dtype)
     for group in plan.groups:
         if plan.by_column:
-            dy_part = _take(dy, group, br, positions)
+            dy_part = _take(gathered, group, br, positions)
             x_part = x.columns(group.line * bc, group.lines * bc).to(dy.dtype)
         else:
             dy_part = dy.narrow(1, group.line * br, group.lines * br)
-            x_part = _take(x_whole, group, bc, positions)
+            x_part = _take(gathered, group, bc, positions)
         product = torch.mm(dy_part.t(), x_part)
         parts = product.view(-1, br, product.shape[1] // bc, bc).transpose(1, 2)
         blocks[group.first : group.last] = (parts.transpose(0, 1) if plan.by_column else parts).flatten(0, 1)
@@ -161,7 +160,7 @@ class SparseLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor):
+    def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
         weight, positions, *kept = ctx.saved_tensors
         needs_dx, _, needs_dbias, needs_dblocks, *_ = ctx.needs_input_grad
         flat_dy = dy.reshape(-1, dy.shape[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.linear import smt_linears
@@ -23,7 +23,7 @@ class SMTCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.trainer = None
+        self.trainer: Trainer | None = None
         self.progress: tqdm | None = None
         self.losses: list[float] = []
         self.report: dict[str, float] = {}
@@ -57,7 +57,7 @@ class SMTCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Log the results of the warm-up once: reporters are set up only now."""
-        if self.report:
+        if self.report and self.trainer is not None:
             self.trainer.log(self.report)
             self.report = {}
 

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
@@ -16,18 +17,35 @@ from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, 
 from smt_trainer.delta.model_card import delta_section
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder
+from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 from smt_trainer.training.distributed import has_weights, is_sharding, save_optimizer
+
+if TYPE_CHECKING:
+    # To a type checker, the mixin is a subclass of the trainer that it goes in front of.
+    from transformers import PreTrainedModel, Trainer
+else:
+    Trainer = object
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-class SavesDelta:
+class SavesDelta(Trainer):
     """The part of `SMTTrainerMixin` that writes and reads deltas where Trainer writes and reads models."""
+
+    model: PreTrainedModel  # pyrefly: ignore[bad-override-mutable-attribute]  # Trainer's may be None at first
+    smt_config: SMTConfig
+    _given_selection: BlockSelection | None
+    _saves_checkpoint: bool
+
+    @property
+    def _output_folder(self) -> Path:
+        # pyrefly: ignore[bad-argument-type]  # TrainingArguments has replaced None
+        return Path(self.args.output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the delta: in the dtype of the weights, or for a checkpoint in the master dtype."""
@@ -46,9 +64,10 @@ class SavesDelta:
             return
         if not (self.args.should_save or is_sharding(self.accelerator)):
             return
-        delta, folder = Delta.of(self.model, master=self._saves_checkpoint), Path(output_dir or self.args.output_dir)
+        delta = Delta.of(self.model, master=self._saves_checkpoint)
         if not self.args.should_save:
             return
+        folder = Path(output_dir) if output_dir else self._output_folder
         if self._saves_checkpoint:
             # Left by an earlier run: a checkpoint counts as whole once it has one.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
@@ -65,7 +84,7 @@ class SavesDelta:
             super()._save_optimizer_and_scheduler(output_dir)
             return
         save_optimizer(self.accelerator, self.optimizer, self.model_wrapped, output_dir)
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper | None):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -95,21 +114,22 @@ class SavesDelta:
             super()._load_best_model()
             write_back(linear for _, linear in smt_linears(self.model))
         else:
+            # pyrefly: ignore[bad-argument-type]  # Trainer asks for it only when there is one
             load_delta(self.model, self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock method uploads the output folder, after copying the files it knows from the checkpoint.
         if self.args.should_save and is_smt_model(self.model):
             for name in (DELTA_FILE, CONFIG_FILE):
-                shutil.copyfile(Path(checkpoint_folder, name), Path(self.args.output_dir, name))
+                shutil.copyfile(Path(checkpoint_folder, name), self._output_folder / name)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write Trainer's model card, with a section on base, selection and budget, and how to load the delta."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and is_smt_model(self.model):
-            repository = self.hub_model_id or Path(self.args.output_dir).name
-            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+            repository = self.hub_model_id or self._output_folder.name
+            with open(self._output_folder / "README.md", "a", encoding="utf-8") as card:
                 card.write(delta_section(get_state(self.model).selection, repository))
 
     def merge_and_save(self, output_dir: str | Path) -> None:

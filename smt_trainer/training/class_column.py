@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, MutableMapping, Sized
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ def refuse_missing_column(dataset: Any, column: str | None) -> None:
     if column is None:
         return
     columns = getattr(dataset, "column_names", None)
-    is_map = isinstance(dataset, Sized) and not isinstance(dataset, IterableDataset)
+    is_map = hasattr(type(dataset), "__len__") and not isinstance(dataset, IterableDataset)
     if columns is None and is_map and len(dataset) and isinstance(dataset[0], Mapping):
         columns = list(dataset[0])
     if columns is not None and column not in columns:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, save_fsdp_o
 from torch import nn
 
 from smt_trainer.scores.collect import LossScale, frozen
+from smt_trainer.sparse.convert import get_state, set_state
 from smt_trainer.sparse.linear import smt_linears
 
 
@@ -81,14 +82,14 @@ def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: boo
 def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     """Prepare a rewritten model for what accelerate and DeepSpeed do with its state dict; all ranks call this."""
     # Only the first rank is sure to have the base weights, from which the fingerprint is computed.
-    fingerprint = broadcast_object_list([model.smt_state.fingerprint])[0]
-    model.smt_state = replace(model.smt_state, fingerprint=fingerprint)
+    fingerprint = broadcast_object_list([get_state(model).fingerprint])[0]
+    set_state(model, replace(get_state(model), fingerprint=fingerprint))
     for _, linear in smt_linears(model):
         # accelerate treats everything in the state dict as a sharded parameter.
         linear.register_buffer("block_indices", linear.block_indices, persistent=False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and not hasattr(model, "_smt_loads_trained_only"):
         model.register_load_state_dict_post_hook(_expect_trained_only)
-        model._smt_loads_trained_only = True
+        model._smt_loads_trained_only = True  # pyrefly: ignore[bad-argument-type]  # as in `set_state`
 
 
 def _expect_trained_only(model: nn.Module, keys) -> None:
@@ -97,7 +98,7 @@ def _expect_trained_only(model: nn.Module, keys) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
 
 
-def save_optimizer(accelerator: Accelerator, optimizer, engine: nn.Module, folder: str) -> None:
+def save_optimizer(accelerator: Accelerator, optimizer, engine, folder: str) -> None:
     """Write a sharded run's optimizer state for a checkpoint, without frozen weights; all ranks call this."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine.save_checkpoint(folder, exclude_frozen_parameters=True)

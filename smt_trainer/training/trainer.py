@@ -88,8 +88,8 @@ class SMTTrainerMixin(SavesDelta):
         """
         self._was_interrupted = False
         if resume_from_checkpoint is True:
-            checkpoint = last_checkpoint(Path(self.args.output_dir))
-            self._was_interrupted = checkpoint is None and Path(self.args.output_dir, SELECTION_FILE).is_file()
+            checkpoint = last_checkpoint(self._output_folder)
+            self._was_interrupted = checkpoint is None and (self._output_folder / SELECTION_FILE).is_file()
             if checkpoint is not None or self._was_interrupted:
                 resume_from_checkpoint = checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -107,12 +107,14 @@ class SMTTrainerMixin(SavesDelta):
             raise SMTError("this model trains blocks already; select on the plain model, as it was loaded.")
         was_training = self.model.training
         try:
-            return self._choose_blocks(Path(self.args.output_dir))
+            return self._choose_blocks(self._output_folder)
         finally:
             self.model.train(was_training)
 
-    def _inner_training_loop(self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, **kwargs):
-        if args.auto_find_batch_size:
+    def _inner_training_loop(
+        self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, *rest, **kwargs
+    ):
+        if self.args.auto_find_batch_size and batch_size is not None:
             self._train_batch_size = batch_size
         if not is_smt_model(self.model) and resume_from_checkpoint is not None:
             # Trainer loads a model that is sharded over ranks only after it is.
@@ -123,7 +125,7 @@ class SMTTrainerMixin(SavesDelta):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
         logger.info("%s", self._trainable_line())
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, **kwargs)
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
 
     def _choose_blocks(self, folder: Path) -> BlockSelection:
         """Return the configured selection, or the one that a warm-up leads to: the same on all ranks.
@@ -163,6 +165,7 @@ class SMTTrainerMixin(SavesDelta):
 
         Only the reentrant kind needs that gradient; without it backward stops at the lowest layer with blocks.
         """
+        # pyrefly: ignore[no-matching-overload]  # TrainingArguments has parsed a string
         kwargs = dict(self.args.gradient_checkpointing_kwargs or {})
         for handled_by_transformers in ("every_n_layers", "offload"):
             kwargs.pop(handled_by_transformers, None)
@@ -182,7 +185,7 @@ class SMTTrainerMixin(SavesDelta):
         return stack
 
     @functools.cached_property
-    def _given_selection(self) -> BlockSelection | None:
+    def _given_selection(self) -> BlockSelection | None:  # pyrefly: ignore[bad-override]  # it is no plain attribute
         """The configured selection, trained as this trainer's configuration says."""
         if self.smt_config.selection is None:
             return None

@@ -10,18 +10,22 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
-from transformers import Trainer
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
+from smt_trainer.model.targets import named_linears
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.scores.collect import LossScale, average_over_ranks, frozen
 from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
 from smt_trainer.training.preserved import counters_preserved, rng_preserved
+
+if TYPE_CHECKING:
+    from smt_trainer.training.trainer import SMTTrainerMixin
 
 
 class Warmup:
@@ -32,7 +36,7 @@ class Warmup:
         grids: module name -> grid, for every target.
     """
 
-    def __init__(self, trainer: Trainer, grids: dict[str, BlockGrid]) -> None:
+    def __init__(self, trainer: SMTTrainerMixin, grids: dict[str, BlockGrid]) -> None:
         self.trainer, self.grids = trainer, grids
         self.config, self.accelerator = trainer.smt_config, trainer.accelerator
         self.kind = SCORERS[self.config.score]
@@ -62,8 +66,8 @@ class Warmup:
 
     def scorer(self, model: nn.Module) -> Scorer:
         """The configured scorer of the targets in a model, wrapped or not."""
-        modules = {plain_name(name): module for name, module in model.named_modules()}
-        targets = {name: modules[name] for name in self.grids}
+        linears = {plain_name(name): linear for name, linear in named_linears(model).items()}
+        targets = {name: linears[name] for name in self.grids}
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
     @contextlib.contextmanager
