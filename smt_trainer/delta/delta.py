@@ -23,9 +23,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smt_trainer.delta.checks import (
+    WEIGHT_DTYPES,
+    check_complete,
+    check_dtypes,
+    check_finite,
+    check_manifest,
+    check_whole,
+    take_indices,
+    widened,
+)
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically, write_text
-from smt_trainer.manifest import check_format, load_tensors, refusing_damage
+from smt_trainer.manifest import load_tensors, refusing_damage, sealed
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import assign, full_shape, full_tensor
 from smt_trainer.model.whole import find_whole
@@ -100,7 +110,12 @@ class Delta:
         return cls(state.selection, blocks, whole, state.fingerprint, state.weight_dtype)
 
     def save(self, folder: str | Path) -> None:
-        """Write the delta to a folder; make the folder if needed, and replace an older delta in one step."""
+        """Write the delta to a folder; make the folder if needed, and replace an older delta in one step.
+
+        Raises:
+            SMTError: a value is NaN or infinite. The older delta stays.
+        """
+        check_finite(self)
         selection = self.selection.to_dict()
         for module in selection["modules"].values():
             del module["block_indices"]
@@ -111,34 +126,42 @@ class Delta:
             "whole": sorted(self.whole),
             "selection": selection,
         }
-        tensors = {f"{name}.blocks": blocks for name, blocks in self.blocks.items()}
+        master = self.selection.config.master_dtype
+        tensors = {
+            f"{name}.blocks": blocks if blocks.dtype == WEIGHT_DTYPES[master] else widened(self, blocks)
+            for name, blocks in self.blocks.items()
+        }
         tensors |= {f"{name}.block_indices": found.int() for name, found in self.selection.block_indices.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in {**tensors, **self.whole}.items()}
+        manifest = sealed(manifest, tensors)
         metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
-        write_atomically(
-            Path(folder, DELTA_FILE), lambda path: save_file(tensors | self.whole, path, metadata=metadata)
-        )
+        write_atomically(Path(folder, DELTA_FILE), lambda path: save_file(tensors, path, metadata=metadata))
         write_text(Path(folder, CONFIG_FILE), json.dumps(manifest, indent=2))
 
     @classmethod
     def load(cls, folder: str | Path) -> Delta:
         """Read and check a delta folder. Raise `SMTError` if it is missing, damaged or out of range."""
-        manifest, tensors = load_tensors(Path(folder, DELTA_FILE), MANIFEST, "delta")
+        manifest, tensors = load_tensors(Path(folder, DELTA_FILE), MANIFEST, FORMAT, "delta")
         with refusing_damage(f"delta in {folder}"):
-            check_format(manifest, FORMAT, f"delta in {folder}")
+            check_manifest(manifest, folder)
             blocks, described = {}, manifest["selection"]
             for name, module in described["modules"].items():
-                indices = tensors.pop(f"{name}.block_indices", torch.empty(0, 2, dtype=torch.int32)).long()
+                indices = take_indices(tensors, name)
                 order = torch.argsort(indices[:, 0] * (1 + indices[:, 1].max()) + indices[:, 1]) if len(indices) else []
                 module["block_indices"] = indices[order].tolist()
                 if len(indices):
                     blocks[name] = tensors.pop(f"{name}.blocks")[order]
-            selection, dtype = BlockSelection.from_dict(described), getattr(torch, manifest["weight_dtype"])
-            if sorted(tensors) != sorted(manifest["whole"]):
+            selection = BlockSelection.from_dict(described)
+            if sorted(tensors) != manifest["whole"]:
                 raise SMTError(
                     f"the delta in {folder} is damaged: expected the whole tensors {manifest['whole']}, got "
                     f"{sorted(tensors)}. Save or download it again."
                 )
-            return cls(selection, blocks, tensors, manifest["fingerprint"], dtype)
+            delta = cls(selection, blocks, tensors, manifest["fingerprint"], WEIGHT_DTYPES[manifest["weight_dtype"]])
+            check_dtypes(delta)
+            check_finite(delta)
+            check_whole(delta)
+            return delta
 
 
 def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) -> None:
@@ -184,6 +207,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         linears = find_linears(model, delta.selection)
         whole = find_whole(model, delta.selection.config, linears)
         destinations = _whole_destinations(model, delta)
+        check_complete(model, delta, whole)
         if has_weights:
             check_base(delta, base_name(model), fingerprint(model, delta.selection, delta.weight_dtype))
         dtype = next(iter(linears.values())).weight.dtype
@@ -206,7 +230,8 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
         kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training.
 
     Raises:
-        SMTError: as in `load_delta`; or `base` is not given and the delta records none.
+        SMTError: as in `load_delta`; or `base` is not given, and the delta records none or `trust_remote_code` would
+            run the code of the one that it names.
     """
     if auto_class is None:
         from transformers import AutoModelForCausalLM as auto_class
@@ -215,6 +240,11 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
         base, _, revision = (delta.selection.base_model or "").partition("@")
         if revision:
             kwargs.setdefault("revision", revision)
+        if base and kwargs.get("trust_remote_code"):
+            raise SMTError(
+                f"trust_remote_code=True runs code of the base, and the delta in {folder} names {base!r} as its base: "
+                "its author would decide whose code runs. Say base= yourself."
+            )
     if not base:
         raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
     model = auto_class.from_pretrained(base, **{"dtype": delta.weight_dtype} | kwargs)
