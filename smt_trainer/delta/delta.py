@@ -33,6 +33,7 @@ from smt_trainer.delta.checks import (
     take_indices,
     widened,
 )
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically, write_text
 from smt_trainer.manifest import load_tensors, refusing_damage, sealed
@@ -56,8 +57,6 @@ from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
 
-DELTA_FILE = "smt_delta.safetensors"
-CONFIG_FILE = "smt_config.json"
 FORMAT = "1"
 MANIFEST = "smt"
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, merge_and_unload, merge_checkpoint, save_delta
-from smt_trainer.delta.merge import INDEX_FILE, SINGLE_FILE
+from smt_trainer.delta.checkpoint import INDEX_FILE, SINGLE_FILE
 
 SHARDING = {"one file": "1GB", "shards": "40KB"}
 
@@ -184,7 +184,7 @@ def test_an_empty_output_folder_is_used(base, delta, tmp_path):
 
 
 def test_a_crash_in_the_middle_leaves_no_output(base, delta, tmp_path, monkeypatch):
-    monkeypatch.setattr("smt_trainer.delta.merge.save_file", no_space)
+    monkeypatch.setattr("smt_trainer.delta.patch.Patch.write", no_space)
     with pytest.raises(OSError, match="disk full"):
         merge_checkpoint(base, delta[0], tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "delta"}
