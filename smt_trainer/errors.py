@@ -9,11 +9,16 @@ UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 class SMTError(ValueError):
     """Bad input. The message says what was expected, what came, and what to do about it.
 
-    Messages quote names from files. What a terminal would obey is escaped.
+    Messages quote names from files. They are one line, in which what a terminal would obey is escaped.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Return a text as one printable line."""
+    return printable(" ".join(text.splitlines()))
 
 
 def printable(text: str) -> str:
