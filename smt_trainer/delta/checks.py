@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, printable
 from smt_trainer.manifest import check_keys
 from smt_trainer.model.names import matches, plain_name
 
@@ -36,7 +36,8 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
             f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {dtype!r}. "
             "Save or download it again."
         )
-    if not isinstance(manifest["fingerprint"], str):
+    found = manifest["fingerprint"]
+    if not isinstance(found, str) or printable(found) != found:
         raise SMTError(f"the delta in {folder} is damaged: its fingerprint must be text. Save or download it again.")
 
 
