@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -14,7 +13,6 @@ from tqdm.auto import tqdm
 from smt_trainer.delta.delta import Delta, check_base
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, open_tensors
-from smt_trainer.sparse.fingerprint import update_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +104,7 @@ def _find_key(name: str, shard_of: dict[str, str], base: str | Path) -> str:
 def _check_weights(
     delta: Delta, folder: Path, shard_of: dict[str, str], keys: dict[str, str], whole: dict[str, Tensor]
 ) -> None:
-    digest, dtypes = hashlib.sha256(), set()
+    dtypes = set()
     for name, key in keys.items():
         weight, expected = _read(folder / shard_of[key], key), delta.selection.grids[name].stored_shape
         if tuple(weight.shape) != expected:
@@ -114,9 +112,9 @@ def _check_weights(
                 f"the delta expects `{key}` of {folder} to have shape {list(expected)}, got {list(weight.shape)}. Use "
                 "the base that it was trained on."
             )
-        update_fingerprint(digest, name, weight, delta.selection, delta.weight_dtype)
         dtypes.add(weight.dtype)
-    check_base(delta, folder.resolve().name if folder.is_dir() else None, digest.hexdigest())
+    differences = delta.base.differences(shard_of, lambda key: _read(folder / shard_of[key], key))
+    check_base(delta, folder.resolve().name if folder.is_dir() else None, differences)
     for key, tensor in whole.items():
         if _read(folder / shard_of[key], key).shape != tensor.shape:
             raise SMTError(

@@ -1,6 +1,6 @@
-"""Find what is trained whole beside the blocks and stored in the delta: modules named in `modules_to_save` or the new
-head of a classification model, normalisation layers (`train_norm`), and biases of the linears with blocks
-(`train_bias`).
+"""Find what is trained whole beside the blocks and stored in the delta: the modules named in `modules_to_save`, or by
+default the new head of a classification model and every other parameter that loading made up; normalisation layers
+(`train_norm`); and biases of the linears with blocks (`train_bias`).
 
 Whole parameters have no masters: they are trained in the model's dtype.
 """
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.targets import head_names
 
 
 def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> tuple[str, ...]:
-    """Find the full names of the modules and biases to train whole.
+    """Find the full names of the modules and parameters to train whole.
 
     Args:
         model: a plain model.
@@ -26,10 +27,12 @@ def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> t
         linears: names of the linears that have blocks, or may get them.
 
     Raises:
-        SMTError: a name matches no module, a linear lies in a module to train whole, or norms or biases are missing.
+        SMTError: a name matches no module, a linear lies in a module to train whole, norms or biases are missing, or
+            a parameter that loading made up would be left out of the delta.
     """
     linears = list(linears)
     found = head_names(model) if config.modules_to_save is None else _find_named(model, config.modules_to_save)
+    found += _made_up(model, config, found)
     for linear in linears:
         whole = next((name for name in found if f"{linear}.".startswith(f"{name}.")), None)
         if whole is not None:
@@ -45,8 +48,26 @@ def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> t
     return tuple(dict.fromkeys(found))
 
 
+def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:
+    """Return the parameters that loading made up outside what was found; refuse those that must be named."""
+    left = [name for name in made_up(model) if not any(name.startswith(f"{module}.") for module in found)]
+    resized = [name for name in left if name in embeddings(model)]
+    if resized:
+        raise SMTError(
+            f"`{resized[0]}` has other rows than the checkpoint of the model, so no base gives them back. Train it "
+            f"whole with modules_to_save={[resized[0].split('.')[-2]]!r}, or do not resize the vocabulary."
+        )
+    if left and config.modules_to_save is not None:
+        raise SMTError(
+            f"loading made up `{left[0]}`, which the checkpoint does not have, and modules_to_save="
+            f"{config.modules_to_save!r} leaves it out, so no base and no delta would give it back. Add it to "
+            "modules_to_save, or leave modules_to_save at None."
+        )
+    return left
+
+
 def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
-    """Return the module or bias of a name that `find_whole` found."""
+    """Return the module, parameter or buffer of a name that `find_whole` found."""
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), leaf)
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.made_up import made_up
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.fingerprint import fingerprint
+from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, smt_linears
 
 if TYPE_CHECKING:
@@ -31,17 +32,19 @@ class SMTState:
 
     Attributes:
         selection: the blocks it trains.
-        whole: full names of the modules and biases trained whole.
-        fingerprint: checksum of the chosen blocks before training (see `fingerprint.py`).
+        whole: full names of the modules, parameters and buffers that the delta stores whole.
+        base: checksums of the base (see `fingerprint.py`).
         weight_dtype: dtype of the dense weights, in which merging is exact.
         was_trainable: names of the parameters that required a gradient before rewriting.
+        statistics: name of a persistent buffer -> its value before training; forward may change it.
     """
 
     selection: BlockSelection
     whole: tuple[str, ...]
-    fingerprint: str
+    base: Fingerprint
     weight_dtype: torch.dtype
     was_trainable: frozenset[str] = frozenset()
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 def is_smt_model(model: nn.Module) -> bool:
@@ -79,15 +82,30 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     linears = find_linears(model, selection)
     dtype = next(iter(linears.values())).weight.dtype
     whole = find_whole(model, selection.config, linears)
-    return rewrite_as(model, SMTState(selection, whole, fingerprint(model, selection, dtype), dtype))
+    stored = _stored_whole(model, whole)
+    base = Fingerprint.of(model, dtype, without=[*made_up(model), *stored])
+    return rewrite_as(model, SMTState(selection, whole, base, dtype))
 
 
 def rewrite_as(model: Model, state: SMTState) -> Model:
     """Rewrite a plain model that is known to fit, and store its state in it."""
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    statistics = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model)}
     rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype))
-    set_state(model, replace(state, was_trainable=trainable))
+    set_state(model, replace(state, was_trainable=trainable, statistics=statistics))
+    _save_as_plain(model)
     return model
+
+
+def _save_as_plain(model: nn.Module) -> None:
+    """Let `save_pretrained` and `push_to_hub` write a plain model: leave out what only a rewritten one has."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    model._keys_to_ignore_on_save = {*ignored, *_own_keys(model)}  # pyrefly: ignore[bad-argument-type]  # as above
+
+
+def _own_keys(model: nn.Module) -> set[str]:
+    """Return the keys that the state dict of a rewritten model has and that of a plain one has not."""
+    return {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
 
 
 def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> Model:
@@ -105,7 +123,9 @@ def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], maste
         kind = SMTConv1D if grid.transposed else SMTLinear
         kind.from_linear(model.get_submodule(name), grid, block_indices, master_dtype)
     for name in whole:
-        get_whole(model, name).requires_grad_(True)
+        part = get_whole(model, name)
+        if isinstance(part, (nn.Module, nn.Parameter)):
+            part.requires_grad_(True)
     return model
 
 
@@ -116,11 +136,14 @@ def merge_and_unload(model: Model) -> Model:
     rewriting do so again.
     """
     state = get_state(model)
+    model._keys_to_ignore_on_save -= _own_keys(model)
     for _, linear in list(smt_linears(model)):
         linear.to_linear()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.was_trainable)
     del model.smt_state
+    # Its values are no longer those of the base it was loaded from.
+    model.smt_merged = True  # pyrefly: ignore[bad-argument-type]  # as in `set_state`
     return model
 
 
@@ -157,14 +180,29 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers, with full names, that a rewritten model trains whole; tied ones once."""
-    names, seen = get_state(model).whole, set()
-    prefixes = tuple(f"{name}." for name in names)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found = plain_name(name)
-        if (found in names or found.startswith(prefixes)) and id(tensor) not in seen:
+    """Yield the parameters and buffers, with full names, that the delta of a rewritten model stores whole.
+
+    They are what is trained whole, and the statistics that forward has changed. Tied ones come once.
+    """
+    state = get_state(model)
+    changed = [name for name, buffer in persistent_buffers(model) if not _equal(buffer, state.statistics.get(name))]
+    yield from _stored_whole(model, [*state.whole, *changed]).items()
+
+
+def _stored_whole(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of a model that have, or lie under, one of the names; tied ones once."""
+    names = set(whole)
+    prefixes, seen, found = tuple(f"{name}." for name in names), set(), {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = plain_name(key)
+        if (name in names or name.startswith(prefixes)) and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield found, tensor
+            found[name] = tensor
+    return found
+
+
+def _equal(buffer: Tensor, before: Tensor | None) -> bool:
+    return before is not None and torch.equal(full_tensor(buffer), before.to(buffer.device))
 
 
 def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -173,7 +211,7 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
     A collective when the model is sharded over ranks. Tied weights stay tied. With `keep=False`, this rank only takes
     part and gets an empty dictionary.
     """
-    own = {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
+    own = _own_keys(model)
     gathered, state = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if plain_name(name) in own:

@@ -62,8 +62,8 @@ class SMTCallback(TrainerCallback):
             self.report = {}
 
 
-class WriteBack(TrainerCallback):
-    """Bring the dense weights, which forward reads, up to date with the blocks. The trainer always installs it."""
+class DeepSpeedWriteBack(TrainerCallback):
+    """Write back the blocks after DeepSpeed's steps: its optimizer holds other tensors, so no hook sees them."""
 
     def __init__(self) -> None:
         self.model, self.linears = None, []

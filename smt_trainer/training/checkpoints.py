@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -13,10 +14,19 @@ from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
-from smt_trainer.delta.model_card import delta_section
+from smt_trainer.delta.delta import (
+    CONFIG_FILE,
+    DELTA_FILE,
+    MODEL_CONFIG_FILE,
+    NO_WEIGHTS,
+    NO_WEIGHTS_KEY,
+    Delta,
+    load_delta,
+    put_delta,
+)
+from smt_trainer.delta.model_card import delta_section, without_pipeline
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json, new_folder
+from smt_trainer.files import load_json, new_folder, write_text
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict
 from smt_trainer.sparse.linear import smt_linears
@@ -72,12 +82,23 @@ class SavesDelta(Trainer):
             # Left by an earlier run: a checkpoint counts as whole once it has one.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         delta.save(folder)
+        self._save_configs(folder)
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _save_configs(self, folder: Path) -> None:
+        """Write what a trained model has beside its weights, so that the folder means one thing: a delta."""
+        config = getattr(self.model, "config", None)
+        if config is not None and hasattr(config, "to_json_string"):
+            values = json.loads(config.to_json_string(use_diff=True)) | {NO_WEIGHTS_KEY: NO_WEIGHTS}
+            write_text(folder / MODEL_CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True))
+        generation = getattr(self.model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharding(self.accelerator):
@@ -129,8 +150,9 @@ class SavesDelta(Trainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and is_smt_model(self.model):
             repository = self.hub_model_id or self._output_folder.name
-            with open(self._output_folder / "README.md", "a", encoding="utf-8") as card:
-                card.write(delta_section(get_state(self.model).selection, repository))
+            card = self._output_folder / "README.md"
+            text = without_pipeline(card.read_text(encoding="utf-8"))
+            card.write_text(text + delta_section(get_state(self.model).selection, repository), encoding="utf-8")
 
     def merge_and_save(self, output_dir: str | Path) -> None:
         """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.

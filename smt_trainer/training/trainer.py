@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import weakref
 from dataclasses import replace
@@ -35,9 +36,10 @@ from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve
 from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
-from smt_trainer.training.callback import SMTCallback, WriteBack
+from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
+from smt_trainer.training.reference import match_reference
 from smt_trainer.training.refusals import refuse_unusable
 from smt_trainer.training.warmup import Warmup
 
@@ -68,14 +70,22 @@ class SMTTrainerMixin(SavesDelta):
         self._found: tuple[weakref.ref, Candidates] | None = None
         super().__init__(*args, **kwargs)
         refuse_unusable(self)
+        if not self._has_given_reference(args, kwargs):
+            match_reference(self)
         if self.model_init is None and not is_smt_model(self.model) and self._given_selection is None:
             self._find_candidates()
-        self.add_callback(WriteBack())
+        if self.is_deepspeed_enabled:
+            self.add_callback(DeepSpeedWriteBack())
         if not self.smt_callbacks:
             self.add_callback(SMTCallback())
         for callback in self.smt_callbacks:
             # A proxy, since a circle would keep the model alive until the next garbage collection.
             callback.trainer = weakref.proxy(self)
+
+    def _has_given_reference(self, args: tuple, kwargs: dict) -> bool:
+        """Return whether the arguments of the trainer behind this one hold a reference model."""
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        return given.get("ref_model") is not None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train as Trainer does. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.

@@ -38,7 +38,6 @@ from transformers.training_args import OptimizerNames
 
 from smt_trainer import SMTCallback
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE
-from smt_trainer.training.callback import WriteBack
 from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 
@@ -147,9 +146,7 @@ def record(trainer) -> dict:
         "loader": {name: getattr(loader, name, None) for name in LOADER} | {"class": type(loader).__name__},
         "workers": type(loader.multiprocessing_context).__name__,
         "callbacks": sorted(
-            type(each).__name__
-            for each in trainer.callback_handler.callbacks
-            if not isinstance(each, (SMTCallback, WriteBack))
+            type(each).__name__ for each in trainer.callback_handler.callbacks if not isinstance(each, SMTCallback)
         ),
         "best": [trainer.state.best_metric, trainer.state.best_global_step],
         "tokens": trainer.state.num_input_tokens_seen,
