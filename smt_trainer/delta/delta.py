@@ -200,8 +200,8 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         if has_weights:
             check_base(delta, base_name(model), _differences(model, delta))
         _resize_vocabulary(model, delta)
-        destinations = _whole_destinations(model, delta)
         _refuse_lost(model, delta)
+        destinations = _whole_destinations(model, delta)
         dtype = next(iter(linears.values())).weight.dtype
         whole = find_whole(model, delta.selection.config, linears)
         rewrite_as(model, SMTState(delta.selection, tuple(dict.fromkeys([*whole, *delta.whole])), delta.base, dtype))
@@ -234,6 +234,8 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
         raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
     trained = load_config(folder)
     labels = {key: trained[key] for key in LABELS if key in trained}
+    if "id2label" in labels:
+        labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
     model = (auto_class or _trained_class(delta)).from_pretrained(
         base, **{"dtype": delta.weight_dtype} | labels | kwargs
     )
@@ -291,9 +293,9 @@ def _differences(model: nn.Module, delta: Delta) -> list[str]:
 def _resize_vocabulary(model: nn.Module, delta: Delta) -> None:
     """Give a model as many token embeddings as the delta has, if the delta stores them."""
     for name in embeddings(model):
-        tensor, found = delta.whole.get(name), model.get_parameter(name)
-        if tensor is not None and len(tensor) != len(found) and hasattr(model, "resize_token_embeddings"):
-            model.resize_token_embeddings(len(tensor), mean_resizing=False)
+        tensor, resize = delta.whole.get(name), getattr(model, "resize_token_embeddings", None)
+        if tensor is not None and callable(resize) and len(tensor) != len(model.get_parameter(name)):
+            resize(len(tensor), mean_resizing=False)
 
 
 def _refuse_lost(model: nn.Module, delta: Delta) -> None:

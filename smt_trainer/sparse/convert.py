@@ -99,8 +99,11 @@ def rewrite_as(model: Model, state: SMTState) -> Model:
 
 def _save_as_plain(model: nn.Module) -> None:
     """Let `save_pretrained` and `push_to_hub` write a plain model: leave out what only a rewritten one has."""
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    model._keys_to_ignore_on_save = {*ignored, *_own_keys(model)}  # pyrefly: ignore[bad-argument-type]  # as above
+    _ignore_on_save(model, {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *_own_keys(model)})
+
+
+def _ignore_on_save(model: nn.Module, keys: set[str]) -> None:
+    model._keys_to_ignore_on_save = keys  # pyrefly: ignore[bad-argument-type]  # as in `set_state`
 
 
 def _own_keys(model: nn.Module) -> set[str]:
@@ -136,7 +139,7 @@ def merge_and_unload(model: Model) -> Model:
     rewriting do so again.
     """
     state = get_state(model)
-    model._keys_to_ignore_on_save -= _own_keys(model)
+    _ignore_on_save(model, getattr(model, "_keys_to_ignore_on_save", set()) - _own_keys(model))
     for _, linear in list(smt_linears(model)):
         linear.to_linear()
     for name, parameter in model.named_parameters():

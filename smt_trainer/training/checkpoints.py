@@ -41,6 +41,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
+FULL_MODELS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -78,6 +79,7 @@ class SavesDelta(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir) if output_dir else self._output_folder
+        refuse_full_model(folder)
         if self._saves_checkpoint:
             # Left by an earlier run: a checkpoint counts as whole once it has one.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
@@ -171,6 +173,16 @@ class SavesDelta(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
+
+
+def refuse_full_model(folder: Path) -> None:
+    """Raise `SMTError` if a folder holds the weights of a whole model, which a delta beside them would belie."""
+    weights = next((path.name for name in FULL_MODELS for path in folder.glob(name)), None)
+    if weights is not None:
+        raise SMTError(
+            f"{folder} holds a whole model ({weights}), and a delta beside it would be ambiguous. Give another folder, "
+            "or remove the model."
+        )
 
 
 def last_checkpoint(folder: Path) -> str | None:

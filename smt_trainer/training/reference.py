@@ -38,8 +38,8 @@ def match_reference(trainer: Trainer) -> None:
     other = [name for name in theirs if name not in ours or ours[name].shape != theirs[name].shape]
     if other:
         raise SMTError(
-            f"the reference model was loaded from {model.config._name_or_path!r}, whose `{other[0]}` the trained model "
-            f"does not have in that shape. {remedy}"
+            f"the reference model, loaded by the name in the model's configuration, has `{other[0]}`, which the trained "
+            f"model does not have in that shape. {remedy}"
         )
     for name, tensor in theirs.items():
         tensor.copy_(ours[name])

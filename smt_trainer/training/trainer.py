@@ -37,7 +37,7 @@ from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
-from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint
+from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.reference import match_reference
 from smt_trainer.training.refusals import refuse_unusable
@@ -70,6 +70,7 @@ class SMTTrainerMixin(SavesDelta):
         self._found: tuple[weakref.ref, Candidates] | None = None
         super().__init__(*args, **kwargs)
         refuse_unusable(self)
+        refuse_full_model(self._output_folder)
         if not self._has_given_reference(args, kwargs):
             match_reference(self)
         if self.model_init is None and not is_smt_model(self.model) and self._given_selection is None:
