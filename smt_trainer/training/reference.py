@@ -38,8 +38,8 @@ def match_reference(trainer: Trainer) -> None:
     other = [name for name in theirs if name not in ours or ours[name].shape != theirs[name].shape]
     if other:
         raise SMTError(
-            f"the reference model, loaded by the name in the model's configuration, has `{other[0]}`, which the trained "
-            f"model does not have in that shape. {remedy}"
+            f"the reference model, loaded by the name in the model's configuration, has `{other[0]}`, which the "
+            f"trained model does not have in that shape. {remedy}"
         )
     for name, tensor in theirs.items():
         tensor.copy_(ours[name])
