@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,19 @@ def rewrite_as(model: Model, state: SMTState) -> Model:
 
 def _save_as_plain(model: nn.Module) -> None:
     """Let `save_pretrained` and `push_to_hub` write a plain model: leave out what only a rewritten one has."""
-    _ignore_on_save(model, {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *_own_keys(model)})
+    for module, ignored, own in list(_saving_modules(model)):
+        _ignore_on_save(module, ignored | own)
+
+
+def _saving_modules(model: nn.Module) -> Iterator[tuple[nn.Module, set[str], set[str]]]:
+    """Yield the modules of a model that have a `save_pretrained` of transformers, itself or parts of it; the keys that
+    each leaves out; and the keys in it that only a rewritten model has."""
+    for path, module in model.named_modules():
+        ignored: Any = getattr(module, "_keys_to_ignore_on_save", ...)
+        if ignored is not ...:
+            prefix = f"{plain_name(path)}." if path else ""
+            own = {key.removeprefix(prefix) for key in _own_keys(model) if key.startswith(prefix)}
+            yield module, set(ignored or ()), own
 
 
 def _ignore_on_save(model: nn.Module, keys: set[str]) -> None:
@@ -139,7 +151,8 @@ def merge_and_unload(model: Model) -> Model:
     rewriting do so again.
     """
     state = get_state(model)
-    _ignore_on_save(model, getattr(model, "_keys_to_ignore_on_save", set()) - _own_keys(model))
+    for module, ignored, own in _saving_modules(model):
+        _ignore_on_save(module, ignored - own)
     for _, linear in list(smt_linears(model)):
         linear.to_linear()
     for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.config import SMTConfig
@@ -35,7 +36,7 @@ from smt_trainer.training.distributed import has_weights, is_sharding, save_opti
 
 if TYPE_CHECKING:
     # To a type checker, the mixin is a subclass of the trainer that it goes in front of.
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
 else:
     Trainer = object
 
@@ -169,7 +170,11 @@ class SavesDelta(Trainer):
         state = plain_state_dict(self.model, keep=self.args.should_save)
         if self.args.should_save:
             with new_folder(Path(output_dir)) as folder:
-                self.model.save_pretrained(folder, state_dict=state)
+                if isinstance(self.model, PreTrainedModel):
+                    self.model.save_pretrained(folder, state_dict=state)
+                else:
+                    # A model of another library saves its parts by itself, plain and up to date.
+                    self.model.save_pretrained(folder)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()

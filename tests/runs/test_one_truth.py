@@ -120,5 +120,7 @@ def test_save_pretrained_writes_the_plain_model(base, tmp_path):
     assert load_file(tmp_path / "plain/model.safetensors").keys() == load_file(base / "model.safetensors").keys()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     assert torch.equal(tiny.logits(plain), tiny.logits(model))
+    model.model.save_pretrained(tmp_path / "part")
+    assert not any("block" in key for key in load_file(tmp_path / "part/model.safetensors"))
     ignored = merge_and_unload(model)._keys_to_ignore_on_save
     assert not any("block" in key for key in ignored)
