@@ -78,16 +78,22 @@ class Fingerprint:
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and the persistent floating buffers of a model with their full names; tied ones once."""
-    yield from ((plain_name(name), parameter) for name, parameter in model.named_parameters())
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        prefix = f"{plain_name(path)}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{prefix}{name}", parameter
     yield from ((name, buffer) for name, buffer in persistent_buffers(model) if buffer.is_floating_point())
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the persistent buffers of a plain or rewritten model with their full names, without those of its blocks."""
     for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and name != "block_indices":
-                yield plain_name(f"{path}.{name}" if path else name), buffer
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set and name != "block_indices":
+                yield f"{plain_name(path)}.{name}" if path else name, buffer
 
 
 def find_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
@@ -115,14 +121,15 @@ def _endings(name: str) -> list[str]:
 @torch.no_grad()
 def _sum(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The checksum of a tensor, as a signed integer []."""
-    values, integers = tensor.detach(), torch.int32
+    values = tensor.detach()
     if values.numel() > WHOLE:
         values = values.contiguous().as_strided((values.numel() // STRIDE, RUN), (STRIDE, 1))
-        # Each two of a run, which are many at a time, count as one number.
-        integers = torch.int64
+    else:
+        values = values.reshape(-1)
     values = values.to(dtype)
     values = values.float() if dtype.itemsize < 4 else values
-    return values.reshape(-1).view(integers).sum(dtype=torch.int64)
+    # Each two neighbours of 32 bits are one integer, which sums faster.
+    return values.view(torch.int64 if values.shape[-1] % 2 == 0 else torch.int32).sum(dtype=torch.int64)
 
 
 def _hexadecimal(total: Tensor) -> str:
