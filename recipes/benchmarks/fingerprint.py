@@ -99,8 +99,8 @@ def markdown(results: dict) -> str:
         [
             "# What the fingerprint of a base takes\n",
             f"{RUN} neighbours out of every {STRIDE:,} values of a tensor are summed, all of a small one. Loading is "
-            "`from_pretrained` from a warm disk cache, and one reading of each value, which it leaves to the first use. "
-            f"Seconds on the clock, medians of {results['rounds']} rounds; the share is the median of the rounds' "
+            "`from_pretrained` from a warm disk cache, and one reading of each value, which it leaves to the first "
+            f"use. Seconds on the clock, medians of {results['rounds']} rounds; the share is the median of the rounds' "
             "shares.\n",
             table(
                 "model|parameters|stored in|loaded in|load|read|fingerprint|share of loading",

@@ -118,7 +118,6 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[place:]) for place in range(1, min(len(parts) - 1, MOST_PREFIXES + 1))]
 
 
-@torch.no_grad()
 def _sum(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The checksum of a tensor, as a signed integer []."""
     values = tensor.detach()
@@ -126,7 +125,8 @@ def _sum(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         values = values.contiguous().as_strided((values.numel() // STRIDE, RUN), (STRIDE, 1))
     else:
         values = values.reshape(-1)
-    values = values.to(dtype)
+    # A call that converts nothing still takes microseconds, and a model has hundreds of tensors.
+    values = values if values.dtype == dtype else values.to(dtype)
     values = values.float() if dtype.itemsize < 4 else values
     # Each two neighbours of 32 bits are one integer, which sums faster.
     return values.view(torch.int64 if values.shape[-1] % 2 == 0 else torch.int32).sum(dtype=torch.int64)
