@@ -227,6 +227,8 @@ class SMTConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SMTConfig:
         """Inverse of `to_dict`. Raises `SMTError` for an unknown field or a value out of range."""
+        if not isinstance(values, dict):
+            raise SMTError(f"a configuration must be an object of fields and values, got {type(values).__name__}.")
         unknown = sorted(set(values) - set(settings(cls)))
         if unknown:
             raise SMTError(f"SMTConfig has no field {', '.join(unknown)}; its fields are {', '.join(settings(cls))}.")

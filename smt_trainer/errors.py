@@ -1,5 +1,31 @@
 """The package's only exception."""
 
+import unicodedata
+
+# Control characters, invisible formatting (it can reverse a line), surrogates, private, unassigned, line separators.
+UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
+
 
 class SMTError(ValueError):
-    """Bad input. The message says what was expected, what came, and what to do about it."""
+    """Bad input. The message says what was expected, what came, and what to do about it.
+
+    Messages quote names from files. They are one line, in which what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """Return a text as one printable line."""
+    return printable(" ".join(text.splitlines()))
+
+
+def printable(text: str) -> str:
+    """Return a text with every unprintable character as its escape sequence (`\\x1b`)."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        character.encode("unicode_escape").decode() if unicodedata.category(character) in UNPRINTABLE else character
+        for character in text
+    )

@@ -1,4 +1,4 @@
-"""Read and write files so that a crash never leaves half a file."""
+"""Read and write files so that a crash never leaves half a file, and a damaged one raises nothing but `SMTError`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from smt_trainer.errors import SMTError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# What the content of a damaged file can raise, besides SMTError.
+DAMAGE = (
+    *(AttributeError, LookupError, TypeError, ValueError, ArithmeticError),
+    *(RuntimeError, MemoryError, SafetensorError),
+)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -43,26 +54,80 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-@contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes `output` if the context ends without an exception.
-
-    Raises:
-        SMTError: `output` exists and is not an empty folder.
-        OSError: a file in the folder could not be written, for example to a full disk.
-    """
+def check_new(output: Path) -> None:
+    """Raise `SMTError` unless `output` does not exist or is an empty folder, and is no link."""
+    if output.is_symlink():
+        raise SMTError(f"{output} is a link; give the folder itself, which must be new or empty.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SMTError(f"{output} exists and is not empty; give a new folder or empty it first.")
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside `output`, which becomes `output` if the context ends without an exception.
+
+    Its name follows from that of `output`. A lock tells a folder in use from one that a killed process left, which is
+    emptied and used again.
+
+    Raises:
+        SMTError: `output` is a link, or exists and is not an empty folder; or another process is writing it.
+        OSError: a file in the folder could not be written, for example to a full disk.
+    """
+    check_new(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    stage = output.parent / f".{output.name}.partial"
+    with _locked(stage, output):
+        try:
+            _empty(stage)
+            yield stage
+            _set_modes(stage)
+            stage.replace(output)
+        except SafetensorError as error:
+            raise OSError(f"{output} could not be written: {error}") from error
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(stage: Path, output: Path) -> Iterator[None]:
+    """Make a folder if needed, and lock it; the lock ends with the process at the latest."""
+    if stage.is_symlink():
+        raise SMTError(f"{stage} is a link; remove it.")
+    stage.mkdir(exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(stage, os.O_RDONLY)
     try:
-        yield stage
-        stage.chmod(0o777 & ~_umask())
-        stage.replace(output)
-    except SafetensorError as error:
-        raise OSError(f"{output} could not be written: {error}") from error
+        in_use = SMTError(f"another process is writing {output}; wait for it, or give another folder.")
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise in_use from error
+        except OSError:
+            pass  # a file system without locks
+        # The other process may have finished in between: its folder is `output` now.
+        if not stage.exists() or not os.path.samestat(os.fstat(descriptor), stage.stat()):
+            raise in_use
+        yield
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _set_modes(folder: Path) -> None:
+    """Give files and folders the modes that open() and mkdir() would; some writers make them private."""
+    umask = _umask()
+    folder.chmod(0o777 & ~umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 @contextlib.contextmanager
@@ -73,7 +138,9 @@ def open_tensors(path: Path, what: str) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
+    except SMTError:
+        raise
+    except (OSError, *DAMAGE) as error:
         raise SMTError(f"{path} is damaged or truncated ({error}); save or download the {what} again.") from error
 
 
@@ -88,6 +155,22 @@ def load_json(path: Path, what: str) -> Any:
     if not path.is_file():
         raise SMTError(f"no {what} at {path}: expected a JSON file. Check the path.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return parse_json(path.read_bytes())
+    except DAMAGE as error:
         raise SMTError(f"the {what} at {path} is not valid JSON ({error}). It is damaged; create it again.") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON in UTF-8 as the standard has it. Raise one of `DAMAGE` also for NaN and for a key given twice."""
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repetition)
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _refuse_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is given twice")
+    return values

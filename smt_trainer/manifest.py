@@ -1,35 +1,41 @@
 """The manifest of a delta, a selection or scores: format, configuration, grids, base. One reader for all three.
 
 A delta and scores keep theirs as JSON in the metadata of their safetensors file; a selection is a manifest alone.
+
+Its `checksum` is SHA-256 over the rest of the manifest and, name by name, over each tensor's dtype, shape and bytes. It
+finds damage, not forgery: whoever changes a file on purpose can write a new checksum.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from smt_trainer.errors import SMTError
-from smt_trainer.files import open_tensors
+from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError, printable
+from smt_trainer.files import DAMAGE, open_tensors, parse_json
 
-# What reading damaged data can raise, besides SMTError.
-DAMAGE = (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RecursionError)
+CHECKSUM = "checksum"
 
 
-def load_tensors(path: Path, key: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the manifest and the tensors of a safetensors file.
+def load_tensors(path: Path, key: str, expected: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the manifest, without its checksum, and the tensors of a safetensors file.
 
     Args:
         path: the file.
         key: where its metadata holds the manifest.
+        expected: the format that this version reads.
         what: what the file should be, for messages.
 
     Raises:
-        SMTError: the file is missing or damaged, or it has no such manifest.
+        SMTError: the file is missing or damaged, it has no such manifest or another format, or the checksum differs.
     """
     with open_tensors(path, what) as file:
         text = (file.metadata() or {}).get(key)
@@ -37,7 +43,36 @@ def load_tensors(path: Path, key: str, what: str) -> tuple[dict[str, Any], dict[
             raise SMTError(f"{path} is not a {what} of smt_trainer: it has no manifest. Check the path.")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     with refusing_damage(f"{what} at {path}"):
-        return json.loads(text), tensors
+        manifest = parse_json(text)
+        check_format(manifest, expected, f"{what} at {path}")
+        if CHECKSUM not in manifest:
+            raise SMTError(f"the {what} at {path} has no checksum of its values. Save it again with this version.")
+        return unsealed(manifest, f"{what} at {path}", tensors), tensors
+
+
+def sealed(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return a manifest with the checksum of itself and of the tensors that it describes."""
+    return {**manifest, CHECKSUM: _checksum(manifest, tensors or {})}
+
+
+def unsealed(manifest: Mapping[str, Any], what: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Return a manifest without its checksum. Raise `SMTError` if it has one that differs."""
+    values = dict(manifest)
+    expected = values.pop(CHECKSUM, None)
+    if expected is not None and expected != _checksum(values, tensors or {}):
+        raise SMTError(
+            f"the {what} is damaged: its content does not have the checksum that was saved with it. Save or download "
+            f"it again{'' if tensors else f'; or, if you changed it yourself, remove its {CHECKSUM!r}'}."
+        )
+    return values
+
+
+def _checksum(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(manifest).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -60,3 +95,26 @@ def check_format(values: Mapping[str, Any], expected: Any, what: str) -> None:
             f"the {what} has format {values['format']}, this version of smt_trainer reads {expected}; install the "
             "version that wrote it."
         )
+
+
+def read_base(values: Mapping[str, Any]) -> str | None:
+    """Return the name of the base in a manifest, fit to be shown. Raise `SMTError` if it is neither text nor null."""
+    name = values["base_model"]
+    if name is not None and not isinstance(name, str):
+        raise SMTError(f"base_model must be a name or null, got {type(name).__name__}. The file is damaged.")
+    return name and printable(name)
+
+
+def read_config(values: Mapping[str, Any]) -> SMTConfig:
+    """Return the configuration in a manifest. Raise `SMTError` if it is malformed or names another selection."""
+    config = SMTConfig.from_dict(values["config"])
+    if config.selection is not None:
+        raise SMTError("the configuration in a manifest must have no selection of its own. The file is damaged.")
+    return config
+
+
+def check_keys(values: Mapping[str, Any], expected: set[str], what: str) -> None:
+    """Raise `SMTError` unless a manifest is an object with just these keys."""
+    if not isinstance(values, Mapping) or set(values) != expected:
+        found = sorted(set(values) ^ expected) if isinstance(values, Mapping) else type(values).__name__
+        raise SMTError(f"the {what} is damaged: missing or unknown {found}. Save or download it again.")

@@ -41,7 +41,7 @@ class Choice(Kind):
 
     def __call__(self, name: str, value: Any) -> str:
         value = self.aliases.get(value, value) if isinstance(value, str) else value
-        if value not in self.options:
+        if not isinstance(value, str) or value not in self.options:
             also = f" (or {', '.join(self.aliases)})" if self.aliases else ""
             raise SMTError(f"{name} must be one of {', '.join(self.options)}{also}, got {value!r}.")
         return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from smt_trainer.cli.options import add_config_flags, given_fields
+from smt_trainer.cli.options import add_config_flags, amount, count, given_fields
 from smt_trainer.config import SMTConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -25,13 +25,13 @@ def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
     parser = commands.add_parser("estimate", help="estimate what training a model takes, from its configuration alone")
     parser.add_argument("model", help="causal language model: a folder with a config.json, or a name on the hub")
-    parser.add_argument("--batch", type=int, default=1, help="sequences that a device processes at a time")
-    parser.add_argument("--seq", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--batch", type=count, default=1, help="sequences that a device processes at a time")
+    parser.add_argument("--seq", type=count, default=512, help="tokens per sequence")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
-    parser.add_argument("--ranks", type=int, default=1, help="number of devices")
+    parser.add_argument("--ranks", type=count, default=1, help="number of devices")
     parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of ZeRO; 3 also for FSDP2")
-    parser.add_argument("--card", type=float, default=24.0, help="memory of a device in GiB")
+    parser.add_argument("--card", type=amount, default=24.0, help="memory of a device in GiB")
     add_config_flags(parser, FIELDS)
     parser.set_defaults(run=run)
 

@@ -5,7 +5,6 @@ A record has a `text`, which is learnt whole, or a `prompt` and a `completion`, 
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.files import DAMAGE, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,10 @@ def load_records(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         raise SMTError(f"no data at {path}: expected a JSON file. Check the path.")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SMTError(f"{path} is not text in UTF-8 ({error}). Convert it.") from error
     if text.lstrip().startswith("["):
         records = _parse(text, str(path))
     else:
@@ -91,12 +94,17 @@ def pad(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return parse_json(text)
+    except DAMAGE as error:
         raise SMTError(f"{where} is not JSON ({error}); expected a list of records, or one record per line.") from error
 
 
 def _is_record(record: Any) -> bool:
     if not isinstance(record, dict):
         return False
-    return all(isinstance(record.get(key), str) for key in (["text"] if "text" in record else ["prompt", "completion"]))
+    return all(_is_text(record.get(key)) for key in (["text"] if "text" in record else ["prompt", "completion"]))
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is text that has UTF-8; JSON can write half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from smt_trainer import __version__
 from smt_trainer.cli import estimate, inspect_artefact, merge_delta, select
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, one_line
 
+# As a shell reports a process that SIGINT or SIGPIPE ended.
+INTERRUPTED, PIPE_CLOSED = 130, 141
 COMMANDS = (select, inspect_artefact, merge_delta, estimate)
 
 
@@ -24,7 +27,15 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("smt: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has seen enough (`smt inspect delta | head`). Python flushes once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
     except (SMTError, OSError) as error:
-        print(f"smt: {error}", file=sys.stderr)
+        print(f"smt: {one_line(str(error))}", file=sys.stderr)
         return 1
     return 0

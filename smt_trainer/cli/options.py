@@ -9,6 +9,23 @@ from typing import Any
 from smt_trainer.config import SMTConfig
 from smt_trainer.settings import settings
 
+LARGEST = 2**31
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 1, for argparse."""
+    return _within(int(text), 1, LARGEST)
+
+
+def seed(text: str) -> int:
+    """Parse a seed, for argparse."""
+    return _within(int(text), 0, LARGEST)
+
+
+def amount(text: str) -> float:
+    """Parse a number above 0, for argparse; not NaN or infinite."""
+    return _within(float(text), 2.0**-30, LARGEST)
+
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add a flag for each of the named fields, with the field's help."""
@@ -25,3 +42,9 @@ def given_fields(arguments: argparse.Namespace, names: Iterable[str]) -> dict[st
     """
     texts = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return {name: settings(SMTConfig)[name].take(name, text) for name, text in texts.items()}
+
+
+def _within(number, lowest, highest):
+    if not lowest <= number <= highest:
+        raise argparse.ArgumentTypeError(f"must be from {lowest:g} to {highest:g}, got {number}")
+    return number

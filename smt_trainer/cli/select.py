@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from smt_trainer.cli.options import add_config_flags, given_fields
+from smt_trainer.cli.options import add_config_flags, count, given_fields, seed
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 
@@ -23,12 +23,12 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--scores", type=Path, help="choose from these scores, without model and data")
     parser.add_argument("--output", type=Path, required=True, help="folder for the selection and the scores")
-    parser.add_argument("--batch", type=int, default=1, help="sequences per forward pass")
-    parser.add_argument("--accumulation", type=int, default=16, help="batches per warm-up step")
-    parser.add_argument("--seq", type=int, default=512, help="maximum tokens per sequence; longer ones are cut")
+    parser.add_argument("--batch", type=count, default=1, help="sequences per forward pass")
+    parser.add_argument("--accumulation", type=count, default=16, help="batches per warm-up step")
+    parser.add_argument("--seq", type=count, default=512, help="maximum tokens per sequence; longer ones are cut")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
-    parser.add_argument("--seed", type=int, default=42, help="seed for the order of the data")
+    parser.add_argument("--seed", type=seed, default=42, help="seed for the order of the data")
     add_config_flags(parser, FIELDS)
     parser.set_defaults(run=run)
 
@@ -87,6 +87,6 @@ def _load(auto_class, name: str, **kwargs):
     """Load a folder or hub name with transformers. Raise `SMTError` with the first line of its error."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # an odd file makes transformers raise anything
         first_line = str(error).partition("\n")[0]
         raise SMTError(f"no causal language model with a tokenizer at {name}: {first_line}") from error

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT
+from smt_trainer.delta.checks import (
+    WEIGHT_DTYPES,
+    check_complete,
+    check_dtypes,
+    check_finite,
+    check_manifest,
+    check_whole,
+    take_indices,
+    widened,
+)
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, GENERATION_CONFIG_FILE
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_atomically, write_text
-from smt_trainer.manifest import check_format, load_tensors, refusing_damage
+from smt_trainer.manifest import load_tensors, refusing_damage, sealed
 from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import assign, full_shape, full_tensor
@@ -34,6 +46,7 @@ from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.sparse.convert import (
     Model,
     SMTState,
+    changed_statistics,
     find_linears,
     get_state,
     is_smt_model,
@@ -47,13 +60,6 @@ from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
 
-DELTA_FILE = "smt_delta.safetensors"
-CONFIG_FILE = "smt_config.json"
-MODEL_CONFIG_FILE, GENERATION_CONFIG_FILE = "config.json", "generation_config.json"
-# In `config.json`, where transformers reads the name of the file of weights. It shows the sentence to whoever calls
-# `from_pretrained` on a delta folder, also if a full model from before lies there.
-NO_WEIGHTS_KEY = "transformers_weights"
-NO_WEIGHTS = "this folder holds a delta, load it with smt_trainer.from_delta(folder)"
 # What of a configuration training decides.
 LABELS = ("id2label", "label2id", "problem_type")
 SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
@@ -71,6 +77,7 @@ class Delta:
         whole: name of a parameter or buffer -> tensor, for what is trained or was made up whole.
         base: checksums of the base (see `sparse/fingerprint.py`).
         architecture: class of the trained model, such as "LlamaForCausalLM".
+        unnamed: whole tensors that the configuration does not name: loading made them up, or forward changes them.
         weight_dtype: dtype of the base weights in training; merging into this dtype is exact.
     """
 
@@ -80,6 +87,7 @@ class Delta:
     base: Fingerprint
     weight_dtype: torch.dtype
     architecture: str = ""
+    unnamed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, indices in self.selection.block_indices.items():
@@ -110,10 +118,16 @@ class Delta:
         whole = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in whole_parameters(model)}
         # FSDP2 puts a class of its own, with a prefix, on top.
         architecture = next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
-        return cls(state.selection, blocks, whole, state.base, state.weight_dtype, architecture)
+        unnamed = sorted((state.made_up | changed_statistics(model)) & whole.keys())
+        return cls(state.selection, blocks, whole, state.base, state.weight_dtype, architecture, unnamed)
 
     def save(self, folder: str | Path) -> None:
-        """Write the delta to a folder; make the folder if needed, and replace an older delta in one step."""
+        """Write the delta to a folder; make the folder if needed, and replace an older delta in one step.
+
+        Raises:
+            SMTError: a value is NaN or infinite. The older delta stays.
+        """
+        check_finite(self)
         selection = self.selection.to_dict()
         for module in selection["modules"].values():
             del module["block_indices"]
@@ -121,39 +135,49 @@ class Delta:
             "format": FORMAT,
             "fingerprint": {"dtype": self.base.dtype, "checksums": self.base.checksums},
             "architecture": self.architecture,
+            "unnamed": self.unnamed,
             "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
             "whole": sorted(self.whole),
             "selection": selection,
         }
-        tensors = {f"{name}.blocks": blocks for name, blocks in self.blocks.items()}
+        master = self.selection.config.master_dtype
+        tensors = {
+            f"{name}.blocks": blocks if blocks.dtype == WEIGHT_DTYPES[master] else widened(self, blocks)
+            for name, blocks in self.blocks.items()
+        }
         tensors |= {f"{name}.block_indices": found.int() for name, found in self.selection.block_indices.items()}
+        tensors = {name: tensor.contiguous() for name, tensor in {**tensors, **self.whole}.items()}
+        manifest = sealed(manifest, tensors)
         metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
-        write_atomically(
-            Path(folder, DELTA_FILE), lambda path: save_file(tensors | self.whole, path, metadata=metadata)
-        )
+        write_atomically(Path(folder, DELTA_FILE), lambda path: save_file(tensors, path, metadata=metadata))
         write_text(Path(folder, CONFIG_FILE), json.dumps(manifest, indent=2))
 
     @classmethod
     def load(cls, folder: str | Path) -> Delta:
         """Read and check a delta folder. Raise `SMTError` if it is missing, damaged or out of range."""
-        manifest, tensors = load_tensors(Path(folder, DELTA_FILE), MANIFEST, "delta")
+        manifest, tensors = load_tensors(Path(folder, DELTA_FILE), MANIFEST, FORMAT, "delta")
         with refusing_damage(f"delta in {folder}"):
-            check_format(manifest, FORMAT, f"delta in {folder}")
+            check_manifest(manifest, folder)
             blocks, described = {}, manifest["selection"]
             for name, module in described["modules"].items():
-                indices = tensors.pop(f"{name}.block_indices", torch.empty(0, 2, dtype=torch.int32)).long()
+                indices = take_indices(tensors, name)
                 order = torch.argsort(indices[:, 0] * (1 + indices[:, 1].max()) + indices[:, 1]) if len(indices) else []
                 module["block_indices"] = indices[order].tolist()
                 if len(indices):
                     blocks[name] = tensors.pop(f"{name}.blocks")[order]
-            selection, dtype = BlockSelection.from_dict(described), getattr(torch, manifest["weight_dtype"])
-            if sorted(tensors) != sorted(manifest["whole"]):
+            selection = BlockSelection.from_dict(described)
+            if sorted(tensors) != manifest["whole"]:
                 raise SMTError(
                     f"the delta in {folder} is damaged: expected the whole tensors {manifest['whole']}, got "
                     f"{sorted(tensors)}. Save or download it again."
                 )
-            base = Fingerprint(manifest["fingerprint"]["dtype"], dict(manifest["fingerprint"]["checksums"]))
-            return cls(selection, blocks, tensors, base, dtype, manifest["architecture"])
+            base = Fingerprint(manifest["fingerprint"]["dtype"], manifest["fingerprint"]["checksums"])
+            dtype = WEIGHT_DTYPES[manifest["weight_dtype"]]
+            delta = cls(selection, blocks, tensors, base, dtype, manifest["architecture"], manifest["unnamed"])
+            check_dtypes(delta)
+            check_finite(delta)
+            check_whole(delta)
+            return delta
 
 
 def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) -> None:
@@ -202,9 +226,11 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         _resize_vocabulary(model, delta)
         _refuse_lost(model, delta)
         destinations = _whole_destinations(model, delta)
-        dtype = next(iter(linears.values())).weight.dtype
         whole = find_whole(model, delta.selection.config, linears)
-        rewrite_as(model, SMTState(delta.selection, tuple(dict.fromkeys([*whole, *delta.whole])), delta.base, dtype))
+        check_complete(model, delta, whole)
+        dtype = next(iter(linears.values())).weight.dtype
+        whole = tuple(dict.fromkeys([*whole, *delta.whole]))
+        rewrite_as(model, SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed)))
     for name, linear in smt_linears(model):
         assign(linear.blocks, delta.blocks[name][linear.row_major_order().argsort()])
     for name, tensor in delta.whole.items():
@@ -223,13 +249,19 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
         kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training.
 
     Raises:
-        SMTError: as in `load_delta`; or `base` is not given and the delta records none.
+        SMTError: as in `load_delta`; or `base` is not given, and the delta records none or `trust_remote_code` would
+            run the code of the one that it names.
     """
     delta = Delta.load(folder)
     if base is None:
         base, _, revision = (delta.selection.base_model or "").partition("@")
         if revision:
             kwargs.setdefault("revision", revision)
+        if base and kwargs.get("trust_remote_code"):
+            raise SMTError(
+                f"trust_remote_code=True runs code of the base, and the delta in {folder} names {base!r} as its base: "
+                "its author would decide whose code runs. Say base= yourself."
+            )
     if not base:
         raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
     trained = load_config(folder)
@@ -251,9 +283,9 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
 
 def load_config(folder: str | Path) -> dict[str, Any]:
     """Return the configuration of the trained model that lies beside a delta; an empty one if there is none."""
-    path = Path(folder, MODEL_CONFIG_FILE)
+    path = Path(folder, CONFIG)
     config = load_json(path, "model configuration") if path.is_file() else {}
-    return {key: value for key, value in config.items() if key != NO_WEIGHTS_KEY} if isinstance(config, dict) else {}
+    return {key: value for key, value in config.items() if key != EXPLICIT} if isinstance(config, dict) else {}
 
 
 def _trained_class(delta: Delta) -> Any:

@@ -19,10 +19,13 @@ import torch
 from torch import Tensor
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, printable
+from smt_trainer.settings import is_int
 
 LARGEST_AUTO_EDGE = 256
 SMALLEST_AUTO_EDGE = 16
+# Bounds for what a file can claim.
+MOST_PARAMETERS, LONGEST_NAME = 10**14, 1000
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,11 @@ class BlockGrid:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.block_shape) < 1 or self.out_features % self.block_rows or self.in_features % self.block_columns:
+        if (
+            min(*self.block_shape, *self.weight_shape) < 1
+            or self.out_features % self.block_rows
+            or self.in_features % self.block_columns
+        ):
             raise SMTError(
                 f"a block of {self.block_rows}x{self.block_columns} does not divide a weight of "
                 f"{self.out_features}x{self.in_features}."
@@ -86,8 +93,14 @@ class BlockGrid:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockGrid:
-        """Inverse of `to_dict`; ignores other keys."""
-        return cls(*values["weight_shape"], *values["block_shape"], transposed=values.get("transposed", False))
+        """Inverse of `to_dict`; ignores other keys. Raises `SMTError` for anything but whole numbers."""
+        sizes, transposed = [*values["weight_shape"], *values["block_shape"]], values.get("transposed", False)
+        if len(sizes) != 4 or not all(is_int(size) for size in sizes) or not isinstance(transposed, bool):
+            raise SMTError(
+                f"a grid must have four whole numbers and be transposed or not, got {sizes} and {transposed!r}. The "
+                "file is damaged; create it again."
+            )
+        return cls(*sizes, transposed=transposed)
 
     def split(self, weight: Tensor) -> Tensor:
         """Return a view [R, C, br, bc] of a weight of `stored_shape`; writing to the view writes to the weight."""
@@ -123,6 +136,26 @@ class BlockGrid:
         flat = block_indices[:, 0].long() * self.shape[1] + block_indices[:, 1].long()
         if len(torch.unique(flat)) != len(flat):
             raise SMTError(f"block_indices of `{module}` name a block twice. The selection or delta is damaged.")
+
+
+def read_grids(modules: Mapping[str, Mapping[str, Any]], num_parameters: int) -> dict[str, BlockGrid]:
+    """Return the grids that a manifest describes, by module name.
+
+    Raises:
+        SMTError: a grid or a name is malformed, or the weights are more than the model's parameters. So what a file
+            says cannot ask for more memory than a model of its size.
+    """
+    grids = {name: BlockGrid.from_dict(module) for name, module in modules.items()}
+    weights = sum(grid.num_blocks * grid.block_numel for grid in grids.values())
+    if not is_int(num_parameters) or not weights <= num_parameters <= MOST_PARAMETERS:
+        raise SMTError(
+            f"the grids cover {weights:,} weights of a model of {num_parameters!r} parameters; expected at most as "
+            "many. The file is damaged; create it again."
+        )
+    for name in grids:
+        if not name or len(name) > LONGEST_NAME or printable(name) != name:
+            raise SMTError(f"a module is called {name[:100]!r}, which no module can be. The file is damaged.")
+    return grids
 
 
 def make_grids(shapes: Mapping[str, tuple[int, int]], config: SMTConfig) -> dict[str, BlockGrid]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from smt_trainer.errors import SMTError
+
 # Modules that accelerate and torch.compile put around others; checkpoints do not have their names.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
@@ -23,7 +25,10 @@ def plain_name(name: str) -> str:
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, name) is not None
+        try:
+            return re.fullmatch(patterns, name) is not None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise SMTError(f"{patterns!r} is not a regular expression ({error}). Write one, or list names.") from error
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
@@ -34,7 +39,7 @@ def layer_path(name: str) -> str:
     `0.auto_model.encoder.layer.3.output`, unless the name is nothing else. Outside the layers the path is "".
     """
     path = name.split(".")
-    place = next((place for place, part in enumerate(path) if part.isdigit() and (place or len(path) == 1)), None)
+    place = next((place for place, part in enumerate(path) if _is_number(part) and (place or len(path) == 1)), None)
     return "" if place is None else ".".join(path[: place + 1])
 
 
@@ -51,10 +56,17 @@ def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
     """
     paths: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        paths.setdefault(tuple(part for part in name.split(".") if not part.isdigit()), []).append(name)
+        paths.setdefault(tuple(part for part in name.split(".") if not _is_number(part)), []).append(name)
+    shared: dict[tuple[str, ...], set[str]] = {}
+    for path in paths:
+        shared[path[-1:]] = shared.get(path[-1:], set(path)) & set(path)
     labelled: dict[str, list[str]] = {}
     for path, modules in paths.items():
-        shared = set.intersection(*(set(other) for other in paths if other[-1:] == path[-1:]))
-        label = ".".join([*(part for part in path[:-1] if part not in shared), *path[-1:]])
+        label = ".".join([*(part for part in path[:-1] if part not in shared[path[-1:]]), *path[-1:]])
         labelled.setdefault(label, []).extend(modules)
     return labelled
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part of a name is a number that `int` reads: digits of ASCII, and not thousands of them."""
+    return part.isascii() and part.isdigit() and len(part) < 10

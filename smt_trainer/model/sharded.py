@@ -8,6 +8,7 @@ weight, which can be written in place.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,11 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from smt_trainer.errors import SMTError
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
     class Partitioned(Tensor):
@@ -40,6 +41,12 @@ class Part(NamedTuple):
     column: int
 
 
+def is_dtensor(parameter: Tensor) -> TypeIs[DTensor]:
+    """Return whether FSDP2 or tensor parallelism shards this tensor; importing the class takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)
+
+
 def is_partitioned(parameter: Tensor) -> TypeIs[Partitioned]:
     """Return whether ZeRO-3 has partitioned this parameter, which then looks empty between uses."""
     return hasattr(parameter, "ds_id")
@@ -47,7 +54,7 @@ def is_partitioned(parameter: Tensor) -> TypeIs[Partitioned]:
 
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether this rank holds only a part of the parameter between uses."""
-    return isinstance(parameter, DTensor) or is_partitioned(parameter)
+    return is_dtensor(parameter) or is_partitioned(parameter)
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
@@ -57,7 +64,7 @@ def full_shape(parameter: Tensor) -> tuple[int, ...]:
 
 def full_tensor(parameter: Tensor) -> Tensor:
     """Return the whole value, detached. Collective if the parameter is sharded: all ranks call it in the same order."""
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         return parameter.detach().full_tensor()  # pyrefly: ignore[missing-attribute]  # detached, it is still a DTensor
     if is_partitioned(parameter):
         import deepspeed
@@ -71,15 +78,22 @@ def full_tensors(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Return `full_tensor` of many parameters; gather those that FSDP2 shards alike in one collective."""
     alike: dict[tuple, list[DTensor]] = {}
     for parameter in parameters:
-        if isinstance(parameter, DTensor) and Shard(0) in parameter.placements:
+        if is_dtensor(parameter) and _row_dimension(parameter) is not None:
             alike.setdefault((parameter.device_mesh, parameter.placements, parameter.dtype), []).append(parameter)
     gathered = {id(each): whole for group in alike.values() for each, whole in zip(group, _gather(group), strict=True)}
     return [gathered[id(each)] if id(each) in gathered else full_tensor(each) for each in parameters]
 
 
+def _row_dimension(parameter: DTensor) -> int | None:
+    """Return the dimension of the mesh over which a parameter is sharded by rows, if there is one."""
+    from torch.distributed.tensor import Shard
+
+    return parameter.placements.index(Shard(0)) if Shard(0) in parameter.placements else None
+
+
 def _gather(parameters: list[DTensor]) -> Iterator[Tensor]:
     """Yield the whole values of parameters sharded alike: ceil(rows / ranks) rows on each rank, fewer on the last."""
-    mesh, dimension = parameters[0].device_mesh, parameters[0].placements.index(Shard(0))
+    mesh, dimension = parameters[0].device_mesh, _row_dimension(parameters[0])
     ranks = mesh.size(dimension)
     sizes = [-(-parameter.shape[0] // ranks) * parameter.shape[1:].numel() for parameter in parameters]
     locals_ = [parameter.to_local().detach().flatten() for parameter in parameters]
@@ -92,16 +106,17 @@ def _gather(parameters: list[DTensor]) -> Iterator[Tensor]:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor that FSDP2 shards, and any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def gather_like(local: Tensor, parameter: Tensor) -> Tensor:
     """Gather a tensor from each rank's `local`, sharded like an FSDP2 `parameter`; for others, return `local`."""
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
     local = local.to(mesh.device_type)
-    return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride()).full_tensor()
+    shape, stride = parameter.shape, parameter.stride()
+    return type(parameter).from_local(local, mesh, placements, shape=shape, stride=stride).full_tensor()
 
 
 @torch.no_grad()
@@ -113,7 +128,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     """
     if is_partitioned(parameter):
         raise SMTError("values cannot be loaded into parameters that ZeRO-3 has partitioned; load before training.")
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         local, row = parameter.to_local(), _first_row(parameter)
         local.copy_(value[row : row + len(local)])
     else:
@@ -126,7 +141,7 @@ def local_parts(parameter: Tensor) -> list[Part]:
     Raises:
         SMTError: the weight is sharded, but not by rows (tensor parallelism).
     """
-    if isinstance(parameter, DTensor):
+    if is_dtensor(parameter):
         return [part for part in [Part(parameter.to_local().detach(), _first_row(parameter), 0)] if part.values.numel()]
     if is_partitioned(parameter):
         return _flat_parts(parameter)
@@ -134,6 +149,8 @@ def local_parts(parameter: Tensor) -> list[Part]:
 
 
 def _first_row(weight: DTensor) -> int:
+    from torch.distributed.tensor import Shard
+
     row, rows = 0, weight.shape[0]
     for dimension, placement in enumerate(weight.placements):
         if placement.is_replicate():

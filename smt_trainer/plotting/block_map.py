@@ -104,18 +104,14 @@ def trained_share(selection: BlockSelection, name: str, most_rows: int, most_col
     A cell is one block if the grid [R, C] has at most `most_rows` rows and `most_columns` columns. Otherwise it is a
     rectangle of neighbours, so that r <= most_rows and c <= most_columns.
     """
-    shape = selection.grids[name].shape
-    trained = np.zeros(shape)
+    shape, limits = selection.grids[name].shape, (most_rows, most_columns)
+    steps = [math.ceil(length / max(1, limit)) for length, limit in zip(shape, limits, strict=True)]
+    starts = [np.arange(0, length, step) for length, step in zip(shape, steps, strict=True)]
+    rows, columns = (np.diff(start, append=length) for start, length in zip(starts, shape, strict=True))
+    trained = np.zeros((len(rows), len(columns)))
     if name in selection.block_indices:
-        trained[tuple(selection.block_indices[name].T.numpy())] = 1
-    return _sums(trained, most_rows, most_columns) / _sums(np.ones(shape), most_rows, most_columns)
-
-
-def _sums(cells: np.ndarray, *most: int) -> np.ndarray:
-    for axis, limit in enumerate(most):
-        length = cells.shape[axis]
-        cells = np.add.reduceat(cells, np.arange(0, length, math.ceil(length / max(1, limit))), axis)
-    return cells
+        np.add.at(trained, tuple((selection.block_indices[name].numpy() // steps).T), 1)
+    return trained / np.outer(rows, columns)
 
 
 def _tile_sizes(selection: BlockSelection) -> dict[str, tuple[float, float]]:

@@ -26,10 +26,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.sharded import local_parts, local_tensor
+from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
 from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
 
 
@@ -139,7 +138,7 @@ def add_block_sums(total: Tensor, grid: BlockGrid, values: Tensor, first_row: in
 
 def _shards(weight: Tensor) -> int:
     """Return the number of ranks over which FSDP2 shards a weight; replicas do not count."""
-    if not isinstance(weight, DTensor):
+    if not is_dtensor(weight):
         return 1
     sizes = zip(weight.device_mesh.shape, weight.placements, strict=True)
     return math.prod(size for size, placement in sizes if placement.is_shard())

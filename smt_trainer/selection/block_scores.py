@@ -26,9 +26,16 @@ from torch import Tensor, nn
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
-from smt_trainer.manifest import check_format, load_tensors, refusing_damage
-from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.names import matches
+from smt_trainer.manifest import (
+    check_keys,
+    load_tensors,
+    read_base,
+    read_config,
+    refusing_damage,
+    sealed,
+)
+from smt_trainer.model.grid import BlockGrid, read_grids
+from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, named_linears, narrow
 from smt_trainer.scores import make_scorer
@@ -39,6 +46,7 @@ from smt_trainer.selection.dependencies import Dependency, add_columns
 
 SCORES_FILE = "smt_scores.safetensors"
 FORMAT = "1"
+KEYS = {"format", "base_model", "num_parameters", "config", "modules", "readers"}
 MANIFEST = "smt_scores"
 BETWEEN = " > "
 
@@ -124,7 +132,7 @@ class BlockScores:
         """
         config = config or self.config
         self._refuse_other(config)
-        names = narrow(self.grids, config)
+        names = self._narrow(config)
         if not names:
             raise SMTError(
                 f"{_targets(config)} leave none of the {len(self.grids)} scored modules, such as "
@@ -138,7 +146,7 @@ class BlockScores:
             self.num_parameters,
             self.base_model,
         )
-        return add_columns(selection, self.dependencies)
+        return add_columns(selection, self.dependencies, self._excluded(config))
 
     def check_model(self, model: nn.Module, config: SMTConfig) -> None:
         """Raise `SMTError` unless these are scores of this plain model, and of all its targets under `config`."""
@@ -177,24 +185,64 @@ class BlockScores:
         }
         tensors = {name: found.contiguous() for name, found in self.scores.items()}
         tensors |= {f"{one.source}{BETWEEN}{one.reader}": one.pairs.contiguous() for one in self.dependencies}
-        metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
+        metadata = {"format": "pt", MANIFEST: json.dumps(sealed(manifest, tensors))}
         write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> BlockScores:
         """Read what `save` wrote. Raises `SMTError` for a missing or damaged file, or one that holds something else."""
         path = Path(path)
-        manifest, tensors = load_tensors(path, MANIFEST, "scores file")
+        manifest, tensors = load_tensors(path, MANIFEST, FORMAT, "scores file")
         with refusing_damage(f"scores file at {path}"):
-            check_format(manifest, FORMAT, f"scores file at {path}")
-            grids = {name: BlockGrid.from_dict(module) for name, module in manifest["modules"].items()}
-            config = SMTConfig.from_dict(manifest["config"])
-            readers = {name: BlockGrid.from_dict(module) for name, module in manifest.get("readers", {}).items()}
+            check_keys(manifest, KEYS, f"scores file at {path}")
+            count, described = manifest["num_parameters"], manifest["modules"]
+            grids = read_grids({**manifest["readers"], **described}, count)
+            readers = {name: grids[name] for name in manifest["readers"]}
+            grids = {name: grids[name] for name in described}
             dependencies = []
             for key in [key for key in tensors if BETWEEN in key]:
                 source, _, reader = key.partition(BETWEEN)
                 dependencies.append(Dependency(source, reader, tensors.pop(key), readers[reader]))
-            return cls(grids, tensors, manifest["num_parameters"], config, manifest["base_model"], dependencies)
+            scores = cls(grids, tensors, count, read_config(manifest), read_base(manifest), dependencies)
+            scores._check_stored(readers)
+            return scores
+
+    def _check_stored(self, readers: Mapping[str, BlockGrid]) -> None:
+        """Raise `SMTError` unless scores are finite and dependencies lie in the grids, as far as not checked yet."""
+        for name, found in self.scores.items():
+            if not found.isfinite().all():
+                raise SMTError(f"the scores of `{name}` are not finite. Score the blocks again.")
+        for one in self.dependencies:
+            source, pairs = self.grids.get(one.source), one.pairs
+            fits = source is not None and pairs.dtype == torch.int32 and pairs.ndim == 2 and pairs.shape[1] == 2
+            column = one.grid.block_shape == (one.grid.out_features, 1)
+            if not fits or not column or (pairs < 0).any() or (pairs >= torch.tensor(_limits(source, one))).any():
+                raise SMTError(
+                    f"the columns of `{one.reader}` that depend on rows of `{one.source}` do not lie in their grids. "
+                    "The scores are damaged; score the blocks again."
+                )
+        found = {one.reader for one in self.dependencies}
+        if not self.grids or found & self.grids.keys() or found != readers.keys():
+            raise SMTError("the scores have no module, or other readers than dependencies. Score the blocks again.")
+
+    def _narrow(self, config: SMTConfig) -> list[str]:
+        """Return the modules that a configuration keeps.
+
+        What it shares with the scores' own led to these modules and is not applied again. So no regular expression
+        from a file is ever run.
+        """
+        names, excluded = list(self.grids), self._excluded(config)
+        if config.target_modules != self.config.target_modules:
+            names = narrow(names, replace(config, exclude_modules=None))
+        return [
+            name
+            for name in names
+            if not (excluded and matches(name, excluded))
+            and (config.lowest_layer == 0 or layer_index(name) >= config.lowest_layer)
+        ]
+
+    def _excluded(self, config: SMTConfig) -> str | list[str] | None:
+        return None if config.exclude_modules == self.config.exclude_modules else config.exclude_modules
 
     def _refuse_other(self, config: SMTConfig) -> None:
         """Raise `SMTError` if a configuration needs other scores, or more of them as far as names tell."""
@@ -232,6 +280,10 @@ def resolve_selection(
     if model is not None:
         scores.check_model(model, config)
     return chosen
+
+
+def _limits(source: BlockGrid | None, one: Dependency) -> tuple[int, int]:
+    return (source.shape[0] if source else 0), one.grid.in_features
 
 
 def _targets(config: SMTConfig) -> str:

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_text
-from smt_trainer.manifest import check_format, refusing_damage
-from smt_trainer.model.grid import BlockGrid
+from smt_trainer.manifest import check_format, check_keys, read_base, read_config, refusing_damage, sealed, unsealed
+from smt_trainer.model.grid import BlockGrid, read_grids
 from smt_trainer.model.names import by_projection
 from smt_trainer.selection.budget import BudgetGroup, budget_groups, check_budget_fits
+from smt_trainer.settings import is_int
 
 SELECTION_FILE = "smt_selection.json"
 FORMAT = 1
+KEYS = {"format", "base_model", "num_parameters", "config", "modules"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,22 +116,26 @@ class BlockSelection:
         """Inverse of `to_dict`. Raises `SMTError` when a part is missing, malformed or out of range."""
         with refusing_damage("selection"):
             check_format(values, FORMAT, "selection")
-            grids = {name: BlockGrid.from_dict(module) for name, module in values["modules"].items()}
+            values = unsealed(values, "selection")
+            check_keys(values, KEYS, "selection")
+            grids = read_grids(values["modules"], values["num_parameters"])
             block_indices = {
-                name: torch.tensor(module["block_indices"])
+                name: _read_indices(module["block_indices"], name)
                 for name, module in values["modules"].items()
-                if module["block_indices"]
+                if module["block_indices"] != []
             }
-            config = SMTConfig.from_dict(values["config"])
-            return cls(grids, block_indices, values["num_parameters"], config, values["base_model"])
+            return cls(grids, block_indices, values["num_parameters"], read_config(values), read_base(values))
 
     def save(self, path: str | Path) -> None:
-        """Write the selection as JSON, atomically."""
-        write_text(Path(path), json.dumps(self.to_dict()))
+        """Write the selection as JSON with a checksum, atomically."""
+        write_text(Path(path), json.dumps(sealed(self.to_dict())))
 
     @classmethod
     def load(cls, path: str | Path) -> BlockSelection:
-        """Read what `save` wrote. Raises `SMTError` for a missing or damaged file."""
+        """Read what `save` wrote. Raises `SMTError` for a missing or damaged file.
+
+        A file that was written by hand needs no checksum.
+        """
         return cls.from_dict(load_json(Path(path), "selection"))
 
     @classmethod
@@ -138,6 +144,14 @@ class BlockSelection:
         if isinstance(selection, BlockSelection):
             return selection
         return cls.from_dict(selection) if isinstance(selection, Mapping) else cls.load(selection)
+
+
+def _read_indices(rows: Any, module: str) -> Tensor:
+    if not isinstance(rows, list) or not all(
+        isinstance(row, list) and len(row) == 2 and all(map(is_int, row)) for row in rows
+    ):
+        raise SMTError(f"block_indices of `{module}` must be pairs of whole numbers. The selection is damaged.")
+    return torch.tensor(rows)
 
 
 def base_name(model: nn.Module) -> str | None:

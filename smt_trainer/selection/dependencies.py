@@ -103,12 +103,13 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
     return kept
 
 
-def add_columns(selection: BlockSelection, dependencies: Iterable[Dependency]) -> BlockSelection:
-    """Add to a selection of rows the columns that depend on them, except those its configuration excludes.
+def add_columns(
+    selection: BlockSelection, dependencies: Iterable[Dependency], excluded: str | list[str] | None = None
+) -> BlockSelection:
+    """Add to a selection of rows the columns that depend on them, except those of excluded modules.
 
     The budget covers the rows alone, as in SPSFT (section 4.3), which halves the ratio to make room for the columns.
     """
-    excluded = selection.config.exclude_modules
     grids, columns = dict(selection.grids), {}
     for one in dependencies:
         if one.source in selection.grids and not (excluded and matches(one.reader, excluded)):

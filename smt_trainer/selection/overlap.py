@@ -54,7 +54,7 @@ class Overlap:
             SMTError: their targets or grids differ.
         """
         _check_grids(first, second)
-        chosen = [_masks(artefact) for artefact in (first, second)]
+        chosen = [_places(artefact) for artefact in (first, second)]
         scored = None
         if isinstance(first, BlockScores) and isinstance(second, BlockScores):
             scored = first.scores, second.scores
@@ -64,9 +64,10 @@ class Overlap:
 
     @classmethod
     def _of(cls, chosen, scored, names: list[str], parts: dict[str, Overlap] | None = None) -> Overlap:
-        ours, theirs = (torch.cat([masks[name] for name in names]) for masks in chosen)
+        ours, theirs = ([places.get(name, frozenset()) for name in names] for places in chosen)
+        shared = sum(len(one & other) for one, other in zip(ours, theirs, strict=True))
         rho = None if scored is None else spearman(*(_flat(scores, names) for scores in scored))
-        return cls(int(ours.sum()), int(theirs.sum()), int((ours & theirs).sum()), rho, parts or {})
+        return cls(sum(map(len, ours)), sum(map(len, theirs)), shared, rho, parts or {})
 
 
 def spearman(first: Tensor, second: Tensor) -> float:
@@ -88,16 +89,10 @@ def _flat(scores: dict[str, Tensor], names: Sequence[str]) -> Tensor:
     return torch.cat([scores[name].flatten() for name in names])
 
 
-def _masks(artefact: BlockSelection | BlockScores) -> dict[str, Tensor]:
-    """Return module name -> [R * C], True at the chosen blocks."""
+def _places(artefact: BlockSelection | BlockScores) -> dict[str, frozenset[tuple[int, int]]]:
+    """Return module name -> (row, column) of its chosen blocks; as large as the choice, not as the grids."""
     selection = artefact.select() if isinstance(artefact, BlockScores) else artefact
-    masks = {}
-    for name, grid in artefact.grids.items():
-        mask = torch.zeros(grid.shape, dtype=torch.bool)
-        if name in selection.block_indices:
-            mask[tuple(selection.block_indices[name].T)] = True
-        masks[name] = mask.flatten()
-    return masks
+    return {name: frozenset(map(tuple, indices.tolist())) for name, indices in selection.block_indices.items()}
 
 
 def _check_grids(first: BlockSelection | BlockScores, second: BlockSelection | BlockScores) -> None:

@@ -35,6 +35,7 @@ class SMTState:
         whole: full names of the modules, parameters and buffers that the delta stores whole.
         base: checksums of the base (see `fingerprint.py`).
         weight_dtype: dtype of the dense weights, in which merging is exact.
+        made_up: names of the parameters that loading made up.
         was_trainable: names of the parameters that required a gradient before rewriting.
         statistics: name of a persistent buffer -> its value before training; forward may change it.
     """
@@ -43,6 +44,7 @@ class SMTState:
     whole: tuple[str, ...]
     base: Fingerprint
     weight_dtype: torch.dtype
+    made_up: frozenset[str] = frozenset()
     was_trainable: frozenset[str] = frozenset()
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
@@ -83,8 +85,9 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     dtype = next(iter(linears.values())).weight.dtype
     whole = find_whole(model, selection.config, linears)
     stored = _stored_whole(model, whole)
-    base = Fingerprint.of(model, dtype, without=[*made_up(model), *stored])
-    return rewrite_as(model, SMTState(selection, whole, base, dtype))
+    new = frozenset(made_up(model))
+    base = Fingerprint.of(model, dtype, without=[*new, *stored])
+    return rewrite_as(model, SMTState(selection, whole, base, dtype, new))
 
 
 def rewrite_as(model: Model, state: SMTState) -> Model:
@@ -200,9 +203,13 @@ def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     They are what is trained whole, and the statistics that forward has changed. Tied ones come once.
     """
-    state = get_state(model)
-    changed = [name for name, buffer in persistent_buffers(model) if not _equal(buffer, state.statistics.get(name))]
-    yield from _stored_whole(model, [*state.whole, *changed]).items()
+    yield from _stored_whole(model, [*get_state(model).whole, *changed_statistics(model)]).items()
+
+
+def changed_statistics(model: nn.Module) -> set[str]:
+    """Return the full names of the persistent buffers that forward has changed since the model was rewritten."""
+    before = get_state(model).statistics
+    return {name for name, buffer in persistent_buffers(model) if not _equal(buffer, before.get(name))}
 
 
 def _stored_whole(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:

@@ -15,16 +15,9 @@ from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.delta.delta import (
-    CONFIG_FILE,
-    DELTA_FILE,
-    MODEL_CONFIG_FILE,
-    NO_WEIGHTS,
-    NO_WEIGHTS_KEY,
-    Delta,
-    load_delta,
-    put_delta,
-)
+from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT
+from smt_trainer.delta.delta import Delta, load_delta, put_delta
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS
 from smt_trainer.delta.model_card import delta_section, without_pipeline
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, write_text
@@ -97,8 +90,8 @@ class SavesDelta(Trainer):
         """Write what a trained model has beside its weights, so that the folder means one thing: a delta."""
         config = getattr(self.model, "config", None)
         if config is not None and hasattr(config, "to_json_string"):
-            values = json.loads(config.to_json_string(use_diff=True)) | {NO_WEIGHTS_KEY: NO_WEIGHTS}
-            write_text(folder / MODEL_CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True))
+            values = json.loads(config.to_json_string(use_diff=True)) | {EXPLICIT: NO_WEIGHTS}
+            write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)

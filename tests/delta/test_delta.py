@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 from architectures import inputs_of
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, save_delta
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
+from smt_trainer.manifest import CHECKSUM, sealed
 from smt_trainer.sparse.convert import is_smt_model
 from smt_trainer.sparse.linear import smt_linears
 
@@ -166,25 +166,60 @@ def test_a_delta_of_other_blocks_is_refused_by_a_rewritten_model(delta):
         load_delta(model, delta[0])
 
 
-def rewrite(folder, tensors=None, manifest=None) -> None:
-    """Replace the tensors or the manifest of a delta."""
-    with safe_open(folder / DELTA_FILE, framework="pt") as file:
-        metadata = file.metadata()
+def rewrite(folder, tensors=None, manifest=None, seal=True) -> None:
+    """Replace the tensors or the manifest of a delta, with or without a checksum that fits."""
     tensors = load_file(folder / DELTA_FILE) if tensors is None else tensors
-    save_file(tensors, folder / DELTA_FILE, metadata=metadata | ({} if manifest is None else {MANIFEST: manifest}))
+    manifest = json.loads((folder / CONFIG_FILE).read_text()) if manifest is None else manifest
+    if seal and isinstance(manifest, dict):
+        manifest.pop(CHECKSUM, None)
+        manifest = sealed(manifest, tensors)
+    text = manifest if isinstance(manifest, str) else json.dumps(manifest)
+    save_file(tensors, folder / DELTA_FILE, metadata={"format": "pt", MANIFEST: text})
 
 
-def edit(folder, change) -> None:
+def edit(folder, change, seal=True) -> None:
     manifest = json.loads((folder / CONFIG_FILE).read_text())
     change(manifest)
-    rewrite(folder, manifest=json.dumps(manifest))
+    rewrite(folder, manifest=manifest, seal=seal)
 
 
-def edit_tensors(folder, change) -> None:
+def edit_tensors(folder, change, seal=True) -> None:
     tensors = load_file(folder / DELTA_FILE)
     name = next(name for name in tensors if name.endswith(".block_indices")).removesuffix(".block_indices")
     change(tensors, name)
-    rewrite(folder, tensors)
+    rewrite(folder, tensors, seal=seal)
+
+
+def edit_both(folder, change) -> None:
+    tensors, manifest = load_file(folder / DELTA_FILE), json.loads((folder / CONFIG_FILE).read_text())
+    change(tensors, manifest)
+    rewrite(folder, tensors, manifest)
+
+
+def whole(name, **fields):
+    """Add a tensor that the manifest names as well, and change the configuration."""
+
+    def change(tensors, manifest):
+        tensors[name] = torch.zeros(64, 64)
+        manifest["whole"] = sorted([*manifest["whole"], name])
+        manifest["selection"]["config"].update(fields)
+
+    return lambda folder: edit_both(folder, change)
+
+
+def set_config(**fields):
+    return lambda folder: edit(folder, lambda manifest: manifest["selection"]["config"].update(fields))
+
+
+def cast(part, dtype):
+    def change(tensors, name):
+        tensors[f"{name}.{part}"] = tensors[f"{name}.{part}"].to(dtype)
+
+    return lambda folder: edit_tensors(folder, change)
+
+
+def set_value(value):
+    return lambda folder: edit_tensors(folder, lambda tensors, name: tensors[f"{name}.blocks"][0, 0, 0].fill_(value))
 
 
 def truncate(folder):
@@ -242,6 +277,43 @@ DAMAGE = {
     "indices flat": (lambda folder: edit_tensors(folder, flatten_indices), "is damaged"),
     "block missing": (lambda folder: edit_tensors(folder, drop_a_block), "is damaged"),
     "blocks of other shape": (lambda folder: edit_tensors(folder, reshape_blocks), "should have shape"),
+    "int blocks": (cast("blocks", torch.int32), "are torch.int32; expected torch.float32"),
+    "half blocks": (cast("blocks", torch.float16), "are torch.float16; expected torch.float32"),
+    "float indices": (cast("block_indices", torch.float32), r"must be int32 of shape \[n, 2\], got torch.float32"),
+    "long indices": (cast("block_indices", torch.int64), "must be int32"),
+    "NaN": (set_value(float("nan")), "are not all finite"),
+    "infinite": (set_value(float("-inf")), "are not all finite"),
+    "another weight": (whole("lm_head.weight"), "holds `lm_head.weight`, which this model does not train"),
+    "explained by nothing": (
+        whole("lm_head.weight", modules_to_save=["norm"]),
+        "holds `lm_head.weight` whole, which its configuration does not train",
+    ),
+    "a target as whole": (
+        lambda folder: whole(f"{next(iter(Delta.load(folder).blocks))}.weight")(folder),
+        "whole, which its configuration does not train",
+    ),
+    "dropped from both": (set_config(train_norm=True), "holds nothing of what train_norm=True trains whole"),
+    "unknown master": (set_config(master_dtype="int8"), "master_dtype must be one of"),
+    "master of no type": (set_config(master_dtype=["float32"]), "master_dtype must be one of"),
+    "a selection within": (set_config(selection="elsewhere.json"), "must have no selection of its own"),
+    "dtype of no float": (
+        lambda folder: edit(folder, lambda values: values.update(weight_dtype="int8")),
+        "must be one",
+    ),
+    "larger than its model": (
+        lambda folder: edit(folder, lambda values: values["selection"].update(num_parameters=100)),
+        "cover .* weights of a model of 100 parameters",
+    ),
+    "parameters as text": (
+        lambda folder: edit(folder, lambda values: values["selection"].update(num_parameters="many")),
+        "is damaged",
+    ),
+    "base of no text": (
+        lambda folder: edit(folder, lambda values: values["selection"].update(base_model=7)),
+        "base_model must be a name or null, got int",
+    ),
+    "unknown key": (lambda folder: edit(folder, lambda values: values.update(extra=1)), "missing or unknown"),
+    "no checksum": (lambda folder: edit(folder, lambda values: values.pop(CHECKSUM), seal=False), "has no checksum"),
     "stranger": (lambda folder: edit_tensors(folder, add_a_tensor), "expected the whole tensors"),
 }
 
@@ -252,6 +324,76 @@ def test_a_damaged_delta_is_refused_and_the_model_left_as_it_was(damage, message
     with pytest.raises(SMTError, match=message):
         load_delta(llama, delta[0])
     assert not is_smt_model(llama) and all(parameter.requires_grad for parameter in llama.parameters())
+
+
+def swap_blocks(tensors, name):
+    several = next(key for key, found in tensors.items() if key.endswith(".blocks") and len(found) > 1)
+    tensors[several] = tensors[several].flip(0).contiguous()
+
+
+def flip_a_bit(tensors, name):
+    tensors[f"{name}.blocks"].view(torch.uint8)[0, 3, 5] ^= 1
+
+
+def zero_blocks(tensors, name):
+    tensors[f"{name}.blocks"].zero_()
+
+
+@pytest.mark.parametrize("change", [swap_blocks, flip_a_bit, zero_blocks, set_index(0)])
+def test_values_that_are_not_those_saved_are_refused(change, delta):
+    edit_tensors(delta[0], change, seal=False)
+    with pytest.raises(SMTError, match="does not have the checksum that was saved with it"):
+        Delta.load(delta[0])
+
+
+def test_a_manifest_that_is_not_the_one_saved_is_refused(delta):
+    edit(delta[0], lambda values: values["selection"].update(base_model="someone/else"), seal=False)
+    with pytest.raises(SMTError, match="does not have the checksum that was saved with it"):
+        Delta.load(delta[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_not_saved_and_the_older_delta_stays(value, delta):
+    folder, model = delta
+    before = (folder / DELTA_FILE).read_bytes()
+    with torch.no_grad():
+        next(linear for _, linear in smt_linears(model)).blocks[0, 0, 0] = value
+    with pytest.raises(SMTError, match=r"are not all finite\. If training diverged"):
+        save_delta(model, folder)
+    assert (folder / DELTA_FILE).read_bytes() == before
+
+
+def test_a_model_of_several_dtypes_keeps_its_values(tmp_path):
+    model = tiny.llama()
+    model.model.layers[1].bfloat16()
+    selection = tiny.choose(model)
+    convert_to_smt(model, selection)
+    save_delta(model, tmp_path)
+    stored = Delta.load(tmp_path)
+    for name, linear in smt_linears(model):
+        assert torch.equal(stored.blocks[name], linear.blocks[linear.row_major_order()])
+
+
+def test_the_code_of_a_base_that_the_delta_names_is_not_run(delta, monkeypatch):
+    folder, _ = delta
+    edit(folder, lambda manifest: manifest["selection"].update(base_model="author/model"))
+    with pytest.raises(SMTError, match=r"its author would decide whose code runs. Say base= yourself"):
+        from_delta(folder, trust_remote_code=True)
+
+
+def test_what_a_terminal_would_obey_is_escaped(delta):
+    edit(delta[0], lambda manifest: manifest["selection"].update(base_model="\x1b[2Jbase\u202e"))
+    assert Delta.load(delta[0]).selection.base_model == r"\x1b[2Jbase\u202e"
+    name = "model.\x1b[2J"
+    edit(
+        delta[0],
+        lambda manifest: manifest["selection"]["modules"].update(
+            {name: next(iter(manifest["selection"]["modules"].values()))}
+        ),
+    )
+    with pytest.raises(SMTError) as refusal:
+        Delta.load(delta[0])
+    assert str(refusal.value).isprintable()
 
 
 def test_saving_a_plain_model_is_refused(llama, tmp_path):

@@ -6,7 +6,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, save_delta
+from smt_trainer import (
+    SMTError,
+    convert_to_smt,
+    from_delta,
+    load_delta,
+    merge_and_unload,
+    merge_checkpoint,
+    save_delta,
+)
 from smt_trainer.model.made_up import made_up
 
 
@@ -73,9 +81,12 @@ def test_a_resized_vocabulary_is_refused_or_trained_whole_and_comes_back(tied, t
     names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     convert_to_smt(model, tiny.choose(model, tiny.config(score="random", modules_to_save=names)))
     tiny.step(model, **tiny.batch())
-    save_delta(model, tmp_path / "delta")
+    trainer = tiny.smt_trainer(model, tmp_path / "run", model.smt_state.selection.config)
+    trainer.save_model(str(tmp_path / "delta"))
     expected = tiny.logits(model)
+    merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
     for again in (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
         from_delta(tmp_path / "delta", base=str(tmp_path / "base")),
         load_delta(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "delta"),
     ):

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smt_trainer import BlockScores, SMTConfig, SMTError
+from smt_trainer.manifest import CHECKSUM, sealed
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_scores import MANIFEST, resolve_selection
@@ -145,12 +146,15 @@ def manifest(scores, tmp_path):
     path = tmp_path / "scores.safetensors"
     scores.save(path)
 
-    def rewrite(change_manifest=lambda values: None, change_tensors=lambda tensors: None):
+    def rewrite(change_manifest=lambda values: None, change_tensors=lambda tensors: None, seal=True):
         with safe_open(path, "pt") as file:
             values = json.loads(file.metadata()[MANIFEST])
         tensors = load_file(path)
         change_manifest(values)
         change_tensors(tensors)
+        if seal:
+            del values[CHECKSUM]
+            values = sealed(values, tensors)
         save_file(tensors, path, {MANIFEST: json.dumps(values)})
         return path
 
@@ -164,7 +168,7 @@ NAME = "model.layers.0.self_attn.q_proj"
     ("changes", "message"),
     [
         ({"change_manifest": lambda values: values.update(format="9")}, "has format 9, this version"),
-        ({"change_manifest": lambda values: values.pop("modules")}, "is damaged .KeyError: 'modules'"),
+        ({"change_manifest": lambda values: values.pop("modules")}, "missing or unknown .'modules'"),
         ({"change_tensors": lambda tensors: tensors.pop(NAME)}, f"damaged: `{NAME}` has a grid or scores, not both"),
         (
             {"change_tensors": lambda tensors: tensors.update({NAME: torch.ones(3, 4)})},

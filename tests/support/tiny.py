@@ -235,6 +235,11 @@ def saved_files(folder) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
     return read
 
 
+def all_files(folder: Path) -> dict[str, bytes]:
+    """Return the content of all files below a folder, by their path in it."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def saved_tensors(folder) -> dict[str, torch.Tensor]:
     """Return all tensors of a folder, by name."""
     return {key: tensor for _, shard in saved_files(folder).values() for key, tensor in shard.items()}

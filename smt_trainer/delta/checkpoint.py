@@ -1,0 +1,185 @@
+"""A checkpoint on disk: which files hold its weights, and where in them each tensor lies. Imports no torch.
+
+A safetensors file is the length of its header (8 bytes, little endian), the header (JSON), and the tensors' bytes. The
+header gives each tensor's dtype, shape and `data_offsets`, which count from the header's end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smt_trainer.errors import SMTError
+from smt_trainer.files import DAMAGE, load_json, parse_json
+from smt_trainer.settings import is_int
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CONFIG = "config.json"
+# The key of config.json that names the file of the weights.
+EXPLICIT = "transformers_weights"
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+LONGEST_HEADER = 100_000_000  # that of safetensors
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies.
+
+    Attributes:
+        file: name of the file in the checkpoint's folder.
+        dtype: as safetensors calls it, such as "BF16".
+        shape: of the tensor.
+        start: its first byte in the file.
+        size: its bytes.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a folder, as transformers finds them.
+
+    Attributes:
+        folder: where it lies.
+        index: name of the file that lists the shards; None for a checkpoint in one file.
+        places: tensor name -> where it lies.
+        config: content of its config.json; None without one.
+    """
+
+    folder: Path
+    index: str | None
+    places: dict[str, Place]
+    config: dict[str, Any] | None
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold the weights."""
+        return sorted({place.file for place in self.places.values()})
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read a folder's configuration, index and headers.
+
+        Raises:
+            SMTError: one of them is damaged, a shard is missing or not a plain file name, a tensor is stored twice, or
+                the folder holds no weights in safetensors format.
+        """
+        config = load_json(folder / CONFIG, "configuration of the base") if (folder / CONFIG).is_file() else None
+        if config is not None and not isinstance(config, dict):
+            raise SMTError(
+                f"{folder / CONFIG} should hold an object, got a {type(config).__name__}. Download it again."
+            )
+        name = _weights_file(folder, config or {})
+        if not name.endswith(".json"):
+            return cls(folder, None, read_header(folder / name), config)
+        shard_of = _read_index(folder / name)
+        places: dict[str, Place] = {}
+        for shard in sorted(set(shard_of.values())):
+            found = read_header(folder / shard)
+            if both := sorted(found.keys() & places.keys()):
+                raise SMTError(f"{folder} stores `{both[0]}` twice, in {places[both[0]].file} and {shard}. Repair it.")
+            places |= found
+        if missing := [key for key in shard_of if key not in places or places[key].file != shard_of[key]]:
+            raise SMTError(
+                f"{folder / name} places `{missing[0]}` in {shard_of[missing[0]]}, which lacks it. Repair it."
+            )
+        return cls(folder, name, places, config)
+
+
+def find_checkpoint(base: str | Path, revision: str | None) -> Path:
+    """Return the folder of a base: itself, or its download from the hub. Raise `SMTError` if there is none."""
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(base), revision=revision, allow_patterns=HUB_PATTERNS))
+    except Exception as error:
+        raise SMTError(
+            f"{base} is not a folder and could not be fetched from the hub ({error}). Give the folder of the base "
+            "checkpoint, or connect and give its hub name."
+        ) from error
+
+
+def read_header(path: Path) -> dict[str, Place]:
+    """Return tensor name -> place of a safetensors file.
+
+    Raises:
+        SMTError: the file is missing or damaged, or its tensors do not fill it one after the other.
+    """
+    if not path.is_file():
+        raise SMTError(f"no base at {path.parent}: {path.name} is missing. Check the path.")
+    try:
+        with open(path, "rb") as file:
+            length, total = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            if length > min(LONGEST_HEADER, total - 8):
+                raise ValueError("its header is longer than the file")
+            header = parse_json(file.read(length))
+        header.pop("__metadata__", None)
+        places = {name: _place(path.name, entry, 8 + length) for name, entry in header.items()}
+        end = 8 + length
+        for place in sorted(places.values(), key=lambda place: (place.start, place.size)):
+            if place.start != end:
+                raise ValueError("its tensors overlap or leave gaps")
+            end += place.size
+        if end != total:
+            raise ValueError(f"it has {total:,} bytes, its header describes {end:,}")
+    except DAMAGE as error:
+        raise SMTError(f"{path} is damaged or truncated ({error}); save or download the base again.") from error
+    return places
+
+
+def _place(file: str, entry: dict[str, Any], offset: int) -> Place:
+    (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if not all(is_int(number) and number >= 0 for number in [start, end - start, *shape]) or not isinstance(dtype, str):
+        raise ValueError("a tensor has no proper place")
+    return Place(file, dtype, tuple(shape), offset + start, end - start)
+
+
+def _weights_file(folder: Path, config: dict[str, Any]) -> str:
+    """Return the name of the file that transformers reads first: a file with all weights before an index of shards."""
+    explicit = config.get(EXPLICIT)
+    if explicit is not None:
+        _check_plain(explicit, folder / CONFIG)
+        return explicit
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (folder / name).is_file():
+            return name
+    raise SMTError(
+        f"{folder} should hold {SINGLE_FILE} or {INDEX_FILE}, but has neither. Convert the base to safetensors first "
+        "(from_pretrained, then save_pretrained)."
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Return tensor name -> file name."""
+    index = load_json(path, "index of the base")
+    shard_of = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise SMTError(f"{path} should have a `weight_map` from tensors to files, and has none. Download it again.")
+    for name in set(map(str, shard_of.values())):
+        _check_plain(name, path)
+    return {str(key): str(name) for key, name in shard_of.items()}
+
+
+def _check_plain(name: Any, where: Path) -> None:
+    """Raise `SMTError` unless a name from a file is plain, so that nothing outside its folder is read or written."""
+    plain = isinstance(name, str) and name == Path(name).name and not name.startswith(".") and "\\" not in name
+    if not plain or not name.isprintable() or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise SMTError(
+            f"{where} names {str(name)[:200]!r} as a file of weights. Expected the plain name of a .safetensors file "
+            "in the same folder. Do not use this base unless you know why."
+        )
+
+
+def numel(place: Place) -> int:
+    """Return the number of a tensor's values."""
+    return math.prod(place.shape)

@@ -1,0 +1,122 @@
+"""Which files beside the weights a merged checkpoint gets, from the base and from the delta's folder. Imports no torch.
+
+the base's        all files and folders but weights, hidden ones, and what a trainer or this library leaves
+the delta's       tokenizer, chat templates, processor and generation settings of training, in place of the base's
+config.json       the delta's, with what describes the weights and the code taken from the base's
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
+from typing import Any
+
+from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT, Checkpoint
+from smt_trainer.errors import SMTError
+from smt_trainer.files import load_json
+
+VOCABULARY = "vocab_size"
+# The key that says which Python files `trust_remote_code=True` runs.
+CODE = "auto_map"
+DELTA_FILE = "smt_delta.safetensors"
+CONFIG_FILE = "smt_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+# Stands under `EXPLICIT` in a delta's config.json, where transformers reads the name of the file of weights. Whoever
+# calls `from_pretrained` on the folder sees it, even if a whole model from before lies there.
+NO_WEIGHTS = "this folder holds a delta, load it with smt_trainer.from_delta(folder)"
+
+WEIGHTS = "*.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.gguf *.onnx *.onnx_data *.index.json".split()
+LEFT_BY_RUNS = "smt_* training_args.bin trainer_state.json optimizer* scheduler* rng_state*".split()
+TEMPLATES = "chat_template* additional_chat_templates/*.jinja".split()
+TOKENIZER_STATE = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *TEMPLATES,
+]
+OF_TRAINING = [
+    *TOKENIZER_STATE,
+    *"vocab.* vocab-* merges.txt *.model *.bpe *.codes *processor_config.json generation_config.json".split(),
+]
+# What config.json says of the stored weights and of the code that reads them.
+OF_WEIGHTS = [
+    *(EXPLICIT, CODE, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
+    *("tie_word_embeddings", VOCABULARY, "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+]
+
+
+def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resized: bool = False) -> None:
+    """Copy everything but the weights of a base into `stage`, with the files of training in place of the base's.
+
+    Args:
+        checkpoint: the base.
+        delta_folder: with the files of training.
+        stage: where to.
+        resized: whether the delta has another vocabulary than the base.
+
+    Raises:
+        SMTError: the config.json of the delta's folder is damaged.
+    """
+    sources = {name: checkpoint.folder / name for name in _walk(checkpoint.folder, delta_folder)}
+    trained = {name: delta_folder / name for name in _walk(delta_folder) if _fits(name, OF_TRAINING)}
+    if PurePath("tokenizer_config.json") in trained:
+        # A tokenizer is saved whole. Files of the base beside it could override it.
+        sources = {name: path for name, path in sources.items() if not _fits(name, TOKENIZER_STATE)}
+    if checkpoint.index is not None:
+        sources[PurePath(checkpoint.index)] = checkpoint.folder / checkpoint.index
+    for name, path in (sources | trained).items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, stage / name)
+        if name in trained and name.suffix == ".json":
+            _keep_code_of_base(stage / name, checkpoint.folder / name)
+    if (delta_folder / CONFIG).is_file():
+        found = load_json(delta_folder / CONFIG, "configuration of the delta's model")
+        if not isinstance(found, dict):
+            raise SMTError(f"{delta_folder / CONFIG} should hold an object. Save the delta again, or remove that file.")
+        found.pop(EXPLICIT, None)
+        merged = found if checkpoint.config is None else merge_configs(checkpoint.config, found, resized)
+        (stage / CONFIG).write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) -> dict[str, Any]:
+    """Return the configuration of training with what describes the weights as the base has it, in its parts as well."""
+    of_weights = [key for key in OF_WEIGHTS if not (resized and key == VOCABULARY)]
+    merged = {key: value for key, value in trained.items() if key not in of_weights}
+    merged |= {key: base[key] for key in of_weights if key in base}
+    parts = [key for key, value in merged.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
+    return merged | {key: merge_configs(base[key], merged[key], resized) for key in parts if key not in of_weights}
+
+
+def _keep_code_of_base(path: Path, of_base: Path) -> None:
+    """Let a file of training name the code that the base's file names, or none: the delta's author decides on none."""
+    values = load_json(path, "file of training")
+    if isinstance(values, dict) and CODE in values:
+        known = load_json(of_base, "file of the base") if of_base.is_file() else {}
+        del values[CODE]
+        values |= {CODE: known[CODE]} if isinstance(known, dict) and CODE in known else {}
+        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _walk(folder: Path, without: Path | None = None) -> Iterator[PurePath]:
+    """Yield the files below a folder that belong into a merged checkpoint; follow links, but each folder once."""
+    seen = set() if without is None else {os.path.realpath(without)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not fnmatch(name, "checkpoint-*"))
+        for name in sorted(files):
+            path = Path(parent, name)
+            if path.is_file() and not name.startswith(".") and not _fits(PurePath(name), [*WEIGHTS, *LEFT_BY_RUNS]):
+                yield PurePath(path.relative_to(folder))
+
+
+def _fits(name: PurePath, patterns: list[str]) -> bool:
+    return any(fnmatch(name.as_posix(), pattern) for pattern in patterns)
