@@ -182,7 +182,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         destinations = _whole_destinations(model, delta)
     else:
         linears = find_linears(model, delta.selection)
-        whole = find_whole(model, delta.selection.config, linears)
+        whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
         destinations = _whole_destinations(model, delta)
         if has_weights:
             check_base(delta, base_name(model), fingerprint(model, delta.selection, delta.weight_dtype))

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from smt_trainer.errors import SMTError
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
-from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
+from smt_trainer.model.targets import (
+    has_linear_forward,
+    has_plain_weight,
+    is_linear,
+    is_transposed,
+    refuse_adapters,
+)
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.fingerprint import fingerprint
@@ -144,6 +150,8 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
         found = "no such module"
     elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
         found = f"a {type(linear).__name__}"
+    elif not has_linear_forward(linear):
+        found = f"a {type(linear).__name__}, which has a forward of its own"
     elif full_shape(linear.weight) != grid.stored_shape or not has_plain_weight(linear):
         weight = linear.weight
         found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
