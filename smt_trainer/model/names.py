@@ -58,3 +58,8 @@ def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
         label = ".".join([*(part for part in path[:-1] if part not in shared), *path[-1:]])
         labelled.setdefault(label, []).extend(modules)
     return labelled
+
+
+def count_projections(names: Iterable[str]) -> str:
+    """Modules by projection, for a message: `q_proj (2), v_proj (2)`."""
+    return ", ".join(f"{label} ({len(modules)})" for label, modules in by_projection(names).items())

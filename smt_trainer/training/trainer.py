@@ -31,6 +31,7 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.targets import count_parameters, frozen_names
+from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve_selection
 from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
@@ -38,6 +39,7 @@ from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, 
 from smt_trainer.training.callback import SMTCallback, WriteBack
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
+from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.refusals import (
     refuse_bound_optimizer,
     refuse_misplaced,
@@ -101,6 +103,8 @@ class SMTTrainerMixin(SavesDelta):
         elif self.model_init is None and self._given_selection is None:
             self._find_candidates()
         self.add_callback(WriteBack())
+        self._gradients = ExpectGradients()
+        self.add_callback(self._gradients)
         if not self.smt_callbacks:
             self.add_callback(SMTCallback())
         for callback in self.smt_callbacks:
@@ -158,11 +162,15 @@ class SMTTrainerMixin(SavesDelta):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
         else:
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
+            self._expect_gradients()
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
         logger.info("%s", self._trainable_line())
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
+        try:
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
+        finally:
+            self._gradients.detach()
 
     def _choose_blocks(self, folder: Path) -> BlockSelection:
         """Return the configured selection, or the one that a warm-up leads to: the same on all ranks.
@@ -188,6 +196,13 @@ class SMTTrainerMixin(SavesDelta):
         for callback in self.smt_callbacks:
             callback.on_selection(self.args, selection)
         return selection
+
+    def _expect_gradients(self) -> None:
+        """Watch the first step, unless a warm-up saw the gradients or DeepSpeed takes them away."""
+        scorer = SCORERS[self.smt_config.score]
+        ran_warmup = self._given_selection is None and not self._was_interrupted and scorer.needs_warmup
+        if not (ran_warmup and scorer.needs_backward) and not self.is_deepspeed_enabled:
+            self._gradients.arm(calls_are_known=ran_warmup)
 
     def _find_candidates(self) -> Candidates:
         """Return the candidates of the model, which are looked for, and warned about, once."""

@@ -19,7 +19,8 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.targets import named_linears
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.scores.collect import LossScale, average_over_ranks, frozen
+from smt_trainer.scores.collect import LossScale, frozen, reached_scores
+from smt_trainer.scores.reach import Reach
 from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
 from smt_trainer.training.preserved import counters_preserved, rng_preserved
@@ -44,16 +45,20 @@ class Warmup:
         self.scale = LossScale() if scales_loss else None
 
     def run(self) -> dict[str, Tensor]:
-        """Return the scores of all blocks, the same on every rank; run no batch if the score needs none.
+        """Return the scores of all blocks of the targets that it reached, the same on every rank.
+
+        Run no batch if the score needs none.
 
         Raises:
-            SMTError: the training data gives no batch, or a gradient overflowed in every step.
+            SMTError: the training data gives no batch, no target was reached, or a gradient overflowed in every step.
         """
         if not self.kind.needs_warmup:
             return self.scorer(self.trainer.model).scores()
         with warmup_model(self.trainer.model, self.accelerator) as model:
             scorer = self.scorer(model)
-            with self.as_in_training(), frozen(model), scorer.attached(hold=self.scale is not None):
+            reach = Reach(scorer.targets, self.kind.needs_backward)
+            attached = scorer.attached(hold=self.scale is not None)
+            with self.as_in_training(), frozen(model), attached, reach.watching():
                 for step, (micro_batches, num_items) in enumerate(self.batches()):
                     loss = self.step(model, scorer, micro_batches, num_items)
                     if self.scale is not None:
@@ -61,8 +66,7 @@ class Warmup:
                     self.tell("on_warmup_step", step, loss)
             if self.scale is not None:
                 self.scale.report()
-            average_over_ranks(scorer.statistics())
-            return scorer.scores()
+            return reached_scores(scorer, reach)
 
     def scorer(self, model: nn.Module) -> Scorer:
         """The configured scorer of the targets in a model, wrapped or not."""
