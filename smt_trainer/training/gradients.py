@@ -3,13 +3,12 @@
 A gradient warm-up proves it beforehand. Without one (a score of the weights, a given selection), linears with blocks
 may be out of reach, as `scores/reach.py` describes. The first optimizer step is refused if
 
-- no chosen linear got a gradient, or
-- a linear was called and got none: nothing uses its output, or
+- a linear was called and its blocks got no gradient: nothing uses its output, or
 - the module around a linear ran without calling it: that module reads its weight directly.
 
 A linear in a list of modules may just have had no token (an expert), and one whose module did not run no turn (a
-dropped layer, the vision tower in a batch of text). These are waited for. If no gradient ever comes, a warning says so
-at the end.
+dropped layer, the vision tower in a batch of text). In a compiled model no call is seen. These are waited for. If no
+gradient ever comes, a warning says so at the end.
 """
 
 from __future__ import annotations
@@ -92,8 +91,6 @@ class ExpectGradients(TrainerCallback):
         silent = [name for name in self.awaited if name not in self.ran and self.around.get(name) in self.ran]
         if self.calls_are_known:
             silent = []
-        if len(self.awaited) == count:
-            unused = [name for name in self.awaited if name not in silent]
         if not (unused or silent):
             return
         reasons = [f"the model reads {count_projections(silent)} without calling them"] if silent else []
