@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from accelerate import Accelerator
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset
 from transformers import Trainer
 
 from smt_trainer.config import SMTConfig
@@ -20,6 +17,7 @@ from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import get_state, is_smt_model
 from smt_trainer.training.class_column import refuse_missing_column
 from smt_trainer.training.preserved import rng_preserved
+from smt_trainer.training.read_once import refuse_data_read_once
 
 # Optimizers that keep their own map of the model's matrices, or swap weights outside forward.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
@@ -45,7 +43,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_hidden_weights(trainer.accelerator)
     _refuse_copies_by_name(trainer.args)
     if needs_warmup:
-        _refuse_data_read_once(trainer.train_dataset)
+        refuse_data_read_once(trainer.train_dataset)
         with rng_preserved():
             # Reading the first example may draw random numbers.
             refuse_missing_column(trainer.train_dataset, scorer.class_column(config))
@@ -171,11 +169,3 @@ def _refuse_copies_by_name(args) -> None:
     for name, remedy in (("sync_ref_model", "keep the reference as it is"), ("use_vllm", "generate without vLLM")):
         if getattr(args, name, False):
             raise SMTError(f"{name}=True copies parameters into a model that has no blocks; {remedy}.")
-
-
-def _refuse_data_read_once(dataset) -> None:
-    if isinstance(dataset, (IterableDataset, Iterator)) and iter(dataset) is iter(dataset):
-        raise SMTError(
-            "train_dataset can be read only once, but the warm-up and the main loop both read it. Make its "
-            "__iter__ start from the beginning each time, or pass an existing selection in SMTConfig(selection=...)."
-        )

@@ -71,8 +71,9 @@ class SMTTrainerMixin(SavesDelta):
         All other arguments are those of the trainer behind it.
 
     Attributes:
-        is_in_warmup: whether the gradient warm-up runs now; it calls `training_step` and `compute_loss` as training
-            does.
+        is_in_warmup: whether the gradient warm-up runs now. It calls `training_step` and `compute_loss` as training
+            does in its first step: `state` is that of step 0, `lr_scheduler` a schedule of nothing, and `log` is
+            silent.
 
     Raises:
         SMTError: `optimizers=` was given, the optimizer cannot work on blocks, the training data can be read only
@@ -89,6 +90,7 @@ class SMTTrainerMixin(SavesDelta):
         self.is_in_warmup = False
         self._saves_checkpoint = False
         self._was_interrupted = False
+        self._report: dict[str, float] = {}
         self._found: tuple[weakref.ref, tuple, Candidates] | None = None
         if args:
             args = (uncompiled(args[0]), *args[1:])
@@ -177,7 +179,7 @@ class SMTTrainerMixin(SavesDelta):
 
         Selection and scores of all blocks are kept in the output folder.
         """
-        selection = self._given_selection
+        selection, losses = self._given_selection, []
         if selection is not None and (frozen := frozen_names(self.model, selection.block_indices)):
             logger.warning("The selection has blocks in %d frozen linears, such as `%s`.", len(frozen), frozen[0])
         if selection is None and self._was_interrupted:
@@ -185,7 +187,8 @@ class SMTTrainerMixin(SavesDelta):
             self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
             candidates = self._find_candidates()
-            found = Warmup(self, candidates.grids).run()
+            warmup = Warmup(self, candidates.grids)
+            found, losses = warmup.run(), warmup.losses
             scores = BlockScores.of_candidates(candidates, found, self.smt_config, base_name(self.model))
             if self.args.should_save:
                 # First, so that the warm-up is not lost if the budget turns out not to fit.
@@ -193,6 +196,9 @@ class SMTTrainerMixin(SavesDelta):
             selection = broadcast_object_list([scores.select()])[0]
             if self.args.should_save:
                 selection.save(folder / SELECTION_FILE)
+        self._report = {"smt_blocks": selection.num_blocks, "smt_fraction_of_model": selection.fraction_of_model}
+        if losses:
+            self._report |= {"smt_warmup_steps": len(losses), "smt_warmup_loss": sum(losses) / len(losses)}
         for callback in self.smt_callbacks:
             callback.on_selection(self.args, selection)
         return selection
@@ -229,6 +235,16 @@ class SMTTrainerMixin(SavesDelta):
         reentrant = bool(kwargs) and kwargs.get("use_reentrant") is not False
         if self.args.gradient_checkpointing and not reentrant and hasattr(self.model, "disable_input_require_grads"):
             self.model.disable_input_require_grads()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log as Trainer does, with the results of the warm-up beside the first loss; in the warm-up, do nothing."""
+        if self.is_in_warmup:
+            return
+        # Without a logged loss, the summary at the end comes first.
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self._report)
+            self._report = {}
+        super().log(logs, *args, **kwargs)
 
     def compute_loss_context_manager(self):
         """In the warm-up, add the mixed precision that the model gets only when the main loop prepares it."""
