@@ -226,7 +226,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         _resize_vocabulary(model, delta)
         _refuse_lost(model, delta)
         destinations = _whole_destinations(model, delta)
-        whole = find_whole(model, delta.selection.config, linears)
+        whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
         check_complete(model, delta, whole)
         dtype = next(iter(linears.values())).weight.dtype
         whole = tuple(dict.fromkeys([*whole, *delta.whole]))

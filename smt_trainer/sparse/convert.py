@@ -14,7 +14,13 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.made_up import made_up
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
-from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
+from smt_trainer.model.targets import (
+    has_linear_forward,
+    has_plain_weight,
+    is_linear,
+    is_transposed,
+    refuse_adapters,
+)
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
@@ -135,6 +141,10 @@ def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], maste
         whole: full names of the modules and biases to train whole.
         master_dtype: dtype of the trainable blocks.
     """
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    some_train = any(parameter.requires_grad for parameter in parameters.values())
+    # What loading made up is stored in any case, but trained only if the user has not frozen it.
+    frozen = {name for name in made_up(model) if some_train and not parameters[name].requires_grad}
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
         grid = selection.grids[name]
@@ -142,7 +152,7 @@ def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], maste
         kind.from_linear(model.get_submodule(name), grid, block_indices, master_dtype)
     for name in whole:
         part = get_whole(model, name)
-        if isinstance(part, (nn.Module, nn.Parameter)):
+        if name not in frozen and isinstance(part, (nn.Module, nn.Parameter)):
             part.requires_grad_(True)
     return model
 
@@ -186,6 +196,8 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
         found = "no such module"
     elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
         found = f"a {type(linear).__name__}"
+    elif not has_linear_forward(linear):
+        found = f"a {type(linear).__name__}, which has a forward of its own"
     elif full_shape(linear.weight) != grid.stored_shape or not has_plain_weight(linear):
         weight = linear.weight
         found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
