@@ -16,7 +16,7 @@ from smt_trainer.model.names import matches, plain_name
 if TYPE_CHECKING:
     from smt_trainer.delta.delta import Delta
 
-KEYS = {"format", "fingerprint", "weight_dtype", "whole", "selection"}
+KEYS = {"format", "fingerprint", "architecture", "unnamed", "weight_dtype", "whole", "selection"}
 WEIGHT_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -28,17 +28,24 @@ WEIGHT_DTYPES = {
 def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
     """Raise `SMTError` unless the manifest of a delta has the right fields of the right types."""
     check_keys(manifest, KEYS, f"delta in {folder}")
-    whole, dtype = manifest["whole"], manifest["weight_dtype"]
-    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
-        raise SMTError(f"the delta in {folder} is damaged: `whole` must list names. Save or download it again.")
+    dtype, base = manifest["weight_dtype"], manifest["fingerprint"]
+    for key in ("whole", "unnamed"):
+        if not isinstance(manifest[key], list) or not all(isinstance(name, str) for name in manifest[key]):
+            raise SMTError(f"the delta in {folder} is damaged: `{key}` must list names. Save or download it again.")
     if not isinstance(dtype, str) or dtype not in WEIGHT_DTYPES:
         raise SMTError(
             f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {dtype!r}. "
             "Save or download it again."
         )
-    found = manifest["fingerprint"]
-    if not isinstance(found, str) or printable(found) != found:
-        raise SMTError(f"the delta in {folder} is damaged: its fingerprint must be text. Save or download it again.")
+    well_formed = isinstance(base, dict) and set(base) == {"dtype", "checksums"} and base["dtype"] in WEIGHT_DTYPES
+    sums = base["checksums"] if well_formed else None
+    texts = [manifest["architecture"], *manifest["whole"], *manifest["unnamed"]]
+    texts += [*sums, *sums.values()] if isinstance(sums, dict) else [None]
+    if not all(isinstance(text, str) and printable(text) == text for text in texts):
+        raise SMTError(
+            f"the delta in {folder} is damaged: it should name an architecture, and have a checksum of each tensor of "
+            "its base. Save or download it again."
+        )
 
 
 def take_indices(tensors: dict[str, Tensor], module: str) -> Tensor:
@@ -86,7 +93,8 @@ def check_whole(delta: Delta) -> None:
     Without `modules_to_save`, what is new in the model is trained whole; only the model can tell what that is.
     """
     config, targets = delta.selection.config, delta.selection.block_indices
-    modules, explained = config.modules_to_save, dict.fromkeys(("modules_to_save", "train_norm", "train_bias"), 0)
+    modules = config.modules_to_save
+    explained = dict.fromkeys(("modules_to_save", "train_norm", "train_bias", "unnamed"), 0)
     for name, tensor in delta.whole.items():
         module, _, leaf = name.rpartition(".")
         path = module.split(".")
@@ -95,6 +103,7 @@ def check_whole(delta: Delta) -> None:
             "modules_to_save": bool(modules) and any(matches(parent, modules) for parent in parents),
             "train_norm": config.train_norm and tensor.ndim < 2,
             "train_bias": config.train_bias and leaf == "bias" and module in targets,
+            "unnamed": name in delta.unnamed,
         }
         for reason, holds in reasons.items():
             explained[reason] += holds
@@ -103,7 +112,7 @@ def check_whole(delta: Delta) -> None:
                 f"the delta holds `{name}` whole, which its configuration does not train (modules_to_save={modules!r}, "
                 f"train_norm={config.train_norm}, train_bias={config.train_bias}). It is damaged; save it again."
             )
-    missing = [reason for reason, count in explained.items() if getattr(config, reason) and not count]
+    missing = [reason for reason, count in explained.items() if getattr(config, reason, False) and not count]
     if missing:
         raise SMTError(
             f"the delta holds nothing of what {missing[0]}={getattr(config, missing[0])!r} trains whole. It is "
@@ -125,6 +134,7 @@ def check_complete(model: nn.Module, delta: Delta, names: Iterable[str]) -> None
     found = {id(tensors[name]): name for name in delta.whole if name in tensors}
     missing = [name for key, name in wanted.items() if key not in found]
     strange = [name for key, name in found.items() if key not in wanted and isinstance(tensors[name], nn.Parameter)]
+    strange = [name for name in strange if name not in delta.unnamed]
     if missing or strange:
         raise SMTError(
             f"the delta {'lacks' if missing else 'holds'} `{(missing or strange)[0]}`, which this model "

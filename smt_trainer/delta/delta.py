@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.delta.checks import (
     WEIGHT_DTYPES,
     check_complete,
@@ -33,10 +34,11 @@ from smt_trainer.delta.checks import (
     take_indices,
     widened,
 )
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, GENERATION_CONFIG_FILE
 from smt_trainer.errors import SMTError
-from smt_trainer.files import write_atomically, write_text
+from smt_trainer.files import load_json, write_atomically, write_text
 from smt_trainer.manifest import load_tensors, refusing_damage, sealed
+from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import assign, full_shape, full_tensor
 from smt_trainer.model.whole import find_whole
@@ -44,6 +46,7 @@ from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.sparse.convert import (
     Model,
     SMTState,
+    changed_statistics,
     find_linears,
     get_state,
     is_smt_model,
@@ -51,12 +54,15 @@ from smt_trainer.sparse.convert import (
     rewrite_as,
     whole_parameters,
 )
-from smt_trainer.sparse.fingerprint import fingerprint
+from smt_trainer.sparse.fingerprint import Fingerprint, saved_tensors
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
 
+# What of a configuration training decides.
+LABELS = ("id2label", "label2id", "problem_type")
+SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 FORMAT = "1"
 MANIFEST = "smt"
 
@@ -68,16 +74,20 @@ class Delta:
     Attributes:
         selection: the blocks, their model and how they were chosen.
         blocks: module name -> trained values [n, br, bc], in the order of `selection.block_indices`.
-        whole: parameter name -> tensor, for what is trained whole.
-        fingerprint: checksum of the base values of the blocks (see `sparse/fingerprint.py`).
+        whole: name of a parameter or buffer -> tensor, for what is trained or was made up whole.
+        base: checksums of the base (see `sparse/fingerprint.py`).
+        architecture: class of the trained model, such as "LlamaForCausalLM".
+        unnamed: whole tensors that the configuration does not name: loading made them up, or forward changes them.
         weight_dtype: dtype of the base weights in training; merging into this dtype is exact.
     """
 
     selection: BlockSelection
     blocks: dict[str, Tensor]
     whole: dict[str, Tensor]
-    fingerprint: str
+    base: Fingerprint
     weight_dtype: torch.dtype
+    architecture: str = ""
+    unnamed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for name, indices in self.selection.block_indices.items():
@@ -106,7 +116,10 @@ class Delta:
             dtype = linear.blocks.dtype if master else linear.weight.dtype
             blocks[name] = full_tensor(linear.blocks).to("cpu", dtype)[linear.row_major_order()]
         whole = {name: full_tensor(tensor).cpu().contiguous() for name, tensor in whole_parameters(model)}
-        return cls(state.selection, blocks, whole, state.fingerprint, state.weight_dtype)
+        # FSDP2 puts a class of its own, with a prefix, on top.
+        architecture = next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+        unnamed = sorted((state.made_up | changed_statistics(model)) & whole.keys())
+        return cls(state.selection, blocks, whole, state.base, state.weight_dtype, architecture, unnamed)
 
     def save(self, folder: str | Path) -> None:
         """Write the delta to a folder; make the folder if needed, and replace an older delta in one step.
@@ -120,7 +133,9 @@ class Delta:
             del module["block_indices"]
         manifest = {
             "format": FORMAT,
-            "fingerprint": self.fingerprint,
+            "fingerprint": {"dtype": self.base.dtype, "checksums": self.base.checksums},
+            "architecture": self.architecture,
+            "unnamed": self.unnamed,
             "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
             "whole": sorted(self.whole),
             "selection": selection,
@@ -156,7 +171,9 @@ class Delta:
                     f"the delta in {folder} is damaged: expected the whole tensors {manifest['whole']}, got "
                     f"{sorted(tensors)}. Save or download it again."
                 )
-            delta = cls(selection, blocks, tensors, manifest["fingerprint"], WEIGHT_DTYPES[manifest["weight_dtype"]])
+            base = Fingerprint(manifest["fingerprint"]["dtype"], manifest["fingerprint"]["checksums"])
+            dtype = WEIGHT_DTYPES[manifest["weight_dtype"]]
+            delta = cls(selection, blocks, tensors, base, dtype, manifest["architecture"], manifest["unnamed"])
             check_dtypes(delta)
             check_finite(delta)
             check_whole(delta)
@@ -192,25 +209,28 @@ def load_delta(model: Model, folder: str | Path, *, merge: bool = False) -> Mode
 
 
 def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> None:
-    """Put a delta from memory into a model, like `load_delta` without merging.
+    """Put a delta that is already in memory into a model, as `load_delta` without merging.
 
     Args:
-        model: plain, or already training the same blocks.
-        delta: the delta to put into it.
-        has_weights: False on a rank that gets the base weights from another rank later; skips their check.
+        model: plain, or training the same blocks. A plain one gets the vocabulary of the delta.
+        delta: what to put into it.
+        has_weights: False on a rank that will get the base weights from another one; they are not checked then.
     """
     if is_smt_model(model):
         _check_same_blocks(model, delta)
         destinations = _whole_destinations(model, delta)
     else:
         linears = find_linears(model, delta.selection)
-        whole = find_whole(model, delta.selection.config, linears)
-        destinations = _whole_destinations(model, delta)
-        check_complete(model, delta, whole)
         if has_weights:
-            check_base(delta, base_name(model), fingerprint(model, delta.selection, delta.weight_dtype))
+            check_base(delta, base_name(model), _differences(model, delta))
+        _resize_vocabulary(model, delta)
+        _refuse_lost(model, delta)
+        destinations = _whole_destinations(model, delta)
+        whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
+        check_complete(model, delta, whole)
         dtype = next(iter(linears.values())).weight.dtype
-        rewrite_as(model, SMTState(delta.selection, whole, delta.fingerprint, dtype))
+        whole = tuple(dict.fromkeys([*whole, *delta.whole]))
+        rewrite_as(model, SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed)))
     for name, linear in smt_linears(model):
         assign(linear.blocks, delta.blocks[name][linear.row_major_order().argsort()])
     for name, tensor in delta.whole.items():
@@ -219,11 +239,11 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
 
 
 def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None = None, merge: bool = True, **kwargs):
-    """Load a delta's base model and put the delta into it.
+    """Load a delta's base model and put the delta into it: weights, labels, special tokens and generation config.
 
     Args:
         folder: a delta folder.
-        auto_class: the class to load the base with; `transformers.AutoModelForCausalLM` by default.
+        auto_class: the class to load the base with; by default the class that was trained.
         base: hub name or path of the base; by default the name that the delta records.
         merge: return a plain model.
         kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training.
@@ -232,8 +252,6 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
         SMTError: as in `load_delta`; or `base` is not given, and the delta records none or `trust_remote_code` would
             run the code of the one that it names.
     """
-    if auto_class is None:
-        from transformers import AutoModelForCausalLM as auto_class
     delta = Delta.load(folder)
     if base is None:
         base, _, revision = (delta.selection.base_model or "").partition("@")
@@ -246,33 +264,91 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
             )
     if not base:
         raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
-    model = auto_class.from_pretrained(base, **{"dtype": delta.weight_dtype} | kwargs)
+    trained = load_config(folder)
+    labels = {key: trained[key] for key in LABELS if key in trained}
+    with refusing_damage(f"configuration beside the delta in {folder}"):
+        if "id2label" in labels:
+            labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
+    model = (auto_class or _trained_class(delta)).from_pretrained(
+        base, **{"dtype": delta.weight_dtype} | labels | kwargs
+    )
     put_delta(model, delta)
+    for key in SPECIAL_TOKENS & trained.keys():
+        setattr(model.config, key, trained[key])
+    if Path(folder, GENERATION_CONFIG_FILE).is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return merge_and_unload(model) if merge else model
 
 
-def check_base(delta: Delta, name: str | None, found: str) -> None:
-    """Refuse a base whose blocks differ from those before training; warn if only the name differs.
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """Return the configuration of the trained model that lies beside a delta; an empty one if there is none."""
+    path = Path(folder, CONFIG)
+    config = load_json(path, "model configuration") if path.is_file() else {}
+    return {key: value for key, value in config.items() if key != EXPLICIT} if isinstance(config, dict) else {}
+
+
+def _trained_class(delta: Delta) -> Any:
+    import transformers
+
+    # The name comes from a file; only a model's class is meant.
+    found = getattr(transformers, delta.architecture, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModelForCausalLM
+
+
+def check_base(delta: Delta, name: str | None, differences: list[str]) -> None:
+    """Refuse a base that differs from the base of training; warn if only its name differs.
+
+    Args:
+        delta: what to put into the base.
+        name: of the base, if known.
+        differences: names of the tensors of the base that have other values than in training.
 
     Raises:
-        SMTError: the fingerprints differ.
+        SMTError: there are differences.
     """
     expected = delta.selection.base_model
-    if found != delta.fingerprint:
+    if differences:
         raise SMTError(
-            f"the delta was trained on {expected or 'another base model'}, and the weights of "
-            f"{name or 'this model'} differ from it where the blocks lie (fingerprint {found[:12]}, expected "
-            f"{delta.fingerprint[:12]}). Load the base that the delta was trained on, in {delta.weight_dtype} or finer."
+            f"the delta was trained on {expected or 'another base model'}. {name or 'This model'} has other values in "
+            f"{len(differences)} of its {len(delta.base.checksums)} tensors, such as `{differences[0]}`. Load the base "
+            f"of training, in {delta.base.dtype} or finer."
         )
     if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
         logger.warning("The delta names %s as its base. This model is %s; the weights agree.", expected, name)
+
+
+def _differences(model: nn.Module, delta: Delta) -> list[str]:
+    """Return the names of the base's tensors that a plain model has with other values."""
+    tensors = dict(saved_tensors(model))
+    return delta.base.differences(tensors, lambda name: full_tensor(tensors[name]))
+
+
+def _resize_vocabulary(model: nn.Module, delta: Delta) -> None:
+    """Give a model as many token embeddings as the delta has, if the delta stores them."""
+    for name in embeddings(model):
+        tensor, resize = delta.whole.get(name), getattr(model, "resize_token_embeddings", None)
+        if tensor is not None and callable(resize) and len(tensor) != len(model.get_parameter(name)):
+            resize(len(tensor), mean_resizing=False)
+
+
+def _refuse_lost(model: nn.Module, delta: Delta) -> None:
+    """Raise `SMTError` if loading made up parameters of a model that the delta does not hold."""
+    lost = [name for name in made_up(model) if name not in delta.whole]
+    if lost:
+        raise SMTError(
+            f"loading made up `{lost[0]}` of the {type(model).__name__}, and the delta does not hold it. Load the base "
+            f"as {delta.architecture or 'the class of training'}."
+        )
 
 
 def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
     state = get_state(model)
     ours, theirs = state.selection.block_indices, delta.selection.block_indices
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    if not same or state.fingerprint != delta.fingerprint:
+    if not same or state.base != delta.base:
         raise SMTError(
             "the delta holds other blocks than this model trains, or blocks of another base. Load it into the plain "
             "base model instead."

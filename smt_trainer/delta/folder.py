@@ -19,10 +19,15 @@ from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT, Checkpoint
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
 
+VOCABULARY = "vocab_size"
 # The key that says which Python files `trust_remote_code=True` runs.
 CODE = "auto_map"
 DELTA_FILE = "smt_delta.safetensors"
 CONFIG_FILE = "smt_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+# Stands under `EXPLICIT` in a delta's config.json, where transformers reads the name of the file of weights. Whoever
+# calls `from_pretrained` on the folder sees it, even if a whole model from before lies there.
+NO_WEIGHTS = "this folder holds a delta, load it with smt_trainer.from_delta(folder)"
 
 WEIGHTS = "*.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.gguf *.onnx *.onnx_data *.index.json".split()
 LEFT_BY_RUNS = "smt_* training_args.bin trainer_state.json optimizer* scheduler* rng_state*".split()
@@ -41,13 +46,19 @@ OF_TRAINING = [
 # What config.json says of the stored weights and of the code that reads them.
 OF_WEIGHTS = [
     *(EXPLICIT, CODE, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
-    *("tie_word_embeddings", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("tie_word_embeddings", VOCABULARY, "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 ]
 
 
-def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> None:
+def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resized: bool = False) -> None:
     """Copy everything but the weights of a base into `stage`, with the files of training in place of the base's.
+
+    Args:
+        checkpoint: the base.
+        delta_folder: with the files of training.
+        stage: where to.
+        resized: whether the delta has another vocabulary than the base.
 
     Raises:
         SMTError: the config.json of the delta's folder is damaged.
@@ -69,16 +80,17 @@ def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> None
         if not isinstance(found, dict):
             raise SMTError(f"{delta_folder / CONFIG} should hold an object. Save the delta again, or remove that file.")
         found.pop(EXPLICIT, None)
-        merged = found if checkpoint.config is None else merge_configs(checkpoint.config, found)
+        merged = found if checkpoint.config is None else merge_configs(checkpoint.config, found, resized)
         (stage / CONFIG).write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def merge_configs(base: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) -> dict[str, Any]:
     """Return the configuration of training with what describes the weights as the base has it, in its parts as well."""
-    merged = {key: value for key, value in trained.items() if key not in OF_WEIGHTS}
-    merged |= {key: base[key] for key in OF_WEIGHTS if key in base}
+    of_weights = [key for key in OF_WEIGHTS if not (resized and key == VOCABULARY)]
+    merged = {key: value for key, value in trained.items() if key not in of_weights}
+    merged |= {key: base[key] for key in of_weights if key in base}
     parts = [key for key, value in merged.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
-    return merged | {key: merge_configs(base[key], merged[key]) for key in parts if key not in OF_WEIGHTS}
+    return merged | {key: merge_configs(base[key], merged[key], resized) for key in parts if key not in of_weights}
 
 
 def _keep_code_of_base(path: Path, of_base: Path) -> None:

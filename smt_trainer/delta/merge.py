@@ -62,7 +62,7 @@ def merge_checkpoint(
         for name, copy in tqdm(copies.items(), desc="Merging", unit="shard"):
             copy.result()
             patch.write(stage / name)
-        copy_others(checkpoint, delta_folder, stage)
+        copy_others(checkpoint, delta_folder, stage, resized=patch.is_resized)
     return output
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from smt_trainer.selection.block_selection import BlockSelection
 
 SECTION = """
@@ -18,9 +20,14 @@ This repository holds a delta, not a model: the trained values of {num_blocks:,}
 from huggingface_hub import snapshot_download
 from smt_trainer import from_delta
 
-model = from_delta(snapshot_download("{repository}"))  # loads the base and puts the trained values into it
+model = from_delta(snapshot_download("{repository}"))  # the class that was trained, with its base
 ```
 """
+
+
+def without_pipeline(card: str) -> str:
+    """Return a model card without the section that loads the repository as a whole model."""
+    return re.sub(r"## Quick start\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL)
 
 
 def delta_section(selection: BlockSelection, repository: str) -> str:

@@ -5,7 +5,6 @@ Files are mapped into memory, so only the pages with trained values are read and
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import mmap
 from dataclasses import dataclass
@@ -13,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from smt_trainer.delta.checkpoint import Checkpoint, Place, numel
 from smt_trainer.delta.checks import WEIGHT_DTYPES
-from smt_trainer.delta.delta import Delta, check_base
+from smt_trainer.delta.delta import Delta, check_base, load_config
 from smt_trainer.errors import SMTError
+from smt_trainer.files import open_tensors, write_atomically
 from smt_trainer.model.names import layer_index
-from smt_trainer.sparse.fingerprint import update_fingerprint
+from smt_trainer.settings import is_int
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +39,16 @@ class Patch:
     Attributes:
         delta: the trained values.
         modules: tensor name in the checkpoint -> module whose blocks it holds.
-        whole: tensor name in the checkpoint -> the tensor that replaces it.
+        whole: tensor name in the checkpoint -> the tensor that replaces it, with other rows if the vocabulary changed.
         places: tensor name -> where it lies, of all of these.
+        vocabulary: sizes of the vocabulary in training.
     """
 
     delta: Delta
     modules: dict[str, str]
     whole: dict[str, Tensor]
     places: dict[str, Place]
+    vocabulary: set[int]
 
     @classmethod
     def of(cls, delta_folder: Path, checkpoint: Checkpoint) -> Patch:
@@ -59,17 +62,30 @@ class Patch:
         whole = {_find_key(name, checkpoint): tensor for name, tensor in delta.whole.items()}
         if len({**modules, **whole}) < len(delta.selection.block_indices) + len(delta.whole):
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
-        patch = cls(delta, modules, whole, {key: checkpoint.places[key] for key in [*modules, *whole]})
+        places = {key: checkpoint.places[key] for key in [*modules, *whole]}
+        patch = cls(delta, modules, whole, places, _vocabulary(load_config(delta_folder)))
         patch._check(checkpoint)
         for key, tensor in list(whole.items()):
             for copy in tied_copies(key, checkpoint, {*modules, *whole}):
                 patch.whole[copy], patch.places[copy] = tensor, checkpoint.places[copy]
         return patch
 
+    @property
+    def is_resized(self) -> bool:
+        """Whether the delta has another vocabulary than the checkpoint."""
+        return any(tuple(tensor.shape) != self.places[key].shape for key, tensor in self.whole.items())
+
     def write(self, path: Path) -> None:
-        """Write the trained values into a copy of one of the checkpoint's files."""
+        """Write the trained values into a copy of one of the checkpoint's files.
+
+        A tensor over a resized vocabulary does not fit into its place: then the file is written again, from memory.
+        """
+        resized = {}
         for key, place in self.places.items():
             if place.file != path.name:
+                continue
+            if key in self.whole and tuple(self.whole[key].shape) != place.shape:
+                resized[key] = self.whole[key].to(DTYPES[place.dtype])
                 continue
             with _Mapped(path, place) as tensor:
                 if key in self.modules:
@@ -78,17 +94,21 @@ class Patch:
                     grid.scatter_(tensor, indices, self.delta.blocks[name])
                 else:
                     tensor.copy_(self.whole[key])
+        if resized:
+            _write_again(path, resized)
 
     def _check(self, checkpoint: Checkpoint) -> None:
-        delta, folder, digest = self.delta, checkpoint.folder, hashlib.sha256()
+        delta, folder = self.delta, checkpoint.folder
         for key, name in self.modules.items():
             expected, place = delta.selection.grids[name].stored_shape, self.places[key]
             _expect(key, place, expected, set(WEIGHT_DTYPES.values()), folder)
-            update_fingerprint(digest, name, read(folder, place), delta.selection, delta.weight_dtype)
-        check_base(delta, folder.resolve().name, digest.hexdigest())
+        differences = delta.base.differences(checkpoint.places, lambda key: read(folder, checkpoint.places[key]))
+        check_base(delta, folder.resolve().name, differences)
         for key, tensor in self.whole.items():
             alike = {dtype for dtype in DTYPES.values() if dtype.is_floating_point == tensor.is_floating_point()}
-            _expect(key, self.places[key], tuple(tensor.shape), alike, folder)
+            place = self.places[key]
+            rows = place.shape[:1] if len(tensor) in self.vocabulary else tensor.shape[:1]
+            _expect(key, place, (*rows, *tensor.shape[1:]), alike, folder)
         for dtype in {DTYPES[self.places[key].dtype] for key in self.modules} - {delta.weight_dtype}:
             logger.warning(
                 "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
@@ -96,6 +116,19 @@ class Patch:
                 delta.weight_dtype,
                 dtype,
             )
+
+
+def _write_again(path: Path, resized: dict[str, Tensor]) -> None:
+    with open_tensors(path, "copy of the base") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()} | resized  # noqa: SIM118 (not a dict)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def _vocabulary(config: dict[str, Any]) -> set[int]:
+    """Return the sizes of the vocabulary in a configuration and its parts."""
+    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
+    return {part["vocab_size"] for part in parts if is_int(part.get("vocab_size"))}
 
 
 def read(folder: Path, place: Place) -> Tensor:

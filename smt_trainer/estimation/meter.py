@@ -21,17 +21,31 @@ import torch.nn.functional as F
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 aten = torch.ops.aten
 FUSED = aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attention_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """FLOPs of softmax(q k^T) v, for q [B, H, S, D], k [B, ., T, D], v [B, ., T, E]: two for each pair and feature."""
+    batch, heads, tokens, width = q.shape
+    return 2 * batch * heads * tokens * k.shape[-2] * (width + v.shape[-1])
+
+
+def attention_backward_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """FLOPs of its backward: the scores again, and the gradients of q, k, v and of the probabilities."""
+    batch, heads, tokens, width = q.shape
+    return 2 * batch * heads * tokens * k.shape[-2] * (3 * width + 2 * v.shape[-1])
+
+
 FLOPS = flop_registry | {
-    FUSED: lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    FUSED: lambda q, k, v, *_, **__: attention_flops(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda dy, q, k, v, *_, **__: sdpa_backward_flop_count(dy.shape, q.shape, k.shape, v.shape)
+        lambda dy, q, k, v, *_, **__: attention_backward_flops(q, k, v)
     ),
 }
 

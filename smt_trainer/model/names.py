@@ -67,6 +67,11 @@ def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
     return labelled
 
 
+def count_projections(names: Iterable[str]) -> str:
+    """Modules by projection, for a message: `q_proj (2), v_proj (2)`."""
+    return ", ".join(f"{label} ({len(modules)})" for label, modules in by_projection(names).items())
+
+
 def _is_number(part: str) -> bool:
     """Whether a part of a name is a number that `int` reads: digits of ASCII, and not thousands of them."""
     return part.isascii() and part.isdigit() and len(part) < 10

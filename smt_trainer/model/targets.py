@@ -1,6 +1,10 @@
 """Find the linears of a model that are targets, and say why the others are not.
 
-A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O].
+A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O]. A target computes just
+x W^T + b, since the rewritten linear does. A subclass with a `forward` of its own may compute something else.
+
+A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
+all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned.
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid, make_grids
-from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.names import layer_index, matches, plain_name
 from smt_trainer.model.sharded import full_shape
 
 if TYPE_CHECKING:
@@ -41,21 +45,28 @@ ROUTER_NAMES = frozenset("gate router shared_expert_gate".split())
 GROUPS = ("qkv", "attention", "mlp")
 HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
+# The forwards that compute x W^T + b and nothing else.
+LINEAR_FORWARDS = {
+    ("torch.nn.modules.linear", "Linear.forward"),
+    ("transformers.pytorch_utils", "Conv1D.forward"),
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear.forward"),
+}
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
     """Find the linears to choose blocks from, by full module name, in the model's order.
 
-    Leave out, with a warning, a matching linear that cannot be tuned: its weight is shared (tied) or not a plain matrix
-    of floats (quantised), or its `forward` is replaced on the instance (offloading hooks) or never called. Also warn
-    about matching experts that are stored as 3-D parameters.
+    Leave out, with a warning, a matching linear that cannot be tuned: its weight is frozen, shared (tied) or not a
+    plain matrix of floats (quantised), or its `forward` is its own, is replaced on the instance (offloading hooks) or
+    is never called. Also warn about matching experts that are stored as 3-D parameters.
 
     Raises:
-        SMTError: the model holds PEFT adapters, nothing matches (the message lists the model's linears), or no match
-            can be tuned.
+        SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
+            linears), or no match can be tuned.
     """
     refuse_adapters(model)
+    refuse_wrappers(model)
     linears = named_linears(model)
     heads = _heads(model)
     matching = {name: module for name, module in linears.items() if _is_wanted([name], config, heads)}
@@ -67,6 +78,12 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
             targets[name] = module
         else:
             logger.warning("`%s` is not tuned: %s.", name, reason)
+    frozen = frozen_names(model, targets)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        logger.warning("All parameters of the model are frozen (requires_grad=False). It is tuned as if none was.")
+    if frozen:
+        logger.warning("%s", _about_frozen(frozen, len(targets)))
+        targets = {name: module for name, module in targets.items() if name not in frozen}
     experts = _stacked_experts(model)
     if not targets:
         raise SMTError(_nothing_matches(config, linears, matching, experts))
@@ -96,6 +113,25 @@ def refuse_adapters(model: nn.Module) -> None:
             )
 
 
+def refuse_wrappers(model: nn.Module) -> None:
+    """Raise `SMTError` if torch.compile or activation checkpointing wraps a model or any of its modules."""
+    for name, _ in model.named_modules():
+        if plain_name(f"{name}.") != f"{name}.":
+            raise SMTError(
+                f"`{name}` is inside a wrapper of torch.compile or activation checkpointing, whose name no checkpoint "
+                "has. Pass the model as loaded, and let Trainer wrap it: TrainingArguments(torch_compile=True) or "
+                "(gradient_checkpointing=True)."
+            )
+
+
+def frozen_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Keep the names of the linears whose weight is frozen, unless all of the model is."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return []
+    modules = dict(model.named_modules())
+    return [name for name in names if name in modules and not modules[name].weight.requires_grad]
+
+
 def named_linears(model: nn.Module) -> dict[str, Linear]:
     """Return all linears of a model by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -109,6 +145,12 @@ def is_linear(module: nn.Module) -> TypeIs[Linear]:
 def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
     """Return whether a module is a `Conv1D`; compare names, since importing transformers takes seconds."""
     return any((base.__module__, base.__name__) == CONV1D for base in type(module).__mro__)
+
+
+def has_linear_forward(linear: nn.Module) -> bool:
+    """Return whether the class of a linear computes x W^T + b; its `forward` may be inherited, but not its own."""
+    forward = type(linear).forward
+    return (forward.__module__, forward.__qualname__) in LINEAR_FORWARDS
 
 
 def has_plain_weight(linear: Linear) -> bool:
@@ -190,11 +232,20 @@ def _why_not(linear: Linear, shared: set[int]) -> str | None:
             f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype} "
             f"{list(weight.shape)}"
         )
+    if not has_linear_forward(linear):
+        return f"its class, {type(linear).__name__}, has a forward of its own, which the rewritten linear would replace"
     if "forward" in vars(linear):
         return "its forward is replaced on the instance (a device map or an offloading hook)"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
     return None
+
+
+def _about_frozen(frozen: Collection[str], count: int) -> str:
+    return (
+        f"{len(frozen)} of {count} matching linears, such as `{next(iter(frozen))}`, are not tuned: their weights are "
+        "frozen (requires_grad=False). To tune them too, call requires_grad_(True) on them first."
+    )
 
 
 def _stacked_experts(model: nn.Module) -> dict[str, Tensor]:
@@ -222,7 +273,8 @@ def _nothing_matches(
     if matching:
         return (
             f"target_modules={config.target_modules!r} matches {len(matching)} linears, none of which can be tuned "
-            "(see the warnings above). Choose other modules, or load the model unquantised and without a device map."
+            "(see the warnings above). Choose other modules, unfreeze them, or load the model unquantised and without "
+            "a device map."
         )
     shapes = Counter((name.rpartition(".")[2], *_weight_shape(linear)) for name, linear in linears.items())
     listing = ", ".join(f"{leaf} ({count} of {out}x{into})" for (leaf, out, into), count in shapes.items())

@@ -1,6 +1,8 @@
-"""Find what is trained whole beside the blocks and stored in the delta: modules named in `modules_to_save` or the new
-head of a classification model, normalisation layers (`train_norm`), and biases of the linears with blocks
-(`train_bias`).
+"""Find what is trained whole beside the blocks and stored in the delta: the modules named in `modules_to_save`, or by
+default the new head of a classification model and every other parameter that loading made up; normalisation layers
+(`train_norm`); and biases of the linears with blocks (`train_bias`). What `modules_to_save` names is trained even if it
+is frozen (`requires_grad=False`). The others are groups, from which frozen parameters are left out, unless the whole
+model is frozen.
 
 Whole parameters have no masters: they are trained in the model's dtype.
 """
@@ -13,23 +15,32 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.targets import head_names
 
 
-def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> tuple[str, ...]:
-    """Find the full names of the modules and biases to train whole.
+def find_whole(
+    model: nn.Module, config: SMTConfig, linears: Iterable[str], stored: Iterable[str] | None = None
+) -> tuple[str, ...]:
+    """Find the full names of the modules and parameters to train whole.
 
     Args:
         model: a plain model.
         config: its `modules_to_save`, `train_norm` and `train_bias`.
         linears: names of the linears that have blocks, or may get them.
+        stored: names of the whole tensors that a delta holds. They show what was trained, whatever is frozen here.
 
     Raises:
-        SMTError: a name matches no module, a linear lies in a module to train whole, or norms or biases are missing.
+        SMTError: a name matches no module, a linear lies in a module to train whole, norms or biases are missing, or
+            a parameter that loading made up would be left out of the delta.
     """
-    linears = list(linears)
-    found = head_names(model) if config.modules_to_save is None else _find_named(model, config.modules_to_save)
+    linears, trained = list(linears), _with_parents(_trainable(model) if stored is None else stored)
+    if config.modules_to_save is None:
+        found = [name for name in head_names(model) if name in trained]
+    else:
+        found = _find_named(model, config.modules_to_save)
+    found += _made_up(model, config, found)
     for linear in linears:
         whole = next((name for name in found if f"{linear}.".startswith(f"{name}.")), None)
         if whole is not None:
@@ -38,17 +49,49 @@ def find_whole(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> t
                 "to exclude_modules, or remove the module from modules_to_save."
             )
     if config.train_norm:
-        found += _expect(_norms(model, config.lowest_layer), "train_norm=True, but this model has no norm layer")
+        norms = [name for name in _norms(model, config.lowest_layer) if name in trained]
+        found += _expect(norms, "train_norm=True, but this model has no norm layer, or all are frozen")
     if config.train_bias:
         biases = [f"{name}.bias" for name in linears if getattr(model.get_submodule(name), "bias", None) is not None]
-        found += _expect(biases, "train_bias=True, but none of the linears with blocks has a bias")
+        biases = [name for name in biases if name in trained]
+        found += _expect(biases, "train_bias=True, but none of the linears with blocks has a bias, or all are frozen")
     return tuple(dict.fromkeys(found))
 
 
+def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:
+    """Return the parameters that loading made up outside what was found; refuse those that must be named."""
+    left = [name for name in made_up(model) if not any(name.startswith(f"{module}.") for module in found)]
+    resized = [name for name in left if name in embeddings(model)]
+    if resized:
+        raise SMTError(
+            f"`{resized[0]}` has other rows than the checkpoint of the model, so no base gives them back. Train it "
+            f"whole with modules_to_save={[resized[0].split('.')[-2]]!r}, or do not resize the vocabulary."
+        )
+    if left and config.modules_to_save is not None:
+        raise SMTError(
+            f"loading made up `{left[0]}`, which the checkpoint does not have, and modules_to_save="
+            f"{config.modules_to_save!r} leaves it out, so no base and no delta would give it back. Add it to "
+            "modules_to_save, or leave modules_to_save at None."
+        )
+    return left
+
+
 def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
-    """Return the module or bias of a name that `find_whole` found."""
+    """Return the module, parameter or buffer of a name that `find_whole` found."""
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), leaf)
+
+
+def _trainable(model: nn.Module) -> list[str]:
+    """Name the parameters that are not frozen; all of a model that is frozen whole."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name, parameter in parameters.items() if parameter.requires_grad] or list(parameters)
+
+
+def _with_parents(names: Iterable[str]) -> set[str]:
+    """Return the names of tensors, and of all modules around them."""
+    parts = [name.split(".") for name in names]
+    return {".".join(path[:end]) for path in parts for end in range(1, len(path) + 1)}
 
 
 def _find_named(model: nn.Module, names: list[str]) -> list[str]:

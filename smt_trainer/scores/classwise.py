@@ -94,8 +94,8 @@ class QMTaylor(BlockSums):
                 f"{len(self.classes)} examples, got shape {list(x.shape)}. Examples packed into one sequence have no "
                 "separate classes; use 'taylor', or exclude such modules."
             )
-        kept = _Kept.apply(x, torch.ones((), requires_grad=True)).grad_fn
-        return lambda dy: self._add(name, linear, kept.saved_tensors[0], dy)
+        kept = _Kept.apply(x, torch.ones((), requires_grad=True))
+        return lambda dy: self._add(name, linear, kept.grad_fn.saved_tensors[0], dy)
 
     def _add(self, name: str, linear: Linear, x: Tensor, dy: Tensor) -> None:
         grid, x = self.grids[name], x.to(dy.dtype)

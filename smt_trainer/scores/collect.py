@@ -3,7 +3,7 @@
 No weight is updated. The authors' code fine-tunes the whole model meanwhile and continues from those weights; base plus
 delta would then not give the trained model. Every parameter is frozen except those that the scorer observes, and each
 gradient is consumed as soon as it exists. So this takes little more memory than forward and backward through a frozen
-model.
+model. Statistics that forward changes (batch normalisation) are put back.
 
 `collect_scores` is the loop without a trainer; a trainer's warm-up is in `training/warmup.py`.
 """
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.scores.reach import Reach
 from smt_trainer.scores.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -34,14 +35,15 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
         batches: keyword arguments of the model, labels included; tensors are moved to the model's device.
 
     Returns:
-        Module name -> scores [R, C]; the same on every rank.
+        Module name -> scores [R, C] of the targets that forward and backward reach; the same on every rank.
 
     Raises:
-        SMTError: there is no batch.
+        SMTError: there is no batch, or no target is reached.
     """
     if scorer.needs_warmup:
         device, count = next(model.parameters()).device, 0
-        with frozen(model), scorer.attached():
+        reach = Reach(scorer.targets, scorer.needs_backward)
+        with frozen(model), buffers_preserved(model), scorer.attached(), reach.watching():
             for batch in batches:
                 inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
                 scorer.begin_batch(inputs)
@@ -51,8 +53,16 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
                 count += 1
         if not count:
             raise SMTError("there is no batch to score blocks on; give at least one.")
-        average_over_ranks(scorer.statistics())
+        return reached_scores(scorer, reach)
     return scorer.scores()
+
+
+def reached_scores(scorer: Scorer, reach: Reach) -> dict[str, Tensor]:
+    """The scores of a warm-up over all ranks, of the targets that it reached."""
+    average_over_ranks(scorer.statistics())
+    flags = reach.flags()
+    average_over_ranks([flags])
+    return reach.keep(scorer.scores(), flags)
 
 
 class LossScale:
@@ -106,6 +116,27 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def buffers_preserved(model: nn.Module) -> Iterator[None]:
+    """Restore on exit the buffers that forward may change, such as the statistics of batch normalisation.
+
+    Buffers outside the state dict are caches. Forward computes them anew by attributes that are not restored either.
+    """
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values in saved:
+            module._buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(values)
 
 
 def average_over_ranks(statistics: Iterable[Tensor]) -> None:

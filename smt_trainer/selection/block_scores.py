@@ -46,7 +46,7 @@ from smt_trainer.selection.dependencies import Dependency, add_columns
 
 SCORES_FILE = "smt_scores.safetensors"
 FORMAT = "1"
-KEYS = {"format", "base_model", "num_parameters", "config", "modules", "readers"}
+KEYS = {"format", "base_model", "num_parameters", "config", "modules", "readers", "unreached"}
 MANIFEST = "smt_scores"
 BETWEEN = " > "
 
@@ -65,6 +65,7 @@ class BlockScores:
         config: the configuration of their computation.
         base_model: name of the model, if known.
         dependencies: those of the targets, with `train_dependents`.
+        unreached: the targets that are left out, since the warm-up did not reach them.
     """
 
     grids: dict[str, BlockGrid]
@@ -73,6 +74,7 @@ class BlockScores:
     config: SMTConfig
     base_model: str | None = None
     dependencies: list[Dependency] = field(default_factory=list)
+    unreached: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.grids.keys() != self.scores.keys():
@@ -113,7 +115,9 @@ class BlockScores:
         cls, candidates: Candidates, scores: dict[str, Tensor], config: SMTConfig, base_model: str | None
     ) -> BlockScores:
         """Put the scores of candidates and what they are of together."""
-        return cls(candidates.grids, scores, candidates.num_parameters, config, base_model, candidates.dependencies)
+        grids = {name: grid for name, grid in candidates.grids.items() if name in scores}
+        unreached = tuple(name for name in candidates.grids if name not in scores)
+        return cls(grids, scores, candidates.num_parameters, config, base_model, candidates.dependencies, unreached)
 
     def select(self, config: SMTConfig | None = None) -> BlockSelection:
         """Return the highest-scoring blocks within a budget; see `select_blocks`.
@@ -165,8 +169,8 @@ class BlockScores:
                 f"the scores were computed on {self.base_model or 'a model'} of {self.num_parameters:,} parameters; "
                 f"this model has {count_parameters(model):,}. Load that model, or score the blocks again."
             )
-        readers = {one.reader for one in self.dependencies}
-        missing = [name for name in find_targets(model, config) if name not in self.grids.keys() | readers]
+        known = {*self.grids, *self.unreached, *(one.reader for one in self.dependencies)}
+        missing = [name for name in find_targets(model, config) if name not in known]
         if missing:
             raise SMTError(
                 f"{_targets(config)} want {len(missing)} modules without scores, such as `{missing[0]}`. Narrow them, "
@@ -181,6 +185,7 @@ class BlockScores:
             "num_parameters": self.num_parameters,
             "config": self.config.to_dict() | {"selection": None},
             "modules": {name: grid.to_dict() for name, grid in self.grids.items()},
+            "unreached": list(self.unreached),
             "readers": {one.reader: one.grid.to_dict() for one in self.dependencies},
         }
         tensors = {name: found.contiguous() for name, found in self.scores.items()}
@@ -203,7 +208,8 @@ class BlockScores:
             for key in [key for key in tensors if BETWEEN in key]:
                 source, _, reader = key.partition(BETWEEN)
                 dependencies.append(Dependency(source, reader, tensors.pop(key), readers[reader]))
-            scores = cls(grids, tensors, count, read_config(manifest), read_base(manifest), dependencies)
+            unreached = tuple(map(str, manifest["unreached"]))
+            scores = cls(grids, tensors, count, read_config(manifest), read_base(manifest), dependencies, unreached)
             scores._check_stored(readers)
             return scores
 

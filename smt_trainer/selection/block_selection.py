@@ -155,7 +155,12 @@ def _read_indices(rows: Any, module: str) -> Tensor:
 
 
 def base_name(model: nn.Module) -> str | None:
-    """Return the model's hub name, with its revision if known (`name@commit`); for a local base, the folder's name."""
+    """Return the model's hub name, with its revision if known (`name@commit`); for a local base, the folder's name.
+
+    A model that a delta was merged into has no name: it is no longer the base that it was loaded from.
+    """
+    if getattr(model, "smt_merged", False):
+        return None
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     if not name:

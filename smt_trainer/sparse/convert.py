@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.made_up import made_up
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
-from smt_trainer.model.targets import has_plain_weight, is_linear, is_transposed, refuse_adapters
+from smt_trainer.model.targets import (
+    has_linear_forward,
+    has_plain_weight,
+    is_linear,
+    is_transposed,
+    refuse_adapters,
+)
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.fingerprint import fingerprint
+from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, smt_linears
 
 if TYPE_CHECKING:
@@ -31,17 +38,21 @@ class SMTState:
 
     Attributes:
         selection: the blocks it trains.
-        whole: full names of the modules and biases trained whole.
-        fingerprint: checksum of the chosen blocks before training (see `fingerprint.py`).
+        whole: full names of the modules, parameters and buffers that the delta stores whole.
+        base: checksums of the base (see `fingerprint.py`).
         weight_dtype: dtype of the dense weights, in which merging is exact.
+        made_up: names of the parameters that loading made up.
         was_trainable: names of the parameters that required a gradient before rewriting.
+        statistics: name of a persistent buffer -> its value before training; forward may change it.
     """
 
     selection: BlockSelection
     whole: tuple[str, ...]
-    fingerprint: str
+    base: Fingerprint
     weight_dtype: torch.dtype
+    made_up: frozenset[str] = frozenset()
     was_trainable: frozenset[str] = frozenset()
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
 
 def is_smt_model(model: nn.Module) -> bool:
@@ -79,15 +90,46 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     linears = find_linears(model, selection)
     dtype = next(iter(linears.values())).weight.dtype
     whole = find_whole(model, selection.config, linears)
-    return rewrite_as(model, SMTState(selection, whole, fingerprint(model, selection, dtype), dtype))
+    stored = _stored_whole(model, whole)
+    new = frozenset(made_up(model))
+    base = Fingerprint.of(model, dtype, without=[*new, *stored])
+    return rewrite_as(model, SMTState(selection, whole, base, dtype, new))
 
 
 def rewrite_as(model: Model, state: SMTState) -> Model:
     """Rewrite a plain model that is known to fit, and store its state in it."""
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    statistics = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model)}
     rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype))
-    set_state(model, replace(state, was_trainable=trainable))
+    set_state(model, replace(state, was_trainable=trainable, statistics=statistics))
+    _save_as_plain(model)
     return model
+
+
+def _save_as_plain(model: nn.Module) -> None:
+    """Let `save_pretrained` and `push_to_hub` write a plain model: leave out what only a rewritten one has."""
+    for module, ignored, own in list(_saving_modules(model)):
+        _ignore_on_save(module, ignored | own)
+
+
+def _saving_modules(model: nn.Module) -> Iterator[tuple[nn.Module, set[str], set[str]]]:
+    """Yield the modules of a model that have a `save_pretrained` of transformers, itself or parts of it; the keys that
+    each leaves out; and the keys in it that only a rewritten model has."""
+    for path, module in model.named_modules():
+        ignored: Any = getattr(module, "_keys_to_ignore_on_save", ...)
+        if ignored is not ...:
+            prefix = f"{plain_name(path)}." if path else ""
+            own = {key.removeprefix(prefix) for key in _own_keys(model) if key.startswith(prefix)}
+            yield module, set(ignored or ()), own
+
+
+def _ignore_on_save(model: nn.Module, keys: set[str]) -> None:
+    model._keys_to_ignore_on_save = keys  # pyrefly: ignore[bad-argument-type]  # as in `set_state`
+
+
+def _own_keys(model: nn.Module) -> set[str]:
+    """Return the keys that the state dict of a rewritten model has and that of a plain one has not."""
+    return {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
 
 
 def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> Model:
@@ -99,13 +141,19 @@ def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], maste
         whole: full names of the modules and biases to train whole.
         master_dtype: dtype of the trainable blocks.
     """
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    some_train = any(parameter.requires_grad for parameter in parameters.values())
+    # What loading made up is stored in any case, but trained only if the user has not frozen it.
+    frozen = {name for name in made_up(model) if some_train and not parameters[name].requires_grad}
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
         grid = selection.grids[name]
         kind = SMTConv1D if grid.transposed else SMTLinear
         kind.from_linear(model.get_submodule(name), grid, block_indices, master_dtype)
     for name in whole:
-        get_whole(model, name).requires_grad_(True)
+        part = get_whole(model, name)
+        if name not in frozen and isinstance(part, (nn.Module, nn.Parameter)):
+            part.requires_grad_(True)
     return model
 
 
@@ -116,11 +164,15 @@ def merge_and_unload(model: Model) -> Model:
     rewriting do so again.
     """
     state = get_state(model)
+    for module, ignored, own in _saving_modules(model):
+        _ignore_on_save(module, ignored - own)
     for _, linear in list(smt_linears(model)):
         linear.to_linear()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.was_trainable)
     del model.smt_state
+    # Its values are no longer those of the base it was loaded from.
+    model.smt_merged = True  # pyrefly: ignore[bad-argument-type]  # as in `set_state`
     return model
 
 
@@ -144,6 +196,8 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
         found = "no such module"
     elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
         found = f"a {type(linear).__name__}"
+    elif not has_linear_forward(linear):
+        found = f"a {type(linear).__name__}, which has a forward of its own"
     elif full_shape(linear.weight) != grid.stored_shape or not has_plain_weight(linear):
         weight = linear.weight
         found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
@@ -157,14 +211,33 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
 
 
 def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers, with full names, that a rewritten model trains whole; tied ones once."""
-    names, seen = get_state(model).whole, set()
-    prefixes = tuple(f"{name}." for name in names)
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        found = plain_name(name)
-        if (found in names or found.startswith(prefixes)) and id(tensor) not in seen:
+    """Yield the parameters and buffers, with full names, that the delta of a rewritten model stores whole.
+
+    They are what is trained whole, and the statistics that forward has changed. Tied ones come once.
+    """
+    yield from _stored_whole(model, [*get_state(model).whole, *changed_statistics(model)]).items()
+
+
+def changed_statistics(model: nn.Module) -> set[str]:
+    """Return the full names of the persistent buffers that forward has changed since the model was rewritten."""
+    before = get_state(model).statistics
+    return {name for name, buffer in persistent_buffers(model) if not _equal(buffer, before.get(name))}
+
+
+def _stored_whole(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of a model that have, or lie under, one of the names; tied ones once."""
+    names = set(whole)
+    prefixes, seen, found = tuple(f"{name}." for name in names), set(), {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = plain_name(key)
+        if (name in names or name.startswith(prefixes)) and id(tensor) not in seen:
             seen.add(id(tensor))
-            yield found, tensor
+            found[name] = tensor
+    return found
+
+
+def _equal(buffer: Tensor, before: Tensor | None) -> bool:
+    return before is not None and torch.equal(full_tensor(buffer), before.to(buffer.device))
 
 
 def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -173,7 +246,7 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
     A collective when the model is sharded over ranks. Tied weights stay tied. With `keep=False`, this rank only takes
     part and gets an empty dictionary.
     """
-    own = {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
+    own = _own_keys(model)
     gathered, state = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if plain_name(name) in own:

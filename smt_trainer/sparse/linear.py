@@ -2,9 +2,8 @@
 
 Forward reads the dense weight, which stays in place, frozen; so forward and generation cost no more than before. The
 trainable values are `blocks` [n, br, bc], a compact copy in the master dtype (float32 by default: at learning rates
-around 1e-5 most bfloat16 weights would never change). Forward uses exactly the values that a merge writes: `write_back`
-casts the blocks into the weight after each optimizer step of a trainer. If the blocks have changed since then, forward
-calls it first.
+around 1e-5 most bfloat16 weights would never change). `write_back.py` casts them into the weight whenever they change,
+so forward uses exactly the values that a merge writes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import Part, assign, full_tensor, is_sharded, local_parts
 from smt_trainer.sparse.sparse_linear import Plan, group_blocks, sparse_linear
-from smt_trainer.sparse.write_back import write_back
+from smt_trainer.sparse.write_back import follow, write_back
 
 
 class BlockLinear(nn.Module):
@@ -58,6 +57,7 @@ class BlockLinear(nn.Module):
         blocks = grid.gather(full_tensor(linear.weight), block_indices).to(master_dtype)
         linear.blocks = nn.Parameter(blocks.contiguous())
         linear.mark_written()
+        follow(linear)
         device = linear.weight.device
         linear.register_buffer("block_indices", block_indices.to(device, torch.int32))
         linear.register_buffer("positions", positions.to(device), persistent=False)
@@ -78,6 +78,26 @@ class BlockLinear(nn.Module):
             write_back([self])
         return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
 
+    def train(self, mode: bool = True) -> BlockLinear:
+        """Set the mode. Before evaluation, write the blocks: an averaging callback may have changed them."""
+        if not mode:
+            self._write_if_whole()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self._write_if_whole()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _write_if_whole(self) -> None:
+        """Write the blocks, unless that is a collective or there are no values."""
+        if not (is_sharded(self.blocks) or is_sharded(self.weight) or self.weight.is_meta):
+            write_back([self])
+
+    def __setstate__(self, state) -> None:
+        # A copy of the model is followed as the original is.
+        super().__setstate__(state)
+        follow(self)
+
     def mark_written(self) -> None:
         """Record that the weight holds the current blocks."""
         self._written = self.blocks, self.blocks._version
@@ -85,7 +105,8 @@ class BlockLinear(nn.Module):
     def is_stale(self) -> bool:
         """Return whether an operation has changed the blocks since they were written into the weight.
 
-        Changes through `.data` go unnoticed, as do changes of sharded blocks, which forward sees gathered.
+        Changes through `.data`, and those that a fused optimizer makes, go unnoticed here, as do changes of sharded
+        blocks, which forward sees gathered.
         """
         written, version = self._written
         return written is self.blocks and version != written._version

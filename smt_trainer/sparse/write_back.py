@@ -1,11 +1,24 @@
-"""Write the trained blocks into the dense weights, which forward reads."""
+"""Write the trained blocks into the dense weights, which forward reads.
+
+It happens wherever the two could come apart, whoever changed the blocks:
+
+    after the step of any optimizer of the process that holds them     a hook (`follow`), so any trainer or loop will do
+    in a forward that finds that an operation has changed them         by their version (`BlockLinear.is_stale`)
+    before evaluation and before a state dict is made                  for changes that leave no trace (`.data`)
+
+Sharded blocks are written by the hook alone, and by the trainer under DeepSpeed, whose optimizer holds other tensors.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from smt_trainer.model.sharded import full_tensors, is_sharded
 
@@ -14,6 +27,10 @@ if TYPE_CHECKING:
 
 # Weights in a block from which `write_back` copies block by block on the CPU.
 LARGE_BLOCK = 2048
+
+# In the order of rewriting, which is the same on all ranks: writing sharded blocks is a collective.
+_followed: weakref.WeakValueDictionary[int, BlockLinear] = weakref.WeakValueDictionary()
+_places = itertools.count()
 
 
 @torch.no_grad()
@@ -37,3 +54,19 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
         torch._foreach_copy_(views, values)
     for linear in linears:
         linear.mark_written()
+
+
+def follow(linear: BlockLinear) -> None:
+    """Write the blocks of a rewritten linear back after each step of an optimizer that holds them."""
+    _install_hook()
+    _followed[next(_places)] = linear
+
+
+@functools.cache
+def _install_hook() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: Optimizer, args, kwargs) -> None:
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    write_back(linear for linear in _followed.values() if id(getattr(linear, "blocks", None)) in stepped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -18,25 +19,24 @@ class SMTCallback(TrainerCallback):
     """Subclass this, and pass yours in `callbacks=`, to act on the events of SMT.
 
     Besides the events of `TrainerCallback` there are `on_warmup_begin`, `on_warmup_step`, `on_warmup_end` and
-    `on_selection`, which come before the stock training loop begins. This class shows the progress of the warm-up and
-    logs its results; nothing else depends on it, so a subclass need not call `super()`.
+    `on_selection`, which come before the stock training loop begins. This class shows the progress of the warm-up;
+    nothing else depends on it, so a subclass need not call `super()`.
     """
 
-    def __init__(self) -> None:
-        self.trainer: Trainer | None = None
-        self.progress: tqdm | None = None
-        self.losses: list[float] = []
-        self.report: dict[str, float] = {}
+    trainer: Trainer | None = None
+    progress: tqdm | None = None
+    began: float = 0.0
 
     def on_warmup_begin(self, args, num_steps: int) -> None:
         """The gradient warm-up begins; it has `num_steps` steps."""
+        self.began = time.perf_counter()
+        if args.should_log and args.disable_tqdm:
+            logger.info("The gradient warm-up begins: %d steps.", num_steps)
         hidden = args.disable_tqdm or not args.should_log
         self.progress = tqdm(total=num_steps, desc="SMT warm-up", disable=hidden, unit="step")
-        self.losses = []
 
     def on_warmup_step(self, args, step: int, loss: float) -> None:
         """Warm-up step `step` (from 0) is done; `loss` is that of its batch on this rank."""
-        self.losses.append(loss)
         if self.progress is not None:
             self.progress.update()
             self.progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -45,25 +45,17 @@ class SMTCallback(TrainerCallback):
         """The warm-up ended or failed."""
         if self.progress is not None:
             self.progress.close()
+        if args.should_log and args.disable_tqdm:
+            logger.info("The gradient warm-up ended after %.1f s.", time.perf_counter() - self.began)
 
     def on_selection(self, args, selection: BlockSelection) -> None:
         """The blocks are chosen; the model is about to be rewritten."""
         if args.should_log:
             logger.info("SMT trains %s.", selection.summary())
-        self.report = {"smt_blocks": selection.num_blocks, "smt_fraction_of_model": selection.fraction_of_model}
-        if self.losses:
-            self.report["smt_warmup_steps"] = len(self.losses)
-            self.report["smt_warmup_loss"] = sum(self.losses) / len(self.losses)
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Log the results of the warm-up once: reporters are set up only now."""
-        if self.report and self.trainer is not None:
-            self.trainer.log(self.report)
-            self.report = {}
 
 
-class WriteBack(TrainerCallback):
-    """Bring the dense weights, which forward reads, up to date with the blocks. The trainer always installs it."""
+class DeepSpeedWriteBack(TrainerCallback):
+    """Write back the blocks after DeepSpeed's steps: its optimizer holds other tensors, so no hook sees them."""
 
     def __init__(self) -> None:
         self.model, self.linears = None, []

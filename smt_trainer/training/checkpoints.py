@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
+from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta, load_delta, put_delta
-from smt_trainer.delta.model_card import delta_section
+from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT
+from smt_trainer.delta.delta import Delta, load_delta, put_delta
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS
+from smt_trainer.delta.model_card import delta_section, without_pipeline
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json, new_folder
+from smt_trainer.files import load_json, new_folder, write_text
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict
 from smt_trainer.sparse.linear import smt_linears
@@ -25,12 +29,13 @@ from smt_trainer.training.distributed import has_weights, is_sharding, save_opti
 
 if TYPE_CHECKING:
     # To a type checker, the mixin is a subclass of the trainer that it goes in front of.
-    from transformers import PreTrainedModel, Trainer
+    from transformers import Trainer
 else:
     Trainer = object
 
 logger = logging.getLogger(__name__)
 
+FULL_MODELS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -68,16 +73,28 @@ class SavesDelta(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir) if output_dir else self._output_folder
+        refuse_full_model(folder)
         if self._saves_checkpoint:
             # Left by an earlier run: a checkpoint counts as whole once it has one.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         delta.save(folder)
+        self._save_configs(folder)
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _save_configs(self, folder: Path) -> None:
+        """Write what a trained model has beside its weights, so that the folder means one thing: a delta."""
+        config = getattr(self.model, "config", None)
+        if config is not None and hasattr(config, "to_json_string"):
+            values = json.loads(config.to_json_string(use_diff=True)) | {EXPLICIT: NO_WEIGHTS}
+            write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True))
+        generation = getattr(self.model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharding(self.accelerator):
@@ -129,8 +146,9 @@ class SavesDelta(Trainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero() and is_smt_model(self.model):
             repository = self.hub_model_id or self._output_folder.name
-            with open(self._output_folder / "README.md", "a", encoding="utf-8") as card:
-                card.write(delta_section(get_state(self.model).selection, repository))
+            card = self._output_folder / "README.md"
+            text = without_pipeline(card.read_text(encoding="utf-8"))
+            card.write_text(text + delta_section(get_state(self.model).selection, repository), encoding="utf-8")
 
     def merge_and_save(self, output_dir: str | Path) -> None:
         """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.
@@ -145,10 +163,24 @@ class SavesDelta(Trainer):
         state = plain_state_dict(self.model, keep=self.args.should_save)
         if self.args.should_save:
             with new_folder(Path(output_dir)) as folder:
-                self.model.save_pretrained(folder, state_dict=state)
+                if isinstance(self.model, PreTrainedModel):
+                    self.model.save_pretrained(folder, state_dict=state)
+                else:
+                    # A model of another library saves its parts by itself, plain and up to date.
+                    self.model.save_pretrained(folder)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
+
+
+def refuse_full_model(folder: Path) -> None:
+    """Raise `SMTError` if a folder holds the weights of a whole model, which a delta beside them would belie."""
+    weights = next((path.name for name in FULL_MODELS for path in folder.glob(name)), None)
+    if weights is not None:
+        raise SMTError(
+            f"{folder} holds a whole model ({weights}), and a delta beside it would be ambiguous. Give another folder, "
+            "or remove the model."
+        )
 
 
 def last_checkpoint(folder: Path) -> str | None:

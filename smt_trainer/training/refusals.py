@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from accelerate import Accelerator
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import IterableDataset
+from transformers import Trainer
 
+from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.sharded import is_partitioned
 from smt_trainer.model.targets import refuse_adapters
 from smt_trainer.scores import SCORERS
+from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.sparse.convert import get_state, is_smt_model
 from smt_trainer.training.class_column import refuse_missing_column
 from smt_trainer.training.preserved import rng_preserved
+from smt_trainer.training.read_once import refuse_data_read_once
 
 # Optimizers that keep their own map of the model's matrices, or swap weights outside forward.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
@@ -28,10 +31,11 @@ def refuse_unusable(trainer) -> None:
     """
     config = trainer.smt_config
     scorer = SCORERS[config.score]
-    needs_warmup = config.selection is None and scorer.needs_warmup
+    needs_warmup = config.selection is None and scorer.needs_warmup and not is_smt_model(trainer.model)
     if trainer.model is not None:
         refuse_adapters(trainer.model)
-    _refuse_optimizers(trainer)
+    refuse_bound_optimizer(trainer)
+    _refuse_optim(trainer.args)
     _refuse_data_parallel(trainer.args.n_gpu)
     _refuse_model_parallelism(trainer.args.parallelism_config)
     _refuse_fsdp1(trainer.accelerator)
@@ -39,19 +43,69 @@ def refuse_unusable(trainer) -> None:
     _refuse_hidden_weights(trainer.accelerator)
     _refuse_copies_by_name(trainer.args)
     if needs_warmup:
-        _refuse_data_read_once(trainer.train_dataset)
+        refuse_data_read_once(trainer.train_dataset)
         with rng_preserved():
             # Reading the first example may draw random numbers.
             refuse_missing_column(trainer.train_dataset, scorer.class_column(config))
 
 
-def _refuse_optimizers(trainer) -> None:
-    if trainer.optimizer is not None or trainer.lr_scheduler is not None:
+def refuse_bound_optimizer(trainer) -> None:
+    """Raise `SMTError` if the trainer holds an optimizer or a scheduler of parameters that are not trained.
+
+    The ones of its own earlier run, or of the blocks of a rewritten model, may stay.
+    """
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    if scheduler is not None and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
+        _refuse_bound(trainer.model, scheduler.optimizer)
+    # DeepSpeed's holds flat copies of the parameters, and only DeepSpeed makes one.
+    if optimizer is not None and not isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        _refuse_bound(trainer.model, optimizer)
+
+
+def _refuse_bound(model: nn.Module, optimizer) -> None:
+    trained = {id(one) for one in model.parameters() if one.requires_grad} if is_smt_model(model) else set()
+    stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    if not (stepped and stepped <= trained):
         raise SMTError(
-            "optimizers= holds an optimizer or scheduler that was bound to parameters before the blocks were chosen. "
-            "Pass optimizer_cls_and_kwargs=(class, kwargs), or set TrainingArguments.optim and lr_scheduler_type."
+            "the trainer holds an optimizer or scheduler (from optimizers=, create_optimizer() or an assignment) that "
+            "is bound to parameters from before the blocks were chosen. Pass optimizer_cls_and_kwargs=(class, kwargs), "
+            "or set TrainingArguments.optim and lr_scheduler_type; leave trainer.optimizer and trainer.lr_scheduler at "
+            "None."
         )
-    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+
+
+def refuse_other_blocks(model: nn.Module, config: SMTConfig, given: BlockSelection | None) -> None:
+    """Raise `SMTError` if a rewritten model trains other blocks than a configuration, or its selection, asks for."""
+    selection = get_state(model).selection
+    differences = (given.config if given else config).differences(selection.config)
+    if given and _listed(given) != _listed(selection):
+        differences.append("selection: other blocks")
+    if differences:
+        raise SMTError(
+            f"this model trains blocks already, which were chosen under another smt_config (ours first: "
+            f"{'; '.join(differences)}). Leave smt_config out to go on training them; to choose others, call "
+            "merge_and_unload(model) first."
+        )
+
+
+def _listed(selection: BlockSelection) -> dict[str, list]:
+    return {name: indices.tolist() for name, indices in selection.block_indices.items()}
+
+
+def refuse_misplaced(kind: type, mixin: type) -> None:
+    """Raise `SMTError` if a subclass of a mixin has a Trainer in front of it, whose methods would hide the mixin's."""
+    for base in kind.__mro__:
+        if base is mixin:
+            return
+        if issubclass(base, Trainer) and not issubclass(base, mixin):
+            raise SMTError(
+                f"{kind.__name__} has {base.__name__} in front of {mixin.__name__}, so it would train all weights. "
+                f"Write class {kind.__name__}({mixin.__name__}, {base.__name__})."
+            )
+
+
+def _refuse_optim(args) -> None:
+    optim = str(getattr(args.optim, "value", args.optim))
     if optim.startswith(REFUSED_OPTIMIZERS):
         raise SMTError(
             f"optim={optim!r} works on whole matrices or swaps weights outside forward, so it cannot train "
@@ -115,11 +169,3 @@ def _refuse_copies_by_name(args) -> None:
     for name, remedy in (("sync_ref_model", "keep the reference as it is"), ("use_vllm", "generate without vLLM")):
         if getattr(args, name, False):
             raise SMTError(f"{name}=True copies parameters into a model that has no blocks; {remedy}.")
-
-
-def _refuse_data_read_once(dataset) -> None:
-    if isinstance(dataset, (IterableDataset, Iterator)) and iter(dataset) is iter(dataset):
-        raise SMTError(
-            "train_dataset can be read only once, but the warm-up and the main loop both read it. Make its "
-            "__iter__ start from the beginning each time, or pass an existing selection in SMTConfig(selection=...)."
-        )

@@ -19,63 +19,110 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, is_compiled_module
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.model.targets import count_parameters
+from smt_trainer.model.targets import count_parameters, frozen_names
+from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve_selection
 from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
-from smt_trainer.training.callback import SMTCallback, WriteBack
-from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint
+from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
+from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
-from smt_trainer.training.refusals import refuse_unusable
+from smt_trainer.training.gradients import ExpectGradients
+from smt_trainer.training.reference import match_reference
+from smt_trainer.training.refusals import (
+    refuse_bound_optimizer,
+    refuse_misplaced,
+    refuse_other_blocks,
+    refuse_unusable,
+)
 from smt_trainer.training.warmup import Warmup
 
 logger = logging.getLogger(__name__)
+
+
+def uncompiled(model):
+    """Return the plain model inside one that `torch.compile` returned, and any other as it is."""
+    if not is_compiled_module(model):
+        return model
+    logger.warning(
+        "The model is trained without its torch.compile, which was made before the blocks were chosen. "
+        "TrainingArguments(torch_compile=True) compiles the model with its blocks."
+    )
+    return model._orig_mod
 
 
 class SMTTrainerMixin(SavesDelta):
     """Goes in front of `Trainer` or any subclass of it: `class MyTrainer(SMTTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
-        smt_config: what to tune and how to choose it; the paper's defaults if omitted.
+        smt_config: what to tune and how to choose it; if omitted, the paper's defaults, or for a model that trains
+            blocks already the configuration that chose them.
         All other arguments are those of the trainer behind it.
 
     Attributes:
-        is_in_warmup: whether the gradient warm-up runs now; it calls `training_step` and `compute_loss` as training
-            does.
+        is_in_warmup: whether the gradient warm-up runs now. It calls `training_step` and `compute_loss` as training
+            does in its first step: `state` is that of step 0, `lr_scheduler` a schedule of nothing, and `log` is
+            silent.
 
     Raises:
         SMTError: `optimizers=` was given, the optimizer cannot work on blocks, the training data can be read only
-            once, nothing matches `target_modules`, the blocks do not divide the weights, or the budget does not fit.
+            once, nothing matches `target_modules`, the blocks do not divide the weights, the budget does not fit, or
+            the model trains other blocks already. A subclass with a Trainer in front of this class is refused as well.
     """
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        refuse_misplaced(cls, SMTTrainerMixin)
 
     def __init__(self, *args, smt_config: SMTConfig | None = None, **kwargs) -> None:
         self.smt_config = smt_config or SMTConfig()
         self.is_in_warmup = False
         self._saves_checkpoint = False
         self._was_interrupted = False
-        self._found: tuple[weakref.ref, Candidates] | None = None
+        self._report: dict[str, float] = {}
+        self._found: tuple[weakref.ref, tuple, Candidates] | None = None
+        if args:
+            args = (uncompiled(args[0]), *args[1:])
+        if "model" in kwargs:
+            kwargs["model"] = uncompiled(kwargs["model"])
         super().__init__(*args, **kwargs)
+        if smt_config is None and is_smt_model(self.model):
+            self.smt_config = get_state(self.model).selection.config
         refuse_unusable(self)
-        if self.model_init is None and not is_smt_model(self.model) and self._given_selection is None:
+        refuse_full_model(self._output_folder)
+        if is_smt_model(self.model):
+            refuse_other_blocks(self.model, self.smt_config, self._given_selection)
+        elif self.model_init is None and self._given_selection is None:
             self._find_candidates()
-        self.add_callback(WriteBack())
+        if not self._has_given_reference(args, kwargs):
+            match_reference(self)
+        if self.is_deepspeed_enabled:
+            self.add_callback(DeepSpeedWriteBack())
+        self._gradients = ExpectGradients()
+        self.add_callback(self._gradients)
         if not self.smt_callbacks:
             self.add_callback(SMTCallback())
         for callback in self.smt_callbacks:
             # A proxy, since a circle would keep the model alive until the next garbage collection.
             callback.trainer = weakref.proxy(self)
+
+    def _has_given_reference(self, args: tuple, kwargs: dict) -> bool:
+        """Return whether the arguments of the trainer behind this one hold a reference model."""
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
+        return given.get("ref_model") is not None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train as Trainer does. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
@@ -93,6 +140,10 @@ class SMTTrainerMixin(SavesDelta):
             if checkpoint is not None or self._was_interrupted:
                 resume_from_checkpoint = checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def call_model_init(self, trial=None):
+        """As Trainer's, but return a plain model where `model_init` compiles it."""
+        return uncompiled(super().call_model_init(trial))
 
     def select(self) -> BlockSelection:
         """Choose the blocks as `train` does, and leave the model as it was.
@@ -119,26 +170,36 @@ class SMTTrainerMixin(SavesDelta):
         if not is_smt_model(self.model) and resume_from_checkpoint is not None:
             # Trainer loads a model that is sharded over ranks only after it is.
             self._load_from_checkpoint(resume_from_checkpoint)
-        if not is_smt_model(self.model):
+        refuse_bound_optimizer(self)
+        if is_smt_model(self.model):
+            refuse_other_blocks(self.model, self.smt_config, self._given_selection)
+        else:
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
+            self._expect_gradients()
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
         logger.info("%s", self._trainable_line())
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
+        try:
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
+        finally:
+            self._gradients.detach()
 
     def _choose_blocks(self, folder: Path) -> BlockSelection:
         """Return the configured selection, or the one that a warm-up leads to: the same on all ranks.
 
         Selection and scores of all blocks are kept in the output folder.
         """
-        selection = self._given_selection
+        selection, losses = self._given_selection, []
+        if selection is not None and (frozen := frozen_names(self.model, selection.block_indices)):
+            logger.warning("The selection has blocks in %d frozen linears, such as `%s`.", len(frozen), frozen[0])
         if selection is None and self._was_interrupted:
             selection = BlockSelection.load(folder / SELECTION_FILE)
             self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
             candidates = self._find_candidates()
-            found = Warmup(self, candidates.grids).run()
+            warmup = Warmup(self, candidates.grids)
+            found, losses = warmup.run(), warmup.losses
             scores = BlockScores.of_candidates(candidates, found, self.smt_config, base_name(self.model))
             if self.args.should_save:
                 # First, so that the warm-up is not lost if the budget turns out not to fit.
@@ -146,18 +207,30 @@ class SMTTrainerMixin(SavesDelta):
             selection = broadcast_object_list([scores.select()])[0]
             if self.args.should_save:
                 selection.save(folder / SELECTION_FILE)
+        self._report = {"smt_blocks": selection.num_blocks, "smt_fraction_of_model": selection.fraction_of_model}
+        if losses:
+            self._report |= {"smt_warmup_steps": len(losses), "smt_warmup_loss": sum(losses) / len(losses)}
         for callback in self.smt_callbacks:
             callback.on_selection(self.args, selection)
         return selection
 
+    def _expect_gradients(self) -> None:
+        """Watch the first step, unless a warm-up saw the gradients or DeepSpeed takes them away."""
+        scorer = SCORERS[self.smt_config.score]
+        ran_warmup = self._given_selection is None and not self._was_interrupted and scorer.needs_warmup
+        if not (ran_warmup and scorer.needs_backward) and not self.is_deepspeed_enabled:
+            self._gradients.arm(calls_are_known=ran_warmup)
+
     def _find_candidates(self) -> Candidates:
         """Return the candidates of the model, which are looked for, and warned about, once."""
+        flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
         if self._found is not None:
-            model, candidates = self._found
-            if model() is self.model and candidates.num_parameters == count_parameters(self.model):
+            model, found_flags, candidates = self._found
+            unchanged = found_flags == flags and candidates.num_parameters == count_parameters(self.model)
+            if model() is self.model and unchanged:
                 return candidates
         candidates = find_candidates(self.model, self.smt_config)
-        self._found = weakref.ref(self.model), candidates
+        self._found = weakref.ref(self.model), flags, candidates
         return candidates
 
     def _let_backward_stop_early(self) -> None:
@@ -173,6 +246,16 @@ class SMTTrainerMixin(SavesDelta):
         reentrant = bool(kwargs) and kwargs.get("use_reentrant") is not False
         if self.args.gradient_checkpointing and not reentrant and hasattr(self.model, "disable_input_require_grads"):
             self.model.disable_input_require_grads()
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log as Trainer does, with the results of the warm-up beside the first loss; in the warm-up, do nothing."""
+        if self.is_in_warmup:
+            return
+        # Without a logged loss, the summary at the end comes first.
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self._report)
+            self._report = {}
+        super().log(logs, *args, **kwargs)
 
     def compute_loss_context_manager(self):
         """In the warm-up, add the mixed precision that the model gets only when the main loop prepares it."""

@@ -1,8 +1,9 @@
 """The gradient warm-up of a trainer: scores from the first batches of the main loop, with no trace left behind.
 
 It replays the beginning of the main loop on the bare model, before Trainer makes an optimizer or wraps anything: the
-same batches, the same `training_step`, the same mixed precision. Afterwards random states and counters are as before,
-so the main loop starts as if nothing had run.
+same batches, the same `training_step`, the same mixed precision, in the state of step 0. What is logged meanwhile goes
+nowhere. Afterwards random states, counters and the model's buffers are as before, so the main loop starts as if nothing
+had run.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.targets import named_linears
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.scores.collect import LossScale, average_over_ranks, frozen
+from smt_trainer.scores.collect import LossScale, buffers_preserved, frozen, reached_scores
+from smt_trainer.scores.reach import Reach
 from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
-from smt_trainer.training.preserved import counters_preserved, rng_preserved
+from smt_trainer.training.first_step import at_first_step
+from smt_trainer.training.preserved import plain_data_preserved, rng_preserved
 
 if TYPE_CHECKING:
     from smt_trainer.training.trainer import SMTTrainerMixin
@@ -34,6 +37,9 @@ class Warmup:
     Args:
         trainer: an `SMTTrainerMixin`, before its main loop.
         grids: module name -> grid, for every target.
+
+    Attributes:
+        losses: the loss of each step on this rank.
     """
 
     def __init__(self, trainer: SMTTrainerMixin, grids: dict[str, BlockGrid]) -> None:
@@ -42,27 +48,36 @@ class Warmup:
         self.kind = SCORERS[self.config.score]
         scales_loss = self.kind.needs_backward and self.accelerator.mixed_precision == "fp16"
         self.scale = LossScale() if scales_loss else None
+        self.losses: list[float] = []
 
     def run(self) -> dict[str, Tensor]:
-        """Return the scores of all blocks, the same on every rank; run no batch if the score needs none.
+        """Return the scores of all blocks of the targets that it reached, the same on every rank.
+
+        Run no batch if the score needs none.
 
         Raises:
-            SMTError: the training data gives no batch, or a gradient overflowed in every step.
+            SMTError: the training data gives no batch, no target was reached, or a gradient overflowed in every step.
         """
         if not self.kind.needs_warmup:
             return self.scorer(self.trainer.model).scores()
         with warmup_model(self.trainer.model, self.accelerator) as model:
             scorer = self.scorer(model)
-            with self.as_in_training(), frozen(model), scorer.attached(hold=self.scale is not None):
-                for step, (micro_batches, num_items) in enumerate(self.batches()):
-                    loss = self.step(model, scorer, micro_batches, num_items)
+            reach = Reach(scorer.targets, self.kind.needs_backward)
+            with (
+                self.as_in_training() as batches,
+                frozen(model),
+                buffers_preserved(model),
+                scorer.attached(hold=self.scale is not None),
+                reach.watching(),
+            ):
+                for step, (micro_batches, num_items) in enumerate(batches):
+                    self.losses.append(self.step(model, scorer, micro_batches, num_items))
                     if self.scale is not None:
                         self.scale.settle(scorer)
-                    self.tell("on_warmup_step", step, loss)
+                    self.tell("on_warmup_step", step, self.losses[-1])
             if self.scale is not None:
                 self.scale.report()
-            average_over_ranks(scorer.statistics())
-            return scorer.scores()
+            return reached_scores(scorer, reach)
 
     def scorer(self, model: nn.Module) -> Scorer:
         """The configured scorer of the targets in a model, wrapped or not."""
@@ -71,30 +86,29 @@ class Warmup:
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
     @contextlib.contextmanager
-    def as_in_training(self) -> Iterator[None]:
-        """Let the trainer's methods work on the bare model, and leave no trace in the trainer or the random states."""
-        self.trainer.is_in_warmup = True
-        self.tell("on_warmup_begin", self.config.smt_warmup_steps)
+    def as_in_training(self) -> Iterator[Iterator[tuple[list, Tensor | int | None]]]:
+        """Let the trainer's methods work on the bare model, and leave no trace in the trainer or the random states.
+
+        Yields the micro-batches of each step in the order of the main loop, epoch after epoch, and their number of
+        labels.
+        """
+        trainer, steps = self.trainer, self.config.smt_warmup_steps
+        self.tell("on_warmup_begin", steps)
+        trainer.is_in_warmup = True
         try:
             backward = bare_backward(self.accelerator, self.scale, self.kind.needs_backward)
-            with rng_preserved(), counters_preserved(self.trainer), backward:
-                yield
+            preserved = plain_data_preserved(trainer, apart=(trainer.train_dataset, trainer.eval_dataset))
+            with rng_preserved(), preserved, backward:
+                with collating_classes(trainer, self.kind.class_column(self.config)):
+                    loader = trainer.get_train_dataloader()
+                with at_first_step(trainer, loader, steps):
+                    yield itertools.islice(self.epochs(loader), steps)
         finally:
             self.trainer.is_in_warmup = False
             self.tell("on_warmup_end")
 
-    def batches(self) -> Iterator[tuple[list, Tensor | int | None]]:
-        """The micro-batches of each step in the order of the main loop, epoch after epoch, and their number of labels.
-
-        Raises:
-            SMTError: an epoch has no batch.
-        """
-        with collating_classes(self.trainer, self.kind.class_column(self.config)):
-            loader = self.trainer.get_train_dataloader()
-        yield from itertools.islice(self.epochs(loader), self.config.smt_warmup_steps)
-
     def epochs(self, loader) -> Iterator[tuple[list, Tensor | int | None]]:
-        """As `batches`, without end."""
+        """Yield what `as_in_training` does, without end. Raise `SMTError` if an epoch has no batch."""
         for epoch in itertools.count():
             # accelerate does not pass the epoch on to a batch sampler that it shards.
             for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):

@@ -38,7 +38,7 @@ from transformers.training_args import OptimizerNames
 
 from smt_trainer import SMTCallback
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE
-from smt_trainer.training.callback import WriteBack
+from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 
@@ -58,11 +58,13 @@ class Watching:
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.evaluated, self.warm_up_inputs = [], []
+        self.evaluated = []
+        # Not a plain list, which would be as before after the warm-up.
+        self.warm_up = types.SimpleNamespace(inputs=[])
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training and self.optimizer is None:
-            self.warm_up_inputs.append(inputs["input_ids"])
+        if getattr(self, "is_in_warmup", False):
+            self.warm_up.inputs.append(inputs["input_ids"])
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, *args, **kwargs):
@@ -142,14 +144,14 @@ def record(trainer) -> dict:
         "random states": trainer.random_states,
         "losses": trainer.losses,
         "weights": [weights[f"{name}.weight"].clone() for name in V_PROJ],
-        "log": [public(entry) for entry in trainer.state.log_history if "smt_blocks" not in entry],
+        "log": [public(entry) for entry in trainer.state.log_history],
         "optimizer": {name: value for name, value in trainer.optimizer.param_groups[0].items() if name != "params"},
         "loader": {name: getattr(loader, name, None) for name in LOADER} | {"class": type(loader).__name__},
         "workers": type(loader.multiprocessing_context).__name__,
         "callbacks": sorted(
             type(each).__name__
             for each in trainer.callback_handler.callbacks
-            if not isinstance(each, (SMTCallback, WriteBack))
+            if not isinstance(each, (SMTCallback, ExpectGradients))
         ),
         "best": [trainer.state.best_metric, trainer.state.best_global_step],
         "tokens": trainer.state.num_input_tokens_seen,
@@ -176,8 +178,9 @@ OF_THE_MACHINE = re.compile(r"runtime|per_second|_mem_|preparation_time|total_fl
 
 
 def public(log: dict) -> dict:
-    """Hide the values of a log entry that differ from run to run."""
-    return {key: None if OF_THE_MACHINE.search(key) else value for key, value in log.items()}
+    """Hide the values of a log entry that differ from run to run, and the results of the warm-up."""
+    shared = {key: value for key, value in log.items() if not key.startswith("smt_")}
+    return {key: None if OF_THE_MACHINE.search(key) else value for key, value in shared.items()}
 
 
 def files(folder) -> list[str]:
@@ -389,7 +392,7 @@ def test_an_argument_does_what_it_does_on_the_stock_trainer(fields, beside, base
         pytest.skip(f"not known to transformers {HERE}")
     case = beside | fields
     trainers = [trained(kind, tmp_path / kind.__name__, **case) for kind in (Ours, Stock)]
-    seen, seen_first = trainers[0].inputs, trainers[0].warm_up_inputs
+    seen, seen_first = trainers[0].inputs, trainers[0].warm_up.inputs
     ours, stock = map(record, trainers)
     assert differences(ours, stock) == {}
     assert len(seen_first) > 0 and all(map(torch.equal, seen_first, seen))
@@ -500,7 +503,9 @@ def test_checkpointed_layers_are_computed_as_often_as_on_the_stock_trainer(kwarg
         )
         passes = []
         for layer in trainer.model.model.layers:
-            layer.self_attn.register_forward_hook(lambda *_, each=trainer, at=passes: each.optimizer and at.append(1))
+            layer.self_attn.register_forward_hook(
+                lambda *_, each=trainer, at=passes: None if getattr(each, "is_in_warmup", False) else at.append(1)
+            )
         trainer.train()
         computed.append(len(passes))
         losses.append(trainer.losses)
@@ -535,7 +540,7 @@ class Terminated:
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        if self.at == ("the warm-up" if self.optimizer is None else self.state.global_step):
+        if self.at == ("the warm-up" if getattr(self, "is_in_warmup", False) else self.state.global_step):
             self.at = terminate(self)
         return loss
 
@@ -660,12 +665,15 @@ def test_a_reporter_gets_the_same_as_from_the_stock_trainer(reports, tmp_path):
     told = []
     for kind in (Stock, Ours):
         trained(kind, tmp_path, report_to="trackio", **{name: REPORTED[name] for name in REPORTED if name in KNOWN})
-        told.append([call for call in reports if not any("smt_blocks" in key for part in call[1] for key in part)])
-        warm_ups = [call for call in reports if call not in told[-1]]
+        told.append(
+            [(name, [[key for key in sorted(part) if "smt_" not in key] for part in args], kwargs)
+             for name, args, kwargs in reports]
+        )  # fmt: skip
+        warm_ups = [call for call in reports if any("smt_blocks" in key for part in call[1] for key in part)]
         reports.clear()
-    stock, ours = ([(name, [sorted(part) for part in args], kwargs) for name, args, kwargs in each] for each in told)
+    stock, ours = told
     assert ours == stock
-    assert len(warm_ups) == 1 and reports == []
+    assert len(warm_ups) == 1
     given = str(stock)
     assert all(REPORTED[name] in given for name in REPORTED if name in KNOWN)
 
@@ -767,7 +775,7 @@ def on_a_node(folder: Path, environment: dict) -> None:
     def shown(kind, run, case):
         noted.clear()
         trainer = trained(kind, folder / run, **case)
-        return record(trainer) | {"wrapped with": noted[0]}, trainer.warm_up_inputs, trainer.inputs
+        return record(trainer) | {"wrapped with": noted[0]}, trainer.warm_up.inputs, trainer.inputs
 
     for name, (fields, beside) in ON_TWO_NODES.items():
         if is_known(fields):

@@ -68,7 +68,7 @@ def test_only_the_blocks_of_the_base_are_changed(base, delta, tmp_path):
 
 def test_a_merged_checkpoint_is_refused_as_base_of_the_same_delta(base, delta, tmp_path):
     merge_checkpoint(base, delta[0], tmp_path / "once")
-    with pytest.raises(SMTError, match="differ from it where the blocks lie"):
+    with pytest.raises(SMTError, match="other values in"):
         merge_checkpoint(tmp_path / "once", delta[0], tmp_path / "twice")
 
 
@@ -123,7 +123,7 @@ def no_safetensors(base):
 
 def another_base(base):
     tiny.llama(seed=1).save_pretrained(base)
-    return "differ from it where the blocks lie"
+    return "other values in"
 
 
 def fewer_layers(base):

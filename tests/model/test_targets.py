@@ -115,6 +115,78 @@ def test_linears_that_cannot_be_tuned_are_left_out_with_the_reason(llama, warnin
     )
 
 
+# ---- linears with a forward of their own ----
+
+
+class Half(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
+def test_a_linear_with_a_forward_of_its_own_is_left_out(llama, warnings):
+    llama.get_submodule(QKV[0]).__class__ = Half
+    assert list(find_targets(llama, SMTConfig())) == QKV[1:]
+    assert f"`{QKV[0]}` is not tuned: its class, Half, has a forward of its own" in warnings()[0]
+
+
+def test_a_selection_in_a_linear_with_a_forward_of_its_own_is_refused_and_the_model_left_as_it_was(llama):
+    selection = tiny.every_block(llama, QKV)
+    llama.get_submodule(QKV[1]).__class__ = Half
+    before = tiny.logits(llama)
+    with pytest.raises(SMTError, match="this model has a Half, which has a forward of its own"):
+        convert_to_smt(llama, selection)
+    assert torch.equal(tiny.logits(llama), before) and type(llama.get_submodule(QKV[0])) is nn.Linear
+
+
+def test_a_linear_of_torchs_quantisation_aware_training_is_left_out(llama):
+    qat = pytest.importorskip("torch.ao.nn.qat")
+    config = torch.ao.quantization.get_default_qat_qconfig()
+    llama.model.layers[0].self_attn.q_proj = qat.Linear(64, 64, bias=False, qconfig=config)
+    assert list(find_targets(llama, SMTConfig())) == QKV[1:]
+
+
+def test_a_subclass_with_the_forward_of_a_linear_is_a_target(llama):
+    named = type("Named", (nn.Linear,), {"extra_repr": lambda self: "named"})
+    llama.get_submodule(QKV[0]).__class__ = named
+    assert list(find_targets(llama, SMTConfig())) == QKV
+
+
+def test_falcons_linears_are_targets():
+    falcon = tiny.build("FalconForCausalLM", new_decoder_architecture=False)
+    assert leaves(falcon) == ["query_key_value"]
+    assert type(next(iter(find_targets(falcon, SMTConfig()).values()))) is not nn.Linear
+
+
+# ---- frozen by the user ----
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_modules": ["q_proj", "k_proj", "v_proj"]}], ids=str)
+def test_frozen_linears_are_left_out_in_one_line_even_if_they_are_named(fields, llama, warnings):
+    llama.model.layers[0].requires_grad_(False)
+    assert list(find_targets(llama, SMTConfig(**fields))) == QKV[3:]
+    assert len(warnings()) == 1 and warnings()[0].startswith(f"3 of 6 matching linears, such as `{QKV[0]}`")
+
+
+def test_only_frozen_matches_are_refused(llama):
+    llama.model.layers.requires_grad_(False)
+    with pytest.raises(SMTError, match=r"none of which can be tuned.*unfreeze"):
+        find_targets(llama, SMTConfig())
+
+
+def test_a_model_frozen_whole_is_tuned_like_one_that_is_not(llama, warnings):
+    assert list(find_targets(llama.requires_grad_(False), SMTConfig())) == QKV
+    assert len(warnings()) == 1 and warnings()[0].startswith("All parameters of the model are frozen")
+
+
+# ---- wrapped modules ----
+
+
+def test_compiled_modules_are_refused_by_name(llama):
+    llama.model.layers[1] = torch.compile(llama.model.layers[1], backend="eager")
+    with pytest.raises(SMTError, match=r"layers\.1\._orig_mod` is inside a wrapper of torch.*torch_compile=True"):
+        find_targets(llama, SMTConfig())
+
+
 @pytest.mark.parametrize(
     "weight",
     [

@@ -5,7 +5,7 @@ import tiny
 import torch
 from reference import block_mask
 
-from smt_trainer import SMTError, load_delta, merge_checkpoint
+from smt_trainer import SMTError, convert_to_smt, load_delta, merge_checkpoint, save_delta
 from smt_trainer.model.whole import find_whole
 from smt_trainer.sparse.convert import find_linears
 
@@ -34,6 +34,37 @@ def test_norms_of_every_kind_are_found(llama):
     bert = tiny.build("BertForMaskedLM")
     norms = find_whole(bert, tiny.config(train_norm=True), [])
     assert len(norms) == 2 * 2 + 2 and all(name.endswith("LayerNorm") for name in norms)
+
+
+def test_frozen_parts_are_left_out_unless_they_are_named():
+    model = tiny.gpt2()
+    for frozen in (model.transformer.h[0], model.transformer.ln_f):
+        frozen.requires_grad_(False)
+    fields = {"train_norm": True, "train_bias": True}
+    assert find_whole(model, tiny.config(**fields), QKV) == (*GPT2_NORMS[2:], f"{QKV[1]}.bias")
+    named = find_whole(model, tiny.config(modules_to_save=["ln_f", "h.0.ln_1"]), QKV)
+    assert named == ("transformer.ln_f", GPT2_NORMS[0])
+    model.requires_grad_(False)
+    assert len(find_whole(model, tiny.config(**fields), QKV)) == 5 + 2
+
+
+def test_a_frozen_head_stays_as_it_is():
+    model = tiny.build("BertForSequenceClassification", num_labels=3)
+    model.classifier.requires_grad_(False)
+    assert find_whole(model, tiny.config(), []) == ()
+
+
+def test_a_delta_trains_what_it_stores_whatever_is_frozen(tmp_path):
+    trained, fields = tiny.gpt2(), {"train_norm": True, "modules_to_save": []}
+    trained.transformer.h[0].requires_grad_(False)
+    convert_to_smt(trained, tiny.choose(trained, tiny.config(score="random", budget=6, **fields)))
+    save_delta(trained, tmp_path / "first")
+    again = tiny.gpt2()
+    again.transformer.ln_f.requires_grad_(False)
+    load_delta(again, tmp_path / "first")
+    save_delta(again, tmp_path / "second")
+    assert again.smt_state.whole == trained.smt_state.whole == (*GPT2_NORMS[2:], "transformer.ln_f")
+    assert tiny.saved_tensors(tmp_path / "first").keys() == tiny.saved_tensors(tmp_path / "second").keys()
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,15 @@
 
 import pytest
 import tiny
+import torch
 import training_script
 from datasets import Dataset
 from reference import block_mask
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from smt_trainer import SMTError, SMTTrainerMixin, merge_and_unload
-from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer import SMTError, SMTTrainerMixin, convert_to_smt, merge_and_unload
+from smt_trainer.sparse.convert import is_smt_model, plain_state_dict
 
 trl = pytest.importorskip("trl")
 
@@ -46,6 +47,20 @@ STOCK = {
         {"reward_funcs": distinct_letters},
         trl.GRPOConfig,
         {"num_generations": 2, "max_completion_length": 6, "gradient_accumulation_steps": 2, "num_iterations": 2},
+        [{"prompt": text} for text in TEXTS],
+    ),
+    "KTO": (
+        trl.KTOTrainer,
+        {},
+        trl.KTOConfig,
+        {},
+        [{"prompt": text, "completion": " good", "label": number % 2 == 0} for number, text in enumerate(TEXTS)],
+    ),
+    "RLOO": (
+        trl.RLOOTrainer,
+        {"reward_funcs": distinct_letters},
+        trl.RLOOConfig,
+        {"num_generations": 2, "max_completion_length": 6, "gradient_accumulation_steps": 2},
         [{"prompt": text} for text in TEXTS],
     ),
 }
@@ -101,9 +116,11 @@ def test_the_warm_up_leaves_no_trace_in_what_the_trainer_logs(name, score, make)
     assert ours._metrics == stock._metrics
     for key in ("num_tokens", "learning_rate"):
         assert tiny.logged(ours, key) == tiny.logged(stock, key)
-    # Before the first update both models are the base. The omitted keys depend on what is trained, or on the clock.
+    # Before the first update both models are the base. The omitted keys tell of the warm-up, or depend on what is
+    # trained or on the clock.
+    omitted = ("smt_", "grad_norm", "step_time")
     first, expected = (
-        {key: value for key, value in by_step(trainer)[0].items() if key not in ("grad_norm", "step_time")}
+        {key: value for key, value in by_step(trainer)[0].items() if not key.startswith(omitted)}
         for trainer in (ours, stock)
     )
     assert first == expected
@@ -130,6 +147,35 @@ def test_the_reference_of_dpo_stays_the_base(given, precomputed, make, base):
     rewards = tiny.logged(trainer, "rewards/margins")
     assert rewards[0] == pytest.approx(0, abs=1e-6) and rewards[2] > 0
     assert tiny.logged(trainer, "loss")[2] < tiny.logged(trainer, "loss")[0] == pytest.approx(0.693147, abs=1e-6)
+
+
+REFERENCES = {"DPO": {}, "KTO": {}, "GRPO": {"beta": 0.1}, "RLOO": {"beta": 0.1}}
+
+
+@pytest.mark.parametrize("trained", ["merged", "rewritten"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_reference_is_the_model_handed_over(name, trained, make, base):
+    """Not the base on disk, whose name the configuration of a trained model still has."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    convert_to_smt(model, tiny.choose(model))
+    tiny.step(model, **tiny.batch())
+    expected = plain_state_dict(model)
+    expected = {key: tensor.clone() for key, tensor in expected.items()}
+    if trained == "merged":
+        merge_and_unload(model)
+    smt_config = tiny.config() if trained == "merged" else model.smt_state.selection.config
+    trainer = make(name, smt_config, more={"model": model}, **REFERENCES[name])
+    found = trainer.ref_model.state_dict()
+    assert found.keys() >= expected.keys()
+    tiny.assert_same({key: found[key] for key in expected}, expected)
+    assert any(not torch.equal(found[key], tensor) for key, tensor in tiny.saved_tensors(base).items())
+
+
+def test_a_reference_of_another_shape_is_refused(make, base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(300)
+    with pytest.raises(SMTError, match=r"embed_tokens.weight.*ref_model=copy.deepcopy\(model\)"):
+        make("DPO", tiny.config(modules_to_save=["embed_tokens", "lm_head"]), more={"model": model})
 
 
 @pytest.mark.parametrize("fields", [{"selection": True}, {"score": "magnitude"}, {"score": "random"}, {}])

@@ -15,7 +15,6 @@ from smt_trainer import SMTConfig, SMTError, convert_to_smt, merge_and_unload
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.targets import find_targets, head_names
 from smt_trainer.sparse.convert import is_smt_model, plain_state_dict, trainable_parameters
-from smt_trainer.sparse.fingerprint import fingerprint
 from smt_trainer.sparse.linear import SMTLinear, smt_linears
 
 
@@ -211,19 +210,6 @@ def test_named_modules_are_trained_whole(llama):
 def test_masters_have_the_configured_dtype(llama, master_dtype):
     convert_to_smt(llama, tiny.choose(llama, tiny.config(score="random", master_dtype=master_dtype)))
     assert {layer.blocks.dtype for _, layer in smt_linears(llama)} == {getattr(torch, master_dtype)}
-
-
-def test_a_fingerprint_is_of_the_chosen_blocks_in_the_given_dtype(llama):
-    selection = tiny.choose(llama)
-    first = fingerprint(llama, selection, torch.bfloat16)
-    assert fingerprint(llama.bfloat16(), selection, torch.bfloat16) == first
-    name, chosen = next(iter(selection.block_indices.items()))
-    mask = block_mask(selection.grids[name], chosen)
-    weight = llama.get_submodule(name).weight.data
-    weight[~mask] += 1
-    assert fingerprint(llama, selection, torch.bfloat16) == first
-    weight[mask] += 1
-    assert fingerprint(llama, selection, torch.bfloat16) != first
 
 
 def test_any_module_tree_of_linears_works():

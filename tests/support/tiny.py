@@ -127,8 +127,7 @@ class Recording:
     def compute_loss(self, model, inputs, *args, **kwargs):
         state = torch.get_rng_state()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        # The warm-up runs before the optimizer exists.
-        if model.training and self.optimizer is not None:
+        if model.training and not getattr(self, "is_in_warmup", False):
             self.inputs.append(inputs["input_ids"])
             self.random_states.append(state)
             self.losses.append(loss.item())

@@ -1,5 +1,7 @@
 """`SMTCallback` and the write-back: events and logs; training does not depend on the callback."""
 
+import re
+
 import pytest
 import tiny
 import torch
@@ -29,14 +31,29 @@ def test_a_failed_warm_up_reports_its_end(tmp_path):
     assert callback.events == ["begin 2", "end"]
 
 
-def test_the_warm_up_is_reported_once_and_before_the_first_step(tmp_path):
+def test_the_warm_up_is_reported_once_beside_the_first_loss(tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path, learning_rate=0.0)
     trainer.train()
     first, *rest = trainer.state.log_history
-    assert first["step"] == 0 and first["smt_warmup_steps"] == 2 and first["smt_blocks"] == 12
+    assert first["step"] == 1 and first["smt_warmup_steps"] == 2 and first["smt_blocks"] == 12
+    assert first["loss"] == pytest.approx(trainer.losses[0], rel=1e-6)
     assert first["smt_fraction_of_model"] == trainer.smt_selection.fraction_of_model
     assert first["smt_warmup_loss"] == pytest.approx(sum(trainer.losses[:2]) / 2, rel=1e-6)
     assert not any("smt_blocks" in entry for entry in rest)
+
+
+def test_a_run_that_logs_no_loss_reports_the_warm_up_at_its_end(tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path, logging_strategy="no")
+    trainer.train()
+    (only,) = trainer.state.log_history
+    assert only["smt_warmup_steps"] == 2 and "train_loss" in only
+
+
+def test_without_progress_bars_the_log_tells_of_the_warm_up(tmp_path, caplog):
+    caplog.set_level("INFO", logger="smt_trainer")
+    tiny.smt_trainer(tiny.llama(), tmp_path).train()
+    lines = [record.getMessage() for record in caplog.records if "gradient warm-up" in record.getMessage()]
+    assert lines[0] == "The gradient warm-up begins: 2 steps." and re.fullmatch(r".* ended after \d+\.\d s\.", lines[1])
 
 
 class Silent(SMTCallback):

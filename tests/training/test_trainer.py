@@ -209,7 +209,7 @@ def test_a_batch_size_that_does_not_fit_is_halved(call, tmp_path):
         calls = 0
 
         def compute_loss(self, *args, **kwargs):
-            self.calls += 1
+            type(self).calls += 1
             if self.calls == call:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
             return super().compute_loss(*args, **kwargs)

@@ -100,7 +100,7 @@ class Failing(tiny.RecordingSMTTrainer):
     calls = 0
 
     def compute_loss(self, *args, **kwargs):
-        self.calls += 1
+        type(self).calls += 1
         if self.calls == 2:
             raise RuntimeError("out of memory")
         return super().compute_loss(*args, **kwargs)
@@ -110,7 +110,7 @@ class Failing(tiny.RecordingSMTTrainer):
 def test_a_failed_warm_up_leaves_no_trace_and_can_be_run_again(score, tmp_path):
     model = dropping_llama()
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    trainer = tiny.smt_trainer(model, tmp_path, tiny.config(score=score), kind=Failing)
+    trainer = tiny.smt_trainer(model, tmp_path, tiny.config(score=score), kind=type("", (Failing,), {}))
     with pytest.raises(RuntimeError, match="out of memory"):
         trainer.train()
     for module in model.modules():

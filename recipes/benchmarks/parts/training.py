@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.parts.methods import Variant
 from recipes.benchmarks.parts.setting import DTYPES, Setting
-from smt_trainer.sparse.linear import smt_linears
-from smt_trainer.sparse.write_back import write_back
 
 
 class Training:
@@ -20,7 +18,6 @@ class Training:
         self.setting = setting
         self.model = variant.make_trainable(model, setting.seed).train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.layers = [layer for _, layer in smt_linears(self.model)]
         self.optimizer = None
         if self.parameters:
             # Without weight decay, a step of all-zero gradients changes nothing.
@@ -51,7 +48,6 @@ class Training:
         """Update the weights and clear the gradients."""
         if self.optimizer:
             self.optimizer.step()
-            write_back(self.layers)
             self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, tokens: Tensor) -> None:

@@ -1,0 +1,88 @@
+"""Which targets a warm-up reaches.
+
+Blocks are trained where forward calls the linear and backward passes its output. A model may instead read the weight
+and never call the linear (Mamba's `dt_proj`, WavLM's attention, fused kernels); then the weight has a gradient, and the
+score may be high, but its blocks never get one. Or it may call the linear and use its output nowhere (LLaVA's last
+vision layer). Only what no step and no rank reached is left out: an expert may see no token in most steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.errors import SMTError
+from smt_trainer.model.names import count_projections
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Linear
+
+logger = logging.getLogger(__name__)
+
+
+class Reach:
+    """Watches the targets of a warm-up.
+
+    Args:
+        targets: module name -> linear.
+        needs_backward: whether the warm-up runs backward; if not, only calls count.
+    """
+
+    def __init__(self, targets: Mapping[str, Linear], needs_backward: bool) -> None:
+        self.targets, self.needs_backward = targets, needs_backward
+        self.called: set[str] = set()
+        self.passed: set[str] = set()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note calls and gradients within this context; enter it after the scorer's, whose hooks change outputs."""
+        handles = []
+        try:
+            for name, linear in self.targets.items():
+                handles.append(linear.register_forward_hook(functools.partial(self._note, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note(self, name: str, linear: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.called.add(name)
+        if output.requires_grad and name not in self.passed:
+            output.register_hook(functools.partial(self._note_gradient, name))
+
+    def _note_gradient(self, name: str, gradient: Tensor) -> None:
+        self.passed.add(name)
+
+    def flags(self) -> Tensor:
+        """Return [2, targets]: 1 where a target was called, and where a gradient passed it."""
+        return torch.tensor([[float(name in seen) for name in self.targets] for seen in (self.called, self.passed)])
+
+    def keep(self, scores: Mapping[str, Tensor], flags: Tensor) -> dict[str, Tensor]:
+        """Return the scores of the targets that were reached; name the others in the log.
+
+        Args:
+            scores: of all targets.
+            flags: averaged over all ranks.
+
+        Raises:
+            SMTError: none was.
+        """
+        called, passed = ({name for name, share in zip(self.targets, row, strict=True) if share} for row in flags)
+        silent = [name for name in self.targets if name not in called]
+        unused = [name for name in self.targets if name in called - passed] if self.needs_backward else []
+        reasons = [f"the model never called {count_projections(silent)}"] if silent else []
+        reasons += [f"no gradient reached {count_projections(unused)}"] if unused else []
+        if len(silent) + len(unused) == len(self.targets):
+            raise SMTError(
+                f"none of the targets can be trained: in the warm-up, {' and '.join(reasons)}. Name other modules in "
+                "target_modules; with reentrant checkpointing, set use_reentrant=False."
+            )
+        if reasons:
+            logger.warning("Some targets are not tuned, since in the warm-up %s.", " and ".join(reasons))
+        return {name: found for name, found in scores.items() if name not in {*silent, *unused}}

@@ -1,0 +1,45 @@
+"""The reference model of preference and reinforcement learning is the model that was handed over.
+
+TRL loads a reference by the name in the model's configuration. After a first fine-tuning that name still says the
+untuned base, whether the deltas were merged in memory or the model trains blocks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from smt_trainer.errors import SMTError
+from smt_trainer.sparse.convert import is_smt_model, plain_state_dict
+from smt_trainer.training.distributed import is_sharding
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+@torch.no_grad()
+def match_reference(trainer: Trainer) -> None:
+    """Give the reference that a trainer made for itself the values of its model, before training.
+
+    Raises:
+        SMTError: the reference has other parameters, or is sharded over ranks and known to be another model.
+    """
+    model, reference = trainer.model, getattr(trainer, "ref_model", None)
+    if model is None or reference is None:
+        return
+    remedy = "Pass ref_model=copy.deepcopy(model) before training."
+    if is_sharding(trainer.accelerator):
+        if is_smt_model(model) or getattr(model, "smt_merged", False):
+            raise SMTError(f"the reference model is the untuned base, and it is sharded over ranks already. {remedy}")
+        return
+    ours = plain_state_dict(model)
+    theirs = trainer.accelerator.unwrap_model(reference).state_dict(keep_vars=True)
+    other = [name for name in theirs if name not in ours or ours[name].shape != theirs[name].shape]
+    if other:
+        raise SMTError(
+            f"the reference model, loaded by the name in the model's configuration, has `{other[0]}`, which the "
+            f"trained model does not have in that shape. {remedy}"
+        )
+    for name, tensor in theirs.items():
+        tensor.copy_(ours[name])

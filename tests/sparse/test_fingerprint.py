@@ -1,0 +1,129 @@
+"""The fingerprint of a base: the same for the same values however they are stored, another for any other base."""
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, save_delta
+from smt_trainer.sparse import fingerprint
+from smt_trainer.sparse.fingerprint import RUN, STRIDE, WHOLE, Fingerprint, find_names, saved_tensors
+
+
+def differences(found: Fingerprint, model) -> list[str]:
+    tensors = dict(saved_tensors(model))
+    return found.differences(tensors, tensors.__getitem__)
+
+
+def test_every_changed_value_of_a_small_tensor_is_found(llama):
+    found = Fingerprint.of(llama, torch.float32)
+    for name, parameter in llama.named_parameters():
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1
+            assert differences(found, llama) == [name]
+            parameter.copy_(before)
+
+
+@given(st.integers(1, 5), st.integers(0, WHOLE), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_of_a_large_tensor_the_sampled_values_count_and_no_others(runs, rest, dtype):
+    model = nn.Linear(1, WHOLE + runs * STRIDE + rest, bias=False, dtype=dtype)
+    found = Fingerprint.of(model, dtype)
+    sampled = torch.zeros(model.weight.numel(), dtype=torch.bool)
+    for start in range(0, len(sampled) // STRIDE * STRIDE, STRIDE):
+        sampled[start : start + RUN] = True
+    for place in (0, RUN - 1, RUN, STRIDE - 1, STRIDE, len(sampled) - 1):
+        with torch.no_grad():
+            before = model.weight[place].clone()
+            model.weight[place] = before + 1
+        assert bool(differences(found, model)) is bool(sampled[place])
+        with torch.no_grad():
+            model.weight[place] = before
+
+
+@pytest.mark.parametrize(("made", "finer"), [("bfloat16", "float32"), ("float16", "float64"), ("float32", "float64")])
+def test_a_finer_dtype_keeps_it(made, finer):
+    base = tiny.llama().to(getattr(torch, made))
+    found = Fingerprint.of(base, getattr(torch, made))
+    assert differences(found, base.to(getattr(torch, finer))) == []
+
+
+@pytest.mark.parametrize("size", ["1GB", "40KB"])
+def test_shards_and_the_prefix_of_the_base_model_keep_it(size, llama, tmp_path):
+    found = Fingerprint.of(llama, torch.float32)
+    llama.save_pretrained(tmp_path / "base", max_shard_size=size)
+    assert differences(found, AutoModelForCausalLM.from_pretrained(tmp_path / "base")) == []
+    bare = AutoModel.from_pretrained(tmp_path / "base")
+    assert differences(found, bare) == []
+    with torch.no_grad():
+        bare.layers[1].mlp.up_proj.weight[0] += 1
+    assert differences(found, bare) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_names_that_could_be_two_are_left_out():
+    assert find_names(["a.b.weight"], ["model.a.b.weight"]) == {"a.b.weight": "model.a.b.weight"}
+    assert find_names(["model.a.b.weight"], ["a.b.weight"]) == {"model.a.b.weight": "a.b.weight"}
+    assert find_names(["b.weight"], ["x.b.weight", "y.b.weight"]) == {}
+
+
+def test_statistics_of_normalisation_belong_to_the_base():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    found = Fingerprint.of(model, torch.float32)
+    model(torch.randn(8, 4))
+    assert sorted(differences(found, model)) == ["1.running_mean", "1.running_var"]
+
+
+def relative(llama, tmp_path):
+    """A base that another delta was merged into."""
+    other = tiny.choose(llama, tiny.config(target_modules=["down_proj"], budget=1, score="random"))
+    convert_to_smt(llama, other)
+    tiny.step(llama, **tiny.batch())
+    return merge_and_unload(llama)
+
+
+def test_a_base_that_differs_in_one_block_elsewhere_is_refused(delta, tmp_path):
+    folder, _ = delta
+    near = relative(tiny.llama(), tmp_path)
+    with pytest.raises(SMTError, match=r"other values in 1 of its 21 tensors, such as `model.layers.\d.mlp.down_proj"):
+        load_delta(near, folder)
+    near.save_pretrained(tmp_path / "near")
+    with pytest.raises(SMTError, match="other values in 1 of its 21 tensors"):
+        from_delta(folder, base=str(tmp_path / "near"))
+
+
+def test_a_second_stage_names_no_base(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    convert_to_smt(model, tiny.choose(model))
+    tiny.step(model, **tiny.batch())
+    convert_to_smt(merge_and_unload(model), tiny.choose(model, tiny.config(target_modules="mlp", score="random")))
+    save_delta(model, tmp_path / "second")
+    with pytest.raises(SMTError, match="other values in"):
+        from_delta(tmp_path / "second", base=str(base))
+
+
+def test_a_bf16_delta_that_was_loaded_in_float32_and_saved_again_keeps_its_base(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    convert_to_smt(model, tiny.choose(model))
+    tiny.step(model, **tiny.batch())
+    save_delta(model, tmp_path / "bf16")
+    again = load_delta(AutoModelForCausalLM.from_pretrained(base), tmp_path / "bf16")
+    save_delta(again, tmp_path / "float32")
+    third = from_delta(tmp_path / "float32", base=str(base))
+    assert torch.equal(tiny.logits(third), tiny.logits(again))
+
+
+def test_the_digest_tells_bases_apart(llama):
+    first = Fingerprint.of(llama, torch.float32)
+    assert first.digest == Fingerprint.of(tiny.llama(), torch.float32).digest
+    assert first.digest != Fingerprint.of(tiny.llama(seed=1), torch.float32).digest
+    assert fingerprint.Fingerprint.of(llama, torch.bfloat16).digest != first.digest
+
+
+def test_the_base_file_is_only_read_where_the_samples_lie(base):
+    tensors = load_file(base / "model.safetensors")
+    found = Fingerprint.of(AutoModelForCausalLM.from_pretrained(base), torch.float32)
+    assert found.differences(tensors, tensors.__getitem__) == []
