@@ -4,7 +4,7 @@
                             <module>.block_indices  [n, 2] int32 (row, column) in the module's grid
                             <parameter>             whole tensors of `modules_to_save`, norms, biases
                             its metadata holds the manifest: format, configuration, grids, name and fingerprint of the
-                            base, dtype of its weights
+                            base, dtype of its weights, checksum of all this
     smt_config.json         a copy of the manifest, for people and other programs to read
 
 The tensors file alone is the delta. It is replaced in one step, so an interrupted write leaves the earlier delta. Both

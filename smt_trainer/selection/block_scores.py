@@ -2,7 +2,7 @@
 
     smt_scores.safetensors   <module>  [R, C] float32, the scores of a module's blocks
                              and in its metadata the manifest: format, configuration, grids, name and number of
-                             parameters of the model
+                             parameters of the model, checksum
     <module> > <module>      [n, 2] int32, with `train_dependents`: rows of one and the columns of another that depend
                              on them
 
