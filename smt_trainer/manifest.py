@@ -58,8 +58,7 @@ def sealed(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = N
 def unsealed(manifest: Mapping[str, Any], what: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """Return a manifest without its checksum. Raise `SMTError` if it has one that differs."""
     values = dict(manifest)
-    expected = values.pop(CHECKSUM, None)
-    if expected is not None and expected != _checksum(values, tensors or {}):
+    if CHECKSUM in values and values.pop(CHECKSUM) != _checksum(values, tensors or {}):
         raise SMTError(
             f"the {what} is damaged: its content does not have the checksum that was saved with it. Save or download "
             f"it again{'' if tensors else f'; or, if you changed it yourself, remove its {CHECKSUM!r}'}."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, printable
 from smt_trainer.manifest import check_keys
 from smt_trainer.model.names import matches, plain_name
 
@@ -38,7 +38,10 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
             "Save or download it again."
         )
     well_formed = isinstance(base, dict) and set(base) == {"dtype", "checksums"} and base["dtype"] in WEIGHT_DTYPES
-    if not (well_formed and isinstance(base["checksums"], dict) and isinstance(manifest["architecture"], str)):
+    sums = base["checksums"] if well_formed else None
+    texts = [manifest["architecture"], *manifest["whole"], *manifest["unnamed"]]
+    texts += [*sums, *sums.values()] if isinstance(sums, dict) else [None]
+    if not all(isinstance(text, str) and printable(text) == text for text in texts):
         raise SMTError(
             f"the delta in {folder} is damaged: it should name an architecture, and have a checksum of each tensor of "
             "its base. Save or download it again."

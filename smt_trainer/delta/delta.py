@@ -266,8 +266,9 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
         raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
     trained = load_config(folder)
     labels = {key: trained[key] for key in LABELS if key in trained}
-    if "id2label" in labels:
-        labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
+    with refusing_damage(f"configuration beside the delta in {folder}"):
+        if "id2label" in labels:
+            labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
     model = (auto_class or _trained_class(delta)).from_pretrained(
         base, **{"dtype": delta.weight_dtype} | labels | kwargs
     )
@@ -291,7 +292,10 @@ def load_config(folder: str | Path) -> dict[str, Any]:
 def _trained_class(delta: Delta) -> Any:
     import transformers
 
-    return getattr(transformers, delta.architecture, transformers.AutoModelForCausalLM)
+    # The name comes from a file; only a model's class is meant.
+    found = getattr(transformers, delta.architecture, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModelForCausalLM
 
 
 def check_base(delta: Delta, name: str | None, differences: list[str]) -> None:

@@ -313,6 +313,14 @@ DAMAGE = {
         "base_model must be a name or null, got int",
     ),
     "unknown key": (lambda folder: edit(folder, lambda values: values.update(extra=1)), "missing or unknown"),
+    "checksum of nothing": (
+        lambda folder: edit(folder, lambda values: values.update({CHECKSUM: None}), seal=False),
+        "does not have the checksum",
+    ),
+    "escape sequence": (
+        lambda folder: edit(folder, lambda values: values.update(architecture="\x1b[2J")),
+        "should name an architecture",
+    ),
     "no checksum": (lambda folder: edit(folder, lambda values: values.pop(CHECKSUM), seal=False), "has no checksum"),
     "stranger": (lambda folder: edit_tensors(folder, add_a_tensor), "expected the whole tensors"),
 }
