@@ -82,7 +82,9 @@ def new_folder(output: Path) -> Iterator[Path]:
             yield stage
             _set_modes(stage)
             stage.replace(output)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
+            if getattr(error, "filename", None) is not None:
+                raise
             raise OSError(f"{output} could not be written: {error}") from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)

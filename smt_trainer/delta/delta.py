@@ -229,7 +229,9 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
         whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
         check_complete(model, delta, whole)
         dtype = next(iter(linears.values())).weight.dtype
-        whole = tuple(dict.fromkeys([*whole, *delta.whole]))
+        # What the configuration names, and what only the first loading knew.
+        named = tuple(f"{name}." for name in whole)
+        whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
         rewrite_as(model, SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed)))
     for name, linear in smt_linears(model):
         assign(linear.blocks, delta.blocks[name][linear.row_major_order().argsort()])
