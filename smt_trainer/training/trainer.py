@@ -31,6 +31,7 @@ from transformers import Trainer
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.names import count_projections
 from smt_trainer.model.targets import count_parameters, frozen_names
 from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve_selection
@@ -179,7 +180,7 @@ class SMTTrainerMixin(SavesDelta):
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
-        logger.info("%s", self._trainable_line())
+        logger.info("%s; %s%s", self._trainable_line(), self.smt_selection.summary(), self._whole_part())
         try:
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
         finally:
@@ -289,7 +290,12 @@ class SMTTrainerMixin(SavesDelta):
 
     def print_trainable_parameters(self) -> None:
         """Write to standard output how much is trained, and which blocks."""
-        tqdm.write(f"{self._trainable_line()}; {self.smt_selection.summary()}")
+        tqdm.write(f"{self._trainable_line()}; {self.smt_selection.summary()}{self._whole_part()}")
+
+    def _whole_part(self) -> str:
+        """What is trained beside the blocks."""
+        whole = get_state(self.model).whole
+        return f"; and whole: {count_projections(whole)}" if whole else ""
 
     def _trainable_line(self) -> str:
         selection, trained = self.smt_selection, trainable_parameters(self.model)

@@ -361,6 +361,19 @@ def test_print_trainable_parameters_says_what_is_trained(tmp_path, capsys):
     assert f"{share}; {trainer.smt_selection.summary()}" in capsys.readouterr().out
 
 
+def test_before_the_first_step_the_log_says_what_is_trained(tmp_path, caplog):
+    class Watching(tiny.SMTTrainer):
+        def training_step(self, *args, **kwargs):
+            type(self).lines = [record.getMessage() for record in caplog.records if not self.is_in_warmup]
+            return super().training_step(*args, **kwargs)
+
+    caplog.set_level("INFO", logger="smt_trainer")
+    trainer = trained(tmp_path, tiny.gpt2(), tiny.config(train_norm=True, train_bias=True), kind=Watching)
+    (line,) = [line for line in Watching.lines if line.startswith("trainable parameters: ")]
+    assert trainer.smt_selection.summary() in line
+    assert line.endswith("; and whole: ln_1 (2), ln_2 (2), ln_f (1), bias (2)")
+
+
 # ---- bad input ----
 
 
