@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from recipes.benchmarks.parts.markdown import table
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.reporting import command, hardware, versions
-from smt_trainer.sparse.fingerprint import RUN, STRIDE, Fingerprint
+from smt_trainer.sparse.fingerprint import RUN, RUNS, Fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors", "smt_trainer")
 SEED = 0
@@ -98,7 +98,7 @@ def markdown(results: dict) -> str:
     return "\n".join(
         [
             "# What the fingerprint of a base takes\n",
-            f"{RUN} neighbours out of every {STRIDE:,} values of a tensor are summed, all of a small one. Loading is "
+            f"About {RUNS:,} runs of {RUN} neighbouring values are summed, and small tensors whole. Loading is "
             "`from_pretrained` from a warm disk cache, and one reading of each value, which it leaves to the first "
             f"use. Seconds on the clock, medians of {results['rounds']} rounds; the share is the median of the rounds' "
             "shares.\n",

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from smt_trainer.errors import SMTError, printable
 from smt_trainer.manifest import check_keys
 from smt_trainer.model.names import matches, plain_name
+from smt_trainer.settings import is_int
+from smt_trainer.sparse.fingerprint import RUN
 
 if TYPE_CHECKING:
     from smt_trainer.delta.delta import Delta
@@ -37,7 +39,8 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
             f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {dtype!r}. "
             "Save or download it again."
         )
-    well_formed = isinstance(base, dict) and set(base) == {"dtype", "checksums"} and base["dtype"] in WEIGHT_DTYPES
+    well_formed = isinstance(base, dict) and set(base) == {"dtype", "stride", "checksums"}
+    well_formed = well_formed and base["dtype"] in WEIGHT_DTYPES and is_int(base["stride"]) and base["stride"] >= RUN
     sums = base["checksums"] if well_formed else None
     texts = [manifest["architecture"], *manifest["whole"], *manifest["unnamed"]]
     texts += [*sums, *sums.values()] if isinstance(sums, dict) else [None]

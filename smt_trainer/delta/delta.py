@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ class Delta:
             del module["block_indices"]
         manifest = {
             "format": FORMAT,
-            "fingerprint": {"dtype": self.base.dtype, "checksums": self.base.checksums},
+            "fingerprint": asdict(self.base),
             "architecture": self.architecture,
             "unnamed": self.unnamed,
             "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
@@ -171,7 +171,7 @@ class Delta:
                     f"the delta in {folder} is damaged: expected the whole tensors {manifest['whole']}, got "
                     f"{sorted(tensors)}. Save or download it again."
                 )
-            base = Fingerprint(manifest["fingerprint"]["dtype"], manifest["fingerprint"]["checksums"])
+            base = Fingerprint(**manifest["fingerprint"])
             dtype = WEIGHT_DTYPES[manifest["weight_dtype"]]
             delta = cls(selection, blocks, tensors, base, dtype, manifest["architecture"], manifest["unnamed"])
             check_dtypes(delta)

@@ -293,9 +293,14 @@ class SMTTrainerMixin(SavesDelta):
         tqdm.write(f"{self._trainable_line()}; {self.smt_selection.summary()}{self._whole_part()}")
 
     def _whole_part(self) -> str:
-        """What is trained beside the blocks."""
-        whole = get_state(self.model).whole
-        return f"; and whole: {count_projections(whole)}" if whole else ""
+        """What is trained, or stored, beside the blocks."""
+        state = get_state(self.model)
+        parts = {
+            "whole": [name for name in state.whole if name not in state.made_up],
+            "new, since the checkpoint lacks it": [name for name in state.whole if name in state.made_up],
+            "statistics that forward changes": list(state.statistics),
+        }
+        return "".join(f"; {what}: {count_projections(names)}" for what, names in parts.items() if names)
 
     def _trainable_line(self) -> str:
         selection, trained = self.smt_selection, trainable_parameters(self.model)

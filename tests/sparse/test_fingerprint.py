@@ -1,5 +1,8 @@
 """The fingerprint of a base: the same for the same values however they are stored, another for any other base."""
 
+import copy
+import math
+
 import pytest
 import tiny
 import torch
@@ -11,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, save_delta
 from smt_trainer.sparse import fingerprint
-from smt_trainer.sparse.fingerprint import RUN, STRIDE, WHOLE, Fingerprint, find_names, saved_tensors
+from smt_trainer.sparse.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, find_names, saved_tensors
 
 
 def differences(found: Fingerprint, model) -> list[str]:
@@ -29,20 +32,47 @@ def test_every_changed_value_of_a_small_tensor_is_found(llama):
             parameter.copy_(before)
 
 
-@given(st.integers(1, 5), st.integers(0, WHOLE), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
-def test_of_a_large_tensor_the_sampled_values_count_and_no_others(runs, rest, dtype):
-    model = nn.Linear(1, WHOLE + runs * STRIDE + rest, bias=False, dtype=dtype)
-    found = Fingerprint.of(model, dtype)
-    sampled = torch.zeros(model.weight.numel(), dtype=torch.bool)
-    for start in range(0, len(sampled) // STRIDE * STRIDE, STRIDE):
-        sampled[start : start + RUN] = True
-    for place in (0, RUN - 1, RUN, STRIDE - 1, STRIDE, len(sampled) - 1):
-        with torch.no_grad():
-            before = model.weight[place].clone()
-            model.weight[place] = before + 1
-        assert bool(differences(found, model)) is bool(sampled[place])
-        with torch.no_grad():
-            model.weight[place] = before
+def checksum(weight, dtype, stride) -> str:
+    return fingerprint._checksums([fingerprint._sample(weight, stride)], dtype)[0]
+
+
+@given(
+    st.integers(2, 300), st.integers(1, 400), st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16])
+)
+def test_runs_of_a_large_tensor_lie_within_it_and_all_over_its_columns(rows, columns, stride, dtype):
+    model = nn.Linear(columns, rows + WHOLE // columns, bias=False, dtype=dtype)
+    count = model.weight.numel()
+    found = fingerprint._apart(min(max(RUN, stride), count // FEWEST), columns)
+    starts = torch.arange(count // found) * found
+    assert len(starts) >= FEWEST - 1 and starts[-1] + RUN <= count
+    assert math.gcd(found, columns) <= 2 and found % 2 == 0
+    sampled = (starts[:, None] + torch.arange(RUN)).flatten()
+    with torch.no_grad():
+        model.weight.zero_()
+        for place in (0, len(sampled) // 2, len(sampled) - 1):
+            model.weight.view(-1)[sampled[place]] = 1
+            assert checksum(model.weight, dtype, max(RUN, stride)) != 16 * "0"
+            model.weight.view(-1)[sampled[place]] = 0
+        model.weight.fill_(1)
+        model.weight.view(-1)[sampled] = 0
+        assert checksum(model.weight, dtype, max(RUN, stride)) == 16 * "0"
+
+
+def test_a_relative_that_was_tuned_in_a_few_blocks_is_told_apart():
+    """In a model of three million values, each of 100 draws of 8 blocks of 16x16 is found."""
+    model = nn.Sequential(*(nn.Linear(576, 576, bias=False) for _ in range(9)))
+    found = Fingerprint.of(model, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        near = copy.deepcopy(model)
+        for layer, row, column in (
+            torch.randint(0, 9 * 36 * 36, (8, 1), generator=generator)
+            // torch.tensor([36 * 36, 36, 1])
+            % torch.tensor([9, 36, 36])
+        ):
+            with torch.no_grad():
+                near[layer].weight[16 * row : 16 * row + 16, 16 * column : 16 * column + 16] += 1e-3
+        assert differences(found, near)
 
 
 @pytest.mark.parametrize(("made", "finer"), [("bfloat16", "float32"), ("float16", "float64"), ("float32", "float64")])
