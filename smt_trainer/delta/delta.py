@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.delta.checks import (
     WEIGHT_DTYPES,
     check_complete,
@@ -38,6 +37,7 @@ from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, GENERATION_CONFIG_
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_atomically, write_text
 from smt_trainer.manifest import load_tensors, refusing_damage, sealed
+from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import assign, full_shape, full_tensor

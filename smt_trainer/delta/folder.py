@@ -15,9 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
-from smt_trainer.delta.checkpoint import CONFIG, EXPLICIT, Checkpoint
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
+from smt_trainer.model.checkpoint import CONFIG, EXPLICIT, Checkpoint
 
 VOCABULARY = "vocab_size"
 # The key that says which Python files `trust_remote_code=True` runs.

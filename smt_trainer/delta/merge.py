@@ -16,10 +16,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from smt_trainer.delta.checkpoint import Checkpoint, find_checkpoint
 from smt_trainer.delta.folder import DELTA_FILE, copy_others
 from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, new_folder
+from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 
 CHUNK = 2**26
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smt_trainer.delta.checkpoint import Checkpoint, Place, numel
 from smt_trainer.delta.checks import WEIGHT_DTYPES
 from smt_trainer.delta.delta import Delta, check_base, load_config
 from smt_trainer.errors import SMTError
 from smt_trainer.files import open_tensors, write_atomically
+from smt_trainer.model.checkpoint import Checkpoint, Place, numel
 from smt_trainer.model.names import layer_index
 from smt_trainer.settings import is_int
 

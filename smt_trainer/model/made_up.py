@@ -9,18 +9,17 @@ model that was built from a configuration has no marks, and there is nothing to 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json, open_tensors
-from smt_trainer.model.names import plain_name
+from smt_trainer.model.checkpoint import CONFIG, Checkpoint
+from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.model.sharded import full_shape
 
+# What transformers sets on a parameter that it read from a checkpoint.
 MARK = "_is_hf_initialized"
-CHECKPOINT, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def made_up(model: nn.Module) -> list[str]:
@@ -31,7 +30,8 @@ def made_up(model: nn.Module) -> list[str]:
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     unmarked = {name for name, parameter in parameters.items() if not hasattr(parameter, MARK)}
     unmarked = {name for name in unmarked if not any(re.search(pattern, name) for pattern in ignored)}
-    return [name for name in parameters if name in unmarked or name in _resized(model)]
+    resized = _resized(model)
+    return [name for name in parameters if name in unmarked or name in resized]
 
 
 def embeddings(model: nn.Module) -> list[str]:
@@ -48,50 +48,27 @@ def embeddings(model: nn.Module) -> list[str]:
 
 def _resized(model: nn.Module) -> set[str]:
     """Return the embeddings that have another shape than in the checkpoint, as far as that is at hand."""
-    names = set(embeddings(model)) & {plain_name(name) for name, _ in model.named_parameters()}
-    resized = set()
-    for name in names:
-        for key, shape in _stored_shapes(model, name):
-            if (key == name or key.endswith(f".{name}") or name.endswith(f".{key}")) and shape != full_shape(
-                model.get_parameter(name)
-            ):
-                resized.add(name)
-    return resized
+    checkpoint = _checkpoint(model)
+    places = {} if checkpoint is None else checkpoint.places
+    found = find_names(embeddings(model), places)
+    return {name for name, key in found.items() if places[key].shape != full_shape(model.get_parameter(name))}
 
 
-def _stored_shapes(model: nn.Module, name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of the tensors in the model's checkpoint that are called like the last parts of a name."""
-    leaf = ".".join(name.split(".")[-2:])
-    for path in _checkpoint(model):
-        try:
-            with open_tensors(path, "base") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    if key.endswith(leaf):
-                        yield key, tuple(file.get_slice(key).get_shape())
-        except SMTError:
-            return
-
-
-def _checkpoint(model: nn.Module) -> list[Path]:
-    """Return the files of the model's checkpoint in a folder or in the hub's cache; none if they are not at hand."""
+def _checkpoint(model: nn.Module) -> Checkpoint | None:
+    """Return the checkpoint that a model was loaded from, in a folder or the hub's cache; None if it is not at hand."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     if not name:
-        return []
-    if Path(name).is_dir():
-        single, index = Path(name, CHECKPOINT), Path(name, INDEX)
-    else:
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        revision = getattr(config, "_commit_hash", None)
-        cached = [try_to_load_from_cache(name, file, revision=revision) for file in (CHECKPOINT, INDEX)]
-        single, index = (Path(path) if isinstance(path, str) else Path() for path in cached)
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        return []
+        cached = try_to_load_from_cache(name, CONFIG, revision=getattr(config, "_commit_hash", None))
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
     try:
-        shards = set(load_json(index, "index of the base")["weight_map"].values())
-    except (SMTError, KeyError, TypeError, AttributeError):
-        return []
-    return [index.parent / Path(shard).name for shard in sorted(shards)]
+        return Checkpoint.open(folder)
+    except SMTError:
+        return None

@@ -14,6 +14,9 @@ from smt_trainer.errors import SMTError
 # Modules that accelerate and torch.compile put around others; checkpoints do not have their names.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
+# Names of modules that may stand before a name in one place and not in another.
+MOST_PREFIXES = 2
+
 
 def plain_name(name: str) -> str:
     """The name of a module or parameter without the names of wrappers on its path."""
@@ -75,3 +78,25 @@ def count_projections(names: Iterable[str]) -> str:
 def _is_number(part: str) -> bool:
     """Whether a part of a name is a number that `int` reads: digits of ASCII, and not thousands of them."""
     return part.isascii() and part.isdigit() and len(part) < 10
+
+
+def find_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
+    """Return, for each wanted name, the one of `names` that is the same but for a prefix on either side."""
+    names = set(names)
+    longer: dict[str, list[str]] = {}
+    for name in names:
+        for ending in _endings(name):
+            longer.setdefault(ending, []).append(name)
+    found = {}
+    for name in wanted:
+        candidates = [name] if name in names else longer.get(name, [])
+        candidates = candidates or [ending for ending in _endings(name) if ending in names][:1]
+        if len(candidates) == 1:
+            found[name] = candidates[0]
+    return found
+
+
+def _endings(name: str) -> list[str]:
+    """Return what is left of a name without its first part, its first two parts, and so on: `model.` and the like."""
+    parts = name.split(".")
+    return [".".join(parts[place:]) for place in range(1, min(len(parts) - 1, MOST_PREFIXES + 1))]

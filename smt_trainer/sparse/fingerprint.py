@@ -26,14 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.model.names import plain_name
+from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 
 WHOLE, RUN, RUNS = 16384, 64, 8192
 # Runs in a tensor, at least.
 FEWEST = 16
-# Names of modules that may stand before a name in one place and not in another.
-MOST_PREFIXES = 2
 
 
 @dataclass(frozen=True)
@@ -105,28 +103,6 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set and name != "block_indices":
                 yield f"{plain_name(path)}.{name}" if path else name, buffer
-
-
-def find_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """Return, for each wanted name, the one of `names` that is the same but for a prefix on either side."""
-    names = set(names)
-    longer: dict[str, list[str]] = {}
-    for name in names:
-        for ending in _endings(name):
-            longer.setdefault(ending, []).append(name)
-    found = {}
-    for name in wanted:
-        candidates = [name] if name in names else longer.get(name, [])
-        candidates = candidates or [ending for ending in _endings(name) if ending in names][:1]
-        if len(candidates) == 1:
-            found[name] = candidates[0]
-    return found
-
-
-def _endings(name: str) -> list[str]:
-    """Return what is left of a name without its first part, its first two parts, and so on: `model.` and the like."""
-    parts = name.split(".")
-    return [".".join(parts[place:]) for place in range(1, min(len(parts) - 1, MOST_PREFIXES + 1))]
 
 
 def _sample(tensor: Tensor, stride: int, *, keep: bool = False) -> Tensor:

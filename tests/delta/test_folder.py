@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, merge_and_unload, merge_checkpoint
-from smt_trainer.delta.checkpoint import SINGLE_FILE
+from smt_trainer.model.checkpoint import SINGLE_FILE
 
 
 def write(folder, files):

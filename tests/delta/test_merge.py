@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, merge_and_unload, merge_checkpoint, save_delta
-from smt_trainer.delta.checkpoint import INDEX_FILE, SINGLE_FILE
 from smt_trainer.files import new_folder
+from smt_trainer.model.checkpoint import INDEX_FILE, SINGLE_FILE
 
 SHARDING = {"one file": "1GB", "shards": "40KB"}
 

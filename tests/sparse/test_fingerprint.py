@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, save_delta
+from smt_trainer.model.names import find_names
 from smt_trainer.sparse import fingerprint
-from smt_trainer.sparse.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, find_names, saved_tensors
+from smt_trainer.sparse.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, saved_tensors
 
 
 def differences(found: Fingerprint, model) -> list[str]:

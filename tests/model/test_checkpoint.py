@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from smt_trainer import SMTError
-from smt_trainer.delta.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
+from smt_trainer.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
 
 
 def test_the_bytes_at_each_place_are_those_of_the_tensor(base):
