@@ -47,6 +47,7 @@ from smt_trainer.training.refusals import (
     refuse_bound_optimizer,
     refuse_misplaced,
     refuse_other_blocks,
+    refuse_quantised,
     refuse_unusable,
 )
 from smt_trainer.training.warmup import Warmup
@@ -99,6 +100,7 @@ class SMTTrainerMixin(SavesDelta):
             args = (uncompiled(args[0]), *args[1:])
         if "model" in kwargs:
             kwargs["model"] = uncompiled(kwargs["model"])
+        refuse_quantised(args[0] if args else kwargs.get("model"))
         super().__init__(*args, **kwargs)
         if smt_config is None and is_smt_model(self.model):
             self.smt_config = get_state(self.model).selection.config
