@@ -92,6 +92,15 @@ def _listed(selection: BlockSelection) -> dict[str, list]:
     return {name: indices.tolist() for name, indices in selection.block_indices.items()}
 
 
+def refuse_quantised(model: object) -> None:
+    """Raise `SMTError` for a quantised model, before Trainer asks for adapters, which would not help."""
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise SMTError(
+            f"the {type(model).__name__} is quantised, and blocks are trained in plain weights. Load it without "
+            "quantization_config, in bfloat16 for example."
+        )
+
+
 def refuse_misplaced(kind: type, mixin: type) -> None:
     """Raise `SMTError` if a subclass of a mixin has a Trainer in front of it, whose methods would hide the mixin's."""
     for base in kind.__mro__:
