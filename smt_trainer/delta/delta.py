@@ -267,7 +267,8 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
     if not base:
         raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
     trained = load_config(folder)
-    labels = {key: trained[key] for key in LABELS if key in trained}
+    # With a configuration, from_pretrained takes no field of it.
+    labels = {key: trained[key] for key in LABELS if key in trained and "config" not in kwargs}
     with refusing_damage(f"configuration beside the delta in {folder}"):
         if "id2label" in labels:
             labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}

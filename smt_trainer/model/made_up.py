@@ -28,10 +28,22 @@ def made_up(model: nn.Module) -> list[str]:
     if not any(hasattr(parameter, MARK) for parameter in parameters.values()):
         return []
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    unmarked = {name for name, parameter in parameters.items() if not hasattr(parameter, MARK)}
-    unmarked = {name for name in unmarked if not any(re.search(pattern, name) for pattern in ignored)}
-    resized = _resized(model)
-    return [name for name in parameters if name in unmarked or name in resized]
+    checkpoint = _checkpoint(model)
+    stored = find_names(parameters, {} if checkpoint is None else checkpoint.places)
+    resized = {
+        name
+        for name in embeddings(model)
+        if checkpoint is not None
+        and name in stored
+        and checkpoint.places[stored[name]].shape != full_shape(parameters[name])
+    }
+    return [
+        name
+        for name, parameter in parameters.items()
+        if name in resized
+        # A device map may drop marks, but not what the checkpoint holds.
+        or not (hasattr(parameter, MARK) or name in stored or any(re.search(pattern, name) for pattern in ignored))
+    ]
 
 
 def embeddings(model: nn.Module) -> list[str]:
@@ -44,14 +56,6 @@ def embeddings(model: nn.Module) -> list[str]:
         if id(module) in owned
         for name, _ in module.named_parameters(recurse=False)
     ]
-
-
-def _resized(model: nn.Module) -> set[str]:
-    """Return the embeddings that have another shape than in the checkpoint, as far as that is at hand."""
-    checkpoint = _checkpoint(model)
-    places = {} if checkpoint is None else checkpoint.places
-    found = find_names(embeddings(model), places)
-    return {name for name, key in found.items() if places[key].shape != full_shape(model.get_parameter(name))}
 
 
 def _checkpoint(model: nn.Module) -> Checkpoint | None:

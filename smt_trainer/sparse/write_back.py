@@ -68,5 +68,7 @@ def _install_hook() -> None:
 
 
 def _after_step(optimizer: Optimizer, args, kwargs) -> None:
+    if not _followed:
+        return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     write_back(linear for linear in _followed.values() if id(getattr(linear, "blocks", None)) in stepped)

@@ -94,6 +94,15 @@ def test_a_resized_vocabulary_is_refused_or_trained_whole_and_comes_back(tied, t
         assert torch.equal(tiny.logits(again), expected)
 
 
+def test_a_mark_that_was_lost_makes_nothing_new(encoder):
+    """A device map drops some."""
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(encoder)
+    expected = made_up(model)
+    for parameter in list(model.parameters())[:6]:
+        vars(parameter).clear()
+    assert made_up(model) == expected == ["qa_outputs.weight", "qa_outputs.bias"]
+
+
 def test_a_model_from_a_configuration_has_nothing_made_up(llama):
     assert made_up(llama) == [] == made_up(tiny.albert())
 
