@@ -122,7 +122,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def buffers_preserved(model: nn.Module) -> Iterator[None]:
     """Restore on exit the buffers that forward may change, such as the statistics of batch normalisation.
 
-    Buffers outside the state dict are caches. Forward computes them anew by attributes that are not restored either.
+    Buffers outside the state dict are caches. Forward computes them again from attributes that are not restored either.
     """
     saved = [
         (module, name, buffer, buffer.detach().clone())

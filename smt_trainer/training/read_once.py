@@ -30,7 +30,7 @@ def refuse_data_read_once(dataset: Any) -> None:
     if not _same(first, second):
         raise SMTError(
             f"{_READ_ONCE}: the first example of a second reading is another one. Two examples were taken from it to "
-            f"find out; make it anew. {_REMEDY}"
+            f"find out; make it again. {_REMEDY}"
         )
 
 
