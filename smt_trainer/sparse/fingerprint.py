@@ -60,7 +60,7 @@ class Fingerprint:
         left_out = set(without)
         tensors = {name: tensor for name, tensor in saved_tensors(model) if name not in left_out}
         stride = max(RUN, sum(math.prod(full_shape(tensor)) for tensor in tensors.values()) // RUNS)
-        samples = [_sample(full_tensor(tensor), stride, keep=is_sharded(tensor)) for tensor in tensors.values()]
+        samples = [_sample(full_tensor(tensor), stride, copy=is_sharded(tensor)) for tensor in tensors.values()]
         return cls(
             str(dtype).removeprefix("torch."), stride, dict(zip(tensors, _checksums(samples, dtype), strict=True))
         )
@@ -80,7 +80,8 @@ class Fingerprint:
             tensor: gives one of them by its name.
         """
         found = find_names(self.checksums, names)
-        samples = [_sample(tensor(other), self.stride) for other in found.values()]
+        # Copies: a tensor of a file would keep its pages in memory.
+        samples = [_sample(tensor(other), self.stride, copy=True) for other in found.values()]
         sums = dict(zip(found, _checksums(samples, getattr(torch, self.dtype)), strict=True))
         return [name for name, checksum in sums.items() if checksum != self.checksums[name]]
 
@@ -105,14 +106,14 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{plain_name(path)}.{name}" if path else name, buffer
 
 
-def _sample(tensor: Tensor, stride: int, *, keep: bool = False) -> Tensor:
-    """Return the sampled values [n, RUN] of a large tensor, all [n] of a small one; as a copy, to `keep` no more."""
+def _sample(tensor: Tensor, stride: int, *, copy: bool = False) -> Tensor:
+    """Return the sampled values [n, RUN] of a large tensor, or all [n] of a small one; views of it, or a `copy`."""
     values = tensor.detach()
     if values.numel() <= WHOLE:
-        return values.reshape(-1)
+        return values.reshape(-1).clone() if copy else values.reshape(-1)
     stride = _apart(min(stride, values.numel() // FEWEST), values.shape[-1])
     runs = values.contiguous().as_strided((values.numel() // stride, RUN), (stride, 1))
-    return runs.clone() if keep else runs
+    return runs.clone() if copy else runs
 
 
 @functools.cache

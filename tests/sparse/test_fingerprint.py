@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import tiny
@@ -158,3 +159,17 @@ def test_the_base_file_is_only_read_where_the_samples_lie(base):
     tensors = load_file(base / "model.safetensors")
     found = Fingerprint.of(AutoModelForCausalLM.from_pretrained(base), torch.float32)
     assert found.differences(tensors, tensors.__getitem__) == []
+
+
+def test_comparing_with_a_file_holds_one_tensor_at_a_time(llama):
+    """A mapped tensor that stays alive keeps the pages of its file in memory."""
+    found, tensors, alive = Fingerprint.of(llama, torch.float32), dict(saved_tensors(llama)), []
+
+    def mapped(name: str) -> torch.Tensor:
+        assert not any(reference() is not None for reference in alive)
+        tensor = tensors[name].detach().clone()
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    assert found.differences(tensors, mapped) == []
+    assert len(alive) == len(tensors)
