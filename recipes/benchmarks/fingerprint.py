@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.benchmarks.parts.markdown import table
+from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.reporting import command, hardware, versions
 from smt_trainer.sparse.fingerprint import RUN, RUNS, Fingerprint
@@ -114,10 +114,7 @@ def markdown(results: dict) -> str:
             table(
                 "|",
                 [
-                    ["hardware", results["hardware"]],
-                    ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
-                    ["seed", str(results["seed"])],
-                    ["command", f"`{results['command']}`"],
+                    *provenance(results),
                 ],
             ),
         ]

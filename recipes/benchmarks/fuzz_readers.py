@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from recipes.benchmarks.parts.markdown import table
+from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.readers import FORGED, REFUSED, SAME, attack, make_readers
 from recipes.reporting import command, hardware, versions
 
@@ -78,10 +78,7 @@ def markdown(results: dict[str, Any]) -> str:
                 [
                     ["cases", f"{results['cases']:,}"],
                     ["seconds", f"{results['seconds']:,} in all, {results['longest_case_seconds']} the longest case"],
-                    ["hardware", results["hardware"]],
-                    ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
-                    ["seed", str(results["seed"])],
-                    ["command", f"`{results['command']}`"],
+                    *provenance(results),
                 ],
             ),
         ]

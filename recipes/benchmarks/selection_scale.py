@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.hooks import SCORES, measure_warmup
-from recipes.benchmarks.parts.markdown import table
+from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.benchmarks.parts.selection import measure_selection
 from recipes.reporting import command, hardware, versions
@@ -78,10 +78,7 @@ def markdown(results: dict) -> str:
         table(
             "|",
             [
-                ["hardware", results["hardware"]],
-                ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
-                ["seed", str(results["seed"])],
-                ["command", f"`{results['command']}`"],
+                *provenance(results),
             ],
         ),
     ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError, printable
 from smt_trainer.manifest import check_keys
+from smt_trainer.model import targets
 from smt_trainer.model.names import matches, plain_name
 from smt_trainer.settings import is_int
 from smt_trainer.sparse.fingerprint import RUN
@@ -19,12 +20,7 @@ if TYPE_CHECKING:
     from smt_trainer.delta.delta import Delta
 
 KEYS = {"format", "fingerprint", "architecture", "unnamed", "weight_dtype", "whole", "selection"}
-WEIGHT_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+WEIGHT_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in targets.WEIGHT_DTYPES}
 
 
 def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
@@ -95,7 +91,7 @@ def check_whole(delta: Delta) -> None:
 
     Without `modules_to_save`, what is new in the model is trained whole; only the model can tell what that is.
     """
-    config, targets = delta.selection.config, delta.selection.block_indices
+    config, tuned = delta.selection.config, delta.selection.block_indices
     modules = config.modules_to_save
     explained = dict.fromkeys(("modules_to_save", "train_norm", "train_bias", "unnamed"), 0)
     for name, tensor in delta.whole.items():
@@ -105,12 +101,12 @@ def check_whole(delta: Delta) -> None:
         reasons = {
             "modules_to_save": bool(modules) and any(matches(parent, modules) for parent in parents),
             "train_norm": config.train_norm and tensor.ndim < 2,
-            "train_bias": config.train_bias and leaf == "bias" and module in targets,
+            "train_bias": config.train_bias and leaf == "bias" and module in tuned,
             "unnamed": name in delta.unnamed,
         }
         for reason, holds in reasons.items():
             explained[reason] += holds
-        if (module in targets and leaf != "bias") or not (modules is None or any(reasons.values())):
+        if (module in tuned and leaf != "bias") or not (modules is None or any(reasons.values())):
             raise SMTError(
                 f"the delta holds `{name}` whole, which its configuration does not train (modules_to_save={modules!r}, "
                 f"train_norm={config.train_norm}, train_bias={config.train_bias}). It is damaged; save it again."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -100,7 +100,9 @@ def rewrite_as(model: Model, state: SMTState) -> Model:
     """Rewrite a plain model that is known to fit, and store its state in it."""
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     statistics = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model)}
-    rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype))
+    # What loading made up is stored in any case, but trained only if the user has not frozen it.
+    frozen = state.made_up - trainable if trainable else frozenset()
+    rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype), frozen)
     set_state(model, replace(state, was_trainable=trainable, statistics=statistics))
     _save_as_plain(model)
     return model
@@ -132,7 +134,13 @@ def _own_keys(model: nn.Module) -> set[str]:
     return {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
 
 
-def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], master_dtype: torch.dtype) -> Model:
+def rewrite(
+    model: Model,
+    selection: BlockSelection,
+    whole: Iterable[str],
+    master_dtype: torch.dtype,
+    frozen: Collection[str] = (),
+) -> Model:
     """Rewrite a model without reading its values; it may be on the meta device.
 
     Args:
@@ -141,10 +149,6 @@ def rewrite(model: Model, selection: BlockSelection, whole: Iterable[str], maste
         whole: full names of the modules and biases to train whole.
         master_dtype: dtype of the trainable blocks.
     """
-    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    some_train = any(parameter.requires_grad for parameter in parameters.values())
-    # What loading made up is stored in any case, but trained only if the user has not frozen it.
-    frozen = {name for name in made_up(model) if some_train and not parameters[name].requires_grad}
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
         grid = selection.grids[name]

@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from smt_trainer import BlockScores, BlockSelection, __version__
 from smt_trainer.cli import main
 from smt_trainer.cli.examples import load_records, make_examples, pad
-from smt_trainer.model.targets import count_parameters, find_targets, target_grids
-from smt_trainer.scores import make_scorer
 
 WITHOUT_TORCH = """
 import sys
@@ -59,16 +57,6 @@ def by_layer(selection, leaf):
     """Return the number of chosen blocks of a projection in each of the two layers, as text."""
     chosen = {name: len(found) for name, found in selection.block_indices.items() if name.endswith(leaf)}
     return [str(sum(count for name, count in chosen.items() if f"layers.{layer}." in name)) for layer in range(2)]
-
-
-@pytest.fixture
-def scores(llama, tmp_path):
-    """Write a scores file of the tiny Llama; return its path."""
-    config = tiny.config(score="random")
-    grids = target_grids(find_targets(llama, config), config)
-    drawn = make_scorer({}, grids, config).scores()
-    BlockScores(grids, drawn, count_parameters(llama), config).save(tmp_path / "scores.safetensors")
-    return tmp_path / "scores.safetensors"
 
 
 def test_inspect_says_what_a_scores_file_and_a_selection_hold_and_draws_them(scores, tmp_path, capsys):

@@ -12,20 +12,8 @@ import torch
 from smt_trainer import BlockScores, convert_to_smt, save_delta
 from smt_trainer.cli import main
 from smt_trainer.delta.delta import Delta
-from smt_trainer.model.targets import count_parameters, find_targets, target_grids
-from smt_trainer.scores import make_scorer
 
 SMT = [sys.executable, "-c", "import sys; from smt_trainer.cli import main; sys.exit(main())"]
-
-
-@pytest.fixture
-def scores(llama, tmp_path):
-    """Write a scores file of the tiny Llama; return its path."""
-    config = tiny.config(score="random")
-    grids = target_grids(find_targets(llama, config), config)
-    drawn = make_scorer({}, grids, config).scores()
-    BlockScores(grids, drawn, count_parameters(llama), config).save(tmp_path / "scores.safetensors")
-    return tmp_path / "scores.safetensors"
 
 
 def refused(arguments, capsys) -> str:
@@ -126,6 +114,7 @@ def test_a_merge_that_is_interrupted_leaves_nothing(base, delta, tmp_path):
     script = f"""import os, signal, sys
 from smt_trainer.cli import main
 from smt_trainer.delta.patch import Patch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
 Patch.write = lambda *_: os.kill(os.getpid(), {int(signal.SIGINT)})
 sys.exit(main())"""
     command = [sys.executable, "-c", script, "merge", str(base), str(delta[0]), str(tmp_path / "merged")]

@@ -7,6 +7,16 @@ def table(header: str, rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header.split("|"), rule, *rows)) + "\n"
 
 
+def provenance(results: dict) -> list[list[str]]:
+    """Return rows of hardware, versions, seed and command."""
+    return [
+        ["hardware", results["hardware"]],
+        ["versions", ", ".join(f"{name} {number}" for name, number in results["versions"].items())],
+        ["seed", str(results["seed"])],
+        ["command", f"`{results['command']}`"],
+    ]
+
+
 def circumstances(results: dict) -> str:
     """Return the table of hardware, load, environment, versions, seed and command."""
     return table(
