@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.models import MODELS, Shape
-from recipes.reporting import command, hardware, versions
+from recipes.parts.reporting import command, hardware, versions
 from smt_trainer.sparse.fingerprint import RUN, RUNS, Fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors", "smt_trainer")

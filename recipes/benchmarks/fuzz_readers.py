@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.readers import FORGED, REFUSED, SAME, attack, make_readers
-from recipes.reporting import command, hardware, versions
+from recipes.parts.reporting import command, hardware, versions
 
 PACKAGES = ("torch", "safetensors", "numpy", "smt_trainer")
 FAILED = "failed"

@@ -29,13 +29,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from recipes.commonsense.parts.collator import CompletionCollator
 from recipes.commonsense.parts.data import load_splits
 from recipes.commonsense.parts.evaluation import Evaluation, evaluate_model
-from recipes.commonsense.parts.model import DEFAULT_MODEL, resolve_model
-from recipes.commonsense.parts.prompt import encode_prompt, pad_token, tokenize_for_training
 from recipes.commonsense.parts.report import Run, write_report
-from recipes.reporting import peak_memory_bytes
+from recipes.parts.collator import CompletionCollator
+from recipes.parts.model import DEFAULT_MODEL, resolve_model
+from recipes.parts.prompt import encode_prompt, pad_token, tokenize_for_training
+from recipes.parts.reporting import peak_memory_bytes
 from smt_trainer import SMTConfig, SMTTrainer, from_delta, plot_selection
 
 logger = logging.getLogger("recipes.commonsense")

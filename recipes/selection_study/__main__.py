@@ -16,11 +16,11 @@ from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.commonsense.parts.collator import CompletionCollator
 from recipes.commonsense.parts.data import load_splits
-from recipes.commonsense.parts.model import DEFAULT_MODEL, resolve_model
-from recipes.commonsense.parts.prompt import pad_token, tokenize_for_training
-from recipes.reporting import command, hardware, peak_memory_bytes, versions, without_folder
+from recipes.parts.collator import CompletionCollator
+from recipes.parts.model import DEFAULT_MODEL, resolve_model
+from recipes.parts.prompt import pad_token, tokenize_for_training
+from recipes.parts.reporting import command, hardware, peak_memory_bytes, versions, without_folder
 from recipes.selection_study.report import write_report
 from recipes.selection_study.study import compare, run
 from recipes.selection_study.warmup import SCORES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.benchmarks.parts.models import MODELS, Shape
-from recipes.reporting import command, hardware, versions
+from recipes.parts.reporting import command, hardware, versions
 from smt_trainer.model.targets import count_parameters
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")

@@ -16,10 +16,10 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.commonsense.parts.collator import attention, left_pad
-from recipes.commonsense.parts.prompt import encode_prompt
 from recipes.commonsense.parts.tasks import Task
 from recipes.commonsense.parts.templates import OUTPUT, named_answers
+from recipes.parts.collator import attention, left_pad
+from recipes.parts.prompt import encode_prompt
 
 
 class Answer(NamedTuple):

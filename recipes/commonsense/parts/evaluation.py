@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from recipes.commonsense.parts.answering import answer_questions
 from recipes.commonsense.parts.metric import ChoiceAccuracy
-from recipes.commonsense.parts.prompt import pad_token
 from recipes.commonsense.parts.tasks import TASKS
+from recipes.parts.prompt import pad_token
 
 NORMAL_95 = 1.96
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 from recipes.commonsense.parts import tasks, templates
 from recipes.commonsense.parts.tasks import Source, Task
 from recipes.commonsense.parts.templates import Document, Record
-from recipes.commonsense.parts.wheels import cache_dir, fetch
+from recipes.parts.wheels import cache_dir, fetch
 
 logger = logging.getLogger(__name__)
 

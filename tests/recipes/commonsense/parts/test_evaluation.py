@@ -6,8 +6,8 @@ from datasets import Dataset
 
 from recipes.commonsense.parts.answering import batches, distinguishing_tokens
 from recipes.commonsense.parts.evaluation import Evaluation, evaluate_model, paired_gain
-from recipes.commonsense.parts.prompt import encode_prompt
 from recipes.commonsense.parts.templates import OUTPUT, labels
+from recipes.parts.prompt import encode_prompt
 
 
 def questions(count, stem="solution", offered=(2,)):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from recipes.commonsense.parts.model import DEFAULT_MODEL, resolve_model
+from recipes.parts.model import DEFAULT_MODEL, resolve_model
 
 
 @pytest.mark.parametrize("name", ["organisation/model", "folder/of/model"])

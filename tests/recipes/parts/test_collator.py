@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from recipes.commonsense.parts.collator import CompletionCollator
-from recipes.commonsense.parts.prompt import pad_token, tokenize_for_training
+from recipes.parts.collator import CompletionCollator
+from recipes.parts.prompt import pad_token, tokenize_for_training
 
 RECORDS = [
     {"instruction": f"Say {answer}{'!' * number}", "input": "", "output": answer}

@@ -1,6 +1,6 @@
 import pytest
 
-from recipes.commonsense.parts.prompt import (
+from recipes.parts.prompt import (
     encode_prompt,
     pad_token,
     prompt_text,

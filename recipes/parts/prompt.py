@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from recipes.commonsense.parts.collator import IGNORED_LABEL
+from recipes.parts.collator import IGNORED_LABEL
 
 TEMPLATE = (
     "Below is an instruction that describes a task. "

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.commonsense.parts import wheels
-from recipes.commonsense.parts.wheels import FetchError, Wheel, cache_dir, fetch
+from recipes.parts import wheels
+from recipes.parts.wheels import FetchError, Wheel, cache_dir, fetch
 
 CONTENT = b"published content"
 WHEEL = Wheel("carrier", "1.0", "carrier-1.0-py3-none-any.whl", hashlib.sha256(CONTENT).hexdigest())

