@@ -1,18 +1,17 @@
 """The methods compared. Each trains the query, key and value projections with a given number of parameters."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import peft
 from torch import nn
 
+from recipes.parts.adapters import ADAPTERS, adapter_config
 from smt_trainer import SMTConfig, convert_to_smt
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_selection import select_blocks
 
 FLOOR, SECOND_FLOOR, FULL, ROWS, SMT = "floor", "floor, second copy", "full fine-tuning", "SPSFT rows", "SMT blocks"
-ADAPTERS = ("LoRA", "rsLoRA", "DoRA", "MiSS", "SHiRA", "Super-Tuning", "WaveFT")
 METHODS = (FULL, *ADAPTERS, ROWS, SMT)
 
 
@@ -32,7 +31,9 @@ class Variant(NamedTuple):
             model.requires_grad_(False).enable_input_require_grads()
             return model
         if self.method in ADAPTERS:
-            return peft.get_peft_model(model, adapter_config(self, model, seed))
+            wanted = self.budget * count_parameters(model)
+            config = adapter_config(self.method, find_targets(model, SMTConfig()), wanted, seed)
+            return peft.get_peft_model(model, config)
         return make_sparse(self, model, seed)
 
     def writes_to(self, parameter: str) -> bool:
@@ -54,29 +55,3 @@ def make_sparse(variant: Variant, model: nn.Module, seed: int) -> nn.Module:
     grids = target_grids(targets, config)
     scores = make_scorer(targets, grids, config, seed).scores()
     return convert_to_smt(model, select_blocks(scores, grids, config, count_parameters(model)))
-
-
-def adapter_config(variant: Variant, model: nn.Module, seed: int) -> peft.PeftConfig:
-    """Return PEFT's default configuration of a method, with the rank that comes closest to the budget."""
-    targets = find_targets(model, SMTConfig())
-    wanted = variant.budget * count_parameters(model)
-    outputs = sum(linear.out_features for linear in targets.values())
-    inputs_and_outputs = outputs + sum(linear.in_features for linear in targets.values())
-    weights = sum(linear.weight.numel() for linear in targets.values())
-
-    def rank(each: int, fixed: int = 0) -> int:
-        """Return the closest rank for `each` parameters per rank plus `fixed` ones."""
-        return max(1, round((wanted - fixed) / each))
-
-    configs: dict[str, Callable[[], peft.PeftConfig]] = {
-        "LoRA": lambda: peft.LoraConfig(r=rank(inputs_and_outputs)),
-        "rsLoRA": lambda: peft.LoraConfig(r=rank(inputs_and_outputs), use_rslora=True),
-        "DoRA": lambda: peft.LoraConfig(r=rank(inputs_and_outputs, fixed=outputs), use_dora=True),
-        "MiSS": lambda: peft.MissConfig(r=rank(outputs)),
-        "SHiRA": lambda: peft.ShiraConfig(r=rank(inputs_and_outputs), random_seed=seed),
-        "Super-Tuning": lambda: peft.SupertuningConfig(sparsity=1 - wanted / weights),
-        "WaveFT": lambda: peft.WaveFTConfig(n_frequency=rank(len(targets)), random_loc_seed=seed),
-    }
-    config = configs[variant.method]()
-    config.target_modules = {name.rpartition(".")[2] for name in targets}
-    return config
