@@ -1,0 +1,169 @@
+"""The studies: what each asks, and the arms that answer it."""
+
+from recipes.studies.parts.methods import METHODS
+from recipes.studies.parts.study import Arm, Study
+
+SMALL, LARGE = 0.0084, 0.05
+"""The paper's budget, and one near its largest (4.91 %), as fractions of all parameters."""
+
+UNTUNED = Arm("untuned", "none")
+FULL = Arm("full fine-tuning", "full")
+SMT = {budget: Arm(f"SMT, {100 * budget:g} %", "smt", budget) for budget in (SMALL, LARGE)}
+
+
+def smt(label: str, budget: float = SMALL, *, like: float = SMALL, **more) -> Arm:
+    """Return a variant of SMT, trained at the rate that was tuned for SMT at the budget `like`."""
+    return Arm(label, more.pop("method", "smt"), budget, rate_of=SMT[like], **more)
+
+
+def compared(budget: float, methods) -> list[Arm]:
+    """Return an arm for each method, each with a rate of its own."""
+    return [
+        SMT[budget] if method == "smt" else Arm(f"{METHODS[method].label}, {100 * budget:g} %", method, budget)
+        for method in methods
+    ]
+
+
+BASELINES = ("lora", "dora", "rslora", "miss", "shira", "super", "spsft", "spsft-taylor", "lora-all", "smt-all")
+
+METHODS_STUDY = Study(
+    "methods",
+    "Which method learns most with equally many trained parameters?",
+    (
+        UNTUNED,
+        *compared(SMALL, ("smt", "random", "lora", "dora")),
+        FULL,
+        *compared(SMALL, BASELINES[2:]),
+        *compared(LARGE, ("smt", "random", "lora", "dora", *BASELINES[2:])),
+    ),
+)
+
+PLATEAU = Study(
+    "plateau",
+    "Does SMT go on learning as the budget grows, where LoRA stops (SMT, table 3 and figure 3)?",
+    (
+        *(
+            arm
+            for budget, like in ((0.0043, SMALL), (0.0126, SMALL), (0.025, LARGE))
+            for arm in (
+                smt(f"SMT, {100 * budget:g} %", budget, like=like),
+                Arm(
+                    f"LoRA, {100 * budget:g} %",
+                    "lora",
+                    budget,
+                    rate_of=Arm(f"LoRA, {100 * like:g} %", "lora", like),
+                ),
+            )
+        ),
+    ),
+)
+
+ANATOMY = Study(
+    "anatomy",
+    "Which projections should be offered (SMT, tables 4 and 6, figures 4 and 5)?",
+    (
+        SMT[SMALL],
+        *(smt(f"{name} alone", fields={"target_modules": [f"{name}_proj"]}) for name in "qkvo"),
+        smt("all of attention", fields={"target_modules": "attention"}),
+        smt("all linears", fields={"target_modules": "all-linear"}),
+        smt("MLP alone", fields={"target_modules": "mlp"}),
+        smt(
+            "half MLP, half q/k/v",
+            fields={
+                "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+                "budget": {"self_attn": SMALL / 2, "mlp": SMALL / 2},
+            },
+        ),
+    ),
+)
+
+SCORES = Study(
+    "scores",
+    "Which score chooses the best blocks?",
+    (
+        SMT[SMALL],
+        *(
+            smt(f"`{score}`", fields={"score": score})
+            for score in ("grad_l2", "grad_signed", "grad_abs", "taylor", "activation", "magnitude")
+        ),
+        Arm("`random`", "random", SMALL),
+    ),
+)
+
+WARMUP = Study(
+    "warmup",
+    "How long must the warm-up be, and can a selection be used again?",
+    (
+        SMT[SMALL],
+        *(smt(f"{steps} steps", fields={"smt_warmup_steps": steps}) for steps in (1, 5, 100)),
+        smt("25 steps on other records", selected_on="math:11"),
+        smt("25 steps on the commonsense task", selected_on="commonsense:11"),
+    ),
+)
+
+DEPTH = Study(
+    "depth",
+    "What does a step that stops early cost in quality?",
+    (
+        SMT[SMALL],
+        *(smt(f"blocks from layer {layer} of 30 up", fields={"lowest_layer": layer}) for layer in (8, 15, 22)),
+    ),
+)
+
+BLOCK_SIZE = Study(
+    "blocksize",
+    "How large should blocks be?",
+    (
+        SMT[SMALL],
+        *(smt(f"{edge}x{edge}", fields={"block_size": edge}) for edge in (16, 32, 96, 192)),
+        *(smt(f"{kind}s", fields={"granularity": kind, "block_size": "auto"}) for kind in ("row", "column")),
+    ),
+)
+
+PRECISION = Study(
+    "precision",
+    "What do masters in float32 bring over weights in bfloat16?",
+    (
+        SMT[SMALL],
+        smt("bfloat16 weights, float32 masters", dtype="bfloat16"),
+        smt("bfloat16 weights, bfloat16 masters", dtype="bfloat16", fields={"master_dtype": "bfloat16"}),
+    ),
+)
+
+INIT = Study(
+    "init",
+    "Does updating all weights in the warm-up, as the authors' code does, help?",
+    (SMT[SMALL], smt("25 full steps first", method="full-warm-up")),
+)
+
+RECORDS = Study(
+    "records",
+    "How many commonsense records does a model of 135M parameters need to learn from?",
+    (
+        UNTUNED,
+        *(
+            Arm(f"{label}, {records:,} records", method, budget, records=records, rate_of=arm)
+            for method, label, budget in (("full", "full", None), ("smt", "SMT", LARGE), ("lora", "LoRA", LARGE))
+            for arm in (Arm(label, method, budget, records=8192),)
+            for records in (2048, 8192, 32768)
+        ),
+    ),
+    task="commonsense",
+)
+
+STUDIES = {
+    study.name: study
+    for study in (
+        METHODS_STUDY,
+        PLATEAU,
+        ANATOMY,
+        SCORES,
+        WARMUP,
+        DEPTH,
+        BLOCK_SIZE,
+        PRECISION,
+        INIT,
+        RECORDS,
+    )
+}
+"""Name -> study. `forgetting` is read off the runs of `methods`."""

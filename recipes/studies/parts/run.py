@@ -1,0 +1,234 @@
+"""One run: a task, a method and a seed, trained and measured."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from statistics import mean
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+
+from recipes.parts.collator import CompletionCollator
+from recipes.parts.model import DEFAULT_MODEL, resolve_model
+from recipes.parts.prompt import pad_token, tokenize_for_training
+from recipes.parts.registry import load_task
+from recipes.parts.reporting import hardware, peak_memory_bytes, versions
+from recipes.parts.task import Decoding, Splits
+from recipes.studies.parts.general import forgetting
+from recipes.studies.parts.methods import COMMON, METHODS
+from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
+
+LONGEST = 512
+"""Most tokens of a training sequence."""
+MOST_NEW_TOKENS = 224
+VALIDATION_QUESTIONS = {"math": 256, "commonsense": 100}
+TEST_QUESTIONS = {"math": 500, "commonsense": 250}
+"""Task -> questions of each set."""
+FULL_WARM_UP_RATE = 3e-5
+
+PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
+"""Packages whose versions a result names."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained, how, and on which questions it is measured.
+
+    Attributes:
+        task: name of the task.
+        method: key of `METHODS`; "none" measures the model untuned.
+        budget: trained parameters as a fraction of the model's; None for full fine-tuning.
+        rate: peak learning rate; decays linearly to 0.
+        seed: seed of everything, the order of the records included.
+        split: "validation" measures the loss only, for tuning; "test" measures everything.
+        steps: optimizer steps.
+        batch: records in a step.
+        fields: fields of SMTConfig that differ, as JSON.
+        selected_on: "task:seed" of another run's records, whose warm-up chooses the blocks.
+        dtype: dtype of the frozen weights. Products are in bfloat16 either way.
+    """
+
+    task: str
+    method: str
+    budget: float | None
+    rate: float
+    seed: int
+    split: str
+    steps: int
+    batch: int
+    fields: str = "{}"
+    selected_on: str | None = None
+    dtype: str = "float32"
+
+    @property
+    def key(self) -> str:
+        """Return the run as canonical JSON: two runs are the same if their keys are."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def perform(run: Run) -> dict:
+    """Train and measure. Return a result of JSON types, which names the run, its measures and circumstances."""
+    started = time.perf_counter()
+    torch.manual_seed(run.seed)
+    splits = _splits(run.task)
+    model = _load(run)
+    result: dict = {"run": asdict(run)}
+    if run.method != "none":
+        with tempfile.TemporaryDirectory() as folder:
+            model, facts = _train(model, run, folder)
+            result |= facts
+    with torch.autocast(model.device.type, torch.bfloat16):
+        result |= _measure(model, run, splits)
+    return result | {
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_mib": round(peak_memory_bytes() / 2**20),
+        "hardware": hardware(),
+        "versions": versions(PACKAGES),
+    }
+
+
+def _train(model: PreTrainedModel, run: Run, folder: str) -> tuple[PreTrainedModel, dict]:
+    """Return the trained model, plain, and what there is to say about the training."""
+    fields = json.loads(run.fields)
+    arguments = _arguments(run, folder)
+    records = _records(run.task, run.seed, run.steps * run.batch)
+    if run.selected_on:
+        fields["selection"] = _select(model, run, folder)
+    if run.method == "full-warm-up":
+        _train_all(model, run, folder)
+    trainer = METHODS[run.method].trainer(
+        model,
+        run.budget,
+        run.seed,
+        fields,
+        args=arguments,
+        train_dataset=records,
+        data_collator=CompletionCollator(pad_token(_tokenizer())),
+        processing_class=_tokenizer(),
+    )
+    trainer.remove_callback(PrinterCallback)
+    began = time.perf_counter()
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    facts = {
+        "trained_parameters": trained,
+        "training_losses": [round(loss, 4) for loss in losses],
+        "training_seconds": round(time.perf_counter() - began, 1),
+    }
+    if isinstance(trainer, SMTTrainer):
+        facts["blocks"] = trainer.smt_selection.blocks_by_projection()
+    merged = trainer.model
+    if hasattr(merged, "merge_and_unload"):
+        merged = merged.merge_and_unload()
+    return merged, facts
+
+
+def _arguments(run: Run, folder: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=run.batch,
+        max_steps=run.steps,
+        learning_rate=run.rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.05,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=True,
+        train_sampling_strategy="sequential",
+        logging_steps=max(1, run.steps // 10),
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=run.seed,
+        optim="adamw_torch_fused",
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def _train_all(model: PreTrainedModel, run: Run, folder: str) -> None:
+    """Train all weights for the steps of a warm-up, as the authors' code does before it chooses blocks."""
+    steps = COMMON["smt_warmup_steps"]
+    arguments = dataclasses.replace(_arguments(run, folder), max_steps=steps, learning_rate=FULL_WARM_UP_RATE)
+    Trainer(
+        model,
+        arguments,
+        train_dataset=_records(run.task, run.seed, steps * run.batch),
+        data_collator=CompletionCollator(pad_token(_tokenizer())),
+    ).train()
+
+
+def _select(model: PreTrainedModel, run: Run, folder: str) -> BlockSelection:
+    """Return the blocks that a warm-up on another task's or seed's records chooses."""
+    task, _, seed = run.selected_on.partition(":")
+    steps = COMMON["smt_warmup_steps"]
+    trainer = SMTTrainer(
+        model,
+        _arguments(run, folder),
+        train_dataset=_records(task, int(seed), steps * run.batch),
+        data_collator=CompletionCollator(pad_token(_tokenizer())),
+        smt_config=SMTConfig(**COMMON, budget=run.budget),
+    )
+    return trainer.select()
+
+
+def _measure(model: PreTrainedModel, run: Run, splits: Splits) -> dict:
+    """Return the means of all measures, and for a test also the value of each question."""
+    task, tokenizer = load_task(run.task), _tokenizer()
+    test = run.split == "test"
+    decoding = Decoding(generate=test and run.task == "math", max_new_tokens=MOST_NEW_TOKENS, batch_tokens=65536)
+    values = task.evaluate(model, tokenizer, getattr(splits, run.split), decoding).values
+    result: dict = {}
+    if test:
+        general = forgetting(model, tokenizer)
+        values = values | {"forgetting": general}
+        result["values"] = {
+            measure: {name: [round(value, 3) for value in each] for name, each in sets.items()}
+            for measure, sets in values.items()
+        }
+    result["means"] = {measure: {name: mean(each) for name, each in sets.items()} for measure, sets in values.items()}
+    return result
+
+
+def _load(run: Run) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(DEFAULT_MODEL), dtype=getattr(torch, run.dtype))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def _tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(resolve_model(DEFAULT_MODEL))
+
+
+@functools.cache
+def _splits(task: str) -> Splits:
+    splits = load_task(task).load(None, VALIDATION_QUESTIONS[task], seed=0)
+    test = {
+        name: questions.select(range(min(TEST_QUESTIONS[task], len(questions))))
+        for name, questions in splits.test.items()
+    }
+    return dataclasses.replace(splits, test=test)
+
+
+def _records(task: str, seed: int, number: int) -> Dataset:
+    """Return `number` tokenised training records in the order of `seed`, again from the start when they are used up."""
+    train = _splits(task).train
+    order = [
+        index
+        for epoch in range(-(-number // len(train)))
+        for index in torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + 1000 * epoch)).tolist()
+    ]
+    records = train.select(order[:number])
+    return Dataset.from_list([tokenize_for_training(record, _tokenizer(), LONGEST) for record in records])

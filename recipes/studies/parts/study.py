@@ -1,0 +1,103 @@
+"""A study: a question, and the arms whose runs answer it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from recipes.studies.parts.run import Run
+from recipes.studies.parts.store import Store
+from recipes.studies.parts.tuning import Tuning, tune
+
+TUNING_SEED = 0
+SEEDS = (1, 2, 3)
+
+
+class Protocol(NamedTuple):
+    """How every run of a task is trained: optimizer steps, and records in a step."""
+
+    steps: int
+    batch: int
+
+
+PROTOCOLS = {"math": Protocol(steps=200, batch=16), "commonsense": Protocol(steps=1000, batch=32)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One setting of a study.
+
+    Attributes:
+        label: what the tables call it.
+        method: key of `METHODS`, or "none" for the untuned model.
+        budget: trained parameters as a fraction of the model's; None where a method has none.
+        fields: fields of SMTConfig that differ.
+        selected_on: as in `Run`.
+        dtype: as in `Run`.
+        records: number of records to train on, if not the protocol's.
+        rate_of: the arm whose tuned rate this one takes; None tunes its own.
+    """
+
+    label: str
+    method: str
+    budget: float | None = None
+    fields: dict = field(default_factory=dict)
+    selected_on: str | None = None
+    dtype: str = "float32"
+    records: int | None = None
+    rate_of: "Arm | None" = None
+
+    def run(self, task: str, rate: float, seed: int, split: str) -> Run:
+        """Return one run of this arm."""
+        steps, batch = PROTOCOLS[task]
+        if self.records is not None:
+            steps = self.records // batch
+        fields = json.dumps(self.fields, sort_keys=True)
+        return Run(
+            task, self.method, self.budget, rate, seed, split, steps, batch, fields, self.selected_on, self.dtype
+        )
+
+    def tuning(self, task: str, store: Store) -> Tuning:
+        """Return the search for this arm's rate."""
+        arm = self.rate_of or self
+        return tune(lambda rate: arm.run(task, rate, TUNING_SEED, "validation"), store)
+
+    def missing(self, task: str, store: Store) -> Iterator[Run]:
+        """Yield the runs that are still to do, as far as they are known."""
+        if self.method == "none":
+            runs = [self.untuned(task)]
+        elif (tuning := self.tuning(task, store)).rate is None:
+            runs = tuning.missing
+        else:
+            runs = self.final(task, tuning.rate)
+        yield from (run for run in runs if run not in store)
+
+    def final(self, task: str, rate: float) -> list[Run]:
+        """Return the runs that are reported, one a seed."""
+        return [self.run(task, rate, seed, "test") for seed in SEEDS]
+
+    def untuned(self, task: str) -> Run:
+        """Return the run that measures the model as it is."""
+        return Run(task, "none", None, 0.0, 0, "test", 0, 0)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question and its arms.
+
+    Attributes:
+        name: as the command line names it.
+        question: what it asks, one sentence.
+        arms: in the order of the table. The first one trained is compared with all others.
+        task: name of the task.
+    """
+
+    name: str
+    question: str
+    arms: tuple[Arm, ...]
+    task: str = "math"
+
+    def missing(self, store: Store) -> Iterator[Run]:
+        """Yield the runs that are still to do, as far as they are known."""
+        for arm in self.arms:
+            yield from arm.missing(self.task, store)
