@@ -24,7 +24,7 @@ def compared(budget: float, methods) -> list[Arm]:
     ]
 
 
-BASELINES = ("lora", "dora", "rslora", "miss", "shira", "super", "spsft", "spsft-taylor", "lora-all", "smt-all")
+BASELINES = ("rslora", "miss", "shira", "super", "spsft", "spsft-taylor", "lora-all", "smt-all")
 
 METHODS_STUDY = Study(
     "methods",
@@ -33,9 +33,14 @@ METHODS_STUDY = Study(
         UNTUNED,
         *compared(SMALL, ("smt", "random", "lora", "dora")),
         FULL,
-        *compared(SMALL, BASELINES[2:]),
-        *compared(LARGE, ("smt", "random", "lora", "dora", *BASELINES[2:])),
+        *compared(SMALL, BASELINES),
     ),
+)
+
+METHODS_LARGE = Study(
+    "methods-large",
+    "Which method learns most with 5 % of the parameters?",
+    tuple(compared(LARGE, ("smt", "random", "lora", "dora", *BASELINES))),
 )
 
 PLATEAU = Study(
@@ -155,6 +160,7 @@ STUDIES = {
     study.name: study
     for study in (
         METHODS_STUDY,
+        METHODS_LARGE,
         PLATEAU,
         ANATOMY,
         SCORES,
