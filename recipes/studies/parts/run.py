@@ -204,6 +204,8 @@ def _measure(model: PreTrainedModel, run: Run, splits: Splits) -> dict:
 
 
 def _load(run: Run) -> PreTrainedModel:
+    # cuDNN's attention gives NaN for a query that attends to nothing, as those of padding on the left.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model = AutoModelForCausalLM.from_pretrained(resolve_model(DEFAULT_MODEL), dtype=getattr(torch, run.dtype))
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
