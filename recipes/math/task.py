@@ -1,0 +1,64 @@
+"""The math task: worked solutions of word problems, measured by their final answers and by their loss."""
+
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipes.math.parts.metric import SolutionAccuracy
+from recipes.math.parts.symbolic import NEW_NUMBERS, NEW_TEMPLATES, symbolic_splits
+from recipes.parts.completion_loss import completion_losses
+from recipes.parts.evaluation import Evaluation
+from recipes.parts.generation import generate_texts
+from recipes.parts.inference import inference
+from recipes.parts.task import Decoding, Splits
+
+ACCURACY, LOSS = "accuracy", "loss"
+
+
+class Math:
+    """GSM-Symbolic, or LLM-Adapters' math files; a `recipes.parts.task.Task`.
+
+    The loss says little on LLM-Adapters' test sets: their outputs are a language model's, and often wrong.
+    """
+
+    def __init__(self) -> None:
+        self.name = "math"
+        self.measures = {
+            ACCURACY: "share of questions whose generated solution ends in the right answer",
+            LOSS: "nats per token of the worked solution",
+        }
+
+    def load(self, source: str | None, validation: int, seed: int) -> Splits:
+        """Return the splits of GSM-Symbolic if `source` is None; see `symbolic_splits`."""
+        return symbolic_splits(validation, seed)
+
+    def evaluate(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        questions: dict[str, Dataset],
+        decoding: Decoding,
+    ) -> Evaluation:
+        """Measure `model` on the questions of each set. Without generation only by the loss."""
+        accuracies, losses, texts = {}, {}, {}
+        passes = 1 + decoding.generate
+        with (
+            inference(model),
+            tqdm(total=passes * sum(map(len, questions.values())), desc="Evaluating", unit="question") as progress,
+        ):
+            for name, asked in questions.items():
+                losses[name] = completion_losses(model, tokenizer, asked, decoding.batch_tokens, progress)
+                if decoding.generate:
+                    texts[name] = generate_texts(model, tokenizer, asked, decoding, progress)
+                    correct = metric_of(name).correct(texts[name], asked["answer"])
+                    accuracies[name] = list(map(float, correct))
+        values = {ACCURACY: accuracies} if decoding.generate else {}
+        return Evaluation(values | {LOSS: losses}, texts)
+
+
+def metric_of(question_set: str) -> SolutionAccuracy:
+    """Return the metric of a question set: strict for GSM-Symbolic, whose solutions mark their answer by "####"."""
+    return SolutionAccuracy("strict" if question_set in (NEW_NUMBERS, NEW_TEMPLATES) else "flexible")
+
+
+MATH = Math()

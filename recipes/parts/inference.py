@@ -1,0 +1,34 @@
+"""How a model reads many sequences without training: its mode, and the batches."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Put `model` in evaluation mode without gradients. Restore its mode, training or evaluation, afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of `lengths`, longest first, in batches of at most `batch_tokens` after padding.
+
+    A sequence longer than `batch_tokens` forms its own batch.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
