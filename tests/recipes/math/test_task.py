@@ -14,6 +14,13 @@ def questions():
     return {"new numbers": Dataset.from_list(records), "AddSub": Dataset.from_list(records[:1])}
 
 
+def test_a_source_is_read_from_files_and_none_is_drawn(monkeypatch):
+    monkeypatch.setattr("recipes.math.task.file_splits", lambda *arguments: arguments)
+    monkeypatch.setattr("recipes.math.task.symbolic_splits", lambda *arguments: arguments)
+    assert MATH.load("folder", 3, 1) == ("folder", 3, 1)
+    assert MATH.load(None, 3, 1) == (3, 1)
+
+
 def evaluate(model, tokenizer, questions, **decoding):
     return MATH.evaluate(model, tokenizer, questions, Decoding(max_new_tokens=4, **decoding))
 

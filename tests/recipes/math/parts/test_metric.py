@@ -1,6 +1,6 @@
 import pytest
 
-from recipes.math.parts.metric import SolutionAccuracy, letter
+from recipes.math.parts.metric import SolutionAccuracy, is_answer, letter
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,11 @@ def test_the_flexible_rule_reads_the_last_number(text, gold, right):
 def test_a_letter_is_read_where_the_answer_is_stated_else_where_it_stands_alone(text, named):
     assert letter(text) == named
     assert SolutionAccuracy("flexible").correct([text, text], ["C", named or "A"]) == [named == "C", named is not None]
+
+
+@pytest.mark.parametrize(("text", "answer"), [("-1,200.5", True), ("E", True), ("F", False), ("5 apples", False)])
+def test_a_gold_answer_is_a_number_or_a_letter(text, answer):
+    assert is_answer(text) == answer
 
 
 def test_accuracy_is_the_mean_of_the_correct_answers():

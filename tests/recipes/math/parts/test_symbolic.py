@@ -81,7 +81,7 @@ def test_without_validation_all_records_stay_in_train(templates):
 
 
 def test_more_validation_than_questions_is_refused(templates):
-    with pytest.raises(ValueError, match="Expected fewer than 40 questions to hold out, got 40"):
+    with pytest.raises(ValueError, match="Expected fewer than 40 questions to hold out from as many records, got 40"):
         symbolic_splits(validation=40, seed=0)
 
 
