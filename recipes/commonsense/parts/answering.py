@@ -7,7 +7,7 @@ answer5). One pass over the prompt gives both kinds of answer:
     prompt                 -> keys and values of that pass, without the shared tokens -> generation
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from recipes.commonsense.parts.tasks import Task
 from recipes.commonsense.parts.templates import OUTPUT, named_answers
 from recipes.parts.collator import attention, left_pad
+from recipes.parts.inference import batches
 from recipes.parts.prompt import encode_prompt
 
 
@@ -88,21 +89,6 @@ def distinguishing_tokens(
             f"{tokenizer.decode(shared)!r}. Use a tokenizer that splits numbers into digits."
         )
     return shared, tokens
-
-
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the indices of `lengths`, longest first, in batches of at most `batch_tokens` after padding.
-
-    A sequence longer than `batch_tokens` forms its own batch.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _read(

@@ -17,9 +17,7 @@ stands alone. (LLM-Adapters takes the first capital A to E anywhere, also that o
 TOLERANCE = 1e-3
 LETTERS = frozenset("ABCDE")
 
-NUMBER = r"-?\d+(?:\.\d+)?"
-LAST_NUMBER = re.compile(NUMBER)
-FIRST_NUMBER = re.compile(rf"\s*({NUMBER})")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 STATED_LETTER = re.compile(r"(?i:answer\s+is)\s*:?\s*\(?([A-E])\b")
 LONE_LETTER = re.compile(r"\b([A-E])\b")
 
@@ -59,16 +57,21 @@ class SolutionAccuracy(evaluate.Metric):
         return number is not None and abs(float(number) - float(gold.replace(",", ""))) <= TOLERANCE
 
 
+def is_answer(gold: str) -> bool:
+    """Tell whether the metric can compare with `gold`: a number, or a letter A to E."""
+    return gold in LETTERS or NUMBER.fullmatch(gold.replace(",", "")) is not None
+
+
 def marked_number(text: str) -> str | None:
     """Return the number after the last "####" of a text without commas, or None."""
     _, mark, end = text.rpartition("####")
-    match = FIRST_NUMBER.match(end)
-    return match[1] if mark and match else None
+    match = NUMBER.match(end.lstrip())
+    return match[0] if mark and match else None
 
 
 def last_number(text: str) -> str | None:
     """Return the last number of a text without commas, or None."""
-    return (LAST_NUMBER.findall(text) or [None])[-1]
+    return (NUMBER.findall(text) or [None])[-1]
 
 
 def letter(text: str) -> str | None:

@@ -10,15 +10,13 @@ that training showed with other numbers, and "new templates" for one that it nev
 
 import random
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
 
 from recipes.math.parts.generators import Generator, generators
+from recipes.parts.records import Record, cut
 from recipes.parts.task import Splits
-
-Record = dict[str, str]
 
 SEED = 20260101
 """Seed of the templates' roles, of all draws and of the test sets."""
@@ -57,13 +55,13 @@ def symbolic_splits(validation: int, seed: int) -> Splits:
         role: [record for number in numbers for record in draw(templates[number], number)]
         for role, numbers in roles.items()
     }
-    new_numbers, train = _cut(pools["train"], TEST_QUESTIONS, SEED)
-    new_templates, _ = _cut(pools["test"], TEST_QUESTIONS, SEED)
+    new_numbers, train = cut(pools["train"], TEST_QUESTIONS, SEED)
+    new_templates, _ = cut(pools["test"], TEST_QUESTIONS, SEED)
     test = {NEW_NUMBERS: new_numbers, NEW_TEMPLATES: new_templates}
     held_out = {}
     if validation:
-        held_out[NEW_NUMBERS], train = _cut(train, validation, seed)
-        held_out[NEW_TEMPLATES], _ = _cut(pools["validation"], validation, seed)
+        held_out[NEW_NUMBERS], train = cut(train, validation, seed)
+        held_out[NEW_TEMPLATES], _ = cut(pools["validation"], validation, seed)
     return Splits(
         train=Dataset.from_list(train),
         validation={name: Dataset.from_list(records) for name, records in held_out.items()},
@@ -97,14 +95,3 @@ def _record(example: dict[str, Any]) -> Record:
             "Add its template to FLAWED in recipes/math/parts/generators.py."
         )
     return {"instruction": example["question"], "input": "", "output": "\n".join(lines), "answer": answer}
-
-
-def _cut(records: Sequence[Record], number: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Return `number` random records, and the others."""
-    if number >= len(records):
-        raise ValueError(f"Expected fewer than {len(records)} questions to hold out, got {number}. Lower it.")
-    chosen = set(random.Random(seed).sample(range(len(records)), number))
-    return (
-        [record for index, record in enumerate(records) if index in chosen],
-        [record for index, record in enumerate(records) if index not in chosen],
-    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from recipes.commonsense.parts.answering import batches, distinguishing_tokens
+from recipes.commonsense.parts.answering import distinguishing_tokens
 from recipes.commonsense.parts.evaluation import Evaluation, evaluate_model, paired_gain
 from recipes.commonsense.parts.templates import OUTPUT, labels
 from recipes.parts.prompt import encode_prompt
@@ -92,14 +92,6 @@ def test_answers_that_one_token_cannot_tell_apart_are_refused(tokenizer):
         distinguishing_tokens(("answer1", "answer10"), tokenizer)
     with pytest.raises(ValueError, match="Expected one token to tell the answers ab, ac, b apart"):
         distinguishing_tokens(("ab", "ac", "b"), tokenizer)
-
-
-def test_batches_hold_every_question_within_the_budget():
-    lengths = [5, 30, 1, 8, 8, 100]
-    found = list(batches(lengths, 40))
-    assert found[0] == [5]  # longer than the budget, alone
-    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
-    assert all(len(batch) * max(lengths[index] for index in batch) <= 40 for batch in found[1:])
 
 
 def test_average_weighs_tasks_not_questions():

@@ -1,0 +1,1 @@
+"""Instruction following: the user's own instructions and responses."""
