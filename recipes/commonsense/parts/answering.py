@@ -3,7 +3,7 @@
 Every output reads "the correct answer is X". The answers X of a set share their first tokens ("answer" in answer1 to
 answer5). One pass over the prompt gives both kinds of answer:
 
-    prompt + shared tokens -> logits at the last position -> the likeliest of the tokens that distinguish the X
+    prompt + shared tokens -> scores at the last position -> the likeliest of the tokens that distinguish the X
     prompt                 -> keys and values of that pass, without the shared tokens -> generation
 """
 
@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from recipes.commonsense.parts.templates import OUTPUT, named_answers
 from recipes.parts.collator import attention, left_pad
+from recipes.parts.head import last_scores
 from recipes.parts.prompt import encode_prompt, pad_token
 from recipes.parts.task import Decoding
 
@@ -54,11 +55,11 @@ def answer_questions(
     for batch in batches([len(prompt) for prompt in prompts], decoding.batch_tokens):
         rows = [prompts[index] for index in batch]
         cache = DynamicCache(config=model.config) if decoding.generate else None
-        logits = _read(model, rows, shared, pad_token(tokenizer), cache)
+        scores = _read(model, rows, shared, list(token_of.values()), pad_token(tokenizer), cache)
         texts = [""] * len(batch) if cache is None else _generate(model, tokenizer, rows, cache, decoding)
-        for index, text, scores in zip(batch, texts, logits, strict=True):
-            best = scores[[token_of[label] for label in offered[index]]].argmax()
-            answers[index] = Answer(offered[index][best], text)
+        for index, text, row in zip(batch, texts, scores.tolist(), strict=True):
+            score_of = dict(zip(token_of, row, strict=True))
+            answers[index] = Answer(max(offered[index], key=score_of.__getitem__), text)
         progress.update(len(batch))
     return [answers[index] for index in range(len(prompts))]
 
@@ -104,23 +105,29 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 
 
 def _read(
-    model: PreTrainedModel, prompts: list[list[int]], shared: list[int], pad_id: int, cache: DynamicCache | None
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    shared: list[int],
+    tokens: list[int],
+    pad_id: int,
+    cache: DynamicCache | None,
 ) -> torch.Tensor:
-    """Return the logits after prompt and shared tokens, (questions, vocabulary). Fill the cache, if given.
+    """Return the scores of `tokens` after prompt and shared tokens, (questions, tokens). Fill the cache, if given.
 
     The cache omits the last prompt token, because `generate` reads it to find the first new token.
     """
     rows = [prompt + shared for prompt in prompts]
     inputs = {"input_ids": left_pad(rows, pad_id), **attention(rows)}
-    output = model(
+    scores = last_scores(
+        model,
+        tokens,
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         past_key_values=cache,
         use_cache=cache is not None,
-        logits_to_keep=1,
     )
     if cache is not None:
         cache.crop(-len(shared) - 1)
-    return output.logits[:, -1]
+    return scores
 
 
 def _generate(

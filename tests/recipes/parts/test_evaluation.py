@@ -15,10 +15,14 @@ def test_average_weighs_sets_not_questions():
 
 def test_consecutive_shares_join_in_their_order():
     shares = [
-        Evaluation({"accuracy": {"piqa": [1.0, 0.0]}}, {"piqa": ["a", "b"]}),
-        Evaluation({"accuracy": {"piqa": [1.0]}}, {"piqa": ["c"]}),
+        Evaluation({"accuracy": {"piqa": [1.0, 0.0]}}, {"piqa": ["a", "b"]}, {"accuracy": {"piqa": ["A", None]}}),
+        Evaluation({"accuracy": {"piqa": [1.0]}}, {"piqa": ["c"]}, {"accuracy": {"piqa": ["C"]}}),
     ]
-    assert Evaluation.joined(shares) == Evaluation({"accuracy": {"piqa": [1.0, 0.0, 1.0]}}, {"piqa": ["a", "b", "c"]})
+    assert Evaluation.joined(shares) == Evaluation(
+        {"accuracy": {"piqa": [1.0, 0.0, 1.0]}},
+        {"piqa": ["a", "b", "c"]},
+        {"accuracy": {"piqa": ["A", None, "C"]}},
+    )
 
 
 def test_paired_gain_against_a_computation_by_hand():
