@@ -1,13 +1,13 @@
 # `make help` lists the commands.
 PYTHON  ?= python3
 PROFILE ?= default
-OUT     ?= runs/commonsense
+OUT     ?= runs/$@
 
 VENV := .venv
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-deepspeed test-oldest quality style commonsense bench clean
+.PHONY: help venv test test-slow test-deepspeed test-oldest quality style commonsense math bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,11 +47,15 @@ style: venv ## fix lint and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-commonsense: venv ## fine-tune and evaluate on commonsense tasks (PROFILE=, MODEL=, DATA=, BUDGET=, OUT=, ARGS=)
-	$(BIN)/python -m recipes.commonsense.finetune --profile recipes/commonsense/$(PROFILE).args --output_dir "$(OUT)" \
-		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+FINETUNE = $(BIN)/python -m recipes.finetune --profile recipes/$@/$(PROFILE).args --output_dir "$(OUT)" \
+	$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
-bench: OUT = runs/bench
+commonsense: venv ## fine-tune and evaluate on commonsense questions (PROFILE=, MODEL=, DATA=, BUDGET=, OUT=, ARGS=)
+	$(FINETUNE)
+
+math: venv ## fine-tune and evaluate on math word problems (as above)
+	$(FINETUNE)
+
 bench: venv ## measure step time and memory of SMT and other methods (SHAPE=, OUT=, ARGS=)
 	$(BIN)/python -m recipes.benchmarks.training_step --output "$(OUT)" $(if $(SHAPE),--shape $(SHAPE)) $(ARGS)
 

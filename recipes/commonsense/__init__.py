@@ -1,1 +1,1 @@
-"""Commonsense reasoning: the eight tasks of the SMT paper, with data and model."""
+"""Commonsense reasoning: the eight question sets of the SMT paper."""

@@ -1,7 +1,7 @@
 """The result of measuring a model question by question, and the gain between two results."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import mean, variance
 
 NORMAL_95 = 1.96
@@ -17,17 +17,22 @@ class Evaluation:
     Attributes:
         values: measure -> question set -> its value on each question (1 or 0 for an accuracy).
         texts: question set -> generated texts; empty if nothing was generated.
+        answers: measure -> question set -> the label that the model named, or None; only for measures of questions
+            that offer labels.
     """
 
     values: dict[str, Values]
     texts: dict[str, list[str]]
+    answers: dict[str, dict[str, list[str | None]]] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
         """Join `parts`, each the evaluation of a consecutive share of every set's questions."""
+        first = parts[0]
         return cls(
-            {measure: _joined([part.values[measure] for part in parts]) for measure in parts[0].values},
+            {measure: _joined([part.values[measure] for part in parts]) for measure in first.values},
             _joined([part.texts for part in parts]),
+            {measure: _joined([part.answers[measure] for part in parts]) for measure in first.answers},
         )
 
     def means(self, measure: str) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """The prompt of the SMT paper, with the same tokens in training and evaluation.
 
-A sequence is `BOS, prompt, output, EOS`. Prompt and output are tokenised separately and joined as ids, so that an
-evaluation starts from exactly the ids that the training loss was conditioned on.
+A sequence is `BOS, prompt, output, EOS`, without BOS where the tokenizer puts none before a text: Qwen and SmolLM2 have
+one and do not. Prompt and output are tokenised separately and joined as ids, so that an evaluation starts from exactly
+the ids that the training loss was conditioned on.
 """
 
 from collections.abc import Mapping
@@ -28,15 +29,21 @@ def prompt_text(record: Mapping[str, str]) -> str:
 def encode_prompt(
     record: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[int]:
-    """Return the token ids of the prompt, after one BOS if the tokenizer has one.
+    """Return the token ids of the prompt, after one BOS if the tokenizer itself adds it.
 
     A prompt of more than `max_length` tokens loses its first tokens after the BOS. This keeps the answer choices and
     the response mark, which come last.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = added_bos(tokenizer)
     ids = tokenizer(prompt_text(record), add_special_tokens=False).input_ids
     surplus = 0 if max_length is None else max(0, len(bos) + len(ids) - max_length)
     return bos + ids[surplus:]
+
+
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that `tokenizer` puts before a text as its beginning: BOS alone, or none."""
+    bos = [tokenizer.bos_token_id]
+    return bos if tokenizer("a").input_ids[:1] == bos else []
 
 
 def tokenize_for_training(

@@ -1,6 +1,6 @@
 """A task: its records, and how a model is measured on them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from datasets import Dataset
@@ -28,19 +28,18 @@ class Splits:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How questions are answered.
+    """How questions are answered."""
 
-    Attributes:
-        generate: whether answers are generated; without, only what needs no generation is measured.
-        max_new_tokens: longest generation, in tokens; EOS ends it earlier.
-        num_beams: 1 decodes greedily.
-        batch_tokens: most prompt tokens in one batch, padding included.
-    """
-
-    generate: bool = True
-    max_new_tokens: int = 32
-    num_beams: int = 1
-    batch_tokens: int = 16384
+    generate: bool = field(
+        default=True, metadata={"help": "Generate answers; without, measure only what needs no generation."}
+    )
+    max_new_tokens: int = field(
+        default=32, metadata={"help": "Longest generation, in tokens; the end token ends it earlier."}
+    )
+    num_beams: int = field(default=1, metadata={"help": "Beams of the generation; 1 is greedy."})
+    batch_tokens: int = field(
+        default=16384, metadata={"help": "Most prompt tokens in one evaluation batch, padding included."}
+    )
 
 
 class Task(Protocol):

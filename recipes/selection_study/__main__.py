@@ -84,7 +84,7 @@ def batches(base: str, arguments: argparse.Namespace) -> dict[int, DataLoader]:
         ValueError: there are too few training records.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
-    records = load_splits(arguments.data, validation_per_task=0, seed=0).train
+    records = load_splits(arguments.data, validation=0, seed=0).train
     needed = max(arguments.steps) * arguments.batch
     if needed > len(records):
         raise ValueError(

@@ -1,1 +1,1 @@
-"""What the fine-tuning script is made of: data, prompts, batches, evaluation and report."""
+"""What the task is made of: data, answers and their metric."""

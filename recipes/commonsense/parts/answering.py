@@ -1,9 +1,9 @@
-"""A model's answers to the questions of one task, by generation and by likelihood.
+"""A model's answers to the questions of one set, by generation and by likelihood.
 
-Every output reads "the correct answer is X". The answers X of a task share their first tokens ("answer" in answer1 to
+Every output reads "the correct answer is X". The answers X of a set share their first tokens ("answer" in answer1 to
 answer5). One pass over the prompt gives both kinds of answer:
 
-    prompt + shared tokens -> logits at the last position -> the likeliest of the tokens that distinguish the X
+    prompt + shared tokens -> scores at the last position -> the likeliest of the tokens that distinguish the X
     prompt                 -> keys and values of that pass, without the shared tokens -> generation
 """
 
@@ -16,52 +16,51 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.commonsense.parts.tasks import Task
 from recipes.commonsense.parts.templates import OUTPUT, named_answers
 from recipes.parts.collator import attention, left_pad
+from recipes.parts.head import last_scores
 from recipes.parts.inference import batches
-from recipes.parts.prompt import encode_prompt
+from recipes.parts.prompt import encode_prompt, pad_token
+from recipes.parts.task import Decoding
 
 
 class Answer(NamedTuple):
-    """The answer to one question: the generated text, and the likeliest label that the question offers."""
+    """The answer to one question: the likeliest label that it offers, and the generated text, "" without generation."""
 
-    text: str
     choice: str
+    text: str
 
 
 @torch.no_grad()
 def answer_questions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    labels: Sequence[str],
     questions: Dataset,
-    generation: GenerationConfig,
-    batch_tokens: int,
+    decoding: Decoding,
     progress: tqdm,
 ) -> list[Answer]:
     """Return the answers in the order of `questions`. `model` should be in evaluation mode.
 
     Args:
-        generation: beams, length and special tokens of the generation.
-        batch_tokens: most tokens in one batch of prompts, padding included.
+        labels: all labels that a question of this set may offer.
         progress: advanced by one for each question.
 
     Raises:
-        ValueError: no single token distinguishes the answers of `task`.
+        ValueError: no single token distinguishes the outputs of `labels`.
     """
-    shared, token_of = distinguishing_tokens(task.answers, tokenizer)
+    shared, token_of = distinguishing_tokens(labels, tokenizer)
     prompts = [encode_prompt(question, tokenizer) for question in questions]
     offered = [named_answers(instruction) for instruction in questions["instruction"]]
     answers = {}
-    for batch in batches([len(prompt) for prompt in prompts], batch_tokens):
+    for batch in batches([len(prompt) for prompt in prompts], decoding.batch_tokens):
         rows = [prompts[index] for index in batch]
-        logits, cache = _read(model, rows, shared, generation.pad_token_id)
-        generated = _generate(model, rows, cache, generation)
-        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-        for index, text, scores in zip(batch, texts, logits, strict=True):
-            best = scores[[token_of[label] for label in offered[index]]].argmax()
-            answers[index] = Answer(text, offered[index][best])
+        cache = DynamicCache(config=model.config) if decoding.generate else None
+        scores = _read(model, rows, shared, list(token_of.values()), pad_token(tokenizer), cache)
+        texts = [""] * len(batch) if cache is None else _generate(model, tokenizer, rows, cache, decoding)
+        for index, text, row in zip(batch, texts, scores.tolist(), strict=True):
+            score_of = dict(zip(token_of, row, strict=True))
+            answers[index] = Answer(max(offered[index], key=score_of.__getitem__), text)
         progress.update(len(batch))
     return [answers[index] for index in range(len(prompts))]
 
@@ -92,32 +91,53 @@ def distinguishing_tokens(
 
 
 def _read(
-    model: PreTrainedModel, prompts: list[list[int]], shared: list[int], pad_id: int
-) -> tuple[torch.Tensor, DynamicCache]:
-    """Return the logits after prompt and shared tokens, (questions, vocabulary), and the cache of the prompts.
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    shared: list[int],
+    tokens: list[int],
+    pad_id: int,
+    cache: DynamicCache | None,
+) -> torch.Tensor:
+    """Return the scores of `tokens` after prompt and shared tokens, (questions, tokens). Fill the cache, if given.
 
     The cache omits the last prompt token, because `generate` reads it to find the first new token.
     """
     rows = [prompt + shared for prompt in prompts]
     inputs = {"input_ids": left_pad(rows, pad_id), **attention(rows)}
-    cache = DynamicCache(config=model.config)
-    output = model(
+    scores = last_scores(
+        model,
+        tokens,
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
         past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
+        use_cache=cache is not None,
     )
-    cache.crop(-len(shared) - 1)
-    return output.logits[:, -1], cache
+    if cache is not None:
+        cache.crop(-len(shared) - 1)
+    return scores
 
 
 def _generate(
-    model: PreTrainedModel, prompts: list[list[int]], cache: DynamicCache, generation: GenerationConfig
-) -> torch.Tensor:
-    """Return the new ids, (questions, at most `generation.max_new_tokens`)."""
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    cache: DynamicCache,
+    decoding: Decoding,
+) -> list[str]:
+    """Return the text after each prompt, whose keys and values are in the cache."""
+    pad_id = pad_token(tokenizer)
+    generation = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        num_beams=decoding.num_beams,
+        do_sample=False,
+        # Otherwise `generate` falls back on the model's own default, which may be a penalty.
+        repetition_penalty=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad_id,
+        use_cache=True,
+    )
     # `generate` repeats the ids for its beams, but not a given cache.
-    cache.batch_repeat_interleave(generation.num_beams)
-    ids = left_pad(prompts, generation.pad_token_id).to(model.device)
+    cache.batch_repeat_interleave(decoding.num_beams)
+    ids = left_pad(prompts, pad_id).to(model.device)
     mask = attention(prompts)["attention_mask"].to(model.device)
     output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=generation)
-    return output[:, ids.shape[1] :]
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

@@ -6,27 +6,27 @@ from collections.abc import Sequence
 import datasets
 import evaluate
 
-from recipes.commonsense.parts.tasks import TASKS
+from recipes.commonsense.parts.question_sets import QUESTION_SETS
 
 _DESCRIPTION = """Share of generations whose first named answer is the gold one.
 
-Text and answer are lower-cased. The first answer label of the task anywhere in the text counts. A text without one is
+Text and answer are lower-cased. The first answer label of the set anywhere in the text counts. A text without one is
 wrong.
 """
 
 
 class ChoiceAccuracy(evaluate.Metric):
-    """Accuracy on one commonsense task, named by `config_name`.
+    """Accuracy on one question set, named by `config_name`.
 
     `compute(predictions=texts, references=answers)` returns {"accuracy": share in [0, 1]}.
     """
 
     def __init__(self, config_name: str):
-        if config_name not in TASKS:
-            raise ValueError(f"Expected a task among {', '.join(TASKS)}; got {config_name!r}.")
+        if config_name not in QUESTION_SETS:
+            raise ValueError(f"Expected a question set among {', '.join(QUESTION_SETS)}; got {config_name!r}.")
         # Each rank computes its metric alone, so there is no cache file to gather from.
         super().__init__(config_name=config_name, keep_in_memory=True)
-        self._pattern = re.compile("|".join(TASKS[config_name].answers))
+        self._pattern = re.compile("|".join(QUESTION_SETS[config_name].answers))
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

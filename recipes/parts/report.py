@@ -1,14 +1,18 @@
 """The results of a run: `results.json` for machines, `results.md` for people."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes.commonsense.parts.evaluation import Evaluation, paired_gain
+from recipes.parts.constant import constant_answers
+from recipes.parts.evaluation import Evaluation, paired_gain
+from recipes.parts.json_file import write_json
+from recipes.parts.measures import gain_text, is_loss, table
 from recipes.parts.reporting import command, hardware, versions, without_folder
+from recipes.parts.task import Task
 from smt_trainer import BlockSelection
+from smt_trainer.files import write_text
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "smt_trainer")
 DELTA_FILES = ("smt_delta.safetensors", "smt_config.json")
@@ -19,13 +23,16 @@ class Run:
     """The results of a run.
 
     Attributes:
+        dtype: of the weights.
         evaluated_on: the split of the questions.
         seconds_per_step: median over the optimizer steps of training; None without steps.
         peak_memory_bytes: of this process up to the end of training (allocated on the GPU if there is one).
         total_seconds: from the start of the script, everything included.
     """
 
+    task: Task
     model: str
+    dtype: str
     evaluated_on: str
     before: Evaluation
     after: Evaluation
@@ -41,12 +48,11 @@ class Run:
     def to_dict(self) -> dict:
         """Return the contents of `results.json`."""
         return {
+            "task": self.task.name,
             "model": without_folder(self.model),
+            "dtype": self.dtype,
             "evaluated_on": self.evaluated_on,
-            "before": _scores(self.before),
-            "after": _scores(self.after),
-            "gain": _gain(self.before.correct, self.after.correct),
-            "gain_likelihood": _gain(self.before.correct_by_likelihood, self.after.correct_by_likelihood),
+            "measures": {measure: self._summary(measure) for measure in self.after.values},
             "merged_equal": self.merged_equal,
             "trainable_fraction": self.selection.fraction_of_model,
             "selection": self.selection.summary(),
@@ -56,46 +62,52 @@ class Run:
             "peak_memory_bytes": self.peak_memory_bytes,
             "delta_bytes": sum((self.delta_folder / name).stat().st_size for name in DELTA_FILES),
             "seed": self.seed,
-            "command": command("recipes.commonsense.finetune"),
+            "command": command("recipes.finetune"),
             "hardware": hardware(),
             "versions": versions(PACKAGES),
+            "before": self.before.values,
+            "after": self.after.values,
+        }
+
+    def _summary(self, measure: str) -> dict:
+        before, after = self.before, self.after
+        gain, half_width = paired_gain(before.values[measure], after.values[measure])
+        return {
+            "before": {"average": before.average(measure), "sets": before.means(measure)},
+            "after": {"average": after.average(measure), "sets": after.means(measure)},
+            "gain": gain,
+            "half_width": half_width,
         }
 
 
 def write_report(run: Run, output: Path) -> None:
     """Write both files into `output` and print the table."""
+    text = markdown(run)
+    write_json(output / "results.json", run.to_dict())
+    write_text(output / "results.md", text)
+    tqdm.write(text)
+
+
+def markdown(run: Run) -> str:
+    """Return the text of `results.md`: the measures of each question set before and after training, then the cost."""
     results = run.to_dict()
-    table = markdown(results)
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (output / "results.md").write_text(table, encoding="utf-8")
-    tqdm.write(table)
-
-
-def markdown(results: dict) -> str:
-    """Return the text of `results.md`: accuracy per task before and after training, then the cost of the run."""
-    before, after = results["before"], results["after"]
-    questions = sum(task["questions"] for task in after["tasks"].values())
-    lines = [
-        f"# {results['model']} on the commonsense tasks\n",
-        f"Accuracy in % on {questions:,} {results['evaluated_on']} questions, by generated answer and by likelihood.\n",
-        "| task | questions | untuned | tuned | untuned, likelihood | tuned, likelihood |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, tuned in after["tasks"].items():
-        untuned = before["tasks"][name]
-        values = (untuned["generation"], tuned["generation"], untuned["likelihood"], tuned["likelihood"])
-        lines.append(
-            f"| {name} | {tuned['questions']:,} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |"
-        )
-    values = (before["average"], after["average"], before["average_likelihood"], after["average_likelihood"])
-    lines.append("| **average** | | " + " | ".join(f"**{100 * value:.1f}**" for value in values) + " |")
-    gain, by_likelihood = results["gain"], results["gain_likelihood"]
+    evaluations = {"untuned": run.before, "tuned": run.after}
+    measures = list(run.after.values)
+    questions = sum(map(len, run.after.values[measures[0]].values()))
     step = results["seconds_per_step"]
-    lines += [
+    lines = [
+        f"# {results['model']} on the {run.task.name} task\n",
+        f"Measured on {questions:,} {run.evaluated_on} questions.\n",
+        *(f"- {measure}: {run.task.measures[measure]}{'' if is_loss(measure) else ', in %'}" for measure in measures),
         "",
-        f"Gain: {_points(gain)} by generation, {_points(by_likelihood)} by likelihood (paired 95 % interval).\n",
+        table(evaluations),
+        "",
+        *(f"Warning: {line}.\n" for line in constant_answers(evaluations)),
+        f"Gain: {', '.join(gain_text(measure, run.before, run.after) for measure in measures)} "
+        "(paired 95 % interval).\n",
         "| | |",
         "|---|---|",
+        f"| weights | {results['dtype']} |",
         f"| trained | {results['selection']} |",
         f"| trainable | {100 * results['trainable_fraction']:.3f} % of all parameters |",
         f"| steps | {results['steps']}, {'none timed' if step is None else f'{step:.2f} s each (median)'} |",
@@ -110,28 +122,3 @@ def markdown(results: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _scores(evaluation: Evaluation) -> dict:
-    by_likelihood = evaluation.accuracy_by_likelihood
-    return {
-        "average": evaluation.average,
-        "average_likelihood": evaluation.average_likelihood,
-        "tasks": {
-            task: {
-                "generation": accuracy,
-                "likelihood": by_likelihood[task],
-                "questions": len(evaluation.correct[task]),
-            }
-            for task, accuracy in evaluation.accuracy.items()
-        },
-    }
-
-
-def _gain(before: dict[str, list[bool]], after: dict[str, list[bool]]) -> dict[str, float]:
-    gain, half_width = paired_gain(before, after)
-    return {"average": gain, "half_width": half_width}
-
-
-def _points(gain: dict[str, float]) -> str:
-    return f"{100 * gain['average']:+.1f} ± {100 * gain['half_width']:.1f} points"

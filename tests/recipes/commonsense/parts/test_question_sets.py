@@ -1,7 +1,7 @@
 import pytest
 
 from recipes.commonsense.parts import templates
-from recipes.commonsense.parts.tasks import TASKS, task_of
+from recipes.commonsense.parts.question_sets import QUESTION_SETS, set_of
 
 EXPECTED = {
     "boolq": (
@@ -56,13 +56,13 @@ EXPECTED = {
     ),
 }
 EXPECTED |= {
-    task: (
+    name: (
         templates.science,
         {"query": "Question: Stars are\nAnswer:", "choices": choices, "gold": len(choices) - 1},
         f"Please choose the correct answer to the question: Stars are\n\n{listed}\n\nAnswer format: {answers}",
         f"answer{len(choices)}",
     )
-    for task, choices, listed, answers in (
+    for name, choices, listed, answers in (
         ("ARC-Easy", ["a", "b", "c"], "Answer1: a Answer2: b Answer3: c", "answer1/answer2/answer3"),
         (
             "ARC-Challenge",
@@ -80,10 +80,10 @@ EXPECTED |= {
 }
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_template_is_exact(task):
-    template, document, instruction, answer = EXPECTED[task]
-    assert TASKS[task].test.record is template
+@pytest.mark.parametrize("name", QUESTION_SETS)
+def test_template_is_exact(name):
+    template, document, instruction, answer = EXPECTED[name]
+    assert QUESTION_SETS[name].test.record is template
     assert template(document) == {
         "instruction": instruction,
         "input": "",
@@ -106,16 +106,16 @@ def test_hellaswag_request_loses_the_capital_of_its_unfinished_sentence_only(que
     assert record["answer"] == "ending1"
 
 
-def test_the_answers_of_a_task_cover_its_records():
+def test_the_answers_of_a_set_cover_its_records():
     for name, (template, document, *_) in EXPECTED.items():
         record = template(document)
         offered = templates.named_answers(record["instruction"])
         assert record["answer"] in offered
-        assert set(offered) <= set(TASKS[name].answers)
+        assert set(offered) <= set(QUESTION_SETS[name].answers)
 
 
-def test_the_task_of_a_record_is_known_by_its_template():
-    found = {name: task_of(template(document)) for name, (template, document, *_) in EXPECTED.items()}
+def test_the_set_of_a_record_is_known_by_its_template():
+    found = {name: set_of(template(document)) for name, (template, document, *_) in EXPECTED.items()}
     own = {name: name for name in ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande")}
     assert found == own | {
         "ARC-Easy": "social_i_qa",  # three choices
@@ -124,8 +124,8 @@ def test_the_task_of_a_record_is_known_by_its_template():
     }
 
 
-def test_an_instruction_of_no_task_is_refused():
+def test_an_instruction_of_no_set_is_refused():
     with pytest.raises(ValueError, match="Expected an instruction that ends in 'Answer format"):
-        task_of({"instruction": "What is 1 + 1?"})
+        set_of({"instruction": "What is 1 + 1?"})
     with pytest.raises(ValueError, match=r"Expected one of the answer formats .*; got yes/no"):
-        task_of({"instruction": "Is it so? Answer format: yes/no"})
+        set_of({"instruction": "Is it so? Answer format: yes/no"})

