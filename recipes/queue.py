@@ -109,8 +109,7 @@ class Queue:
         result = future.result()
         self.store.add(result)
         self.failed.pop(run, None)
-        losses = ", ".join(f"{name} {loss:.3f}" for name, loss in result["means"]["loss"].items())
-        logger.info("%d done: %s: loss %s, %.0f s", len(self.store), describe(run), losses, result["seconds"])
+        logger.info("%d done: %s: %s, %.0f s", len(self.store), describe(run), result["means"], result["seconds"])
 
     def _pool(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")

@@ -100,9 +100,9 @@ WARMUP = Study(
     "How long must the warm-up be, and can a selection be used again?",
     (
         SMT[SMALL],
-        *(smt(f"{steps} steps", fields={"smt_warmup_steps": steps}) for steps in (1, 5, 100)),
-        smt("25 steps on other records", selected_on="math:11"),
-        smt("25 steps on the commonsense task", selected_on="commonsense:11"),
+        *(smt(f"{steps} steps", fields={"smt_warmup_steps": steps}) for steps in (1, 3, 30, 100)),
+        smt("10 steps on other records", selected_on="math:11"),
+        smt("10 steps on the commonsense task", selected_on="commonsense:11"),
     ),
 )
 
@@ -138,7 +138,7 @@ PRECISION = Study(
 INIT = Study(
     "init",
     "Does updating all weights in the warm-up, as the authors' code does, help?",
-    (SMT[SMALL], smt("25 full steps first", method="full-warm-up")),
+    (SMT[SMALL], smt("10 full steps first", method="full-warm-up")),
 )
 
 RECORDS = Study(

@@ -53,8 +53,8 @@ class Sparse:
         return SMTTrainer(model, smt_config=config, **arguments)
 
 
-COMMON = {"block_size": 64, "smt_warmup_steps": 25}
-"""Fields of SMTConfig: 25 warm-up steps are the paper's for math, and blocks of 64x64 meet a budget to 1 %."""
+COMMON = {"block_size": 64, "smt_warmup_steps": 10}
+"""Fields of SMTConfig: blocks of 64x64 meet a budget to 1 %."""
 
 ROWS = {"granularity": "row", "block_size": "auto"}
 

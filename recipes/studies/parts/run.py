@@ -33,8 +33,9 @@ from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
 LONGEST = 512
 """Most tokens of a training sequence."""
 MOST_NEW_TOKENS = 224
-VALIDATION_QUESTIONS = {"math": 256, "commonsense": 100}
-TEST_QUESTIONS = {"math": 500, "commonsense": 250}
+BATCH_TOKENS = 65536 if torch.cuda.is_available() else 8192
+VALIDATION_QUESTIONS = {"math": 100, "commonsense": 50}
+TEST_QUESTIONS = {"math": 200, "commonsense": 250}
 """Task -> questions of each set."""
 FULL_WARM_UP_RATE = 3e-5
 
@@ -57,7 +58,7 @@ class Run:
         batch: records in a step.
         fields: fields of SMTConfig that differ, as JSON.
         selected_on: "task:seed" of another run's records, whose warm-up chooses the blocks.
-        dtype: dtype of the frozen weights. Products are in bfloat16 either way.
+        dtype: dtype of the frozen weights.
     """
 
     task: str
@@ -82,6 +83,8 @@ def perform(run: Run) -> dict:
     """Train and measure. Return a result of JSON types, which names the run, its measures and circumstances."""
     started = time.perf_counter()
     torch.manual_seed(run.seed)
+    # TF32 on a GPU, float32 on a processor.
+    torch.set_float32_matmul_precision("high")
     splits = _splits(run.task)
     model = _load(run)
     result: dict = {"run": asdict(run)}
@@ -89,8 +92,7 @@ def perform(run: Run) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             model, facts = _train(model, run, folder)
             result |= facts
-    with torch.autocast(model.device.type, torch.bfloat16):
-        result |= _measure(model, run, splits)
+    result |= _measure(model, run, splits)
     return result | {
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_mib": round(peak_memory_bytes() / 2**20),
@@ -146,7 +148,6 @@ def _arguments(run: Run, folder: str) -> TrainingArguments:
         warmup_steps=0.05,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=True,
         train_sampling_strategy="sequential",
         logging_steps=max(1, run.steps // 10),
         logging_nan_inf_filter=False,
@@ -189,7 +190,7 @@ def _measure(model: PreTrainedModel, run: Run, splits: Splits) -> dict:
     """Return the means of all measures, and for a test also the value of each question."""
     task, tokenizer = load_task(run.task), _tokenizer()
     test = run.split == "test"
-    decoding = Decoding(generate=test and run.task == "math", max_new_tokens=MOST_NEW_TOKENS, batch_tokens=65536)
+    decoding = Decoding(generate=test and run.task == "math", max_new_tokens=MOST_NEW_TOKENS, batch_tokens=BATCH_TOKENS)
     values = task.evaluate(model, tokenizer, getattr(splits, run.split), decoding).values
     result: dict = {}
     if test:

@@ -1,8 +1,10 @@
 """A study: a question, and the arms whose runs answer it."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import NamedTuple
 
 from recipes.studies.parts.run import Run
@@ -14,13 +16,33 @@ SEEDS = (1, 2, 3)
 
 
 class Protocol(NamedTuple):
-    """How every run of a task is trained: optimizer steps, and records in a step."""
+    """How every run of a task is trained, and judged in tuning.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: records in a step.
+        measure: what tuning minimises, or for an accuracy maximises.
+        sets: the validation sets that count, those with questions like the training records; all if empty.
+    """
 
     steps: int
     batch: int
+    measure: str
+    sets: tuple[str, ...] = ()
+
+    def objective(self, result: dict) -> float:
+        """Return what tuning minimises: the mean over the sets that count; infinity if training diverged."""
+        means = result["means"][self.measure]
+        value = mean(means[name] for name in self.sets or means)
+        if math.isnan(value):
+            return math.inf
+        return -value if self.measure.startswith("accuracy") else value
 
 
-PROTOCOLS = {"math": Protocol(steps=200, batch=16), "commonsense": Protocol(steps=1000, batch=32)}
+PROTOCOLS = {
+    "math": Protocol(steps=100, batch=8, measure="loss", sets=("new numbers",)),
+    "commonsense": Protocol(steps=1000, batch=32, measure="accuracy by likelihood"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +71,7 @@ class Arm:
 
     def run(self, task: str, rate: float, seed: int, split: str) -> Run:
         """Return one run of this arm."""
-        steps, batch = PROTOCOLS[task]
+        steps, batch, *_ = PROTOCOLS[task]
         if self.records is not None:
             steps = self.records // batch
         fields = json.dumps(self.fields, sort_keys=True)
@@ -60,7 +82,7 @@ class Arm:
     def tuning(self, task: str, store: Store) -> Tuning:
         """Return the search for this arm's rate."""
         arm = self.rate_of or self
-        return tune(lambda rate: arm.run(task, rate, TUNING_SEED, "validation"), store)
+        return tune(lambda rate: arm.run(task, rate, TUNING_SEED, "validation"), store, PROTOCOLS[task].objective)
 
     def missing(self, task: str, store: Store) -> Iterator[Run]:
         """Yield the runs that are still to do, as far as they are known."""

@@ -1,4 +1,4 @@
-"""The learning rate of each method: the same grid for all, judged by the loss on validation questions.
+"""The learning rate of each method: the same grid for all, judged on validation questions.
 
 The grid starts at four rates. While the best rate lies at an edge of those tried, the next rate beyond it is tried too.
 """
@@ -17,7 +17,7 @@ class Tuning(NamedTuple):
     """How far the search for a rate has come.
 
     Attributes:
-        losses: rate -> loss on the validation questions, of the runs that are done.
+        losses: rate -> what the protocol minimises, on the validation questions, of the runs that are done.
         missing: the runs to do before the search can go on.
         rate: the best rate; None while runs are missing.
     """
@@ -32,17 +32,18 @@ class Tuning(NamedTuple):
         return self.rate in (RATES[0], RATES[-1])
 
 
-def tune(run_with: Callable[[float], Run], store: Store) -> Tuning:
+def tune(run_with: Callable[[float], Run], store: Store, objective: Callable[[dict], float]) -> Tuning:
     """Return the state of the search.
 
     Args:
         run_with: rate -> the tuning run with this rate.
         store: the results so far.
+        objective: result of a tuning run -> what to minimise.
     """
     first, last = FIRST, LAST
     while True:
         runs = {rate: run_with(rate) for rate in RATES[first : last + 1]}
-        losses = {rate: validation_loss(store[run]) for rate, run in runs.items() if run in store}
+        losses = {rate: objective(store[run]) for rate, run in runs.items() if run in store}
         missing = [run for rate, run in runs.items() if rate not in losses]
         if missing:
             return Tuning(losses, missing, None)
@@ -53,10 +54,3 @@ def tune(run_with: Callable[[float], Run], store: Store) -> Tuning:
             last += 1
         else:
             return Tuning(losses, [], RATES[best])
-
-
-def validation_loss(result: dict) -> float:
-    """Return the loss of a tuning run, averaged over the question sets; infinity if training diverged."""
-    losses = result["means"]["loss"].values()
-    mean = sum(losses) / len(losses)
-    return mean if mean == mean else float("inf")
