@@ -45,6 +45,7 @@ def test_everything_that_a_study_needs_is_made_once(work):
     assert store.path.read_text().splitlines() == lines
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_begun_again(work, tmp_path, monkeypatch):
     monkeypatch.setenv("KILLED_ONCE", str(tmp_path / "mark"))
     monkeypatch.setenv("PYTHONPATH", str(Path(fakes.__file__).parent), prepend=os.pathsep)
