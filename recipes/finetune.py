@@ -167,7 +167,7 @@ def log(evaluation: Evaluation, label: str) -> None:
     """Log the means of an evaluation, and where the model gives one answer to all questions."""
     logger.info("\n%s\n", table({label: evaluation}))
     for line in constant_answers({label: evaluation}):
-        logger.warning("%s", line)
+        logger.warning("Warning: %s.", line)
 
 
 def merge(base: str, delta: Path, output: Path, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> None:

@@ -6,6 +6,7 @@ A record has a `text`, which is learnt whole, or a `prompt` and a `completion`, 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,9 +71,9 @@ def make_examples(
             learnt = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
         ids = torch.tensor([*prompt, *learnt, *end][:length])
         labels = ids.clone()
-        labels[: len(prompt)] = NO_LABEL
         # No model predicts the first token.
-        if (labels[1:] != NO_LABEL).any():
+        labels[: max(len(prompt), 1)] = NO_LABEL
+        if (labels != NO_LABEL).any():
             examples.append({"input_ids": ids, "labels": labels})
     if not examples:
         raise SMTError(f"no record has anything to learn within {length} tokens; raise --seq.")
@@ -81,15 +82,31 @@ def make_examples(
     return examples
 
 
-def pad(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate examples of different lengths; padding is masked and carries no label."""
-    mask = [torch.ones_like(feature["labels"]) for feature in features]
-    ids, labels = ([feature[key] for feature in features] for key in ("input_ids", "labels"))
-    return {
-        "input_ids": nn.utils.rnn.pad_sequence(ids, True, 0),
-        "labels": nn.utils.rnn.pad_sequence(labels, True, NO_LABEL),
-        "attention_mask": nn.utils.rnn.pad_sequence(mask, True, 0),
-    }
+def pad(features: list[dict[str, Tensor]], takes: Collection[str]) -> dict[str, Tensor | int]:
+    """Collate examples of `make_examples`; padding is masked and carries no label.
+
+    It stands on the left, so all completions end in the last column, and only the logits from the one that predicts the
+    first label are asked for. With a large vocabulary the others would be the largest tensors of the warm-up.
+
+    Args:
+        takes: names of the arguments of the model's forward; `position_ids` and `logits_to_keep` are given if it takes
+            them.
+    """
+    ids = [feature["input_ids"] for feature in features]
+    labels = _left_padded([feature["labels"] for feature in features], NO_LABEL)
+    mask = _left_padded([torch.ones_like(row) for row in ids], 0)
+    batch: dict[str, Tensor | int] = {"input_ids": _left_padded(ids, 0), "attention_mask": mask}
+    if "position_ids" in takes:
+        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in takes:
+        first_label = int((labels != NO_LABEL).any(0).int().argmax())
+        labels = labels[:, first_label - 1 :]
+        batch["logits_to_keep"] = labels.shape[1]
+    return batch | {"labels": labels}
+
+
+def _left_padded(rows: list[Tensor], value: int) -> Tensor:
+    return nn.utils.rnn.pad_sequence(rows, True, value, "left")
 
 
 def _parse(text: str, where: str) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +82,8 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
         report_to=[],
         save_strategy="no",
     )
-    return SMTTrainer(model, training, pad, examples, smt_config=config).select()
+    collate = functools.partial(pad, takes=inspect.signature(model.forward).parameters)
+    return SMTTrainer(model, training, collate, examples, smt_config=config).select()
 
 
 def _load(auto_class, name: str, **kwargs):

@@ -1,6 +1,7 @@
 """The console script `smt`."""
 
 import csv
+import functools
 import json
 import re
 import subprocess
@@ -14,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from reference import block_scores
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smt_trainer import BlockScores, BlockSelection, __version__
-from smt_trainer.cli import main
+from smt_trainer.cli import examples, main
 from smt_trainer.cli.examples import load_records, make_examples, pad
 
 WITHOUT_TORCH = """
@@ -140,6 +141,67 @@ def test_select_chooses_by_the_gradients_of_the_completions(checkpointing, check
     torch.testing.assert_close(ours / ours.sum(), twins / twins.sum(), rtol=1e-3, atol=1e-6)
 
 
+def padded_on_the_right(features, takes):
+    """Collate as is usual in training: the loss reads the logits of all positions."""
+    mask = [torch.ones_like(feature["labels"]) for feature in features]
+    columns = {"attention_mask": (mask, 0)}
+    columns |= {
+        key: ([feature[key] for feature in features], value) for key, value in (("input_ids", 0), ("labels", -100))
+    }
+    return {key: torch.nn.utils.rnn.pad_sequence(rows, True, value) for key, (rows, value) in columns.items()}
+
+
+UNEVEN = [{"prompt": "why " * (n % 5), "completion": "so " * (1 + n % 3)} for n in range(12)]
+
+
+@pytest.mark.parametrize("score", ["grad_l1", "taylor"])
+def test_only_the_logits_of_the_completions_are_computed_and_the_scores_stay(score, checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "data").write_text(json.dumps(UNEVEN))
+    found = {}
+    for collate in (pad, padded_on_the_right):
+        positions = []
+        with monkeypatch.context() as context:
+            context.setattr(examples, "pad", collate)
+            context.setattr(LlamaForCausalLM, "forward", noting_positions(positions))
+            command = ["select", str(checkpoint), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+            options = f"--score {score} --block-size 16 --budget 8 --smt-warmup-steps 1 --batch 4 --accumulation 3"
+            assert main([*command, *options.split()]) == 0
+        found[collate] = BlockScores.load(tmp_path / "out" / "smt_scores.safetensors").scores, positions
+    (scores, positions), (expected, all_positions) = found.values()
+    assert max(positions) == 1 + len("so so so ") + 1 < max(all_positions)
+    for name in expected:
+        torch.testing.assert_close(scores[name], expected[name], rtol=1e-4, atol=1e-8)
+
+
+def noting_positions(positions):
+    """Return the forward of a Llama that also notes how many positions it computes logits of."""
+    forward = LlamaForCausalLM.forward
+
+    @functools.wraps(forward)
+    def noting(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        positions.append(output.logits.shape[1])
+        return output
+
+    return noting
+
+
+@pytest.mark.parametrize("takes", [(), ("position_ids", "logits_to_keep")])
+def test_a_model_gets_only_what_its_forward_takes_and_a_text_is_read_whole(takes):
+    features = [
+        {"input_ids": torch.arange(1, 5), "labels": torch.tensor([-100, -100, -100, 4])},
+        {"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([-100, 6])},
+    ]
+    batch = pad(features, takes)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [0, 0, 5, 6]]
+    assert set(batch) == {"input_ids", "labels", "attention_mask", *takes}
+    if takes:
+        assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 0, 0, 1]]
+        assert (batch["labels"].tolist(), batch["logits_to_keep"]) == ([[-100, 4], [-100, 6]], 2)
+        features[0]["labels"] = torch.tensor([-100, 2, 3, 4])
+        assert pad(features, takes)["logits_to_keep"] == 4
+
+
 def token_of(byte):
     """Return the id of an ASCII byte in the tokenizer of `checkpoint`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -167,10 +229,13 @@ def test_a_text_is_learnt_with_its_end_token_and_a_long_one_is_cut(form, checkpo
     a, space, b = map(token_of, b"a b")
     for length, expected in ((5, [a, space, b, 2]), (2, [a, space])):
         first, _ = make_examples(records, tokenizer, length)
-        assert first["input_ids"].tolist() == first["labels"].tolist() == expected
-    batch = pad([*make_examples(records[:1], tokenizer, 5), *make_examples(records[:1], tokenizer, 2)])
-    assert batch["labels"][1].tolist() == [a, space, -100, -100]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+        assert first["input_ids"].tolist() == expected
+        assert first["labels"].tolist() == [-100, *expected[1:]]
+    batch = pad([*make_examples(records[:1], tokenizer, 5), *make_examples(records[:1], tokenizer, 2)], takes=())
+    assert batch["input_ids"][1].tolist() == [0, 0, a, space]
+    assert batch["labels"][1].tolist() == [-100, -100, -100, space]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
 
 
 @pytest.mark.parametrize(
