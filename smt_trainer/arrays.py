@@ -78,10 +78,10 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
     if dtype_name(values) == dtype:
         return values
     values = _with_arithmetic(values)
-    if dtype in ("bfloat16", "float16"):
-        values = values.astype(np.float32, copy=False)
-    # What is too large for a dtype becomes infinite.
-    with np.errstate(over="ignore"):
+    # What is too large for a dtype becomes infinite, and a NaN stays one.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype in ("bfloat16", "float16"):
+            values = values.astype(np.float32, copy=False)
         return _to_bfloat16(values) if dtype == "bfloat16" else values.astype(DTYPES[dtype], copy=False)
 
 

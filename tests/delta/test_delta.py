@@ -1,16 +1,20 @@
 """The delta on disk: round trip, base check, damage."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from architectures import inputs_of
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, save_delta
 from smt_trainer.arrays import as_array
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
+from smt_trainer.delta.load import put_delta
 from smt_trainer.manifest import CHECKSUM, sealed
 from smt_trainer.sparse.convert import is_smt_model
 from smt_trainer.sparse.linear import smt_linears
@@ -403,6 +407,26 @@ def test_what_a_terminal_would_obey_is_escaped(delta):
     with pytest.raises(SMTError) as refusal:
         Delta.load(delta[0])
     assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize("rows", [70, 50])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_refused_delta_of_another_vocabulary_leaves_the_model_as_it_was(tied, rows, tmp_path):
+    tiny.llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    model, base = (AutoModelForCausalLM.from_pretrained(tmp_path / "base") for _ in range(2))
+    model.resize_token_embeddings(rows)
+    names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", modules_to_save=names)))
+    stored = Delta.of(model)
+    odd = replace(stored, whole_arrays=stored.whole_arrays | {"model.embed_tokens.bias": np.zeros(rows)})
+    before, shapes = tiny.weights(base), repr(base)
+    with pytest.raises(SMTError, match=r"holds `model\.embed_tokens\.bias` of shape .*; this model has none"):
+        put_delta(base, odd)
+    assert repr(base) == shapes and base.config.vocab_size == 64 and not is_smt_model(base)
+    tiny.assert_same(dict(base.state_dict()), before)
+    assert (base.lm_head.weight is base.model.embed_tokens.weight) == tied
+    put_delta(base, stored)
+    assert torch.equal(tiny.logits(base), tiny.logits(model))
 
 
 def test_saving_a_plain_model_is_refused(llama, tmp_path):

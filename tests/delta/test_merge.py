@@ -50,6 +50,19 @@ def test_merging_on_disk_equals_merging_in_memory_tensor_for_tensor(size, delta,
     assert torch.equal(tiny.logits(AutoModelForCausalLM.from_pretrained(merged)), tiny.logits(trained))
 
 
+@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_merged_checkpoint_computes_what_the_trained_model_does(dtype, master, tmp_path):
+    tiny.llama().to(dtype).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", train_norm=True, master_dtype="float64")))
+    tiny.step(model, **tiny.batch())
+    save_delta(model, tmp_path / "delta", master=master)
+    merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.dtype == dtype and torch.equal(tiny.logits(merged), tiny.logits(model))
+
+
 def test_only_the_blocks_of_the_base_are_changed(base, delta, tmp_path):
     folder, trained = delta
     selection = trained.smt_state.selection
