@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from smt_trainer.errors import SMTError
 
@@ -130,20 +130,6 @@ def _set_modes(folder: Path) -> None:
     folder.chmod(0o777 & ~umask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
-@contextlib.contextmanager
-def open_tensors(path: Path, what: str) -> Iterator[safe_open]:
-    """Open a safetensors file. Raises `SMTError`, naming `what` was expected, if it is missing or damaged."""
-    if not path.is_file():
-        raise SMTError(f"no {what} at {path.parent}: {path.name} is missing. Check the path.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SMTError:
-        raise
-    except (OSError, *DAMAGE) as error:
-        raise SMTError(f"{path} is damaged or truncated ({error}); save or download the {what} again.") from error
 
 
 def _umask() -> int:

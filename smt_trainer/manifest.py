@@ -15,17 +15,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from smt_trainer.arrays import dtype_name, raw
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError, printable
-from smt_trainer.files import DAMAGE, open_tensors, parse_json
+from smt_trainer.files import DAMAGE, parse_json
+from smt_trainer.tensor_file import load_arrays
 
 CHECKSUM = "checksum"
 
 
-def load_tensors(path: Path, key: str, expected: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_sealed(path: Path, key: str, expected: str, what: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the manifest, without its checksum, and the tensors of a safetensors file.
 
     Args:
@@ -37,11 +38,10 @@ def load_tensors(path: Path, key: str, expected: str, what: str) -> tuple[dict[s
     Raises:
         SMTError: the file is missing or damaged, it has no such manifest or another format, or the checksum differs.
     """
-    with open_tensors(path, what) as file:
-        text = (file.metadata() or {}).get(key)
-        if text is None:
-            raise SMTError(f"{path} is not a {what} of smt_trainer: it has no manifest. Check the path.")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    tensors, metadata = load_arrays(path, what)
+    text = metadata.get(key)
+    if text is None:
+        raise SMTError(f"{path} is not a {what} of smt_trainer: it has no manifest. Check the path.")
     with refusing_damage(f"{what} at {path}"):
         manifest = parse_json(text)
         check_format(manifest, expected, f"{what} at {path}")
@@ -50,12 +50,12 @@ def load_tensors(path: Path, key: str, expected: str, what: str) -> tuple[dict[s
         return unsealed(manifest, f"{what} at {path}", tensors), tensors
 
 
-def sealed(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def sealed(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
     """Return a manifest with the checksum of itself and of the tensors that it describes."""
     return {**manifest, CHECKSUM: _checksum(manifest, tensors or {})}
 
 
-def unsealed(manifest: Mapping[str, Any], what: str, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def unsealed(manifest: Mapping[str, Any], what: str, tensors: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
     """Return a manifest without its checksum. Raise `SMTError` if it has one that differs."""
     values = dict(manifest)
     if CHECKSUM in values and values.pop(CHECKSUM) != _checksum(values, tensors or {}):
@@ -66,11 +66,11 @@ def unsealed(manifest: Mapping[str, Any], what: str, tensors: Mapping[str, Tenso
     return values
 
 
-def _checksum(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _checksum(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256(json.dumps(manifest).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(json.dumps([name, f"torch.{dtype_name(tensor)}", list(tensor.shape)]).encode())
+        digest.update(raw(tensor).data)
     return digest.hexdigest()
 
 

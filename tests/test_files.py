@@ -6,7 +6,8 @@ import stat
 import pytest
 
 from smt_trainer import SMTError
-from smt_trainer.files import load_json, new_folder, open_tensors, write_atomically, write_text
+from smt_trainer.files import load_json, new_folder, write_atomically, write_text
+from smt_trainer.tensor_file import load_arrays
 
 
 def fail_halfway(path):
@@ -52,15 +53,10 @@ def test_a_folder_that_failed_does_not_appear(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def open_tensors_once(path, what):
-    with open_tensors(path, what):
-        pass
-
-
 def test_a_missing_or_damaged_file_is_refused_saying_what_it_should_have_been(tmp_path):
     damaged = tmp_path / "damaged"
     damaged.write_text("{")
-    for read, kind in ((load_json, "is not valid JSON"), (open_tensors_once, "is damaged or truncated")):
+    for read, kind in ((load_json, "is not valid JSON"), (load_arrays, "is damaged or truncated")):
         for path, message in ((tmp_path / "missing", "no recipe at"), (damaged, kind)):
             with pytest.raises(SMTError, match=message):
                 read(path, "recipe")

@@ -63,8 +63,7 @@ def _describe(artefact):
     config = selection.config
     print(f"base         {selection.base_model or 'not recorded'}")
     if isinstance(artefact, Delta):
-        dtype = str(artefact.weight_dtype).removeprefix("torch.")
-        print(f"fingerprint  {artefact.base.digest[:16]}, weights in {dtype}")
+        print(f"fingerprint  {artefact.base.digest[:16]}, weights in {artefact.weight_dtype}")
     if isinstance(artefact, BlockScores):
         found = [score for scores in artefact.scores.values() for score in (scores.min().item(), scores.max().item())]
         count = sum(grid.num_blocks for grid in artefact.grids.values())

@@ -1,26 +1,26 @@
-"""Check that the manifest and the tensors of a delta belong together."""
+"""Check that the manifest and the tensors of a delta belong together, and to a base. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
+from smt_trainer.arrays import WEIGHTS, all_finite, cast, dtype_name, wider
 from smt_trainer.errors import SMTError, printable
 from smt_trainer.manifest import check_keys
-from smt_trainer.model import targets
-from smt_trainer.model.names import matches, plain_name
+from smt_trainer.model.names import matches
 from smt_trainer.settings import is_int
 from smt_trainer.sparse.fingerprint import RUN
 
 if TYPE_CHECKING:
     from smt_trainer.delta.delta import Delta
 
+logger = logging.getLogger(__name__)
+
 KEYS = {"format", "fingerprint", "architecture", "unnamed", "weight_dtype", "whole", "selection"}
-WEIGHT_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in targets.WEIGHT_DTYPES}
 
 
 def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
@@ -30,13 +30,13 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
     for key in ("whole", "unnamed"):
         if not isinstance(manifest[key], list) or not all(isinstance(name, str) for name in manifest[key]):
             raise SMTError(f"the delta in {folder} is damaged: `{key}` must list names. Save or download it again.")
-    if not isinstance(dtype, str) or dtype not in WEIGHT_DTYPES:
+    if dtype not in WEIGHTS:
         raise SMTError(
-            f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {dtype!r}. "
+            f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHTS)}, got {dtype!r}. "
             "Save or download it again."
         )
     well_formed = isinstance(base, dict) and set(base) == {"dtype", "stride", "checksums"}
-    well_formed = well_formed and base["dtype"] in WEIGHT_DTYPES and is_int(base["stride"]) and base["stride"] >= RUN
+    well_formed = well_formed and base["dtype"] in WEIGHTS and is_int(base["stride"]) and base["stride"] >= RUN
     sums = base["checksums"] if well_formed else None
     texts = [manifest["architecture"], *manifest["whole"], *manifest["unnamed"]]
     texts += [*sums, *sums.values()] if isinstance(sums, dict) else [None]
@@ -47,39 +47,40 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
         )
 
 
-def take_indices(tensors: dict[str, Tensor], module: str) -> Tensor:
-    """Take the positions of a module's blocks out of the stored tensors, as [n, 2] int64; none if it has no blocks."""
-    indices = tensors.pop(f"{module}.block_indices", None)
+def take_indices(arrays: dict[str, np.ndarray], module: str) -> np.ndarray:
+    """Take the positions of a module's blocks out of the stored arrays, as [n, 2] int64; none if it has no blocks."""
+    indices = arrays.pop(f"{module}.block_indices", None)
     if indices is None:
-        return torch.empty(0, 2, dtype=torch.long)
-    if indices.dtype != torch.int32 or indices.ndim != 2 or indices.shape[1] != 2 or not len(indices):
+        return np.empty((0, 2), np.int64)
+    if dtype_name(indices) != "int32" or indices.ndim != 2 or indices.shape[1] != 2 or not len(indices):
         raise SMTError(
-            f"the delta is damaged: the block_indices of `{module}` must be int32 of shape [n, 2], got {indices.dtype} "
-            f"of shape {list(indices.shape)}. Save or download it again."
+            f"the delta is damaged: the block_indices of `{module}` must be int32 of shape [n, 2], got "
+            f"{dtype_name(indices)} of shape {list(indices.shape)}. Save or download it again."
         )
-    return indices.long()
+    return indices.astype(np.int64)
 
 
 def check_dtypes(delta: Delta) -> None:
     """Raise `SMTError` unless blocks have the master dtype, or one that holds every value of `weight_dtype`."""
-    master = WEIGHT_DTYPES[delta.selection.config.master_dtype]
-    for name, blocks in delta.blocks.items():
-        if blocks.dtype not in WEIGHT_DTYPES.values() or blocks.dtype not in (master, widened(delta, blocks).dtype):
+    master = delta.selection.config.master_dtype
+    for name, blocks in delta.block_arrays.items():
+        dtype = dtype_name(blocks)
+        if dtype not in WEIGHTS or dtype not in (master, wider(dtype, delta.weight_dtype)):
             raise SMTError(
-                f"the delta's blocks of `{name}` are {blocks.dtype}; expected {delta.weight_dtype}, as its base, or "
+                f"the delta's blocks of `{name}` are {dtype}; expected {delta.weight_dtype}, as its base, or "
                 f"{master}, as the masters. It is damaged; save or download it again."
             )
 
 
-def widened(delta: Delta, blocks: Tensor) -> Tensor:
+def widened(delta: Delta, blocks: np.ndarray) -> np.ndarray:
     """Return blocks in a dtype that also holds the delta's weights; a model may mix dtypes."""
-    return blocks.to(torch.promote_types(blocks.dtype, delta.weight_dtype))
+    return cast(blocks, wider(dtype_name(blocks), delta.weight_dtype))
 
 
 def check_finite(delta: Delta) -> None:
     """Raise `SMTError` if a value is NaN or infinite."""
-    for name, tensor in {**delta.blocks, **delta.whole}.items():
-        if tensor.is_floating_point() and not (tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all():
+    for name, values in {**delta.block_arrays, **delta.whole_arrays}.items():
+        if not all_finite(values):
             raise SMTError(
                 f"the delta's values of `{name}` are not all finite. If training diverged, lower the learning rate; "
                 "else the delta is damaged: save or download it again."
@@ -94,13 +95,13 @@ def check_whole(delta: Delta) -> None:
     config, tuned = delta.selection.config, delta.selection.block_indices
     modules = config.modules_to_save
     explained = dict.fromkeys(("modules_to_save", "train_norm", "train_bias", "unnamed"), 0)
-    for name, tensor in delta.whole.items():
+    for name, values in delta.whole_arrays.items():
         module, _, leaf = name.rpartition(".")
         path = module.split(".")
         parents = [".".join(path[: length + 1]) for length in range(len(path))]
         reasons = {
             "modules_to_save": bool(modules) and any(matches(parent, modules) for parent in parents),
-            "train_norm": config.train_norm and tensor.ndim < 2,
+            "train_norm": config.train_norm and values.ndim < 2,
             "train_bias": config.train_bias and leaf == "bias" and module in tuned,
             "unnamed": name in delta.unnamed,
         }
@@ -119,24 +120,23 @@ def check_whole(delta: Delta) -> None:
         )
 
 
-def check_complete(model: nn.Module, delta: Delta, names: Iterable[str]) -> None:
-    """Raise `SMTError` unless a delta holds whole what a plain model trains whole, and no other parameter of it.
+def check_base(delta: Delta, name: str | None, differences: list[str]) -> None:
+    """Refuse a base that differs from the base of training; warn if only its name differs.
 
     Args:
-        model: a plain model.
-        delta: for this model.
-        names: modules and biases that the model trains whole under the delta's configuration.
+        delta: what to put into the base.
+        name: of the base, if known.
+        differences: names of the tensors of the base that have other values than in training.
+
+    Raises:
+        SMTError: there are differences.
     """
-    prefixes = tuple(f"{name}." for name in names)
-    tensors = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    wanted = {id(tensor): name for name, tensor in tensors.items() if f"{name}.".startswith(prefixes)}
-    found = {id(tensors[name]): name for name in delta.whole if name in tensors}
-    missing = [name for key, name in wanted.items() if key not in found]
-    strange = [name for key, name in found.items() if key not in wanted and isinstance(tensors[name], nn.Parameter)]
-    strange = [name for name in strange if name not in delta.unnamed]
-    if missing or strange:
+    expected = delta.selection.base_model
+    if differences:
         raise SMTError(
-            f"the delta {'lacks' if missing else 'holds'} `{(missing or strange)[0]}`, which this model "
-            f"{'trains' if missing else 'does not train'} whole under the delta's configuration. It is damaged, or the "
-            "model is of another class than in training."
+            f"the delta was trained on {expected or 'another base model'}. {name or 'This model'} has other values in "
+            f"{len(differences)} of its {len(delta.base.checksums)} tensors, such as `{differences[0]}`. Load the base "
+            f"of training, in {delta.base.dtype} or finer."
         )
+    if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
+        logger.warning("The delta names %s as its base. This model is %s; the weights agree.", expected, name)

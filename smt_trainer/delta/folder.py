@@ -84,6 +84,13 @@ def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resi
         (stage / CONFIG).write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def load_config(folder: str | Path) -> dict[str, Any]:
+    """Return the configuration of the trained model that lies beside a delta; an empty one if there is none."""
+    path = Path(folder, CONFIG)
+    config = load_json(path, "model configuration") if path.is_file() else {}
+    return {key: value for key, value in config.items() if key != EXPLICIT} if isinstance(config, dict) else {}
+
+
 def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) -> dict[str, Any]:
     """Return the configuration of training with what describes the weights as the base has it, in its parts as well."""
     of_weights = [key for key in OF_WEIGHTS if not (resized and key == VOCABULARY)]

@@ -1,7 +1,7 @@
 """Merge a delta into a checkpoint on disk: copy its files, then overwrite the bytes that training changed.
 
-Memory holds the delta and no weights of the base. The copy runs beside the import of torch, which takes as long as
-copying a few gigabytes; so this file imports torch late.
+Memory holds the delta and no weights of the base. Copying begins first: the rest is imported and checked beside it, and
+nothing imports torch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from smt_trainer.delta.folder import DELTA_FILE, copy_others
 from smt_trainer.errors import SMTError
@@ -56,6 +54,8 @@ def merge_checkpoint(
             raise SMTError(f"{output} lies in {taken}; give a folder outside of base and delta.")
     checkpoint = Checkpoint.open(folder)
     with new_folder(output) as stage, _copying(checkpoint, stage) as copies:
+        from tqdm.auto import tqdm
+
         from smt_trainer.delta.patch import Patch
 
         patch = Patch.of(delta_folder, checkpoint)

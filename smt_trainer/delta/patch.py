@@ -1,35 +1,32 @@
 """What a delta changes in the files of a checkpoint: check that it fits, and write it into copies of them.
 
-Files are mapped into memory, so only the pages with trained values are read and written.
+Files are mapped into memory, so only the pages with trained values are read and written. Imports no torch.
 """
 
 from __future__ import annotations
 
 import logging
-import mmap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+import numpy as np
 
-from smt_trainer.delta.checks import WEIGHT_DTYPES
-from smt_trainer.delta.delta import Delta, check_base, load_config
+from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
+from smt_trainer.delta.checks import check_base
+from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.folder import load_config
 from smt_trainer.errors import SMTError
-from smt_trainer.files import open_tensors, write_atomically
-from smt_trainer.model.checkpoint import Checkpoint, Place, numel
-from smt_trainer.model.names import layer_index
+from smt_trainer.files import write_atomically
+from smt_trainer.model.checkpoint import BASE, Checkpoint
+from smt_trainer.model.names import find_names, layer_index
 from smt_trainer.settings import is_int
+from smt_trainer.sparse.fingerprint import read_sample
+from smt_trainer.tensor_file import load_arrays, open_array, save_arrays
+from smt_trainer.tensor_header import Place
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Patch:
 
     delta: Delta
     modules: dict[str, str]
-    whole: dict[str, Tensor]
+    whole: dict[str, np.ndarray]
     places: dict[str, Place]
     vocabulary: set[int]
 
@@ -58,22 +55,25 @@ class Patch:
             SMTError: the delta is damaged, or belongs to another base.
         """
         delta = Delta.load(delta_folder)
-        modules = {_find_key(f"{name}.weight", checkpoint): name for name in delta.selection.block_indices}
-        whole = {_find_key(name, checkpoint): tensor for name, tensor in delta.whole.items()}
-        if len({**modules, **whole}) < len(delta.selection.block_indices) + len(delta.whole):
+        wanted = [*(f"{name}.weight" for name in delta.block_arrays), *delta.whole_arrays]
+        keys = find_names(wanted, checkpoint.places)
+        _refuse_missing([name for name in wanted if name not in keys], checkpoint.folder)
+        modules = {keys[f"{name}.weight"]: name for name in delta.block_arrays}
+        whole = {keys[name]: values for name, values in delta.whole_arrays.items()}
+        if len({**modules, **whole}) < len(wanted):
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
         places = {key: checkpoint.places[key] for key in [*modules, *whole]}
         patch = cls(delta, modules, whole, places, _vocabulary(load_config(delta_folder)))
         patch._check(checkpoint)
-        for key, tensor in list(whole.items()):
+        for key, values in list(whole.items()):
             for copy in tied_copies(key, checkpoint, {*modules, *whole}):
-                patch.whole[copy], patch.places[copy] = tensor, checkpoint.places[copy]
+                patch.whole[copy], patch.places[copy] = values, checkpoint.places[copy]
         return patch
 
     @property
     def is_resized(self) -> bool:
         """Whether the delta has another vocabulary than the checkpoint."""
-        return any(tuple(tensor.shape) != self.places[key].shape for key, tensor in self.whole.items())
+        return any(values.shape != self.places[key].shape for key, values in self.whole.items())
 
     def write(self, path: Path) -> None:
         """Write the trained values into a copy of one of the checkpoint's files.
@@ -84,16 +84,15 @@ class Patch:
         for key, place in self.places.items():
             if place.file != path.name:
                 continue
-            if key in self.whole and tuple(self.whole[key].shape) != place.shape:
-                resized[key] = self.whole[key].to(DTYPES[place.dtype])
-                continue
-            with _Mapped(path, place) as tensor:
-                if key in self.modules:
-                    name = self.modules[key]
-                    grid, indices = self.delta.selection.grids[name], self.delta.selection.block_indices[name]
-                    grid.scatter_(tensor, indices, self.delta.blocks[name])
-                else:
-                    tensor.copy_(self.whole[key])
+            if key in self.whole and self.whole[key].shape != place.shape:
+                resized[key] = cast(self.whole[key], place.dtype)
+            elif key in self.whole:
+                open_array(path, place)[...] = cast(self.whole[key], place.dtype)
+            else:
+                name, weight = self.modules[key], open_array(path, place)
+                rows, columns = self.delta.selection.block_indices[name].T
+                blocks = cast(self.delta.block_arrays[name], place.dtype)
+                self.delta.selection.grids[name].split(weight)[rows, columns] = blocks
         if resized:
             _write_again(path, resized)
 
@@ -101,15 +100,16 @@ class Patch:
         delta, folder = self.delta, checkpoint.folder
         for key, name in self.modules.items():
             expected, place = delta.selection.grids[name].stored_shape, self.places[key]
-            _expect(key, place, expected, set(WEIGHT_DTYPES.values()), folder)
-        differences = delta.base.differences(checkpoint.places, lambda key: read(folder, checkpoint.places[key]))
+            _expect(key, place, expected, WEIGHTS, folder)
+        places = checkpoint.places
+        differences = delta.base.differences(places, lambda key, stride: read_sample(folder, places[key], stride))
         check_base(delta, folder.resolve().name, differences)
-        for key, tensor in self.whole.items():
-            alike = {dtype for dtype in DTYPES.values() if dtype.is_floating_point == tensor.is_floating_point()}
-            place = self.places[key]
-            rows = place.shape[:1] if len(tensor) in self.vocabulary else tensor.shape[:1]
-            _expect(key, place, (*rows, *tensor.shape[1:]), alike, folder)
-        for dtype in {DTYPES[self.places[key].dtype] for key in self.modules} - {delta.weight_dtype}:
+        for key, values in self.whole.items():
+            place, dtype = self.places[key], dtype_name(values)
+            alike = next((kind for kind in (WEIGHTS, INTEGERS) if dtype in kind), (dtype,))
+            is_resized = values.ndim > 0 and len(values) in self.vocabulary
+            _expect(key, place, place.shape[:1] + values.shape[1:] if is_resized else values.shape, alike, folder)
+        for dtype in {self.places[key].dtype for key in self.modules} - {delta.weight_dtype}:
             logger.warning(
                 "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
                 "model.",
@@ -118,24 +118,15 @@ class Patch:
             )
 
 
-def _write_again(path: Path, resized: dict[str, Tensor]) -> None:
-    with open_tensors(path, "copy of the base") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()} | resized  # noqa: SIM118 (not a dict)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:
+    arrays, metadata = load_arrays(path, f"copy of the {BASE}")
+    write_atomically(path, lambda temporary: save_arrays(arrays | resized, temporary, metadata))
 
 
 def _vocabulary(config: dict[str, Any]) -> set[int]:
     """Return the sizes of the vocabulary in a configuration and its parts."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     return {part["vocab_size"] for part in parts if is_int(part.get("vocab_size"))}
-
-
-def read(folder: Path, place: Place) -> Tensor:
-    """Return a tensor of a checkpoint; its pages are read when they are used."""
-    with open(folder / place.file, "rb") as file:
-        # A private mapping: torch warns of memory that it may not write.
-        return _tensor(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), place)
 
 
 def tied_copies(key: str, checkpoint: Checkpoint, taken: set[str]) -> list[str]:
@@ -153,7 +144,7 @@ def tied_copies(key: str, checkpoint: Checkpoint, taken: set[str]) -> list[str]:
         if name not in taken
         and (other.dtype, other.shape) == (place.dtype, place.shape)
         and _can_be_tied(key, name, len(place.shape))
-        and torch.equal(_bits(checkpoint.folder, place), _bits(checkpoint.folder, other))
+        and checkpoint.are_equal(key, name)
     ]
 
 
@@ -170,67 +161,22 @@ def _may_tie(config: dict[str, Any]) -> bool:
     return not said or any(said)
 
 
-def _bits(folder: Path, place: Place) -> Tensor:
-    return read(folder, place).view(-1).view(torch.uint8)
+def _refuse_missing(names: list[str], folder: Path) -> None:
+    if names:
+        raise SMTError(
+            f"{folder} has no tensor `{names[0]}`. If its architecture renames tensors on loading, or the delta has "
+            "a new head, merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
+        )
 
 
-def _find_key(name: str, checkpoint: Checkpoint) -> str:
-    """Return a tensor's name in the checkpoint, which may lack or add the prefix of the base model (`model.`)."""
-    if name in checkpoint.places:
-        return name
-    similar = [key for key in checkpoint.places if key.endswith("." + name) or name.endswith("." + key)]
-    if len(similar) == 1:
-        return similar[0]
-    raise SMTError(
-        f"{checkpoint.folder} has no tensor `{name}`. If its architecture renames tensors on loading, or the delta has "
-        "a new head, merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
-    )
-
-
-def _expect(key: str, place: Place, shape: tuple[int, ...], dtypes: set[torch.dtype], folder: Path) -> None:
+def _expect(key: str, place: Place, shape: tuple[int, ...], dtypes: Iterable[str], folder: Path) -> None:
     if place.shape != shape:
         raise SMTError(
             f"the delta expects `{key}` of {folder} to have shape {list(shape)}, got {list(place.shape)}. Use the base "
             "that it was trained on."
         )
-    dtype = DTYPES.get(place.dtype)
-    if dtype not in dtypes or numel(place) * dtype.itemsize != place.size:
+    if place.dtype not in dtypes:
         raise SMTError(
             f"`{key}` of {folder} is stored as {place.dtype} in {place.size} bytes, which blocks cannot be written "
             "into. Use the base as it was trained on, unquantised."
         )
-
-
-class _Mapped:
-    """A tensor of a file, which writing to changes."""
-
-    def __init__(self, path: Path, place: Place) -> None:
-        self.path, self.place = path, place
-
-    def __enter__(self) -> Tensor:
-        with open(self.path, "r+b") as file:
-            self.buffer = mmap.mmap(file.fileno(), 0)
-        self.tensor = _tensor(self.buffer, self.place)
-        return self.tensor
-
-    def __exit__(self, *exception) -> None:
-        start, end = self.place.start, self.place.start + self.place.size
-        if not _is_aligned(self.place):
-            self.buffer[start:end] = self.tensor.view(-1).view(torch.uint8).numpy().tobytes()
-        del self.tensor
-
-
-def _is_aligned(place: Place) -> bool:
-    return place.start % DTYPES[place.dtype].itemsize == 0
-
-
-def _tensor(buffer: mmap.mmap, place: Place) -> Tensor:
-    """Return a tensor on mapped memory, or a copy if its place suits no load of its dtype."""
-    dtype, count = DTYPES[place.dtype], numel(place)
-    if not count:
-        return torch.empty(place.shape, dtype=dtype)
-    if not _is_aligned(place):
-        return torch.frombuffer(bytearray(buffer[place.start : place.start + place.size]), dtype=dtype).view(
-            place.shape
-        )
-    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=place.start).view(place.shape)

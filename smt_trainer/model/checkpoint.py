@@ -1,46 +1,27 @@
-"""A checkpoint on disk: which files hold its weights, and where in them each tensor lies. Imports no torch.
-
-A safetensors file is the length of its header (8 bytes, little endian), the header (JSON), and the tensors' bytes. The
-header gives each tensor's dtype, shape and `data_offsets`, which count from the header's end.
+"""A checkpoint on disk: which files hold its weights, and where in them each tensor lies. Imports neither torch nor
+numpy.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smt_trainer.errors import SMTError
-from smt_trainer.files import DAMAGE, load_json, parse_json
-from smt_trainer.settings import is_int
+from smt_trainer.files import load_json
+from smt_trainer.tensor_header import Place, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG = "config.json"
+# What its files are called in messages.
+BASE = "base"
 # The key of config.json that names the file of the weights.
 EXPLICIT = "transformers_weights"
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
-LONGEST_HEADER = 100_000_000  # that of safetensors
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies.
-
-    Attributes:
-        file: name of the file in the checkpoint's folder.
-        dtype: as safetensors calls it, such as "BF16".
-        shape: of the tensor.
-        start: its first byte in the file.
-        size: its bytes.
-    """
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    size: int
+CHUNK = 2**22
 
 
 @dataclass(frozen=True)
@@ -79,11 +60,11 @@ class Checkpoint:
             )
         name = _weights_file(folder, config or {})
         if not name.endswith(".json"):
-            return cls(folder, None, read_header(folder / name), config)
+            return cls(folder, None, read_header(folder / name, BASE)[0], config)
         shard_of = _read_index(folder / name)
         places: dict[str, Place] = {}
         for shard in sorted(set(shard_of.values())):
-            found = read_header(folder / shard)
+            found, _ = read_header(folder / shard, BASE)
             if both := sorted(found.keys() & places.keys()):
                 raise SMTError(f"{folder} stores `{both[0]}` twice, in {places[both[0]].file} and {shard}. Repair it.")
             places |= found
@@ -92,6 +73,17 @@ class Checkpoint:
                 f"{folder / name} places `{missing[0]}` in {shard_of[missing[0]]}, which lacks it. Repair it."
             )
         return cls(folder, name, places, config)
+
+    def are_equal(self, *keys: str) -> bool:
+        """Return whether two tensors of one size have the same bytes."""
+        with contextlib.ExitStack() as stack:
+            files = []
+            for place in (self.places[key] for key in keys):
+                files.append(stack.enter_context(open(self.folder / place.file, "rb")))
+                files[-1].seek(place.start)
+            size = self.places[keys[0]].size
+            lengths = [min(CHUNK, size - start) for start in range(0, size, CHUNK)]
+            return all(len({file.read(length) for file in files}) == 1 for length in lengths)
 
 
 def find_checkpoint(base: str | Path, revision: str | None) -> Path:
@@ -107,41 +99,6 @@ def find_checkpoint(base: str | Path, revision: str | None) -> Path:
             f"{base} is not a folder and could not be fetched from the hub ({error}). Give the folder of the base "
             "checkpoint, or connect and give its hub name."
         ) from error
-
-
-def read_header(path: Path) -> dict[str, Place]:
-    """Return tensor name -> place of a safetensors file.
-
-    Raises:
-        SMTError: the file is missing or damaged, or its tensors do not fill it one after the other.
-    """
-    if not path.is_file():
-        raise SMTError(f"no base at {path.parent}: {path.name} is missing. Check the path.")
-    try:
-        with open(path, "rb") as file:
-            length, total = int.from_bytes(file.read(8), "little"), path.stat().st_size
-            if length > min(LONGEST_HEADER, total - 8):
-                raise ValueError("its header is longer than the file")
-            header = parse_json(file.read(length))
-        header.pop("__metadata__", None)
-        places = {name: _place(path.name, entry, 8 + length) for name, entry in header.items()}
-        end = 8 + length
-        for place in sorted(places.values(), key=lambda place: (place.start, place.size)):
-            if place.start != end:
-                raise ValueError("its tensors overlap or leave gaps")
-            end += place.size
-        if end != total:
-            raise ValueError(f"it has {total:,} bytes, its header describes {end:,}")
-    except DAMAGE as error:
-        raise SMTError(f"{path} is damaged or truncated ({error}); save or download the base again.") from error
-    return places
-
-
-def _place(file: str, entry: dict[str, Any], offset: int) -> Place:
-    (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
-    if not all(is_int(number) and number >= 0 for number in [start, end - start, *shape]) or not isinstance(dtype, str):
-        raise ValueError("a tensor has no proper place")
-    return Place(file, dtype, tuple(shape), offset + start, end - start)
 
 
 def _weights_file(folder: Path, config: dict[str, Any]) -> str:
@@ -178,8 +135,3 @@ def _check_plain(name: Any, where: Path) -> None:
             f"{where} names {str(name)[:200]!r} as a file of weights. Expected the plain name of a .safetensors file "
             "in the same folder. Do not use this base unless you know why."
         )
-
-
-def numel(place: Place) -> int:
-    """Return the number of a tensor's values."""
-    return math.prod(place.shape)

@@ -5,7 +5,7 @@ R = O / br block rows and C = I / bc block columns; block (r, c) is W[r*br:(r+1)
 sub-matrices have br = bc = 256; an SPSFT row is a block of 1 x I, an SPSFT column a block of O x 1.
 
 GPT-2's `Conv1D` stores W^T [I, O]. Its grid is `transposed` and cuts the view W of that parameter, so everywhere else
-rows are out features and columns are in features.
+rows are out features and columns are in features. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError, printable
 from smt_trainer.settings import is_int
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_AUTO_EDGE = 256
 SMALLEST_AUTO_EDGE = 16
@@ -102,39 +104,38 @@ class BlockGrid:
             )
         return cls(*sizes, transposed=transposed)
 
-    def split(self, weight: Tensor) -> Tensor:
-        """Return a view [R, C, br, bc] of a weight of `stored_shape`; writing to the view writes to the weight."""
+    def split(self, weight: Any) -> Any:
+        """Return a view [R, C, br, bc] of a weight of `stored_shape`, which is a tensor or a numpy array; writing to
+        the view writes to the weight."""
         rows, columns = self.shape
-        weight = weight.t() if self.transposed else weight
-        return weight.unflatten(1, (columns, self.block_columns)).unflatten(0, (rows, self.block_rows)).transpose(1, 2)
+        weight = weight.T if self.transposed else weight
+        return weight.reshape(rows, self.block_rows, columns, self.block_columns).swapaxes(1, 2)
 
     def gather(self, weight: Tensor, block_indices: Tensor) -> Tensor:
         """Copy the blocks [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`."""
-        rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
+        rows, columns = block_indices.to(weight.device).long().unbind(1)
         return self.split(weight)[rows, columns]
 
     def scatter_(self, weight: Tensor, block_indices: Tensor, blocks: Tensor) -> None:
         """Write `blocks` [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`, in its dtype."""
-        rows, columns = block_indices.to(weight.device, torch.long).unbind(1)
+        rows, columns = block_indices.to(weight.device).long().unbind(1)
         self.split(weight)[rows, columns] = blocks.to(weight.device, weight.dtype)
 
-    def check_indices(self, block_indices: Tensor, module: str) -> None:
-        """Raise `SMTError` unless `block_indices` is an integer tensor [n, 2] of distinct blocks of this grid."""
-        if block_indices.ndim != 2 or block_indices.shape[1] != 2 or block_indices.is_floating_point():
+    def check_indices(self, block_indices: np.ndarray, module: str) -> None:
+        """Raise `SMTError` unless `block_indices` is an integer array [n, 2] of distinct blocks of this grid."""
+        if block_indices.ndim != 2 or block_indices.shape[1] != 2 or block_indices.dtype.kind not in "iu":
             raise SMTError(
                 f"block_indices of `{module}` must be integers of shape [n, 2], got {block_indices.dtype} of shape "
                 f"{list(block_indices.shape)}. The selection or delta is damaged; create it again."
             )
-        limit = torch.tensor(self.shape)
-        outside = ((block_indices < 0) | (block_indices >= limit)).any(1)
+        outside = ((block_indices < 0) | (block_indices >= self.shape)).any(1)
         if outside.any():
             raise SMTError(
                 f"`{module}` has {self.shape[0]}x{self.shape[1]} blocks, but block "
                 f"{tuple(block_indices[outside][0].tolist())} was asked for. The selection or delta is damaged or "
                 "belongs to another model."
             )
-        flat = block_indices[:, 0].long() * self.shape[1] + block_indices[:, 1].long()
-        if len(torch.unique(flat)) != len(flat):
+        if len(np.unique(np.ravel_multi_index(tuple(block_indices.T), self.shape))) != len(block_indices):
             raise SMTError(f"block_indices of `{module}` name a block twice. The selection or delta is damaged.")
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from smt_trainer.arrays import WEIGHTS
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid, make_grids
@@ -51,7 +52,7 @@ LINEAR_FORWARDS = {
     ("transformers.pytorch_utils", "Conv1D.forward"),
     ("transformers.models.falcon.modeling_falcon", "FalconLinear.forward"),
 }
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WEIGHT_DTYPES = tuple(getattr(torch, name) for name in WEIGHTS)
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:

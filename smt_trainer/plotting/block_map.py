@@ -110,7 +110,7 @@ def trained_share(selection: BlockSelection, name: str, most_rows: int, most_col
     rows, columns = (np.diff(start, append=length) for start, length in zip(starts, shape, strict=True))
     trained = np.zeros((len(rows), len(columns)))
     if name in selection.block_indices:
-        np.add.at(trained, tuple((selection.block_indices[name].numpy() // steps).T), 1)
+        np.add.at(trained, tuple((selection.block_indices[name] // steps).T), 1)
     return trained / np.outer(rows, columns)
 
 

@@ -75,7 +75,7 @@ def is_logarithmic(scores: Mapping[str, Tensor], selection: BlockSelection) -> b
 def _chosen(values: np.ndarray, selection: BlockSelection, name: str) -> np.ndarray:
     """Return the values of a module's trained blocks."""
     indices = selection.block_indices.get(name)
-    return values[:0].ravel() if indices is None else values[tuple(indices.T.numpy())]
+    return values[:0].ravel() if indices is None else values[tuple(indices.T)]
 
 
 def _all(scores: Mapping[str, Tensor]) -> np.ndarray:

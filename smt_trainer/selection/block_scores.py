@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from smt_trainer.arrays import as_array, as_tensor
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
 from smt_trainer.manifest import (
     check_keys,
-    load_tensors,
+    load_sealed,
     read_base,
     read_config,
     refusing_damage,
@@ -40,9 +40,11 @@ from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import count_parameters, find_targets, is_transposed, named_linears, narrow
 from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import collect_scores
-from smt_trainer.selection.block_selection import BlockSelection, base_name, select_blocks
+from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
+from smt_trainer.selection.choose import select_blocks
 from smt_trainer.selection.dependencies import Dependency, add_columns
+from smt_trainer.tensor_file import save_arrays
 
 SCORES_FILE = "smt_scores.safetensors"
 FORMAT = "1"
@@ -188,17 +190,18 @@ class BlockScores:
             "unreached": list(self.unreached),
             "readers": {one.reader: one.grid.to_dict() for one in self.dependencies},
         }
-        tensors = {name: found.contiguous() for name, found in self.scores.items()}
-        tensors |= {f"{one.source}{BETWEEN}{one.reader}": one.pairs.contiguous() for one in self.dependencies}
-        metadata = {"format": "pt", MANIFEST: json.dumps(sealed(manifest, tensors))}
-        write_atomically(Path(path), lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        arrays = {name: as_array(found) for name, found in self.scores.items()}
+        arrays |= {f"{one.source}{BETWEEN}{one.reader}": as_array(one.pairs) for one in self.dependencies}
+        metadata = {"format": "pt", MANIFEST: json.dumps(sealed(manifest, arrays))}
+        write_atomically(Path(path), lambda temporary: save_arrays(arrays, temporary, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> BlockScores:
         """Read what `save` wrote. Raises `SMTError` for a missing or damaged file, or one that holds something else."""
         path = Path(path)
-        manifest, tensors = load_tensors(path, MANIFEST, FORMAT, "scores file")
+        manifest, arrays = load_sealed(path, MANIFEST, FORMAT, "scores file")
         with refusing_damage(f"scores file at {path}"):
+            tensors = {name: as_tensor(values) for name, values in arrays.items()}
             check_keys(manifest, KEYS, f"scores file at {path}")
             count, described = manifest["num_parameters"], manifest["modules"]
             grids = read_grids({**manifest["readers"], **described}, count)

@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -114,14 +115,14 @@ def add_columns(
     for one in dependencies:
         if one.source in selection.grids and not (excluded and matches(one.reader, excluded)):
             grids[one.reader] = one.grid
-            rows, readers = one.pairs.long().unbind(1)
-            chosen = selection.block_indices.get(one.source, torch.empty(0, 2, dtype=torch.long))[:, 0]
-            columns.setdefault(one.reader, []).append(readers[torch.isin(rows, chosen)])
+            rows, readers = one.pairs.numpy().astype(np.int64).T
+            chosen = selection.block_indices.get(one.source, np.empty((0, 2), np.int64))[:, 0]
+            columns.setdefault(one.reader, []).append(readers[np.isin(rows, chosen)])
     block_indices = dict(selection.block_indices)
     for name, parts in columns.items():
-        chosen = torch.cat(parts).unique()
+        chosen = np.unique(np.concatenate(parts))
         if len(chosen):
-            block_indices[name] = torch.stack([torch.zeros_like(chosen), chosen], dim=1)
+            block_indices[name] = np.stack([np.zeros_like(chosen), chosen], axis=1)
     return replace(selection, grids=grids, block_indices=block_indices)
 
 

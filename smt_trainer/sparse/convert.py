@@ -90,7 +90,7 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     linears = find_linears(model, selection)
     dtype = next(iter(linears.values())).weight.dtype
     whole = find_whole(model, selection.config, linears)
-    stored = _stored_whole(model, whole)
+    stored = stored_whole(model, whole)
     new = frozenset(made_up(model))
     base = Fingerprint.of(model, dtype, without=[*new, *stored])
     return rewrite_as(model, SMTState(selection, whole, base, dtype, new))
@@ -153,7 +153,7 @@ def rewrite(
     for name, block_indices in selection.block_indices.items():
         grid = selection.grids[name]
         kind = SMTConv1D if grid.transposed else SMTLinear
-        kind.from_linear(model.get_submodule(name), grid, block_indices, master_dtype)
+        kind.from_linear(model.get_submodule(name), grid, torch.from_numpy(block_indices), master_dtype)
     for name in whole:
         part = get_whole(model, name)
         if name not in frozen and isinstance(part, (nn.Module, nn.Parameter)):
@@ -214,22 +214,14 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
     )
 
 
-def whole_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers, with full names, that the delta of a rewritten model stores whole.
-
-    They are what is trained whole, and the statistics that forward has changed. Tied ones come once.
-    """
-    yield from _stored_whole(model, [*get_state(model).whole, *changed_statistics(model)]).items()
-
-
 def changed_statistics(model: nn.Module) -> set[str]:
     """Return the full names of the persistent buffers that forward has changed since the model was rewritten."""
     before = get_state(model).statistics
     return {name for name, buffer in persistent_buffers(model) if not _equal(buffer, before.get(name))}
 
 
-def _stored_whole(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors of a model that have, or lie under, one of the names; tied ones once."""
+def stored_whole(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model that have, or lie under, one of the names; tied ones once."""
     names = set(whole)
     prefixes, seen, found = tuple(f"{name}." for name in names), set(), {}
     for key, tensor in model.state_dict(keep_vars=True).items():

@@ -13,6 +13,8 @@ how the checkpoint is sharded.
 Values are first rounded to the dtype of the base and then read as float32 (float64 stays). So the same base has the
 same fingerprint in every dtype that is at least as fine. Names are compared without the prefix of the base model
 (`model.`).
+
+The sums are taken on numpy arrays, so a base on disk is compared without torch.
 """
 
 from __future__ import annotations
@@ -22,12 +24,19 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
+from smt_trainer.arrays import as_array, cast, dtype_name
 from smt_trainer.model.names import find_names, plain_name
-from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
+from smt_trainer.tensor_file import read_runs
+from smt_trainer.tensor_header import Place
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 WHOLE, RUN, RUNS = 16384, 64, 8192
 # Runs in a tensor, at least.
@@ -57,13 +66,13 @@ class Fingerprint:
             dtype: of the base.
             without: names of tensors that the base does not have.
         """
-        left_out = set(without)
+        from smt_trainer.model.sharded import full_shape, full_tensor
+
+        left_out, name_of_dtype = set(without), str(dtype).removeprefix("torch.")
         tensors = {name: tensor for name, tensor in saved_tensors(model) if name not in left_out}
         stride = max(RUN, sum(math.prod(full_shape(tensor)) for tensor in tensors.values()) // RUNS)
-        samples = [_sample(full_tensor(tensor), stride, copy=is_sharded(tensor)) for tensor in tensors.values()]
-        return cls(
-            str(dtype).removeprefix("torch."), stride, dict(zip(tensors, _checksums(samples, dtype), strict=True))
-        )
+        samples = [sample(full_tensor(tensor), stride) for tensor in tensors.values()]
+        return cls(name_of_dtype, stride, dict(zip(tensors, _checksums(samples, name_of_dtype), strict=True)))
 
     @property
     def digest(self) -> str:
@@ -71,19 +80,41 @@ class Fingerprint:
         text = "".join(f"{name} {checksum}\n" for name, checksum in sorted(self.checksums.items()))
         return hashlib.sha256(f"{self.dtype} {self.stride}\n{text}".encode()).hexdigest()
 
-    def differences(self, names: Iterable[str], tensor: Callable[[str], Tensor]) -> list[str]:
+    def differences(self, names: Iterable[str], sampled: Callable[[str, int], np.ndarray]) -> list[str]:
         """Return the names of this base's tensors that have other values elsewhere; those that are not there are left
         out, since checkpoints may store them under converted names.
 
         Args:
             names: of the tensors elsewhere.
-            tensor: gives one of them by its name.
+            sampled: gives the sample of one of them by its name and the stride.
         """
         found = find_names(self.checksums, names)
-        # Copies: a tensor of a file would keep its pages in memory.
-        samples = [_sample(tensor(other), self.stride, copy=True) for other in found.values()]
-        sums = dict(zip(found, _checksums(samples, getattr(torch, self.dtype)), strict=True))
+        samples = [sampled(other, self.stride) for other in found.values()]
+        sums = dict(zip(found, _checksums(samples, self.dtype), strict=True))
         return [name for name, checksum in sums.items() if checksum != self.checksums[name]]
+
+
+def sample(tensor: Tensor, stride: int) -> np.ndarray:
+    """Return a copy of the sampled values of a tensor: [n, RUN] of a large one, all [n] of a small one."""
+    count, step, length = _runs(tuple(tensor.shape), stride)
+    runs = as_array(tensor.reshape(-1)[: count * step].reshape(count, step)[:, :length]).copy()
+    return runs[0] if count == 1 else runs
+
+
+def read_sample(folder: Path, place: Place, stride: int) -> np.ndarray:
+    """Return `sample` of a tensor in a file."""
+    count, step, length = _runs(place.shape, stride)
+    runs = read_runs(folder / place.file, place, count, step, length)
+    return runs[0] if count == 1 else runs
+
+
+def _runs(shape: tuple[int, ...], stride: int) -> tuple[int, int, int]:
+    """Return the number of runs in a tensor, the values from one to the next, and the values in each."""
+    numel = math.prod(shape)
+    if numel <= WHOLE:
+        return 1, numel, numel
+    step = _apart(min(stride, numel // FEWEST), shape[-1])
+    return numel // step, step, RUN
 
 
 def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -106,16 +137,6 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{plain_name(path)}.{name}" if path else name, buffer
 
 
-def _sample(tensor: Tensor, stride: int, *, copy: bool = False) -> Tensor:
-    """Return the sampled values [n, RUN] of a large tensor, or all [n] of a small one; views of it, or a `copy`."""
-    values = tensor.detach()
-    if values.numel() <= WHOLE:
-        return values.reshape(-1).clone() if copy else values.reshape(-1)
-    stride = _apart(min(stride, values.numel() // FEWEST), values.shape[-1])
-    runs = values.contiguous().as_strided((values.numel() // stride, RUN), (stride, 1))
-    return runs.clone() if copy else runs
-
-
 @functools.cache
 def _apart(stride: int, columns: int) -> int:
     """Return the next even stride that shares only the factor 2 with the row length, if at all."""
@@ -125,20 +146,20 @@ def _apart(stride: int, columns: int) -> int:
     return stride
 
 
-def _checksums(samples: list[Tensor], dtype: torch.dtype) -> list[str]:
+def _checksums(samples: list[np.ndarray], dtype: str) -> list[str]:
     """Return the checksum of each sample. All of one kind are summed at once: a call for each would take longest."""
     kinds: dict[tuple, list[int]] = {}
     for place, sample in enumerate(samples):
-        kinds.setdefault((sample.device, sample.dtype, sample.ndim), []).append(place)
+        kinds.setdefault((dtype_name(sample), sample.ndim), []).append(place)
     found = [""] * len(samples)
     for places in kinds.values():
-        values = torch.cat([samples[place] for place in places]).to(dtype)
-        values = values.float() if dtype.itemsize < 4 else values
+        values = cast(np.concatenate([samples[place] for place in places]), dtype)
+        values = values if dtype == "float64" else cast(values, "float32")
         # Two neighbours of a run are one integer; a small tensor may have an odd number of values.
-        integers = values.view(torch.int64).sum(1) if values.ndim == 2 else values.view(torch.int32).long()
-        counts = torch.tensor([len(samples[place]) for place in places]) * (len(integers) // len(values))
-        totals = torch.cat([integers.new_zeros(1), integers.cumsum(0)]).cpu()
-        ends = counts.cumsum(0)
+        integers = values.view(np.int64).sum(1) if values.ndim == 2 else values.view(np.int32).astype(np.int64)
+        counts = np.array([len(samples[place]) for place in places]) * (len(integers) // max(len(values), 1))
+        totals = np.concatenate([[0], integers.cumsum()])
+        ends = counts.cumsum()
         for place, total in zip(places, (totals[ends] - totals[ends - counts]).tolist(), strict=True):
             found[place] = f"{total % 2**64:016x}"
     return found

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.delta.delta import Delta, load_delta, put_delta
+from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS
+from smt_trainer.delta.load import load_delta, put_delta
 from smt_trainer.delta.model_card import delta_section, without_pipeline
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, write_text

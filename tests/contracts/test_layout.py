@@ -91,7 +91,8 @@ def loaded_by(statement: str) -> set[str]:
     [
         ("import smt_trainer, smt_trainer.cli", set()),
         ("from smt_trainer import SMTConfig, SMTError; SMTConfig()", set()),
-        ("from smt_trainer import convert_to_smt, load_delta, merge_checkpoint, plot_selection", {"torch"}),
+        ("from smt_trainer import BlockSelection, Delta, merge_checkpoint; import smt_trainer.delta.patch", set()),
+        ("from smt_trainer import convert_to_smt, load_delta, plot_selection", {"torch"}),
     ],
 )
 def test_importing_loads_no_more_than_it_needs(statement, heavy):

@@ -1,46 +1,12 @@
 """Where the tensors of a checkpoint lie, read without torch."""
 
-import itertools
 import json
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from smt_trainer import SMTError
-from smt_trainer.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, read_header
-
-
-def test_the_bytes_at_each_place_are_those_of_the_tensor(base):
-    data = (base / SINGLE_FILE).read_bytes()
-    tensors = load_file(base / SINGLE_FILE)
-    places = read_header(base / SINGLE_FILE)
-    assert places.keys() == tensors.keys()
-    for key, place in places.items():
-        assert (place.file, place.shape) == (SINGLE_FILE, tuple(tensors[key].shape))
-        assert data[place.start : place.start + place.size] == tensors[key].numpy().tobytes()
-
-
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_damaged_header_is_refused_or_describes_the_same_file(data, base):
-    path, original = base / SINGLE_FILE, (base / SINGLE_FILE).read_bytes()
-    length = 8 + int.from_bytes(original[:8], "little")
-    changed = bytearray(original)
-    for _ in range(data.draw(st.integers(1, 3))):
-        changed[data.draw(st.integers(0, length - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(changed)
-    try:
-        places = read_header(path)
-    except SMTError:
-        places = {}
-    finally:
-        path.write_bytes(original)
-    ends = sorted((place.start, place.start + place.size) for place in places.values())
-    assert all(8 <= start <= end <= len(original) for start, end in ends)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+from smt_trainer.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
 
 
 @pytest.mark.parametrize(

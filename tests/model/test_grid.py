@@ -1,5 +1,6 @@
 """`BlockGrid` and the choice of block sizes."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,7 +62,7 @@ def test_a_block_that_does_not_divide_the_weight_is_refused(shape):
 )
 def test_damaged_block_indices_are_refused_naming_the_module(block_indices, message):
     with pytest.raises(SMTError, match=f"(?s)`layers.0.q_proj`.*{message}|{message}.*`layers.0.q_proj`"):
-        BlockGrid(32, 64, 16, 16).check_indices(torch.tensor(block_indices), "layers.0.q_proj")
+        BlockGrid(32, 64, 16, 16).check_indices(np.array(block_indices), "layers.0.q_proj")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from smt_trainer.plotting import OverlapPoint, layer_rows, score_rows, selection
 from smt_trainer.plotting.block_map import trained_share
 from smt_trainer.plotting.histogram import cut
 from smt_trainer.plotting.style import strips
-from smt_trainer.selection.block_selection import select_blocks
+from smt_trainer.selection.choose import select_blocks
 
 pytest.importorskip("matplotlib")
 
@@ -42,9 +42,7 @@ def scores(selection):
     drawn = {name: torch.rand(grid.shape) for name, grid in selection.grids.items()}
     return {
         name: torch.where(values < 0.2, 0.0, 1000**values).index_put(
-            tuple(selection.block_indices[name].T)
-            if name in selection.block_indices
-            else (torch.tensor([]).long(),) * 2,
+            torch.from_numpy(selection.block_indices.get(name, np.empty((0, 2), np.int64))).unbind(1),
             torch.tensor(2000.0),
         )
         for name, values in drawn.items()

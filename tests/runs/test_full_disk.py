@@ -74,7 +74,7 @@ def test_an_older_selection_survives(uninterrupted, fills_up, monkeypatch, tmp_p
 
 WRITERS = {
     "delta configuration": (smt_trainer.delta.delta, "write_text"),
-    "delta": (smt_trainer.delta.delta, "save_file"),
+    "delta": (smt_trainer.delta.delta, "save_arrays"),
     "optimizer": (torch, "save", "optimizer"),
     "random state": (torch, "save", "rng_state"),
     "state of the trainer": (TrainerState, "save_to_json"),
@@ -101,7 +101,7 @@ def test_the_previous_checkpoint_is_resumed(writer, uninterrupted, fills_up, mon
     tiny.assert_same(training_script.result(trainer), expected)
 
 
-@pytest.mark.parametrize("function", ["write_text", "save_file"])
+@pytest.mark.parametrize("function", ["write_text", "save_arrays"])
 def test_a_folder_with_an_older_delta_of_other_blocks_holds_either_delta_whole(function, delta, fills_up):
     folder, older = delta
     newer = tiny.llama()
@@ -122,7 +122,7 @@ def test_an_earlier_delta_of_save_model_is_untouched(fills_up, tmp_path):
     trainer.save_model(tmp_path / "delta")
     before = contents(tmp_path / "delta")
     trainer.train()
-    fills_up(smt_trainer.delta.delta, "save_file")
+    fills_up(smt_trainer.delta.delta, "save_arrays")
     with FULL:
         trainer.save_model(tmp_path / "delta")
     assert contents(tmp_path / "delta") == before

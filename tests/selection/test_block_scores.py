@@ -9,11 +9,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smt_trainer import BlockScores, SMTConfig, SMTError
+from smt_trainer.arrays import as_array
 from smt_trainer.manifest import CHECKSUM, sealed
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_scores import MANIFEST, resolve_selection
-from smt_trainer.selection.block_selection import select_blocks
+from smt_trainer.selection.choose import select_blocks
 
 
 def scores_of(model, **fields) -> BlockScores:
@@ -154,7 +155,7 @@ def manifest(scores, tmp_path):
         change_tensors(tensors)
         if seal:
             del values[CHECKSUM]
-            values = sealed(values, tensors)
+            values = sealed(values, {name: as_array(tensor) for name, tensor in tensors.items()})
         save_file(tensors, path, {MANIFEST: json.dumps(values)})
         return path
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +12,8 @@ from reference import blocks_within, ranked
 
 from smt_trainer import BlockSelection, SMTConfig, SMTError
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.selection.block_selection import base_name, select_blocks
+from smt_trainer.selection.block_selection import base_name
+from smt_trainer.selection.choose import select_blocks
 
 GRIDS = {"layers.0.q_proj": BlockGrid(64, 64, 16, 16), "layers.0.v_proj": BlockGrid(32, 64, 16, 16)}
 
@@ -101,7 +103,7 @@ def test_block_indices_are_listed_row_by_row(case):
     scores, grids = case
     selection = select_blocks(scores, grids, SMTConfig(budget=1.0), capacity(grids))
     for indices in selection.block_indices.values():
-        assert indices.tolist() == sorted(indices.tolist()) and indices.dtype == torch.int64
+        assert indices.tolist() == sorted(indices.tolist()) and indices.dtype == np.int64
 
 
 def select(scores=None, num_parameters=100_000, **fields):

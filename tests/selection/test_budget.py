@@ -14,8 +14,8 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import layer_path
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.selection.block_selection import select_blocks
 from smt_trainer.selection.budget import check_budget_fits
+from smt_trainer.selection.choose import select_blocks
 
 LINEARS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")
 NAMES = [f"model.layers.{layer}.{linear}" for layer in range(2) for linear in LINEARS]

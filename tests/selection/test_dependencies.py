@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -95,7 +96,7 @@ def test_rows_and_their_columns_are_trained_saved_loaded_and_merged(make, score,
     assert sum(map(len, rows.values())) == 40
     wanted: dict[str, set[int]] = {}
     for one in dependencies_of(make()):
-        chosen = set(rows.get(one.source, torch.empty(0, 2))[:, 0].int().tolist())
+        chosen = set(rows.get(one.source, np.empty((0, 2), int))[:, 0].tolist())
         wanted.setdefault(one.reader, set()).update(column for row, column in one.pairs.tolist() if row in chosen)
     columns = {name: set(ind[:, 1].tolist()) for name, ind in selection.block_indices.items() if name not in rows}
     assert columns == {name: chosen for name, chosen in wanted.items() if chosen}

@@ -9,19 +9,20 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, save_delta
 from smt_trainer.model.names import find_names
 from smt_trainer.sparse import fingerprint
-from smt_trainer.sparse.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, saved_tensors
+from smt_trainer.sparse.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, read_sample, sample, saved_tensors
+from smt_trainer.tensor_header import read_header
 
 
 def differences(found: Fingerprint, model) -> list[str]:
     tensors = dict(saved_tensors(model))
-    return found.differences(tensors, tensors.__getitem__)
+    return found.differences(tensors, lambda key, stride: sample(tensors[key], stride))
 
 
 def test_every_changed_value_of_a_small_tensor_is_found(llama):
@@ -35,7 +36,7 @@ def test_every_changed_value_of_a_small_tensor_is_found(llama):
 
 
 def checksum(weight, dtype, stride) -> str:
-    return fingerprint._checksums([fingerprint._sample(weight, stride)], dtype)[0]
+    return fingerprint._checksums([sample(weight, stride)], str(dtype).removeprefix("torch."))[0]
 
 
 @given(
@@ -155,21 +156,42 @@ def test_the_digest_tells_bases_apart(llama):
     assert fingerprint.Fingerprint.of(llama, torch.bfloat16).digest != first.digest
 
 
-def test_the_base_file_is_only_read_where_the_samples_lie(base):
-    tensors = load_file(base / "model.safetensors")
-    found = Fingerprint.of(AutoModelForCausalLM.from_pretrained(base), torch.float32)
-    assert found.differences(tensors, tensors.__getitem__) == []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_the_sample_of_a_file_is_that_of_the_tensor(dtype, tmp_path):
+    shapes = ((), (0, 3), (5,), (64,), (WHOLE + 7,), (130, 1024), (3, 64, 1111))
+    tensors = {str(shape): torch.randn(shape).to(dtype) for shape in shapes}
+    save_file(tensors, tmp_path / "file.safetensors")
+    places, _ = read_header(tmp_path / "file.safetensors", "file")
+    for name, tensor in tensors.items():
+        for stride in (RUN, 1000, 10**6):
+            ours, theirs = read_sample(tmp_path, places[name], stride), sample(tensor, stride)
+            assert ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
 
 
-def test_comparing_with_a_file_holds_one_tensor_at_a_time(llama):
-    """A mapped tensor that stays alive keeps the pages of its file in memory."""
-    found, tensors, alive = Fingerprint.of(llama, torch.float32), dict(saved_tensors(llama)), []
+def test_a_sample_keeps_no_tensor_alive():
+    """A copy: the fingerprint of a sharded model holds one gathered tensor at a time."""
+    for shape in ((8,), (300, 300)):
+        tensor = torch.randn(shape)
+        alive = weakref.ref(tensor.untyped_storage())
+        found = sample(tensor, RUN)
+        del tensor
+        assert alive() is None and len(found)
 
-    def mapped(name: str) -> torch.Tensor:
-        assert not any(reference() is not None for reference in alive)
-        tensor = tensors[name].detach().clone()
-        alive.append(weakref.ref(tensor.untyped_storage()))
-        return tensor
 
-    assert found.differences(tensors, mapped) == []
-    assert len(alive) == len(tensors)
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_a_checksum_is_the_sum_of_the_values_as_integers(dtype, base_dtype):
+    """As torch rounds and reads them; deltas keep these sums."""
+    kind = getattr(torch, base_dtype)
+    wide = torch.float64 if kind == torch.float64 else torch.float32
+    for shape in ((0,), (7,), (300, 301)):
+        tensor = torch.randn(shape).to(getattr(torch, dtype))
+        found = checksum(tensor, kind, 1000)
+        if tensor.numel() > WHOLE:
+            step = fingerprint._apart(1000, 301)
+            runs = [tensor.view(-1)[start : start + RUN] for start in range(0, tensor.numel() - step + 1, step)]
+            values, integer = torch.cat(runs), torch.int64
+        else:
+            values, integer = tensor, torch.int32
+        total = sum(values.to(kind).to(wide).view(integer).tolist())
+        assert found == f"{total % 2**64:016x}"

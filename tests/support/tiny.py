@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset
 from smt_trainer import BlockSelection, SMTCallback, SMTConfig, SMTTrainer
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.selection.block_selection import select_blocks
 from smt_trainer.selection.candidates import find_candidates
+from smt_trainer.selection.choose import select_blocks
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 from smt_trainer.training.warmup import Warmup

@@ -229,7 +229,7 @@ def die_at(moment: str | None) -> None:
     if moment == "writing the selection":
         BlockSelection.save = lambda selection, path: write_atomically(path, half_written)
     if moment == "writing the delta":
-        delta.save_file = lambda tensors, path, metadata: half_written(path)
+        delta.save_arrays = lambda arrays, path, metadata: half_written(path)
     if moment == "writing the optimizer":
         torch.save = saving_until("optimizer", half_written)
     if moment == "before the random state":

@@ -9,7 +9,7 @@ from recipes.parts.adapters import ADAPTERS, adapter_config
 from smt_trainer import SMTConfig, convert_to_smt
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.selection.block_selection import select_blocks
+from smt_trainer.selection.choose import select_blocks
 
 FLOOR, SECOND_FLOOR, FULL, ROWS, SMT = "floor", "floor, second copy", "full fine-tuning", "SPSFT rows", "SMT blocks"
 METHODS = (FULL, *ADAPTERS, ROWS, SMT)

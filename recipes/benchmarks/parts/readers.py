@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save_file
 from torch import nn
 
 from recipes.benchmarks.parts import mutations
 from smt_trainer import BlockScores, BlockSelection, Overlap, SMTConfig, SMTError, convert_to_smt, load_delta
+from smt_trainer.arrays import as_array
 from smt_trainer.cli import main
 from smt_trainer.delta.delta import DELTA_FILE, MANIFEST, Delta
 from smt_trainer.delta.merge import merge_checkpoint
@@ -202,7 +204,7 @@ def _seal(manifest: Any, data: bytes) -> Any:
     if not isinstance(manifest, dict) or CHECKSUM not in manifest:
         return manifest
     del manifest[CHECKSUM]
-    return sealed(manifest, {} if data[:1] == b"{" else load(data))
+    return sealed(manifest, {} if data[:1] == b"{" else _arrays(load(data)))
 
 
 def _swap_tensors(key: str):
@@ -228,10 +230,14 @@ def _swap_tensors(key: str):
             parts[part] = {"dtype": kind[value.dtype], "shape": list(value.shape), "data_offsets": offsets}
             body, place = body + content, offsets[1]
         manifest.pop(CHECKSUM)
-        metadata = header["__metadata__"] | {key: json.dumps(sealed(manifest, tensors))}
+        metadata = header["__metadata__"] | {key: json.dumps(sealed(manifest, _arrays(tensors)))}
         return mutations.join({"__metadata__": metadata, **parts}, body)
 
     return mutate
+
+
+def _arrays(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: as_array(tensor) for name, tensor in tensors.items()}
 
 
 def _lists(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from recipes.benchmarks.parts.resident import reset_peak, resident
 from smt_trainer import BlockSelection, SMTConfig
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.selection.block_selection import select_blocks
+from smt_trainer.selection.choose import select_blocks
 
 CUTS = {
     "blocks of q, k, v": {},

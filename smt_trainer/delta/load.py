@@ -1,0 +1,221 @@
+"""Put a delta into a model, or load a delta's base and put the delta into that."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.delta.checks import check_base
+from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.folder import GENERATION_CONFIG_FILE, load_config
+from smt_trainer.errors import SMTError
+from smt_trainer.manifest import refusing_damage
+from smt_trainer.model.made_up import embeddings, made_up
+from smt_trainer.model.names import plain_name
+from smt_trainer.model.sharded import assign, full_shape, full_tensor
+from smt_trainer.model.whole import find_whole
+from smt_trainer.selection.block_selection import base_name
+from smt_trainer.sparse.convert import (
+    Model,
+    SMTState,
+    find_linears,
+    get_state,
+    is_smt_model,
+    merge_and_unload,
+    rewrite_as,
+)
+from smt_trainer.sparse.fingerprint import sample, saved_tensors
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
+
+# What of a configuration training decides.
+LABELS = ("id2label", "label2id", "problem_type")
+SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
+
+
+def load_delta(model: Model, folder: str | Path, *, merge: bool = False) -> Model:
+    """Put a delta into a model, in place.
+
+    Args:
+        model: the plain base model, which is rewritten and can be trained further; or a model that already trains
+            the same blocks.
+        folder: a delta folder or a checkpoint of SMTTrainer.
+        merge: make the model plain again with the trained values in its weights.
+
+    Returns:
+        The same model.
+
+    Raises:
+        SMTError: the delta is damaged, or belongs to another base or other blocks. The model stays unchanged.
+    """
+    put_delta(model, Delta.load(folder))
+    return merge_and_unload(model) if merge else model
+
+
+def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> None:
+    """Put a delta that is already in memory into a model, as `load_delta` without merging.
+
+    Args:
+        model: plain, or training the same blocks. A plain one gets the vocabulary of the delta.
+        delta: what to put into it.
+        has_weights: False on a rank that will get the base weights from another one; they are not checked then.
+    """
+    if is_smt_model(model):
+        _check_same_blocks(model, delta)
+        destinations = _whole_destinations(model, delta)
+    else:
+        linears = find_linears(model, delta.selection)
+        if has_weights:
+            check_base(delta, base_name(model), _differences(model, delta))
+        with _vocabulary_of(delta, model):
+            _refuse_lost(model, delta)
+            destinations = _whole_destinations(model, delta)
+            whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
+            _check_complete(model, delta, whole)
+        dtype = next(iter(linears.values())).weight.dtype
+        # What the configuration names, and what only the first loading knew.
+        named = tuple(f"{name}." for name in whole)
+        whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
+        rewrite_as(model, SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed)))
+    for name, linear in smt_linears(model):
+        assign(linear.blocks, delta.blocks[name][linear.row_major_order().argsort()])
+    for name, tensor in delta.whole.items():
+        assign(destinations[name], tensor)
+    write_back(linear for _, linear in smt_linears(model))
+
+
+def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None = None, merge: bool = True, **kwargs):
+    """Load a delta's base model and put the delta into it: weights, labels, special tokens and generation config.
+
+    Args:
+        folder: a delta folder.
+        auto_class: the class to load the base with; by default the class that was trained.
+        base: hub name or path of the base; by default the name that the delta records.
+        merge: return a plain model.
+        kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training.
+
+    Raises:
+        SMTError: as in `load_delta`; or `base` is not given, and the delta records none or `trust_remote_code` would
+            run the code of the one that it names.
+    """
+    delta = Delta.load(folder)
+    if base is None:
+        base, _, revision = (delta.selection.base_model or "").partition("@")
+        if revision:
+            kwargs.setdefault("revision", revision)
+        if base and kwargs.get("trust_remote_code"):
+            raise SMTError(
+                f"trust_remote_code=True runs code of the base, and the delta in {folder} names {base!r} as its base: "
+                "its author would decide whose code runs. Say base= yourself."
+            )
+    if not base:
+        raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
+    trained = load_config(folder)
+    # With a configuration, from_pretrained takes no field of it.
+    labels = {key: trained[key] for key in LABELS if key in trained and "config" not in kwargs}
+    with refusing_damage(f"configuration beside the delta in {folder}"):
+        if "id2label" in labels:
+            labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
+    model = (auto_class or _trained_class(delta)).from_pretrained(
+        base, **{"dtype": getattr(torch, delta.weight_dtype)} | labels | kwargs
+    )
+    put_delta(model, delta)
+    for key in SPECIAL_TOKENS & trained.keys():
+        setattr(model.config, key, trained[key])
+    if Path(folder, GENERATION_CONFIG_FILE).is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return merge_and_unload(model) if merge else model
+
+
+def _trained_class(delta: Delta) -> Any:
+    import transformers
+
+    # The name comes from a file; only a model's class is meant.
+    found = getattr(transformers, delta.architecture, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModelForCausalLM
+
+
+def _differences(model: nn.Module, delta: Delta) -> list[str]:
+    """Return the names of the base's tensors that a plain model has with other values."""
+    tensors = dict(saved_tensors(model))
+    return delta.base.differences(tensors, lambda name, stride: sample(full_tensor(tensors[name]), stride))
+
+
+@contextlib.contextmanager
+def _vocabulary_of(delta: Delta, model: nn.Module) -> Iterator[None]:
+    """Give a model as many token embeddings as the delta has, if the delta stores them; take this back if the context
+    ends in an exception."""
+    before = {name: model.get_parameter(name).detach() for name in embeddings(model)}
+    rows = {len(delta.whole[name]): len(values) for name, values in before.items() if name in delta.whole}
+    resize: Any = getattr(model, "resize_token_embeddings", None)
+    changes = [(new, old) for new, old in rows.items() if new != old and callable(resize)]
+    for new, _ in changes:
+        resize(new, mean_resizing=False)
+    try:
+        yield
+    except BaseException:
+        for _, old in changes:
+            resize(old, mean_resizing=False)
+            for name, values in before.items():
+                assign(model.get_parameter(name), values)
+        raise
+
+
+def _refuse_lost(model: nn.Module, delta: Delta) -> None:
+    """Raise `SMTError` if loading made up parameters of a model that the delta does not hold."""
+    lost = [name for name in made_up(model) if name not in delta.whole]
+    if lost:
+        raise SMTError(
+            f"loading made up `{lost[0]}` of the {type(model).__name__}, and the delta does not hold it. Load the base "
+            f"as {delta.architecture or 'the class of training'}."
+        )
+
+
+def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
+    state = get_state(model)
+    ours, theirs = state.selection.block_indices, delta.selection.block_indices
+    same = ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    if not same or state.base != delta.base:
+        raise SMTError(
+            "the delta holds other blocks than this model trains, or blocks of another base. Load it into the plain "
+            "base model instead."
+        )
+
+
+def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
+    """Return a model's tensors by name; raise `SMTError` unless what the delta trains whole fits them."""
+    destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, tensor in delta.whole.items():
+        if name not in destinations or full_shape(destinations[name]) != tuple(tensor.shape):
+            found = list(full_shape(destinations[name])) if name in destinations else "none"
+            raise SMTError(
+                f"the delta holds `{name}` of shape {list(tensor.shape)}; this model has {found}. Load the base with "
+                "the same head (number of labels) as in training."
+            )
+    return destinations
+
+
+def _check_complete(model: nn.Module, delta: Delta, names: Iterable[str]) -> None:
+    """Raise `SMTError` unless a delta holds whole the modules and biases of these names, and no other parameter."""
+    prefixes = tuple(f"{name}." for name in names)
+    tensors = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    wanted = {id(tensor): name for name, tensor in tensors.items() if f"{name}.".startswith(prefixes)}
+    found = {id(tensors[name]): name for name in delta.whole if name in tensors}
+    missing = [name for key, name in wanted.items() if key not in found]
+    strange = [name for key, name in found.items() if key not in wanted and isinstance(tensors[name], nn.Parameter)]
+    strange = [name for name in strange if name not in delta.unnamed]
+    if missing or strange:
+        raise SMTError(
+            f"the delta {'lacks' if missing else 'holds'} `{(missing or strange)[0]}`, which this model "
+            f"{'trains' if missing else 'does not train'} whole under the delta's configuration. It is damaged, or the "
+            "model is of another class than in training."
+        )

@@ -1,0 +1,84 @@
+"""Tensors of safetensors files as numpy arrays, beside what safetensors makes of the same files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from smt_trainer import SMTError
+from smt_trainer.arrays import DTYPES, as_array, as_tensor
+from smt_trainer.tensor_file import load_arrays, open_array, save_arrays
+from smt_trainer.tensor_header import read_header
+
+TENSORS = {name: torch.randint(0, 2, (3, 5)).to(getattr(torch, name)) for name in DTYPES}
+TENSORS |= {"nothing": torch.empty(0, 4), "scalar": torch.tensor(2.5)}
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape) and as_array(ours).tobytes() == as_array(
+        theirs
+    ).tobytes()
+
+
+def test_a_file_of_safetensors_is_read_with_all_dtypes(tmp_path):
+    save_file(TENSORS, tmp_path / "file", metadata={"format": "pt"})
+    arrays, metadata = load_arrays(tmp_path / "file", "file")
+    assert metadata == {"format": "pt"} and arrays.keys() == TENSORS.keys()
+    assert all(same(as_tensor(arrays[name]), tensor) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "pt"}])
+def test_a_written_file_is_the_one_that_safetensors_writes(metadata, tmp_path):
+    save_file(TENSORS, tmp_path / "theirs", metadata=metadata or None)
+    arrays = {name: as_array(tensor) for name, tensor in TENSORS.items()}
+    arrays["bfloat16"] = np.asfortranarray(arrays["bfloat16"])
+    save_arrays(arrays, tmp_path / "ours", metadata)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    with safe_open(tmp_path / "ours", "pt") as file:
+        assert (file.metadata() or {}) == metadata
+
+
+def test_writing_to_a_loaded_array_changes_no_file(tmp_path):
+    save_file(TENSORS, tmp_path / "file")
+    before = (tmp_path / "file").read_bytes()
+    load_arrays(tmp_path / "file", "file")[0]["float32"][:] = 7
+    assert (tmp_path / "file").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_writing_to_an_open_array_changes_its_bytes_of_the_file_alone(name, tmp_path):
+    save_file(TENSORS, tmp_path / "file")
+    before, place = (tmp_path / "file").read_bytes(), read_header(tmp_path / "file", "file")[0][name]
+    array = open_array(tmp_path / "file", place)
+    assert same(as_tensor(array.copy()), TENSORS[name])
+    array[...] = as_array(torch.ones(place.shape).to(TENSORS[name].dtype))
+    after = (tmp_path / "file").read_bytes()
+    expected = TENSORS | {name: torch.ones(place.shape).to(TENSORS[name].dtype)}
+    assert all(same(tensor, expected[key]) for key, tensor in load_file(tmp_path / "file").items())
+    assert after[: place.start] == before[: place.start]
+    assert after[place.start + place.size :] == before[place.start + place.size :]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}, "has a tensor of F4; expected one of float32"),
+        ({"dtype": "BF16", "shape": [3], "data_offsets": [0, 8]}, r"8 bytes are no BF16 of shape \[3\]"),
+    ],
+)
+def test_a_tensor_of_an_unknown_dtype_or_another_size_is_refused(entry, message, tmp_path):
+    header = json.dumps({"weight": entry}).encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(SMTError, match=message):
+        load_arrays(tmp_path / "file", "file")
+
+
+@pytest.mark.parametrize("metadata", [[], 7, {"format": 1}, {"format": None}])
+def test_metadata_that_are_no_texts_are_refused(metadata, tmp_path):
+    header = json.dumps({"__metadata__": metadata}).encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(SMTError, match="its metadata are no texts"):
+        load_arrays(tmp_path / "file", "file")
