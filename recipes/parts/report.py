@@ -98,7 +98,10 @@ def markdown(run: Run) -> str:
     lines = [
         f"# {results['model']} on the {run.task.name} task\n",
         f"Measured on {questions:,} {run.evaluated_on} questions.\n",
-        *(f"- {measure}: {run.task.measures[measure]}{'' if is_loss(measure) else ', in %'}" for measure in measures),
+        *(
+            f"- {measure}: {run.task.measures[measure]}{'; less is better' if is_loss(measure) else ', in %'}"
+            for measure in measures
+        ),
         "",
         table(evaluations),
         "",

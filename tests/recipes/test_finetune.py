@@ -145,7 +145,7 @@ def test_the_results_before_training_are_logged_and_written_at_once(run, monkeyp
     assert {name: len(values) for name, values in kept["values"]["accuracy"].items()} == {"boolq": 4, "piqa": 4}
 
 
-def test_bfloat16_weights_train_float32_blocks_and_merge_to_the_same(run):
+def test_a_model_in_bfloat16_equals_its_merged_checkpoint(run):
     output = run("--dtype", "bfloat16")
     results = json.loads((output / "results.json").read_text())
     assert (results["dtype"], results["merged_equal"]) == ("bfloat16", True)
