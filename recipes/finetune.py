@@ -19,7 +19,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -32,7 +31,7 @@ from recipes.parts.constant import constant_answers
 from recipes.parts.dtype import fastest_dtype
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.measures import table
-from recipes.parts.model import resolve_model
+from recipes.parts.model import load_model, resolve_model
 from recipes.parts.prompt import encode_prompt, pad_token, tokenize_for_training
 from recipes.parts.registry import load_task
 from recipes.parts.report import Run, write_report
@@ -73,7 +72,7 @@ def main() -> None:
     if recipe.dtype == "auto":
         config = AutoConfig.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
         recipe = replace(recipe, dtype=broadcast_object_list([fastest_dtype(config)])[0])
-    model = load_model(base, recipe)
+    model = load_model(base, recipe.dtype, recipe.trust_remote_code)
     questions = {
         name: draw(records, recipe.questions_per_set, training.seed)
         for name, records in getattr(splits, recipe.evaluate_on).items()
@@ -114,7 +113,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         plot_selection(trainer.smt_selection, output / "selection.png")
         merge(base, output / "delta", output / "merged", tokenizer, recipe)
-        merged = load_model(str(output / "merged"), recipe).to(trainer.model.device)
+        merged = load_model(str(output / "merged"), recipe.dtype, recipe.trust_remote_code).to(trainer.model.device)
         sample = {name: first(records, recipe.check_per_set) for name, records in questions.items()}
         run = Run(
             task=task,
@@ -134,13 +133,6 @@ def main() -> None:
         )
         write_report(run, output)
     trainer.accelerator.wait_for_everyone()
-
-
-def load_model(path: str, recipe: RecipeArguments) -> PreTrainedModel:
-    """Load the causal language model from a folder or hub name."""
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code
-    )
 
 
 def draw(records: Dataset, number: int | None, seed: int) -> Dataset:

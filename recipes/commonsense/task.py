@@ -9,6 +9,7 @@ from recipes.commonsense.parts.data import load_splits
 from recipes.commonsense.parts.metric import ChoiceAccuracy
 from recipes.commonsense.parts.question_sets import QUESTION_SETS
 from recipes.parts.evaluation import Evaluation
+from recipes.parts.inference import inference
 from recipes.parts.task import Decoding, Splits
 
 GENERATED = "accuracy"
@@ -39,22 +40,20 @@ class Commonsense:
         """Measure `model` on the questions of each set. Without generation only by likelihood."""
         measures = self.measures if decoding.generate else [LIKELIEST]
         result = Evaluation({measure: {} for measure in measures}, {}, {measure: {} for measure in measures})
-        was_training = model.training
-        model.eval()
-        try:
-            with tqdm(total=sum(map(len, questions.values())), desc="Evaluating", unit="question") as progress:
-                for name, asked in questions.items():
-                    labels, metric = QUESTION_SETS[name].answers, ChoiceAccuracy(name)
-                    answers = answer_questions(model, tokenizer, labels, asked, decoding, progress)
-                    predictions = {LIKELIEST: [answer.choice for answer in answers]}
-                    if decoding.generate:
-                        predictions[GENERATED] = result.texts[name] = [answer.text for answer in answers]
-                    for measure, predicted in predictions.items():
-                        correct = metric.correct(predicted, asked["answer"])
-                        result.values[measure][name] = list(map(float, correct))
-                        result.answers[measure][name] = list(map(metric.extract, predicted))
-        finally:
-            model.train(was_training)
+        with (
+            inference(model),
+            tqdm(total=sum(map(len, questions.values())), desc="Evaluating", unit="question") as progress,
+        ):
+            for name, asked in questions.items():
+                labels, metric = QUESTION_SETS[name].answers, ChoiceAccuracy(name)
+                answers = answer_questions(model, tokenizer, labels, asked, decoding, progress)
+                predictions = {LIKELIEST: [answer.choice for answer in answers]}
+                if decoding.generate:
+                    predictions[GENERATED] = result.texts[name] = [answer.text for answer in answers]
+                for measure, predicted in predictions.items():
+                    correct = metric.correct(predicted, asked["answer"])
+                    result.values[measure][name] = list(map(float, correct))
+                    result.answers[measure][name] = list(map(metric.extract, predicted))
         return result
 
 

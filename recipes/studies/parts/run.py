@@ -11,7 +11,6 @@ from statistics import mean
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,7 +20,7 @@ from transformers import (
 )
 
 from recipes.parts.collator import CompletionCollator
-from recipes.parts.model import DEFAULT_MODEL, resolve_model
+from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
 from recipes.parts.registry import load_task
 from recipes.parts.reporting import hardware, peak_memory_bytes, versions
@@ -205,9 +204,7 @@ def _measure(model: PreTrainedModel, run: Run, splits: Splits) -> dict:
 
 
 def _load(run: Run) -> PreTrainedModel:
-    # cuDNN's attention gives NaN for a query that attends to nothing, as those of padding on the left.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(DEFAULT_MODEL), dtype=getattr(torch, run.dtype))
+    model = load_model(resolve_model(DEFAULT_MODEL), run.dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
