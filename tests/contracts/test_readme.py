@@ -107,6 +107,13 @@ def test_the_gain_in_the_readme_is_that_of_the_committed_run():
     assert f"{generated} points for generated\nanswers, {likelihood} by likelihood" in README
 
 
+def test_the_loss_in_the_readme_is_that_of_the_committed_run():
+    report = (ROOT / "recipes/math/results/results.md").read_text(encoding="utf-8")
+    row = next(line for line in report.splitlines() if line.startswith("| **average**"))
+    untuned, tuned = re.findall(r"\*\*(\d\.\d{3})\*\*", row)
+    assert f"lowers the loss on unseen problems from {untuned}\nto {tuned} nats a token" in README
+
+
 def test_the_figures_of_a_step_are_those_of_the_committed_measurement():
     report = (ROOT / "recipes/benchmarks/results/step-smollm2-135m-fp32.md").read_text(encoding="utf-8")
     own = report.partition("## What SMT adds to the floor")[2].splitlines()[6:8]
