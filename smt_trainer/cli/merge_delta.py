@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 
 
 def add_parser(commands) -> None:
@@ -16,7 +18,12 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge the delta shard by shard; see `merge_checkpoint`."""
+    """Merge the delta shard by shard, with a line for each; see `merge_checkpoint`."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("smt_trainer").setLevel(logging.INFO)
+    # The threads of numpy's BLAS, which nothing here uses, take as long to start as numpy itself.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
     from smt_trainer.delta.merge import merge_checkpoint
 
     merge_checkpoint(arguments.base, arguments.delta, arguments.out, revision=arguments.revision)

@@ -7,6 +7,7 @@ nothing imports torch.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import threading
@@ -19,7 +20,9 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, new_folder
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 
-CHUNK = 2**26
+logger = logging.getLogger(__name__)
+
+CHUNK = 2**28
 
 
 def merge_checkpoint(
@@ -54,14 +57,13 @@ def merge_checkpoint(
             raise SMTError(f"{output} lies in {taken}; give a folder outside of base and delta.")
     checkpoint = Checkpoint.open(folder)
     with new_folder(output) as stage, _copying(checkpoint, stage) as copies:
-        from tqdm.auto import tqdm
-
         from smt_trainer.delta.patch import Patch
 
         patch = Patch.of(delta_folder, checkpoint)
-        for name, copy in tqdm(copies.items(), desc="Merging", unit="shard"):
+        for number, (name, copy) in enumerate(copies.items(), 1):
             copy.result()
             patch.write(stage / name)
+            logger.info("%s is merged (%d of %d).", name, number, len(copies))
         copy_others(checkpoint, delta_folder, stage, resized=patch.is_resized)
     return output
 
@@ -87,4 +89,4 @@ def _copy(source: Path, destination: Path, cancelled: threading.Event) -> None:
             while not cancelled.is_set() and os.copy_file_range(reader.fileno(), writer.fileno(), CHUNK):
                 pass
         except (AttributeError, OSError):
-            shutil.copyfileobj(reader, writer, CHUNK)
+            shutil.copyfileobj(reader, writer)

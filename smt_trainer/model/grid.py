@@ -135,7 +135,7 @@ class BlockGrid:
                 f"{tuple(block_indices[outside][0].tolist())} was asked for. The selection or delta is damaged or "
                 "belongs to another model."
             )
-        if len(np.unique(np.ravel_multi_index(tuple(block_indices.T), self.shape))) != len(block_indices):
+        if not np.diff(np.sort(np.ravel_multi_index(tuple(block_indices.T), self.shape))).all():
             raise SMTError(f"block_indices of `{module}` name a block twice. The selection or delta is damaged.")
 
 

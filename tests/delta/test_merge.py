@@ -372,7 +372,8 @@ assert main(sys.argv[1:]) == 0
 print(*{'torch', 'transformers', 'accelerate', 'huggingface_hub'} & set(sys.modules))"""
     command = [sys.executable, "-c", script, "merge", str(base), str(delta[0]), str(tmp_path / "merged")]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == ""
+    assert run.stdout.splitlines() == [f"merged checkpoint in {tmp_path / 'merged'}", ""]
+    assert run.stderr.splitlines() == [f"{SINGLE_FILE} is merged (1 of 1)."]
 
 
 # ---- tied weights ----
