@@ -161,7 +161,9 @@ def outcome(trainer: SMTTrainer) -> dict:
         "blocks": {
             name: full_tensor(linear.blocks)[linear.row_major_order()].float() for name, linear in linears.items()
         },
-        "block_indices": dict(trainer.smt_selection.block_indices),
+        "block_indices": {
+            name: torch.from_numpy(indices) for name, indices in trainer.smt_selection.block_indices.items()
+        },
         "weights": {name: tensor.clone().float() for name, tensor in plain_state_dict(trainer.model).items()},
         "losses": tiny.logged(trainer, "loss"),
         "eval_losses": tiny.logged(trainer, "eval_loss"),
