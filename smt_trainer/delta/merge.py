@@ -70,9 +70,9 @@ def merge_checkpoint(
 
 @contextlib.contextmanager
 def _copying(checkpoint: Checkpoint, stage: Path) -> Iterator[dict[str, Future]]:
-    """Copy the weights in the background, one file after the other; give up if the context ends in an exception."""
+    """Copy the weights in the background, two files at a time; give up if the context ends in an exception."""
     cancelled = threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="copy") as pool:
+    with ThreadPoolExecutor(2, thread_name_prefix="copy") as pool:
         try:
             yield {
                 name: pool.submit(_copy, checkpoint.folder / name, stage / name, cancelled) for name in checkpoint.files
