@@ -76,7 +76,7 @@ ANATOMY = Study(
             "half MLP, half q/k/v",
             fields={
                 "target_modules": ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
-                "budget": {"self_attn": SMALL / 2, "mlp": SMALL / 2},
+                "budget": {"qkv": SMALL / 2, "mlp": SMALL / 2},
             },
         ),
     ),

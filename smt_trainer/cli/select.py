@@ -63,6 +63,7 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
 
     records = load_records(arguments.data)
 
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
     from smt_trainer.training.trainer import SMTTrainer
@@ -82,6 +83,8 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
         report_to=[],
         save_strategy="no",
     )
+    # On an H200, cuDNN's attention made every gradient NaN where padding on the left is masked.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     collate = functools.partial(pad, takes=inspect.signature(model.forward).parameters)
     return SMTTrainer(model, training, collate, examples, smt_config=config).select()
 
