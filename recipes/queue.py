@@ -21,6 +21,7 @@ import torch
 from recipes.studies.catalogue import STUDIES
 from recipes.studies.parts.run import Run, perform
 from recipes.studies.parts.store import Store
+from recipes.studies.parts.study import Study
 
 logger = logging.getLogger("recipes.queue")
 
@@ -35,12 +36,12 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     studies = [STUDIES[name] for name in arguments.studies]
     store = Store(arguments.results)
-    queue = Queue(store, arguments.processes, arguments.threads)
-    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     if arguments.list:
         for run in missing(studies, store):
             logger.info("%s", describe(run))
         return 0
+    queue = Queue(store, arguments.processes, arguments.threads)
+    deadline = None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes
     queue.work(studies, deadline)
     return 1 if queue.failed else 0
 
@@ -62,7 +63,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def missing(studies, store: Store) -> dict[Run, None]:
+def missing(studies: Sequence[Study], store: Store) -> dict[Run, None]:
     """Return the runs that are still to do, each once, in the order of the studies."""
     return dict.fromkeys(run for study in studies for run in study.missing(store))
 
@@ -78,7 +79,7 @@ class Queue:
         self.store, self.processes, self.threads = store, processes, threads
         self.failed: Counter[Run] = Counter()
 
-    def work(self, studies, deadline: float | None) -> None:
+    def work(self, studies: Sequence[Study], deadline: float | None) -> None:
         """Make what is missing, in order, until `deadline` on the monotonic clock."""
         running: dict[Future, Run] = {}
         pool = self._pool()

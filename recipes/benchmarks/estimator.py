@@ -10,10 +10,10 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from recipes.benchmarks.parts.markdown import mib, percent, table
 from recipes.benchmarks.parts.methods import FULL, SMT
 from recipes.benchmarks.parts.models import Shape
 from recipes.benchmarks.parts.setting import DTYPES
+from recipes.parts.markdown import mib, percent, table
 from recipes.parts.reporting import command
 from smt_trainer import SMTConfig
 from smt_trainer.estimation.estimate import estimate

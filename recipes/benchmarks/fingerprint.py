@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.parts.markdown import provenance, table
 from recipes.parts.reporting import command, hardware, versions
 from smt_trainer.sparse.fingerprint import RUN, RUNS, Fingerprint
 
@@ -111,12 +111,7 @@ def markdown(results: dict) -> str:
                     for row in results["cases"]
                 ],
             ),
-            table(
-                "|",
-                [
-                    *provenance(results),
-                ],
-            ),
+            table("|", provenance(results)),
         ]
     )
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.readers import FORGED, REFUSED, SAME, attack, make_readers
+from recipes.parts.markdown import provenance, table
 from recipes.parts.reporting import command, hardware, versions
 
 PACKAGES = ("torch", "safetensors", "numpy", "smt_trainer")

@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.hooks import SCORES, measure_warmup
-from recipes.benchmarks.parts.markdown import provenance, table
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.benchmarks.parts.selection import measure_selection
+from recipes.parts.markdown import provenance, table
 from recipes.parts.reporting import command, hardware, versions
 
 PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")

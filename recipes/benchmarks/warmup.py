@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from recipes.benchmarks.parts import scoring, training
-from recipes.benchmarks.parts.markdown import circumstances, mib, spread, table
 from recipes.benchmarks.parts.memory import peaks
 from recipes.benchmarks.parts.methods import FLOOR, SMT, Variant
 from recipes.benchmarks.parts.models import MODELS
@@ -21,6 +20,7 @@ from recipes.benchmarks.parts.scoring import Scoring
 from recipes.benchmarks.parts.setting import Setting
 from recipes.benchmarks.parts.timing import ratios, seconds, time_rounds
 from recipes.benchmarks.parts.training import Training, copy_for
+from recipes.parts.markdown import circumstances, mib, spread, table
 from smt_trainer import SMTConfig
 from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.scores import SCORERS

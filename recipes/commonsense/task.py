@@ -1,7 +1,6 @@
 """The task of the SMT paper's main experiment: eight sets of questions that offer their answers."""
 
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.commonsense.parts.answering import answer_questions
@@ -9,7 +8,7 @@ from recipes.commonsense.parts.data import load_splits
 from recipes.commonsense.parts.metric import ChoiceAccuracy
 from recipes.commonsense.parts.question_sets import QUESTION_SETS
 from recipes.parts.evaluation import Evaluation
-from recipes.parts.inference import inference
+from recipes.parts.inference import evaluating
 from recipes.parts.task import Decoding, Splits
 
 GENERATED = "accuracy"
@@ -40,10 +39,7 @@ class Commonsense:
         """Measure `model` on the questions of each set. Without generation only by likelihood."""
         measures = self.measures if decoding.generate else [LIKELIEST]
         result = Evaluation({measure: {} for measure in measures}, {}, {measure: {} for measure in measures})
-        with (
-            inference(model),
-            tqdm(total=sum(map(len, questions.values())), desc="Evaluating", unit="question") as progress,
-        ):
+        with evaluating(model, sum(map(len, questions.values()))) as progress:
             for name, asked in questions.items():
                 labels, metric = QUESTION_SETS[name].answers, ChoiceAccuracy(name)
                 answers = answer_questions(model, tokenizer, labels, asked, decoding, progress)

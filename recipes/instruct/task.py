@@ -7,12 +7,11 @@ tasks, for which `lm-evaluation-harness` reads the merged checkpoint.
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.parts.completion_loss import completion_losses
 from recipes.parts.evaluation import Evaluation
-from recipes.parts.inference import inference
+from recipes.parts.inference import evaluating
 from recipes.parts.records import Record, cut, cut_validation, read_records, with_fields, without
 from recipes.parts.task import Decoding, Splits
 
@@ -53,11 +52,7 @@ class Instruct:
             )
         distinct = without({HELD_OUT: train}, {HELD_OUT: test}, "test")
         rest, held_out = cut_validation(distinct, validation, seed)
-        return Splits(
-            train=Dataset.from_list(rest[HELD_OUT]),
-            validation={name: Dataset.from_list(chosen) for name, chosen in held_out.items()},
-            test={HELD_OUT: Dataset.from_list(test)},
-        )
+        return Splits.of(rest[HELD_OUT], held_out, {HELD_OUT: test})
 
     def evaluate(
         self,
@@ -68,10 +63,7 @@ class Instruct:
     ) -> Evaluation:
         """Measure the loss of `model` on the responses of each set. Nothing is generated."""
         losses = {}
-        with (
-            inference(model),
-            tqdm(total=sum(map(len, questions.values())), desc="Evaluating", unit="question") as progress,
-        ):
+        with evaluating(model, sum(map(len, questions.values()))) as progress:
             for name, asked in questions.items():
                 losses[name] = completion_losses(model, tokenizer, asked, decoding.batch_tokens, progress)
         return Evaluation({LOSS: losses}, texts={})

@@ -1,7 +1,6 @@
 """The math task: worked solutions of word problems, measured by their final answers and by their loss."""
 
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.math.parts.files import file_splits
@@ -10,7 +9,7 @@ from recipes.math.parts.symbolic import NEW_NUMBERS, NEW_TEMPLATES, symbolic_spl
 from recipes.parts.completion_loss import completion_losses
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.generation import generate_texts
-from recipes.parts.inference import inference
+from recipes.parts.inference import evaluating
 from recipes.parts.task import Decoding, Splits
 
 ACCURACY, LOSS = "accuracy", "loss"
@@ -43,10 +42,7 @@ class Math:
         """Measure `model` on the questions of each set. Without generation only by the loss."""
         accuracies, losses, texts = {}, {}, {}
         passes = 1 + decoding.generate
-        with (
-            inference(model),
-            tqdm(total=passes * sum(map(len, questions.values())), desc="Evaluating", unit="question") as progress,
-        ):
+        with evaluating(model, passes * sum(map(len, questions.values()))) as progress:
             for name, asked in questions.items():
                 losses[name] = completion_losses(model, tokenizer, asked, decoding.batch_tokens, progress)
                 if decoding.generate:

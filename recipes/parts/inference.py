@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel
 
 
@@ -17,6 +18,13 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel, number: int) -> Iterator[tqdm]:
+    """Put `model` in evaluation mode as `inference` does, and show the progress over `number` questions."""
+    with inference(model), tqdm(total=number, desc="Evaluating", unit="question") as progress:
+        yield progress
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

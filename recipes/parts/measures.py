@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from recipes.parts import markdown
 from recipes.parts.evaluation import Evaluation, paired_gain
 
 
@@ -32,13 +33,10 @@ def table(evaluations: Mapping[str, Evaluation]) -> str:
     some = next(iter(evaluations.values()))
     sizes = {name: len(values) for name, values in next(iter(some.values.values())).items()}
     columns = [(label, measure) for measure in some.values for label in evaluations]
-    lines = [
-        ["set", "questions", *(f"{label}, {measure}" for label, measure in columns)],
-        ["---", *["---:"] * (1 + len(columns))],
-    ]
+    rows = []
     for name, size in sizes.items():
         means = (value_text(measure, evaluations[label].means(measure)[name]) for label, measure in columns)
-        lines.append([name, f"{size:,}", *means])
+        rows.append([name, f"{size:,}", *means])
     averages = (value_text(measure, evaluations[label].average(measure)) for label, measure in columns)
-    lines.append(["**average**", "", *(f"**{average}**" for average in averages)])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows.append(["**average**", "", *(f"**{average}**" for average in averages)])
+    return markdown.table("|".join(["set", "questions", *(f"{label}, {measure}" for label, measure in columns)]), rows)

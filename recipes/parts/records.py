@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.parts.task import FIELDS
+from recipes.parts.task import FIELDS, Record
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, str]
 # Question set or file -> its records.
 RecordsByName = dict[str, list[Record]]
 

@@ -8,6 +8,8 @@ from tqdm import tqdm
 from recipes.parts.constant import constant_answers
 from recipes.parts.evaluation import Evaluation, paired_gain
 from recipes.parts.json_file import write_json
+from recipes.parts.markdown import provenance
+from recipes.parts.markdown import table as markdown_table
 from recipes.parts.measures import gain_text, is_loss, table
 from recipes.parts.reporting import command, hardware, versions, without_folder
 from recipes.parts.task import Task
@@ -94,7 +96,6 @@ def markdown(run: Run) -> str:
     evaluations = {"untuned": run.before, "tuned": run.after}
     measures = list(run.after.values)
     questions = sum(map(len, run.after.values[measures[0]].values()))
-    step = results["seconds_per_step"]
     lines = [
         f"# {results['model']} on the {run.task.name} task\n",
         f"Measured on {questions:,} {run.evaluated_on} questions.\n",
@@ -104,24 +105,24 @@ def markdown(run: Run) -> str:
         ),
         "",
         table(evaluations),
-        "",
         *(f"Warning: {line}.\n" for line in constant_answers(evaluations)),
         f"Gain: {', '.join(gain_text(measure, run.before, run.after) for measure in measures)} "
         "(paired 95 % interval).\n",
-        "| | |",
-        "|---|---|",
-        f"| weights | {results['dtype']} |",
-        f"| trained | {results['selection']} |",
-        f"| trainable | {100 * results['trainable_fraction']:.3f} % of all parameters |",
-        f"| steps | {results['steps']}, {'none timed' if step is None else f'{step:.2f} s each (median)'} |",
-        f"| whole run | {results['total_seconds'] / 60:.1f} min |",
-        f"| peak memory | {results['peak_memory_bytes'] / 2**30:.2f} GiB |",
-        f"| delta | {results['delta_bytes'] / 2**20:.2f} MiB |",
-        f"| merged checkpoint equal to the trained model | {'yes' if results['merged_equal'] else 'NO'} |",
-        f"| hardware | {results['hardware']} |",
-        f"| versions | {', '.join(f'{name} {number}' for name, number in results['versions'].items())} |",
-        f"| seed | {results['seed']} |",
-        f"| command | `{results['command']}` |",
-        "",
+        markdown_table("|", [*_costs(results), *provenance(results)]),
     ]
     return "\n".join(lines)
+
+
+def _costs(results: dict) -> list[list[str]]:
+    """Return rows of what was trained and what it took."""
+    step = results["seconds_per_step"]
+    return [
+        ["weights", results["dtype"]],
+        ["trained", results["selection"]],
+        ["trainable", f"{100 * results['trainable_fraction']:.3f} % of all parameters"],
+        ["steps", f"{results['steps']}, {'none timed' if step is None else f'{step:.2f} s each (median)'}"],
+        ["whole run", f"{results['total_seconds'] / 60:.1f} min"],
+        ["peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB"],
+        ["delta", f"{results['delta_bytes'] / 2**20:.2f} MiB"],
+        ["merged checkpoint equal to the trained model", "yes" if results["merged_equal"] else "NO"],
+    ]

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.parts.evaluation import Evaluation
 
+Record = dict[str, str]
 FIELDS = ("instruction", "input", "output", "answer")
 
 
@@ -24,6 +25,12 @@ class Splits:
     train: Dataset
     validation: dict[str, Dataset]
     test: dict[str, Dataset]
+
+    @classmethod
+    def of(cls, train: list[Record], validation: dict[str, list[Record]], test: dict[str, list[Record]]) -> "Splits":
+        """Make the splits of lists of records."""
+        held_out = ({name: Dataset.from_list(each) for name, each in sets.items()} for sets in (validation, test))
+        return cls(Dataset.from_list(train), *held_out)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recipes.benchmarks.parts.markdown import percent
 from recipes.benchmarks.parts.methods import SMT
+from recipes.parts.markdown import percent
 
 COLOURS = ("#4361ee", "#b5179e", "#4cc9f0", "#f72585")
 NEUTRAL = "#8d99ae"

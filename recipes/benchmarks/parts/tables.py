@@ -1,6 +1,6 @@
 """The report of a training step, in Markdown."""
 
-from recipes.benchmarks.parts.markdown import circumstances, mib, percent, spread, table
+from recipes.parts.markdown import circumstances, mib, percent, spread, table
 
 
 def markdown(results: dict, chart: str) -> str:

@@ -5,8 +5,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from datasets import Dataset
-
 from recipes.commonsense.parts.question_sets import QUESTION_SETS, set_of
 from recipes.commonsense.parts.rebuild import rebuilt_split
 from recipes.parts.records import Record, RecordsByName, cut_validation, read_records, without
@@ -35,11 +33,7 @@ def load_splits(source: str | None, validation: int, seed: int) -> Splits:
     """
     train, test = _read_source(source)
     train, held_out = cut_validation(without(train, test, "test"), validation, seed)
-    return Splits(
-        train=Dataset.from_list([record for records in train.values() for record in records]),
-        validation={name: Dataset.from_list(records) for name, records in held_out.items()},
-        test={name: Dataset.from_list(records) for name, records in test.items()},
-    )
+    return Splits.of([record for records in train.values() for record in records], held_out, test)
 
 
 def _read_source(source: str | None) -> tuple[RecordsByName, RecordsByName]:

@@ -3,8 +3,6 @@
 import logging
 from pathlib import Path
 
-from datasets import Dataset
-
 from recipes.math.parts.metric import is_answer
 from recipes.parts.records import RecordsByName, cut_validation, read_records, without
 from recipes.parts.task import Splits
@@ -38,11 +36,7 @@ def file_splits(source: str, validation: int, seed: int) -> Splits:
     train, held_out = cut_validation(without(train, test, "test"), validation, seed)
     _check_answers(test)
     _check_answers(held_out)
-    return Splits(
-        train=Dataset.from_list([record for records in train.values() for record in records]),
-        validation={name: Dataset.from_list(records) for name, records in held_out.items()},
-        test={name: Dataset.from_list(records) for name, records in test.items()},
-    )
+    return Splits.of([record for records in train.values() for record in records], held_out, test)
 
 
 def _read_source(source: Path) -> tuple[RecordsByName, RecordsByName]:

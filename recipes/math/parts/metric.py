@@ -1,10 +1,9 @@
 """Accuracy of generated solutions, by the number or letter that they end in."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import datasets
-import evaluate
+from recipes.parts.accuracy import Accuracy
 
 _DESCRIPTION = """Share of generations whose final answer is the gold one.
 
@@ -22,35 +21,19 @@ STATED_LETTER = re.compile(r"(?i:answer\s+is)\s*:?\s*\(?([A-E])\b")
 LONE_LETTER = re.compile(r"\b([A-E])\b")
 
 
-class SolutionAccuracy(evaluate.Metric):
-    """Accuracy by the rule `config_name`, "strict" or "flexible".
+class SolutionAccuracy(Accuracy):
+    """Accuracy by the rule `config_name`, "strict" or "flexible"."""
 
-    `compute(predictions=texts, references=answers)` returns {"accuracy": share in [0, 1]}.
-    """
+    description = _DESCRIPTION
 
     def __init__(self, config_name: str):
         if config_name not in NUMBER_RULES:
             raise ValueError(f"Expected a rule among {', '.join(NUMBER_RULES)}; got {config_name!r}.")
-        # Each rank computes its metric alone, so there is no cache file to gather from.
-        super().__init__(config_name=config_name, keep_in_memory=True)
+        super().__init__(config_name)
         self._final_number = NUMBER_RULES[config_name]
 
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            features=datasets.Features(predictions=datasets.Value("string"), references=datasets.Value("string")),
-        )
-
-    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        correct = self.correct(predictions, references)
-        return {"accuracy": sum(correct) / len(correct)}
-
-    def correct(self, predictions: Sequence[str], references: Sequence[str]) -> list[bool]:
-        """Tell for each question whether its generation ends in the gold answer, a number or a letter A to E."""
-        return [self._equal(*pair) for pair in zip(predictions, references, strict=True)]
-
-    def _equal(self, text: str, gold: str) -> bool:
+    def is_right(self, text: str, gold: str) -> bool:
+        """Tell whether a generation ends in the gold answer, a number or a letter A to E."""
         if gold in LETTERS:
             return letter(text) == gold
         number = self._final_number(text.replace(",", ""))

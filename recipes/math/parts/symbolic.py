@@ -12,8 +12,6 @@ import random
 import re
 from typing import Any
 
-from datasets import Dataset
-
 from recipes.math.parts.generators import Generator, generators
 from recipes.parts.records import Record, cut
 from recipes.parts.task import Splits
@@ -62,11 +60,7 @@ def symbolic_splits(validation: int, seed: int) -> Splits:
     if validation:
         held_out[NEW_NUMBERS], train = cut(train, validation, seed)
         held_out[NEW_TEMPLATES], _ = cut(pools["validation"], validation, seed)
-    return Splits(
-        train=Dataset.from_list(train),
-        validation={name: Dataset.from_list(records) for name, records in held_out.items()},
-        test={name: Dataset.from_list(records) for name, records in test.items()},
-    )
+    return Splits.of(train, held_out, test)
 
 
 def draw(generate: Generator, number: int) -> list[Record]:

@@ -6,7 +6,8 @@ from statistics import mean
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recipes.studies.parts.study import PROTOCOLS, Arm, Study
+from recipes.studies.parts.protocol import PROTOCOLS
+from recipes.studies.parts.study import Arm, Study
 
 COLOUR, NEUTRAL = "#4361ee", "#8d99ae"
 

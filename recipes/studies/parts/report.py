@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 
+from recipes.parts.markdown import table
 from recipes.parts.reporting import command
 from recipes.studies.parts.charts import draw
 from recipes.studies.parts.comparison import difference
+from recipes.studies.parts.protocol import PROTOCOLS
 from recipes.studies.parts.store import Store
-from recipes.studies.parts.study import PROTOCOLS, Arm, Study
+from recipes.studies.parts.study import Arm, Study
 from smt_trainer.files import write_text
 
 
@@ -38,9 +40,9 @@ def markdown(study: Study, results: dict[Arm, list[dict]], store: Store) -> str:
         lines.append(f"Not finished: at least {missing} runs are missing (`python -m recipes.queue {study.name}`).\n")
     done = {arm: found for arm, found in results.items() if found}
     if done:
-        lines += [f"![{study.name}]({study.name}.png)\n", *_outcomes(done), ""]
-    lines += [*_tuning(study, store), "", *_circumstances(list(done.values()), store)]
-    return "\n".join(lines) + "\n"
+        lines += [f"![{study.name}]({study.name}.png)\n", *_outcomes(done)]
+    lines += [*_tuning(study, store), _circumstances([one for found in done.values() for one in found], store)]
+    return "\n".join(lines)
 
 
 def columns(result: dict) -> list[tuple[str, str]]:
@@ -49,36 +51,35 @@ def columns(result: dict) -> list[tuple[str, str]]:
 
 
 def _protocol(study: Study) -> str:
-    steps, batch, measure, sets = PROTOCOLS[study.task]
-    judged = " and ".join(sets) or "all sets"
+    protocol = PROTOCOLS[study.task]
+    judged = " and ".join(protocol.sets) or "all sets"
+    steps = "steps" if any(arm.records for arm in study.arms) else f"{protocol.steps} steps"
     return (
-        f"Task `{study.task}`, SmolLM2-135M-Instruct: {steps} steps of {batch} records, linear decay, AdamW without "
+        f"Task `{study.task}`, SmolLM2-135M-Instruct: {steps} of {protocol.batch} records, linear decay, AdamW without "
         f"weight decay, the same records in the same order for all arms of a seed. Rates are tuned on validation "
-        f"questions ({measure} on {judged}) with a seed of their own.\n"
+        f"questions ({protocol.measure} on {judged}) with a seed of their own.\n"
     )
 
 
 def _outcomes(done: dict[Arm, list[dict]]) -> Iterator[str]:
     wanted = columns(next(iter(done.values()))[0])
+    headings = [f"{measure}: {name}" for measure, name in wanted]
     yield "Means over seeds ± standard deviation. Accuracies in %, losses in nats per token.\n"
-    yield "| arm | trained | rate | seeds | " + " | ".join(f"{measure}: {name}" for measure, name in wanted) + " |"
-    yield "|---|---:|---:|---:|" + "---:|" * len(wanted)
+    rows = []
     for arm, found in done.items():
         trained, rate = found[0].get("trained_parameters"), found[0]["run"]["rate"]
-        cells = [_cell(measure, name, found) for measure, name in wanted]
         facts = [arm.label, f"{trained:,}" if trained else "", f"{rate:g}" if rate else "", str(len(found))]
-        yield "| " + " | ".join([*facts, *cells]) + " |"
-    trained_arms = [arm for arm in done if arm.method != "none"]
-    if len(trained_arms) < 2:
-        return
-    first, *others = trained_arms
-    yield f"\nAgainst {first.label} (paired by question and seed, ± 95 % interval):\n"
-    yield "| arm | " + " | ".join(f"{measure}: {name}" for measure, name in wanted) + " |"
-    yield "|---|" + "---:|" * len(wanted)
-    for arm in others:
-        seeds = min(len(done[first]), len(done[arm]))
-        cells = [_difference(measure, name, done[first][:seeds], done[arm][:seeds]) for measure, name in wanted]
-        yield "| " + " | ".join([arm.label, *cells]) + " |"
+        rows.append([*facts, *(_cell(measure, name, found) for measure, name in wanted)])
+    yield table("|".join(["arm", "trained", "rate", "seeds", *headings]), rows)
+    first, *others = [arm for arm in done if arm.method != "none"] or [None]
+    if others:
+        yield f"Against {first.label} (paired by question and seed, ± 95 % interval):\n"
+        yield table("|".join(["arm", *headings]), [_against(done[first], arm, done[arm], wanted) for arm in others])
+
+
+def _against(first: list[dict], arm: Arm, found: list[dict], wanted: list[tuple[str, str]]) -> list[str]:
+    seeds = min(len(first), len(found))
+    return [arm.label, *(_difference(measure, name, first[:seeds], found[:seeds]) for measure, name in wanted)]
 
 
 def is_share(measure: str, name: str) -> bool:
@@ -102,8 +103,7 @@ def _difference(measure: str, name: str, first: list[dict], second: list[dict]) 
 
 def _tuning(study: Study, store: Store) -> Iterator[str]:
     yield "## Tuning\n"
-    yield "| arm | rate | what tuning minimises, by rate |"
-    yield "|---|---:|---|"
+    rows = []
     for arm in study.arms:
         if arm.method == "none":
             continue
@@ -111,21 +111,19 @@ def _tuning(study: Study, store: Store) -> Iterator[str]:
         rate = "not known yet" if found.rate is None else f"{found.rate:g}"
         if found.at_edge:
             rate += ", at the edge"
-        if arm.rate_of is not None:
-            yield f"| {arm.label} | {rate} | as {arm.rate_of.label} |"
-        else:
-            losses = ", ".join(f"{each:g}: {loss:.3f}" for each, loss in found.losses.items())
-            yield f"| {arm.label} | {rate} | {losses} |"
+        tried = ", ".join(f"{each:g}: {loss:.3f}" for each, loss in found.losses.items())
+        rows.append([arm.label, rate, f"as {arm.rate_of.label}" if arm.rate_of else tried])
+    yield table("arm|rate|what tuning minimises, by rate", rows)
 
 
-def _circumstances(groups: list[list[dict]], store: Store) -> Iterator[str]:
-    results = [result for group in groups for result in group]
-    yield "| | |"
-    yield "|---|---|"
+def _circumstances(results: list[dict], store: Store) -> str:
+    rows = []
     if results:
-        yield f"| hardware | {', '.join(sorted({result['hardware'] for result in results}))} |"
-        versions = sorted({", ".join(f"{k} {v}" for k, v in result["versions"].items()) for result in results})
-        yield f"| versions | {'; '.join(versions)} |"
-        yield f"| time of the final runs | {sum(result['seconds'] for result in results) / 3600:.2f} h |"
-    yield f"| runs | [{store.path.name}]({store.path.name}) |"
-    yield f"| command | `{command('recipes.studies')}` |"
+        versions = {", ".join(f"{name} {number}" for name, number in one["versions"].items()) for one in results}
+        rows += [
+            ["hardware", ", ".join(sorted({result["hardware"] for result in results}))],
+            ["versions", "; ".join(sorted(versions))],
+            ["time of the final runs", f"{sum(result['seconds'] for result in results) / 3600:.2f} h"],
+        ]
+    rows += [["runs", f"[{store.path.name}]({store.path.name})"], ["command", f"`{command('recipes.studies')}`"]]
+    return table("|", rows)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import tempfile
 import time
@@ -23,20 +24,21 @@ from recipes.parts.collator import CompletionCollator
 from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
 from recipes.parts.registry import load_task
-from recipes.parts.reporting import hardware, peak_memory_bytes, versions
+from recipes.parts.reporting import hardware, versions
 from recipes.parts.task import Decoding, Splits
 from recipes.studies.parts.general import forgetting
 from recipes.studies.parts.methods import COMMON, METHODS
+from recipes.studies.parts.protocol import PROTOCOLS
 from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
 
 LONGEST = 512
 """Most tokens of a training sequence."""
 MOST_NEW_TOKENS = 224
+"""Longest generated solution."""
 BATCH_TOKENS = 65536 if torch.cuda.is_available() else 8192
-VALIDATION_QUESTIONS = {"math": 100, "commonsense": 50}
-TEST_QUESTIONS = {"math": 200, "commonsense": 250}
-"""Task -> questions of each set."""
+"""Most prompt tokens in a batch of questions."""
 FULL_WARM_UP_RATE = 3e-5
+"""Learning rate of the steps that train all weights first."""
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
 """Packages whose versions a result names."""
@@ -72,29 +74,25 @@ class Run:
     selected_on: str | None = None
     dtype: str = "float32"
 
-    @property
-    def key(self) -> str:
-        """Return the run as canonical JSON: two runs are the same if their keys are."""
-        return json.dumps(asdict(self), sort_keys=True)
-
 
 def perform(run: Run) -> dict:
     """Train and measure. Return a result of JSON types, which names the run, its measures and circumstances."""
     started = time.perf_counter()
+    # Trainers are reference cycles: the model of the run before may still be in memory.
+    gc.collect()
     torch.manual_seed(run.seed)
     # TF32 on a GPU, float32 on a processor.
     torch.set_float32_matmul_precision("high")
-    splits = _splits(run.task)
     model = _load(run)
     result: dict = {"run": asdict(run)}
     if run.method != "none":
         with tempfile.TemporaryDirectory() as folder:
             model, facts = _train(model, run, folder)
             result |= facts
-    result |= _measure(model, run, splits)
-    return result | {
+    return {
+        **result,
+        **_measure(model, run),
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_mib": round(peak_memory_bytes() / 2**20),
         "hardware": hardware(),
         "versions": versions(PACKAGES),
     }
@@ -103,8 +101,6 @@ def perform(run: Run) -> dict:
 def _train(model: PreTrainedModel, run: Run, folder: str) -> tuple[PreTrainedModel, dict]:
     """Return the trained model, plain, and what there is to say about the training."""
     fields = json.loads(run.fields)
-    arguments = _arguments(run, folder)
-    records = _records(run.task, run.seed, run.steps * run.batch)
     if run.selected_on:
         fields["selection"] = _select(model, run, folder)
     if run.method == "full-warm-up":
@@ -114,9 +110,9 @@ def _train(model: PreTrainedModel, run: Run, folder: str) -> tuple[PreTrainedMod
         run.budget,
         run.seed,
         fields,
-        args=arguments,
-        train_dataset=records,
-        data_collator=CompletionCollator(pad_token(_tokenizer())),
+        args=_arguments(run, folder),
+        train_dataset=_records(run.task, run.seed, run.steps * run.batch),
+        data_collator=_collator(),
         processing_class=_tokenizer(),
     )
     trainer.remove_callback(PrinterCallback)
@@ -167,7 +163,7 @@ def _train_all(model: PreTrainedModel, run: Run, folder: str) -> None:
         model,
         arguments,
         train_dataset=_records(run.task, run.seed, steps * run.batch),
-        data_collator=CompletionCollator(pad_token(_tokenizer())),
+        data_collator=_collator(),
     ).train()
 
 
@@ -179,22 +175,22 @@ def _select(model: PreTrainedModel, run: Run, folder: str) -> BlockSelection:
         model,
         _arguments(run, folder),
         train_dataset=_records(task, int(seed), steps * run.batch),
-        data_collator=CompletionCollator(pad_token(_tokenizer())),
+        data_collator=_collator(),
         smt_config=SMTConfig(**COMMON, budget=run.budget),
     )
     return trainer.select()
 
 
-def _measure(model: PreTrainedModel, run: Run, splits: Splits) -> dict:
+def _measure(model: PreTrainedModel, run: Run) -> dict:
     """Return the means of all measures, and for a test also the value of each question."""
     task, tokenizer = load_task(run.task), _tokenizer()
     test = run.split == "test"
-    decoding = Decoding(generate=test and run.task == "math", max_new_tokens=MOST_NEW_TOKENS, batch_tokens=BATCH_TOKENS)
-    values = task.evaluate(model, tokenizer, getattr(splits, run.split), decoding).values
+    generate = test and PROTOCOLS[run.task].generate
+    decoding = Decoding(generate=generate, max_new_tokens=MOST_NEW_TOKENS, batch_tokens=BATCH_TOKENS)
+    values = task.evaluate(model, tokenizer, getattr(_splits(run.task), run.split), decoding).values
     result: dict = {}
     if test:
-        general = forgetting(model, tokenizer)
-        values = values | {"forgetting": general}
+        values = values | {"forgetting": forgetting(model, tokenizer)}
         result["values"] = {
             measure: {name: [round(value, 3) for value in each] for name, each in sets.items()}
             for measure, sets in values.items()
@@ -213,12 +209,16 @@ def _tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(resolve_model(DEFAULT_MODEL))
 
 
+def _collator() -> CompletionCollator:
+    return CompletionCollator(pad_token(_tokenizer()))
+
+
 @functools.cache
 def _splits(task: str) -> Splits:
-    splits = load_task(task).load(None, VALIDATION_QUESTIONS[task], seed=0)
+    protocol = PROTOCOLS[task]
+    splits = load_task(task).load(None, protocol.validation, seed=0)
     test = {
-        name: questions.select(range(min(TEST_QUESTIONS[task], len(questions))))
-        for name, questions in splits.test.items()
+        name: questions.select(range(min(protocol.test, len(questions)))) for name, questions in splits.test.items()
     }
     return dataclasses.replace(splits, test=test)
 

@@ -15,16 +15,16 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._results: dict[str, dict] = {}
+        self._results: dict[Run, dict] = {}
         if path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 self._remember(json.loads(line))
 
     def __contains__(self, run: Run) -> bool:
-        return run.key in self._results
+        return run in self._results
 
     def __getitem__(self, run: Run) -> dict:
-        return self._results[run.key]
+        return self._results[run]
 
     def __len__(self) -> int:
         return len(self._results)
@@ -37,4 +37,4 @@ class Store:
         self._remember(result)
 
     def _remember(self, result: dict) -> None:
-        self._results[Run(**result["run"]).key] = result
+        self._results[Run(**result["run"])] = result

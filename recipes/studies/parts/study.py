@@ -1,48 +1,16 @@
 """A study: a question, and the arms whose runs answer it."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from statistics import mean
-from typing import NamedTuple
 
+from recipes.studies.parts.protocol import PROTOCOLS
 from recipes.studies.parts.run import Run
 from recipes.studies.parts.store import Store
 from recipes.studies.parts.tuning import Tuning, tune
 
 TUNING_SEED = 0
 SEEDS = (1, 2, 3)
-
-
-class Protocol(NamedTuple):
-    """How every run of a task is trained, and judged in tuning.
-
-    Attributes:
-        steps: optimizer steps.
-        batch: records in a step.
-        measure: what tuning minimises, or for an accuracy maximises.
-        sets: the validation sets that count, those with questions like the training records; all if empty.
-    """
-
-    steps: int
-    batch: int
-    measure: str
-    sets: tuple[str, ...] = ()
-
-    def objective(self, result: dict) -> float:
-        """Return what tuning minimises: the mean over the sets that count; infinity if training diverged."""
-        means = result["means"][self.measure]
-        value = mean(means[name] for name in self.sets or means)
-        if math.isnan(value):
-            return math.inf
-        return -value if self.measure.startswith("accuracy") else value
-
-
-PROTOCOLS = {
-    "math": Protocol(steps=100, batch=8, measure="loss", sets=("new numbers",)),
-    "commonsense": Protocol(steps=1000, batch=32, measure="accuracy by likelihood"),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +39,8 @@ class Arm:
 
     def run(self, task: str, rate: float, seed: int, split: str) -> Run:
         """Return one run of this arm."""
-        steps, batch, *_ = PROTOCOLS[task]
-        if self.records is not None:
-            steps = self.records // batch
+        protocol = PROTOCOLS[task]
+        batch, steps = protocol.batch, self.records // protocol.batch if self.records else protocol.steps
         fields = json.dumps(self.fields, sort_keys=True)
         return Run(
             task, self.method, self.budget, rate, seed, split, steps, batch, fields, self.selected_on, self.dtype

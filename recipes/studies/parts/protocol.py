@@ -1,0 +1,42 @@
+"""How the runs of a task are trained, measured and judged: the same for every method."""
+
+import math
+from statistics import mean
+from typing import NamedTuple
+
+
+class Protocol(NamedTuple):
+    """The protocol of one task.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: records in a step.
+        measure: what tuning minimises, or for an accuracy maximises.
+        validation: validation questions of each set.
+        test: most test questions of each set.
+        generate: whether a test generates answers.
+        sets: the validation sets that tuning counts, those with questions like the training records; all if empty.
+    """
+
+    steps: int
+    batch: int
+    measure: str
+    validation: int
+    test: int
+    generate: bool
+    sets: tuple[str, ...] = ()
+
+    def objective(self, result: dict) -> float:
+        """Return what tuning minimises: the mean over the sets that count; infinity if training diverged."""
+        means = result["means"][self.measure]
+        value = mean(means[name] for name in self.sets or means)
+        if math.isnan(value):
+            return math.inf
+        return -value if self.measure.startswith("accuracy") else value
+
+
+PROTOCOLS = {
+    "math": Protocol(100, 8, "loss", validation=100, test=200, generate=True, sets=("new numbers",)),
+    "commonsense": Protocol(1000, 32, "accuracy by likelihood", validation=50, test=250, generate=False),
+}
+"""Task -> protocol."""
