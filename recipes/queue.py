@@ -127,7 +127,7 @@ def describe(run: Run) -> str:
     """Return a run in one line."""
     budget = "" if run.budget is None else f" {100 * run.budget:g} %"
     more = "".join(
-        f" {each}" for each in (run.fields, run.selected_on, run.dtype) if each not in ("{}", None, "float32")
+        f" {each}" for each in (run.fields, run.selected_on, run.dtype) if each not in ("{}", None, "bfloat16")
     )
     return f"{run.task} {run.method}{budget}{more}, rate {run.rate:g}, seed {run.seed}, {run.split}"
 

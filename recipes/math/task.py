@@ -6,13 +6,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipes.math.parts.files import file_splits
 from recipes.math.parts.metric import SolutionAccuracy
 from recipes.math.parts.symbolic import NEW_NUMBERS, NEW_TEMPLATES, symbolic_splits
-from recipes.parts.completion_loss import completion_losses
+from recipes.parts.completion_loss import completion_fits
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.generation import generate_texts
 from recipes.parts.inference import evaluating
 from recipes.parts.task import Decoding, Splits
 
-ACCURACY, LOSS = "accuracy", "loss"
+ACCURACY, TOKENS, LOSS = "accuracy", "accuracy by token", "loss"
 
 
 class Math:
@@ -25,6 +25,7 @@ class Math:
         self.name = "math"
         self.measures = {
             ACCURACY: "share of questions whose generated solution ends in the right answer",
+            TOKENS: "share of the worked solution's tokens that are the likeliest after the right ones before them",
             LOSS: "nats per token of the worked solution",
         }
 
@@ -39,18 +40,20 @@ class Math:
         questions: dict[str, Dataset],
         decoding: Decoding,
     ) -> Evaluation:
-        """Measure `model` on the questions of each set. Without generation only by the loss."""
-        accuracies, losses, texts = {}, {}, {}
+        """Measure `model` on the questions of each set; without generation by the worked solutions alone."""
+        values: dict[str, dict[str, list[float]]] = {ACCURACY: {}} if decoding.generate else {}
+        values |= {TOKENS: {}, LOSS: {}}
+        texts = {}
         passes = 1 + decoding.generate
         with evaluating(model, passes * sum(map(len, questions.values()))) as progress:
             for name, asked in questions.items():
-                losses[name] = completion_losses(model, tokenizer, asked, decoding.batch_tokens, progress)
+                fits = completion_fits(model, tokenizer, asked, decoding.batch_tokens, progress)
+                values[LOSS][name], values[TOKENS][name] = map(list, zip(*fits, strict=True))
                 if decoding.generate:
                     texts[name] = generate_texts(model, tokenizer, asked, decoding, progress)
                     correct = metric_of(name).correct(texts[name], asked["answer"])
-                    accuracies[name] = list(map(float, correct))
-        values = {ACCURACY: accuracies} if decoding.generate else {}
-        return Evaluation(values | {LOSS: losses}, texts)
+                    values[ACCURACY][name] = list(map(float, correct))
+        return Evaluation(values, texts)
 
 
 def metric_of(question_set: str) -> SolutionAccuracy:

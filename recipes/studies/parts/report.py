@@ -56,7 +56,8 @@ def _protocol(study: Study) -> str:
     steps = "steps" if any(arm.records for arm in study.arms) else f"{protocol.steps} steps"
     return (
         f"Task `{study.task}`, SmolLM2-135M-Instruct: {steps} of {protocol.batch} records, linear decay, AdamW without "
-        f"weight decay, the same records in the same order for all arms of a seed. Rates are tuned on validation "
+        f"weight decay, in bfloat16 but for what is trained unless said otherwise; the same records in the same order "
+        f"for all arms of a seed. Full fine-tuning is in float32. Rates are tuned on validation "
         f"questions ({protocol.measure} on {judged}) with a seed of their own.\n"
     )
 

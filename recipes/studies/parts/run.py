@@ -33,8 +33,6 @@ from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
 
 LONGEST = 512
 """Most tokens of a training sequence."""
-MOST_NEW_TOKENS = 224
-"""Longest generated solution."""
 BATCH_TOKENS = 65536 if torch.cuda.is_available() else 8192
 """Most prompt tokens in a batch of questions."""
 FULL_WARM_UP_RATE = 3e-5
@@ -59,7 +57,7 @@ class Run:
         batch: records in a step.
         fields: fields of SMTConfig that differ, as JSON.
         selected_on: "task:seed" of another run's records, whose warm-up chooses the blocks.
-        dtype: dtype of the frozen weights.
+        dtype: dtype that the model is loaded in.
     """
 
     task: str
@@ -72,7 +70,7 @@ class Run:
     batch: int
     fields: str = "{}"
     selected_on: str | None = None
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
 
 
 def perform(run: Run) -> dict:
@@ -99,7 +97,7 @@ def perform(run: Run) -> dict:
 
 
 def _train(model: PreTrainedModel, run: Run, folder: str) -> tuple[PreTrainedModel, dict]:
-    """Return the trained model, plain, and what there is to say about the training."""
+    """Return the trained model, unmerged since merging an adapter rounds it, and facts about the training."""
     fields = json.loads(run.fields)
     if run.selected_on:
         fields["selection"] = _select(model, run, folder)
@@ -127,10 +125,7 @@ def _train(model: PreTrainedModel, run: Run, folder: str) -> tuple[PreTrainedMod
     }
     if isinstance(trainer, SMTTrainer):
         facts["blocks"] = trainer.smt_selection.blocks_by_projection()
-    merged = trainer.model
-    if hasattr(merged, "merge_and_unload"):
-        merged = merged.merge_and_unload()
-    return merged, facts
+    return trainer.model, facts
 
 
 def _arguments(run: Run, folder: str) -> TrainingArguments:
@@ -185,9 +180,11 @@ def _measure(model: PreTrainedModel, run: Run) -> dict:
     """Return the means of all measures, and for a test also the value of each question."""
     task, tokenizer = load_task(run.task), _tokenizer()
     test = run.split == "test"
-    generate = test and PROTOCOLS[run.task].generate
-    decoding = Decoding(generate=generate, max_new_tokens=MOST_NEW_TOKENS, batch_tokens=BATCH_TOKENS)
-    values = task.evaluate(model, tokenizer, getattr(_splits(run.task), run.split), decoding).values
+    decoding = Decoding(generate=False, batch_tokens=BATCH_TOKENS)
+    questions = getattr(_splits(run.task), run.split)
+    if not test:
+        questions = {name: questions[name] for name in PROTOCOLS[run.task].sets or questions}
+    values = task.evaluate(model, tokenizer, questions, decoding).values
     result: dict = {}
     if test:
         values = values | {"forgetting": forgetting(model, tokenizer)}

@@ -33,7 +33,7 @@ class Arm:
     budget: float | None = None
     fields: dict = field(default_factory=dict)
     selected_on: str | None = None
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
     records: int | None = None
     rate_of: "Arm | None" = None
 

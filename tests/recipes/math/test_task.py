@@ -2,7 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from recipes.math.task import ACCURACY, LOSS, MATH
+from recipes.math.task import ACCURACY, LOSS, MATH, TOKENS
 from recipes.parts.task import Decoding
 
 SOLUTIONS = {"1 + 1?": ("2", "So 2.\n#### 2"), "2 + 3?": ("5", "So 5.\n#### 5")}
@@ -28,15 +28,15 @@ def evaluate(model, tokenizer, questions, **decoding):
 def test_every_question_has_a_loss_an_accuracy_and_a_text(model, tokenizer, questions):
     result = evaluate(model, tokenizer, questions)
     sizes = {"new numbers": 2, "AddSub": 1}
-    assert list(result.values) == list(MATH.measures) == [ACCURACY, LOSS]
+    assert list(result.values) == list(MATH.measures) == [ACCURACY, TOKENS, LOSS]
     for found in (*result.values.values(), result.texts):
         assert {name: len(values) for name, values in found.items()} == sizes
     assert result.average(LOSS) > 0
 
 
-def test_without_generation_only_the_loss_is_measured(model, tokenizer, questions):
+def test_without_generation_only_the_solutions_are_measured(model, tokenizer, questions):
     result = evaluate(model, tokenizer, questions, generate=False)
-    assert list(result.values) == [LOSS]
+    assert list(result.values) == [TOKENS, LOSS]
     assert result.texts == {}
     assert result.values[LOSS] == evaluate(model, tokenizer, questions).values[LOSS]
 

@@ -4,7 +4,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from recipes.parts import completion_loss
-from recipes.parts.completion_loss import completion_losses
+from recipes.parts.completion_loss import completion_fits
 from recipes.parts.prompt import encode_prompt
 
 OUTPUTS = ["x", "2 + 3 = 5\n#### 5", "naïve", "", "A longer output than any other of these, by far."]
@@ -20,27 +20,39 @@ def records():
     )
 
 
-def losses(model, tokenizer, records, batch_tokens=2000):
+def fits(model, tokenizer, records, batch_tokens=2000):
     with tqdm(total=len(records), disable=True) as progress:
-        return completion_losses(model.eval(), tokenizer, records, batch_tokens, progress)
+        return completion_fits(model.eval(), tokenizer, records, batch_tokens, progress)
+
+
+def losses(*arguments):
+    return [fit.loss for fit in fits(*arguments)]
 
 
 @torch.no_grad()
 def slow(model, tokenizer, record):
-    """Return the loss of one completion, token by token from the logits of its own prefix, in float64."""
+    """Return loss and accuracy of one completion, token by token from the logits of its own prefix, in float64."""
     prompt = encode_prompt(record, tokenizer)
     output = [*tokenizer(record["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    total = 0.0
+    total, likeliest = 0.0, 0
     for position, token in enumerate(output):
         logits = model(torch.tensor([prompt + output[:position]])).logits[0, -1]
         total -= logits.log_softmax(0)[token].item()
-    return total / len(output)
+        likeliest += logits.argmax().item() == token
+    return total / len(output), likeliest / len(output)
 
 
-def test_a_loss_is_the_mean_over_output_and_eos(model, tokenizer, records):
+def test_loss_and_accuracy_are_means_over_output_and_eos(model, tokenizer, records):
+    # So that some tokens are predicted right.
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features, dtype=model.dtype)
+    head.bias.data[tokenizer(OUTPUTS[1], add_special_tokens=False).input_ids] += 0.1
+    model.lm_head = head
     expected = [slow(model.eval(), tokenizer, record) for record in records]
-    assert losses(model, tokenizer, records) == pytest.approx(expected, rel=1e-6)
-    assert len(set(expected)) == len(expected)
+    found = fits(model, tokenizer, records)
+    assert [fit.loss for fit in found] == pytest.approx([loss for loss, _ in expected], rel=1e-6)
+    assert [fit.accuracy for fit in found] == pytest.approx([accuracy for _, accuracy in expected])
+    assert len({fit.loss for fit in found}) == len(found)
+    assert 0 < sum(fit.accuracy for fit in found) < len(found)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 300])
