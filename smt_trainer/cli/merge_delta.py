@@ -14,6 +14,11 @@ def add_parser(commands) -> None:
     parser.add_argument("delta", help="delta folder")
     parser.add_argument("out", help="folder to write; must be new or empty")
     parser.add_argument("--revision", help="revision of a base on the hub")
+    parser.add_argument(
+        "--onto",
+        choices=("dequantized", "original"),
+        help="for a delta of a quantised base: its weights made dense, or the weights that it was made of",
+    )
     parser.set_defaults(run=run)
 
 
@@ -26,5 +31,5 @@ def run(arguments: argparse.Namespace) -> None:
 
     from smt_trainer.delta.merge import merge_checkpoint
 
-    merge_checkpoint(arguments.base, arguments.delta, arguments.out, revision=arguments.revision)
+    merge_checkpoint(arguments.base, arguments.delta, arguments.out, revision=arguments.revision, onto=arguments.onto)
     print(f"merged checkpoint in {arguments.out}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEYS = {"format", "fingerprint", "architecture", "unnamed", "weight_dtype", "whole", "selection"}
+KEYS = {"format", "fingerprint", "architecture", "unnamed", "weight_dtype", "quantization", "whole", "selection"}
 
 
 def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
@@ -35,11 +35,12 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
             f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHTS)}, got {dtype!r}. "
             "Save or download it again."
         )
-    well_formed = isinstance(base, dict) and set(base) == {"dtype", "stride", "checksums"}
+    well_formed = isinstance(base, dict) and set(base) == {"dtype", "stride", "checksums", "codes"}
     well_formed = well_formed and base["dtype"] in WEIGHTS and is_int(base["stride"]) and base["stride"] >= RUN
-    sums = base["checksums"] if well_formed else None
+    well_formed = well_formed and isinstance(manifest["quantization"], dict | None)
     texts = [manifest["architecture"], *manifest["whole"], *manifest["unnamed"]]
-    texts += [*sums, *sums.values()] if isinstance(sums, dict) else [None]
+    for sums in (base["checksums"], base["codes"]) if well_formed else [None]:
+        texts += [*sums, *sums.values()] if isinstance(sums, dict) else [None]
     if not all(isinstance(text, str) and printable(text) == text for text in texts):
         raise SMTError(
             f"the delta in {folder} is damaged: it should name an architecture, and have a checksum of each tensor of "

@@ -4,7 +4,7 @@
                             <module>.block_indices  [n, 2] int32 (row, column) in the module's grid
                             <parameter>             whole tensors of `modules_to_save`, norms, biases
                             its metadata holds the manifest: format, configuration, grids, name and fingerprint of the
-                            base, dtype of its weights, checksum of all this
+                            base, how it was quantised, dtype of its weights, checksum of all this
     smt_config.json         a copy of the manifest, for people and other programs to read
 
 The tensors file alone is the delta. It is replaced in one step, so an interrupted write leaves the earlier delta. Both
@@ -18,7 +18,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +35,7 @@ from smt_trainer.tensor_file import save_arrays
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FORMAT = "1"
+FORMAT = "2"
 MANIFEST = "smt"
 
 
@@ -51,6 +51,7 @@ class Delta:
         weight_dtype: dtype of the base weights in training, such as "bfloat16"; merging into this dtype is exact.
         architecture: class of the trained model, such as "LlamaForCausalLM".
         unnamed: whole tensors that the configuration does not name: loading made them up, or forward changes them.
+        quantization: the `quantization_config` of a quantised base.
     """
 
     selection: BlockSelection
@@ -60,6 +61,7 @@ class Delta:
     weight_dtype: str
     architecture: str = ""
     unnamed: list[str] = field(default_factory=list)
+    quantization: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, indices in self.selection.block_indices.items():
@@ -99,7 +101,7 @@ class Delta:
 
         state, blocks = get_state(model), {}
         for name, linear in smt_linears(model):
-            dtype = linear.blocks.dtype if master else linear.weight.dtype
+            dtype = linear.blocks.dtype if master else linear.weight_dtype
             blocks[name] = as_array(full_tensor(linear.blocks).to("cpu", dtype)[linear.row_major_order()])
         statistics = changed_statistics(model)
         stored = stored_whole(model, [*state.whole, *statistics])
@@ -108,7 +110,7 @@ class Delta:
         architecture = next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
         unnamed = sorted((state.made_up | statistics) & whole.keys())
         dtype = str(state.weight_dtype).removeprefix("torch.")
-        return cls(state.selection, blocks, whole, state.base, dtype, architecture, unnamed)
+        return cls(state.selection, blocks, whole, state.base, dtype, architecture, unnamed, state.quantization)
 
     def save(self, folder: str | Path) -> None:
         """Write the delta to a folder; make the folder if needed, and replace an older delta in one step.
@@ -126,6 +128,7 @@ class Delta:
             "architecture": self.architecture,
             "unnamed": self.unnamed,
             "weight_dtype": self.weight_dtype,
+            "quantization": self.quantization,
             "whole": sorted(self.whole_arrays),
             "selection": selection,
         }
@@ -163,7 +166,7 @@ class Delta:
                     f"{sorted(arrays)}. Save or download it again."
                 )
             base = Fingerprint(**manifest["fingerprint"])
-            described = manifest["weight_dtype"], manifest["architecture"], manifest["unnamed"]
+            described = (manifest[key] for key in ("weight_dtype", "architecture", "unnamed", "quantization"))
             delta = cls(selection, blocks, arrays, base, *described)
             check_dtypes(delta)
             check_finite(delta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,22 @@ from torch import Tensor, nn
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import GENERATION_CONFIG_FILE, load_config
+from smt_trainer.delta.onto import DEQUANTIZED, WAYS, check_onto, check_same_quantisation, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.manifest import refusing_damage
 from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import plain_name
+from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import assign, full_shape, full_tensor
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import base_name
 from smt_trainer.sparse.convert import (
     Model,
     SMTState,
+    base_dtype,
     find_linears,
     get_state,
+    has_quantised_blocks,
     is_smt_model,
     merge_and_unload,
     rewrite_as,
@@ -39,7 +44,7 @@ LABELS = ("id2label", "label2id", "problem_type")
 SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
-def load_delta(model: Model, folder: str | Path, *, merge: bool = False) -> Model:
+def load_delta(model: Model, folder: str | Path, *, merge: bool = False, onto: str | None = None) -> Model:
     """Put a delta into a model, in place.
 
     Args:
@@ -47,29 +52,40 @@ def load_delta(model: Model, folder: str | Path, *, merge: bool = False) -> Mode
             the same blocks.
         folder: a delta folder or a checkpoint of SMTTrainer.
         merge: make the model plain again with the trained values in its weights.
+        onto: for a delta of a quantised base, "original" to put it into plain weights, which that base was made of;
+            "dequantized" with `merge` into quantised ones, which become dense (see `delta/onto.py`).
 
     Returns:
         The same model.
 
     Raises:
-        SMTError: the delta is damaged, or belongs to another base or other blocks. The model stays unchanged.
+        SMTError: the delta is damaged, or belongs to another base or other blocks; or `onto` is left open. The model
+            stays unchanged.
     """
-    put_delta(model, Delta.load(folder))
-    return merge_and_unload(model) if merge else model
+    delta = Delta.load(folder)
+    if merge and onto is None and quantization_of(model) is not None and quantised_names(delta):
+        raise SMTError(WAYS)
+    put_delta(model, delta, onto=onto)
+    return merge_and_unload(model, onto=onto if onto == DEQUANTIZED else None) if merge else model
 
 
-def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> None:
+def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto: str | None = None) -> None:
     """Put a delta that is already in memory into a model, as `load_delta` without merging.
 
     Args:
         model: plain, or training the same blocks. A plain one gets the vocabulary of the delta.
         delta: what to put into it.
         has_weights: False on a rank that will get the base weights from another one; they are not checked then.
+        onto: as in `load_delta`.
     """
     if is_smt_model(model):
         _check_same_blocks(model, delta)
         destinations = _whole_destinations(model, delta)
     else:
+        quantization = quantization_of(model)
+        check_onto(delta, onto, is_quantised=quantization is not None)
+        if quantization is not None:
+            check_same_quantisation(delta, quantization)
         linears = find_linears(model, delta.selection)
         if has_weights:
             check_base(delta, base_name(model), _differences(model, delta))
@@ -78,11 +94,12 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
             destinations = _whole_destinations(model, delta)
             whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
             _check_complete(model, delta, whole)
-        dtype = next(iter(linears.values())).weight.dtype
+        dtype = base_dtype(model, linears)
         # What the configuration names, and what only the first loading knew.
         named = tuple(f"{name}." for name in whole)
         whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
-        rewrite_as(model, SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed)))
+        state = SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed))
+        rewrite_as(model, replace(state, quantization=quantization))
     for name, linear in smt_linears(model):
         assign(linear.blocks, delta.blocks[name][linear.row_major_order().argsort()])
     for name, tensor in delta.whole.items():
@@ -90,15 +107,26 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True) -> No
     write_back(linear for _, linear in smt_linears(model))
 
 
-def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None = None, merge: bool = True, **kwargs):
+def from_delta(
+    folder: str | Path,
+    auto_class: Any = None,
+    *,
+    base: str | None = None,
+    merge: bool = True,
+    onto: str | None = None,
+    **kwargs,
+):
     """Load a delta's base model and put the delta into it: weights, labels, special tokens and generation config.
 
     Args:
         folder: a delta folder.
         auto_class: the class to load the base with; by default the class that was trained.
         base: hub name or path of the base; by default the name that the delta records.
-        merge: return a plain model.
-        kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training.
+        merge: return a plain model. Blocks in quantised weights stay beside them, unless `onto` says otherwise.
+        onto: for a delta of a quantised base that is loaded without `quantization_config`: "dequantized" or "original"
+            (see `delta/onto.py`).
+        kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training. With the
+            `quantization_config` of training, the model is exactly the trained one.
 
     Raises:
         SMTError: as in `load_delta`; or `base` is not given, and the delta records none or `trust_remote_code` would
@@ -122,20 +150,43 @@ def from_delta(folder: str | Path, auto_class: Any = None, *, base: str | None =
     with refusing_damage(f"configuration beside the delta in {folder}"):
         if "id2label" in labels:
             labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
-    model = (auto_class or _trained_class(delta)).from_pretrained(
-        base, **{"dtype": getattr(torch, delta.weight_dtype)} | labels | kwargs
+    if onto == DEQUANTIZED and delta.quantization is not None:
+        kwargs.setdefault("quantization_config", as_config(delta.quantization))
+    if delta.quantization is not None and "quantization_config" not in kwargs:
+        check_onto(delta, onto, is_quantised=_is_quantised(base, kwargs))
+    dtype = delta.weight_dtype if delta.quantization is None else delta.base.dtype
+    model = (auto_class or trained_class(delta)).from_pretrained(
+        base, **{"dtype": getattr(torch, dtype)} | labels | kwargs
     )
-    put_delta(model, delta)
+    put_delta(model, delta, onto=onto)
     for key in SPECIAL_TOKENS & trained.keys():
         setattr(model.config, key, trained[key])
     if Path(folder, GENERATION_CONFIG_FILE).is_file():
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return merge_and_unload(model) if merge else model
+    if has_quantised_blocks(model) and onto is None:
+        return model
+    return merge_and_unload(model, onto=onto if has_quantised_blocks(model) else None) if merge else model
 
 
-def _trained_class(delta: Delta) -> Any:
+def _is_quantised(base: str, kwargs: dict[str, Any]) -> bool:
+    """Return whether a checkpoint is stored quantised, by its configuration."""
+    from transformers import PretrainedConfig
+
+    where = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
+    return "quantization_config" in PretrainedConfig.get_config_dict(base, **where)[0]
+
+
+def as_config(quantization: dict[str, Any]) -> Any:
+    """Return the configuration of transformers that a delta records."""
+    from transformers.quantizers import AutoQuantizationConfig
+
+    return AutoQuantizationConfig.from_dict(quantization)
+
+
+def trained_class(delta: Delta) -> Any:
+    """Return the class of transformers that was trained, as the delta names it; a causal LM if it names none."""
     import transformers
 
     # The name comes from a file; only a model's class is meant.
@@ -146,8 +197,10 @@ def _trained_class(delta: Delta) -> Any:
 
 def _differences(model: nn.Module, delta: Delta) -> list[str]:
     """Return the names of the base's tensors that a plain model has with other values."""
-    tensors = dict(saved_tensors(model))
-    return delta.base.differences(tensors, lambda name, stride: sample(full_tensor(tensors[name]), stride))
+    tensors, quantised = dict(saved_tensors(model)), quantization_of(model) is not None
+    return delta.base.differences(
+        tensors, lambda name, stride: sample(full_tensor(tensors[name]), stride), quantised=quantised
+    )
 
 
 @contextlib.contextmanager

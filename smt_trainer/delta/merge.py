@@ -26,7 +26,12 @@ CHUNK = 2**28
 
 
 def merge_checkpoint(
-    base: str | Path, delta_folder: str | Path, output: str | Path, *, revision: str | None = None
+    base: str | Path,
+    delta_folder: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    onto: str | None = None,
 ) -> Path:
     """Write base plus delta as a plain checkpoint, with the sharding, metadata and dtype of the base.
 
@@ -38,14 +43,16 @@ def merge_checkpoint(
         delta_folder: a delta folder.
         output: folder to make; it appears whole or not at all.
         revision: revision of a base on the hub.
+        onto: for a delta of a quantised base, "original" or "dequantized" (see `delta/onto.py`). Either loads base and
+            result to log how far the result is from the trained model.
 
     Returns:
         The output folder.
 
     Raises:
         SMTError: the output exists and is not empty, is a link, lies in the base or is being written by another
-            process; the delta is damaged or belongs to another base; or the base is not a safetensors checkpoint.
-            Nothing is written.
+            process; the delta is damaged or belongs to another base; the base is not a safetensors checkpoint; or
+            `onto` is left open. Nothing is written.
     """
     delta_folder, output = Path(delta_folder), Path(output)
     if not (delta_folder / DELTA_FILE).is_file():
@@ -56,16 +63,41 @@ def merge_checkpoint(
         if taken.resolve() in (output.resolve(), *output.resolve().parents):
             raise SMTError(f"{output} lies in {taken}; give a folder outside of base and delta.")
     checkpoint = Checkpoint.open(folder)
-    with new_folder(output) as stage, _copying(checkpoint, stage) as copies:
+    with new_folder(output) as stage:
+        if onto is None:
+            _patch(checkpoint, delta_folder, stage, onto)
+        else:
+            _merge_quantised(checkpoint, delta_folder, stage, onto)
+    return output
+
+
+def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str) -> None:
+    from smt_trainer.delta.delta import Delta
+    from smt_trainer.delta.onto import DEQUANTIZED, check_onto
+
+    check_onto(Delta.load(delta_folder), onto, is_quantised=checkpoint.is_quantised)
+
+    from smt_trainer.delta.dequantise import load_trained, log_difference, write_dequantised
+
+    trained = load_trained(checkpoint, delta_folder)
+    if onto == DEQUANTIZED:
+        write_dequantised(trained, checkpoint, delta_folder, stage)
+    else:
+        _patch(checkpoint, delta_folder, stage, onto)
+    log_difference(trained, delta_folder, stage)
+
+
+def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | None) -> None:
+    """Copy the weights, write the trained values into the copies as they are ready, and copy the other files."""
+    with _copying(checkpoint, stage) as copies:
         from smt_trainer.delta.patch import Patch
 
-        patch = Patch.of(delta_folder, checkpoint)
+        patch = Patch.of(delta_folder, checkpoint, onto)
         for number, (name, copy) in enumerate(copies.items(), 1):
             copy.result()
             patch.write(stage / name)
             logger.info("%s is merged (%d of %d).", name, number, len(copies))
         copy_others(checkpoint, delta_folder, stage, resized=patch.is_resized)
-    return output
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import load_config
+from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
 from smt_trainer.model.checkpoint import BASE, Checkpoint
@@ -48,13 +49,17 @@ class Patch:
     vocabulary: set[int]
 
     @classmethod
-    def of(cls, delta_folder: Path, checkpoint: Checkpoint) -> Patch:
+    def of(cls, delta_folder: Path, checkpoint: Checkpoint, onto: str | None = None) -> Patch:
         """Read a delta and find its tensors in a checkpoint.
 
         Raises:
-            SMTError: the delta is damaged, or belongs to another base.
+            SMTError: the delta is damaged, or belongs to another base; or its base was quantised, and `onto` is left
+                open.
         """
         delta = Delta.load(delta_folder)
+        check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
+        if checkpoint.is_quantised and quantised_names(delta):
+            raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
         wanted = [*(f"{name}.weight" for name in delta.block_arrays), *delta.whole_arrays]
         keys = find_names(wanted, checkpoint.places)
         _refuse_missing([name for name in wanted if name not in keys], checkpoint.folder)

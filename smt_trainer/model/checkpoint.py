@@ -45,6 +45,11 @@ class Checkpoint:
         """Names of the files that hold the weights."""
         return sorted({place.file for place in self.places.values()})
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether its configuration says that weights are quantised."""
+        return "quantization_config" in (self.config or {})
+
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """Read a folder's configuration, index and headers.

@@ -58,7 +58,10 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the shape of the whole parameter."""
+    """Return the shape of the whole parameter; of one that bitsandbytes packs into 4 bits, as it was before."""
+    packed = getattr(parameter, "quant_state", None)
+    if packed is not None:
+        return tuple(packed.shape)
     return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
 
 

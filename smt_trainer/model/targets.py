@@ -4,7 +4,8 @@ A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stor
 x W^T + b, since the rewritten linear does. A subclass with a `forward` of its own may compute something else.
 
 A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
-all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned.
+all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned. Nor does
+it say anything of a weight that bitsandbytes has quantised, which cannot require a gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid, make_grids
 from smt_trainer.model.names import layer_index, matches, plain_name
+from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
 
 if TYPE_CHECKING:
@@ -53,14 +55,16 @@ LINEAR_FORWARDS = {
     ("transformers.models.falcon.modeling_falcon", "FalconLinear.forward"),
 }
 WEIGHT_DTYPES = tuple(getattr(torch, name) for name in WEIGHTS)
+HOW_TO_LOAD = "load it unquantised, or quantised by bitsandbytes (BitsAndBytesConfig)"
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
     """Find the linears to choose blocks from, by full module name, in the model's order.
 
-    Leave out, with a warning, a matching linear that cannot be tuned: its weight is frozen, shared (tied) or not a
-    plain matrix of floats (quantised), or its `forward` is its own, is replaced on the instance (offloading hooks) or
-    is never called. Also warn about matching experts that are stored as 3-D parameters.
+    Leave out, with a warning, a matching linear that cannot be tuned: its weight is frozen, shared (tied) or neither a
+    plain matrix of floats nor quantised by bitsandbytes, or its `forward` is its own, is replaced on the instance
+    (offloading hooks) or is never called. Also warn about matching experts that are stored as 3-D parameters, and
+    about linears of other kinds.
 
     Raises:
         SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
@@ -79,6 +83,9 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
             targets[name] = module
         else:
             logger.warning("`%s` is not tuned: %s.", name, reason)
+    packed = _packed_linears(model, config, heads)
+    if packed:
+        logger.warning("%s", _about_packed(packed))
     frozen = frozen_names(model, targets)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         logger.warning("All parameters of the model are frozen (requires_grad=False). It is tuned as if none was.")
@@ -87,7 +94,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
         targets = {name: module for name, module in targets.items() if name not in frozen}
     experts = _stacked_experts(model)
     if not targets:
-        raise SMTError(_nothing_matches(config, linears, matching, experts))
+        raise SMTError(_nothing_matches(config, linears, {**matching, **packed}, experts))
     if any(_is_wanted([name, name.rpartition(".")[0]], config, heads) for name in experts):
         logger.warning("%s", _about_experts(experts))
     return targets
@@ -130,7 +137,11 @@ def frozen_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     modules = dict(model.named_modules())
-    return [name for name in names if name in modules and not modules[name].weight.requires_grad]
+    return [
+        name
+        for name in names
+        if name in modules and not modules[name].weight.requires_grad and not is_quantised(modules[name])
+    ]
 
 
 def named_linears(model: nn.Module) -> dict[str, Linear]:
@@ -145,7 +156,11 @@ def is_linear(module: nn.Module) -> TypeIs[Linear]:
 
 def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
     """Return whether a module is a `Conv1D`; compare names, since importing transformers takes seconds."""
-    return any((base.__module__, base.__name__) == CONV1D for base in type(module).__mro__)
+    return _is_conv1d(type(module))
+
+
+def _is_conv1d(kind: type) -> bool:
+    return any((base.__module__, base.__name__) == CONV1D for base in kind.__mro__)
 
 
 def has_linear_forward(linear: nn.Module) -> bool:
@@ -228,12 +243,15 @@ def _why_not(linear: Linear, shared: set[int]) -> str | None:
     weight = linear.weight
     if id(weight) in shared:
         return "its weight is shared with another module"
-    if not has_plain_weight(linear):
+    if is_quantised(linear):
+        if _is_conv1d(getattr(linear, "source_cls", nn.Linear)):
+            return "it was a Conv1D, and its weight was transposed when it was quantised"
+    elif not has_plain_weight(linear):
         return (
             f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype} "
-            f"{list(weight.shape)}"
+            f"{list(weight.shape)}; {HOW_TO_LOAD}"
         )
-    if not has_linear_forward(linear):
+    elif not has_linear_forward(linear):
         return f"its class, {type(linear).__name__}, has a forward of its own, which the rewritten linear would replace"
     if "forward" in vars(linear):
         return "its forward is replaced on the instance (a device map or an offloading hook)"
@@ -246,6 +264,25 @@ def _about_frozen(frozen: Collection[str], count: int) -> str:
     return (
         f"{len(frozen)} of {count} matching linears, such as `{next(iter(frozen))}`, are not tuned: their weights are "
         "frozen (requires_grad=False). To tune them too, call requires_grad_(True) on them first."
+    )
+
+
+def _packed_linears(model: nn.Module, config: SMTConfig, heads: set[str]) -> dict[str, nn.Module]:
+    """Find the modules in the place of targets that are no linears but have their features: of other formats."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not is_linear(module)
+        and all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
+        and _is_wanted([name], config, heads)
+    }
+
+
+def _about_packed(packed: dict[str, nn.Module]) -> str:
+    name, first = next(iter(packed.items()))
+    return (
+        f"{len(packed)} linears, such as `{name}`, are not tuned: a {type(first).__name__} has no weight that is a "
+        f"plain matrix of floats; {HOW_TO_LOAD}."
     )
 
 
@@ -269,13 +306,13 @@ def _about_experts(experts: dict[str, Tensor]) -> str:
 
 
 def _nothing_matches(
-    config: SMTConfig, linears: dict[str, Linear], matching: dict[str, Linear], experts: dict[str, Tensor]
+    config: SMTConfig, linears: dict[str, Linear], matching: Collection[str], experts: dict[str, Tensor]
 ) -> str:
     if matching:
         return (
             f"target_modules={config.target_modules!r} matches {len(matching)} linears, none of which can be tuned "
-            "(see the warnings above). Choose other modules, unfreeze them, or load the model unquantised and without "
-            "a device map."
+            "(see the warnings above). Choose other modules, unfreeze them, or load the model without a device map, "
+            "and unquantised or quantised by bitsandbytes."
         )
     shapes = Counter((name.rpartition(".")[2], *_weight_shape(linear)) for name, linear in linears.items())
     listing = ", ".join(f"{leaf} ({count} of {out}x{into})" for (leaf, out, into), count in shapes.items())

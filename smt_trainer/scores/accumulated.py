@@ -11,6 +11,7 @@ smaller than 1/256 of the sum is lost.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.model.sharded import gather_like, is_sharded, local_tensor
+from smt_trainer.model.quantised import is_quantised
+from smt_trainer.model.sharded import full_shape, gather_like, is_sharded, local_tensor
 from smt_trainer.scores.scorer import Scorer, weight_gradients
 
 if TYPE_CHECKING:
@@ -36,18 +38,27 @@ class Accumulated(Scorer):
         dtype = getattr(torch, config.accumulator_dtype)
         device = _accumulator_device(targets, config, dtype)
         self.sums = {
-            name: torch.zeros_like(local_tensor(linear.weight), dtype=dtype, device=device)
+            name: torch.zeros(
+                grids[name].stored_shape if is_quantised(linear) else local_tensor(linear.weight).shape,
+                dtype=dtype,
+                device=device or linear.weight.device,
+            )
             for name, linear in targets.items()
         }
+        self.held: dict[str, Tensor] = {}
         self.copies = _Copies()
 
     @contextlib.contextmanager
     def attached(self, hold: bool = False) -> Iterator[None]:
-        with weight_gradients(self.targets, None if hold else self._add):
+        with weight_gradients(self.targets, self._hold if hold else self._add):
             yield
         self.copies.finish()
 
-    def _add(self, name: str, weight: Tensor, gradient: Tensor) -> None:
+    def _hold(self, name: str, gradient: Tensor) -> None:
+        gradient = local_tensor(gradient)
+        self.held[name] = self.held[name].add_(gradient) if name in self.held else gradient
+
+    def _add(self, name: str, gradient: Tensor) -> None:
         total, gradient = self.sums[name], local_tensor(gradient)
         if gradient.is_cuda and not total.is_cuda:
             self.copies.add(total, gradient)
@@ -55,11 +66,8 @@ class Accumulated(Scorer):
             total.add_(gradient.to(total.device))
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
-        taken = []
-        for name, linear in self.targets.items():
-            if linear.weight.grad is not None:
-                taken.append((self.sums[name], local_tensor(linear.weight.grad)))
-                linear.weight.grad = None
+        taken = [(self.sums[name], gradient) for name, gradient in self.held.items()]
+        self.held = {}
         return taken
 
     def statistics(self) -> Iterator[Tensor]:
@@ -100,7 +108,7 @@ def _accumulator_device(targets: Mapping[str, Linear], config: SMTConfig, dtype:
         device = next(iter(targets.values())).weight.device
         if device.type != "cuda":
             return None
-        needed = dtype.itemsize * sum(linear.weight.numel() for linear in targets.values())
+        needed = dtype.itemsize * sum(math.prod(full_shape(linear.weight)) for linear in targets.values())
         return None if needed <= torch.cuda.mem_get_info(device)[0] / 2 else torch.device("cpu")
     return torch.device("cpu") if config.accumulator_device == "cpu" else None
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.quantised import dense_weight, is_quantised
 from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
 from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
 
@@ -92,8 +93,9 @@ class Reduced(BlockSums):
     def observing(self) -> contextlib.AbstractContextManager[None]:
         return weight_gradients(self.targets, self._add)
 
-    def _add(self, name: str, weight: Tensor, gradient: Tensor) -> None:
-        gradient, grid = local_tensor(gradient), self.grids[name]
+    def _add(self, name: str, gradient: Tensor) -> None:
+        gradient, grid, linear = local_tensor(gradient), self.grids[name], self.targets[name]
+        weight = dense_weight(linear) if is_quantised(linear) else linear.weight
         for values, row, _ in local_parts(weight):
             add_block_sums(self.step_sums[name], grid, self.terms(grid, values, gradient), row, _shards(weight))
 

@@ -27,9 +27,10 @@ from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.quantised import dense_weight
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
 from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
-from smt_trainer.scores.scorer import output_gradients
+from smt_trainer.scores.scorer import keep_for_backward, output_gradients
 
 if TYPE_CHECKING:
     from smt_trainer.model.targets import Linear
@@ -94,12 +95,12 @@ class QMTaylor(BlockSums):
                 f"{len(self.classes)} examples, got shape {list(x.shape)}. Examples packed into one sequence have no "
                 "separate classes; use 'taylor', or exclude such modules."
             )
-        kept = _Kept.apply(x, torch.ones((), requires_grad=True))
-        return lambda dy: self._add(name, linear, kept.grad_fn.saved_tensors[0], dy)
+        kept = keep_for_backward(x)
+        return lambda dy: self._add(name, linear, kept(), dy)
 
     def _add(self, name: str, linear: Linear, x: Tensor, dy: Tensor) -> None:
         grid, x = self.grids[name], x.to(dy.dtype)
-        weight, present = linear.weight.detach(), self.classes.unique()
+        weight, present = dense_weight(linear), self.classes.unique()
         for label in present[present != NO_LABEL].tolist():
             examples = (self.classes == label).nonzero().flatten().to(x.device)
             mine = (x, dy) if len(present) == 1 else (x[examples], dy[examples])
@@ -128,15 +129,6 @@ class QMTaylor(BlockSums):
         seen = self.counts > 0
         weights = (self.counts.sum() / self.counts[seen]).view(-1, 1, 1)
         return {name: _quantile_mean(weights * total.cpu()[seen].abs()) for name, total in self.sums.items()}
-
-
-class _Kept(torch.autograd.Function):
-    """Saves a tensor for backward through autograd, so that checkpointing and offloading apply to it."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, anchor: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return anchor.clone()
 
 
 def _extended(tensor: Tensor, size: int) -> Tensor:

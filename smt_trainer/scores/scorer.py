@@ -13,6 +13,7 @@ from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.quantised import is_quantised
 
 if TYPE_CHECKING:
     from smt_trainer.model.targets import Linear
@@ -74,35 +75,59 @@ class Scorer(ABC):
 
 
 @contextlib.contextmanager
-def weight_gradients(
-    targets: Mapping[str, Linear], consume: Callable[[str, Tensor, Tensor], None] | None
-) -> Iterator[None]:
-    """Let the targets' weights require a gradient within this context.
+def weight_gradients(targets: Mapping[str, Linear], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Form the gradients of the targets' weights within this context.
 
-    Each time backward has formed a `weight.grad`, call `consume` with the module's name, the weight and the
-    gradient, then free the gradient: only one is alive at a time. Without `consume`, gradients stay and accumulate.
+    Each time backward has formed one, call `consume` with the module's name and the gradient, then free it: only one
+    is alive at a time. A weight is let require a gradient; of a quantised one, which cannot, the gradient is dy^T x.
     """
     handles = []
+    plain = {name: linear for name, linear in targets.items() if not is_quantised(linear)}
+    quantised = {name: linear for name, linear in targets.items() if is_quantised(linear)}
     try:
-        for name, linear in targets.items():
+        for name, linear in plain.items():
             linear.weight.requires_grad_(True)
             linear.weight.grad = None
-            if consume is not None:
-                drain = functools.partial(_drain, name, consume)
-                handles.append(linear.weight.register_post_accumulate_grad_hook(drain))
-        yield
+            drain = functools.partial(_drain, name, consume)
+            handles.append(linear.weight.register_post_accumulate_grad_hook(drain))
+        with output_gradients(quantised, functools.partial(_multiply, consume)):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for linear in targets.values():
+        for linear in plain.values():
             linear.weight.requires_grad_(False)
             linear.weight.grad = None
 
 
-def _drain(name: str, consume: Callable[[str, Tensor, Tensor], None], weight: Tensor) -> None:
+def _drain(name: str, consume: Callable[[str, Tensor], None], weight: Tensor) -> None:
     if weight.grad is not None:
-        consume(name, weight, weight.grad)
+        consume(name, weight.grad)
     weight.grad = None
+
+
+def _multiply(consume: Callable[[str, Tensor], None], name: str, linear: Linear, x: Tensor) -> Callable[[Tensor], None]:
+    kept = keep_for_backward(x)
+
+    def form(dy: Tensor) -> None:
+        # It must not hold x itself.
+        into, out = kept().flatten(end_dim=-2).to(dy.dtype), dy.flatten(end_dim=-2)
+        consume(name, out.t() @ into)
+
+    return form
+
+
+def keep_for_backward(tensor: Tensor) -> Callable[[], Tensor]:
+    """Save a tensor through autograd, so that checkpointing and offloading apply to it; return what gives it back."""
+    node = _Kept.apply(tensor, torch.ones((), requires_grad=True)).grad_fn
+    return lambda: node.saved_tensors[0]
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return anchor.clone()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smt_trainer.model.sharded import full_tensor
+from smt_trainer.model.quantised import dense_weight
 from smt_trainer.scores.scorer import Scorer
 
 
@@ -16,7 +16,7 @@ class Magnitude(Scorer):
 
     def scores(self) -> dict[str, Tensor]:
         return {
-            name: torch.linalg.vector_norm(self.grids[name].split(full_tensor(linear.weight)).float(), dim=(2, 3)).cpu()
+            name: torch.linalg.vector_norm(self.grids[name].split(dense_weight(linear)).float(), dim=(2, 3)).cpu()
             for name, linear in self.targets.items()
         }
 

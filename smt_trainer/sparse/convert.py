@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from smt_trainer.errors import SMTError
 from smt_trainer.model.made_up import made_up
 from smt_trainer.model.names import plain_name
+from smt_trainer.model.quantised import floating_dtype, is_quantised, keep_differentiable, quantization_of
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import (
     has_linear_forward,
@@ -23,13 +24,19 @@ from smt_trainer.model.targets import (
 )
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.sparse.dequantise import dequantise
 from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
-from smt_trainer.sparse.linear import SMTConv1D, SMTLinear, smt_linears
+from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
 
 if TYPE_CHECKING:
     from smt_trainer.model.targets import Linear
 
 Model = TypeVar("Model", bound=nn.Module)
+
+WAYS_TO_MERGE = (
+    "Save the delta (save_delta, trainer.save_model), or say that they are put into the weights made dense: "
+    "merge_and_unload(model, onto='dequantized'), trainer.merge_and_save(folder, onto='dequantized')."
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class SMTState:
         made_up: names of the parameters that loading made up.
         was_trainable: names of the parameters that required a gradient before rewriting.
         statistics: name of a persistent buffer -> its value before training; forward may change it.
+        quantization: the `quantization_config` of a quantised base, as JSON types.
     """
 
     selection: BlockSelection
@@ -53,11 +61,17 @@ class SMTState:
     made_up: frozenset[str] = frozenset()
     was_trainable: frozenset[str] = frozenset()
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
 
 
 def is_smt_model(model: nn.Module) -> bool:
     """Return whether `convert_to_smt` or `load_delta` has rewritten this model."""
     return hasattr(model, "smt_state")
+
+
+def has_quantised_blocks(model: nn.Module) -> bool:
+    """Return whether blocks of a rewritten model lie in quantised weights."""
+    return any(not linear.is_written for _, linear in smt_linears(model))
 
 
 def get_state(model: nn.Module) -> SMTState:
@@ -88,12 +102,21 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
             is changed.
     """
     linears = find_linears(model, selection)
-    dtype = next(iter(linears.values())).weight.dtype
+    dtype = base_dtype(model, linears)
     whole = find_whole(model, selection.config, linears)
     stored = stored_whole(model, whole)
     new = frozenset(made_up(model))
-    base = Fingerprint.of(model, dtype, without=[*new, *stored])
-    return rewrite_as(model, SMTState(selection, whole, base, dtype, new))
+    quantization = quantization_of(model)
+    base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, without=[*new, *stored])
+    return rewrite_as(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
+
+
+def base_dtype(model: nn.Module, linears: Mapping[str, Linear]) -> torch.dtype:
+    """Return the dtype of the weights that hold blocks; of quantised ones, that in which they are multiplied."""
+    first = next(iter(linears.values()))
+    if not is_quantised(first):
+        return first.weight.dtype
+    return getattr(first, "compute_dtype", None) or floating_dtype(model)
 
 
 def rewrite_as(model: Model, state: SMTState) -> Model:
@@ -104,8 +127,16 @@ def rewrite_as(model: Model, state: SMTState) -> Model:
     frozen = state.made_up - trainable if trainable else frozenset()
     rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype), frozen)
     set_state(model, replace(state, was_trainable=trainable, statistics=statistics))
+    if has_quantised_blocks(model):
+        # It would write the weights as bitsandbytes holds them, without the blocks.
+        vars(model)["save_pretrained"] = _refuse_to_save
     _save_as_plain(model)
     return model
+
+
+def _refuse_to_save(*args, **kwargs) -> None:
+    """Stands for the `save_pretrained` of a model whose quantised weights cannot hold the blocks."""
+    raise SMTError(f"the quantised weights of this model cannot hold the trained blocks. {WAYS_TO_MERGE}")
 
 
 def _save_as_plain(model: nn.Module) -> None:
@@ -151,9 +182,14 @@ def rewrite(
     """
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
-        grid = selection.grids[name]
-        kind = SMTConv1D if grid.transposed else SMTLinear
-        kind.from_linear(model.get_submodule(name), grid, torch.from_numpy(block_indices), master_dtype)
+        grid, linear = selection.grids[name], model.get_submodule(name)
+        kind: type[BlockLinear] = SMTConv1D if grid.transposed else SMTLinear
+        if is_quantised(linear):
+            from smt_trainer.sparse.quantised_linear import block_linear_of
+
+            kind = block_linear_of(linear)
+            linear.dense_dtype = base_dtype(model, {name: linear})
+        kind.from_linear(linear, grid, torch.from_numpy(block_indices), master_dtype)
     for name in whole:
         part = get_whole(model, name)
         if name not in frozen and isinstance(part, (nn.Module, nn.Parameter)):
@@ -161,15 +197,27 @@ def rewrite(
     return model
 
 
-def merge_and_unload(model: Model) -> Model:
+def merge_and_unload(model: Model, *, onto: str | None = None) -> Model:
     """Write the trained blocks into the dense weights, make the model plain again in place, and return it.
 
     The weights are bit-identical to those that forward used in training. Parameters that required a gradient before
     rewriting do so again.
+
+    Args:
+        model: rewritten.
+        onto: "dequantized" for blocks in quantised weights: all quantised weights of the model become dense, in the
+            dtype of the rest of it (`sparse/dequantise.py`).
+
+    Raises:
+        SMTError: the model trains no blocks; or `onto` is left open or is not what the base needs.
     """
+    refuse_open_merge(model, onto)
     state = get_state(model)
     for module, ignored, own in _saving_modules(model):
         _ignore_on_save(module, ignored - own)
+    if onto is not None:
+        vars(model).pop("save_pretrained", None)
+        dequantise(model)
     for _, linear in list(smt_linears(model)):
         linear.to_linear()
     for name, parameter in model.named_parameters():
@@ -178,6 +226,15 @@ def merge_and_unload(model: Model) -> Model:
     # Its values are no longer those of the base it was loaded from.
     model.smt_merged = True  # pyrefly: ignore[bad-argument-type]  # as in `set_state`
     return model
+
+
+def refuse_open_merge(model: nn.Module, onto: str | None) -> None:
+    """Raise `SMTError` if a model trains no blocks, or it is left open, or said in vain, what they are merged onto."""
+    get_state(model)
+    if has_quantised_blocks(model) and onto != "dequantized":
+        raise SMTError(f"the quantised weights of this model cannot hold the trained blocks. {WAYS_TO_MERGE}")
+    if not has_quantised_blocks(model) and onto is not None:
+        raise SMTError(f"onto={onto!r} is for blocks in quantised weights, and these are plain. Leave it out.")
 
 
 def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Linear]:
@@ -190,6 +247,7 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Linea
     if is_smt_model(model):
         raise SMTError("this model already trains blocks; call merge_and_unload on it first.")
     refuse_adapters(model)
+    keep_differentiable(model)
     modules = dict(model.named_modules())
     return {name: _expect_linear(modules.get(name), name, selection) for name in selection.block_indices}
 
@@ -200,9 +258,9 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
         found = "no such module"
     elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
         found = f"a {type(linear).__name__}"
-    elif not has_linear_forward(linear):
+    elif not is_quantised(linear) and not has_linear_forward(linear):
         found = f"a {type(linear).__name__}, which has a forward of its own"
-    elif full_shape(linear.weight) != grid.stored_shape or not has_plain_weight(linear):
+    elif full_shape(linear.weight) != grid.stored_shape or not (is_quantised(linear) or has_plain_weight(linear)):
         weight = linear.weight
         found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
     else:
@@ -210,7 +268,7 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
     raise SMTError(
         f"the blocks of `{name}` lie in a {'Conv1D' if grid.transposed else 'linear'} with a weight of "
         f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
-        f"{selection.base_model or 'another model'}. Load that model unquantised, or choose the blocks again."
+        f"{selection.base_model or 'another model'}. Load that model, or choose the blocks again."
     )
 
 

@@ -10,6 +10,9 @@ b (b + RUN) RUNS / N runs: one in two blocks of 64x64 in 135 million values. A r
 differs in many. Norms and biases are compared value by value. The sum does not depend on its order, on the device or on
 how the checkpoint is sharded.
 
+Of a weight that bitsandbytes has quantised, the indices are sampled (`codes`): so the same base, quantised alike, has
+the same fingerprint. They are compared only with a model that is quantised, too.
+
 Values are first rounded to the dtype of the base and then read as float32 (float64 stays). So the same base has the
 same fingerprint in every dtype that is at least as fine. Names are compared without the prefix of the base model
 (`model.`).
@@ -23,7 +26,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,11 +54,13 @@ class Fingerprint:
         dtype: dtype that values are rounded to, such as "bfloat16".
         stride: values from one run to the next.
         checksums: name of a parameter or buffer -> 16 hexadecimal digits; tied ones once.
+        codes: the same of quantised weights.
     """
 
     dtype: str
     stride: int
     checksums: dict[str, str]
+    codes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype, without: Iterable[str] = ()) -> Fingerprint:
@@ -72,30 +77,45 @@ class Fingerprint:
         tensors = {name: tensor for name, tensor in saved_tensors(model) if name not in left_out}
         stride = max(RUN, sum(math.prod(full_shape(tensor)) for tensor in tensors.values()) // RUNS)
         samples = [sample(full_tensor(tensor), stride) for tensor in tensors.values()]
-        return cls(name_of_dtype, stride, dict(zip(tensors, _checksums(samples, name_of_dtype), strict=True)))
+        sums = dict(zip(tensors, _checksums(samples, name_of_dtype), strict=True))
+        codes = {name: sums.pop(name) for name, tensor in tensors.items() if is_code(tensor)}
+        return cls(name_of_dtype, stride, sums, codes)
 
     @property
     def digest(self) -> str:
         """64 hexadecimal digits for all checksums together."""
-        text = "".join(f"{name} {checksum}\n" for name, checksum in sorted(self.checksums.items()))
+        text = "".join(f"{name} {checksum}\n" for name, checksum in sorted((self.checksums | self.codes).items()))
         return hashlib.sha256(f"{self.dtype} {self.stride}\n{text}".encode()).hexdigest()
 
-    def differences(self, names: Iterable[str], sampled: Callable[[str, int], np.ndarray]) -> list[str]:
+    def differences(
+        self, names: Iterable[str], sampled: Callable[[str, int], np.ndarray], *, quantised: bool = False
+    ) -> list[str]:
         """Return the names of this base's tensors that have other values elsewhere; those that are not there are left
         out, since checkpoints may store them under converted names.
 
         Args:
             names: of the tensors elsewhere.
             sampled: gives the sample of one of them by its name and the stride.
+            quantised: whether what was quantised in this base is so there, and is compared.
         """
-        found = find_names(self.checksums, names)
+        expected = self.checksums | self.codes if quantised else self.checksums
+        found = find_names(expected, names)
         samples = [sampled(other, self.stride) for other in found.values()]
         sums = dict(zip(found, _checksums(samples, self.dtype), strict=True))
-        return [name for name, checksum in sums.items() if checksum != self.checksums[name]]
+        return [name for name, checksum in sums.items() if checksum != expected[name]]
+
+
+def is_code(tensor: Tensor) -> bool:
+    """Return whether a tensor holds the indices of a quantised weight, packed into some dtype."""
+    return hasattr(tensor, "quant_state") or not tensor.is_floating_point()
 
 
 def sample(tensor: Tensor, stride: int) -> np.ndarray:
     """Return a copy of the sampled values of a tensor: [n, RUN] of a large one, all [n] of a small one."""
+    if is_code(tensor):
+        import torch
+
+        tensor = tensor.detach().view(torch.uint8)
     count, step, length = _runs(tuple(tensor.shape), stride)
     runs = as_array(tensor.reshape(-1)[: count * step].reshape(count, step)[:, :length]).copy()
     return runs[0] if count == 1 else runs

@@ -9,6 +9,7 @@ so forward uses exactly the values that a merge writes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class BlockLinear(nn.Module):
     positions: Tensor
     plan: Plan
     linear_class: type[nn.Module]
+    # Whether the weight holds the values of the blocks; a quantised one cannot.
+    is_written: ClassVar[bool] = True
 
     @classmethod
     def from_linear(
@@ -54,7 +57,7 @@ class BlockLinear(nn.Module):
         linear.grid = grid
         linear.plan = plan
         linear.weight.requires_grad_(False)
-        blocks = grid.gather(full_tensor(linear.weight), block_indices).to(master_dtype)
+        blocks = grid.gather(linear.base_weight(), block_indices).to(master_dtype)
         linear.blocks = nn.Parameter(blocks.contiguous())
         linear.mark_written()
         follow(linear)
@@ -63,13 +66,24 @@ class BlockLinear(nn.Module):
         linear.register_buffer("positions", positions.to(device), persistent=False)
         return linear
 
+    def base_weight(self) -> Tensor:
+        """Return the whole dense weight, in `weight_dtype`."""
+        return full_tensor(self.weight)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype in which forward uses the blocks."""
+        return self.weight.dtype
+
     def to_linear(self) -> nn.Module:
         """Write the blocks into the weight and turn back into a plain linear, in place."""
         write_back([self])
-        for name in ("blocks", "block_indices", "positions", "grid", "plan"):
+        return self._restore()
+
+    def _restore(self) -> nn.Module:
+        for name in ("blocks", "block_indices", "positions", "grid", "plan", "_written"):
             delattr(self, name)
         vars(self).pop("_views", None)
-        del self._written
         self.__class__ = vars(self).pop("linear_class")
         return self
 
@@ -168,7 +182,7 @@ class BlockLinear(nn.Module):
     @torch.no_grad()
     def read_back(self) -> None:
         """Set the blocks from a dense weight that was just loaded: the inverse of `write_back`."""
-        assign(self.blocks, self.grid.gather(full_tensor(self.weight), self.block_indices))
+        assign(self.blocks, self.grid.gather(self.base_weight(), self.block_indices))
 
     def row_major_order(self) -> Tensor:
         """Return [n] int64 on the CPU: the order that sorts the blocks row by row, as in selections and deltas."""

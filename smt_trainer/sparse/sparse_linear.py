@@ -19,12 +19,14 @@ T: one product with a long inner dimension instead of one per sequence.
 If the grid is `transposed` (GPT-2's `Conv1D`), the parameter holds W^T [I, O]. Only the two dense products differ; the
 blocks are those of W.
 
-The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient.
+The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient. A
+quantised W cannot hold them: there `read_weight` makes the dense W with the blocks in it, for each product anew.
 `kept_input.py` decides what is kept of x for backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -151,21 +153,27 @@ class SparseLinear(torch.autograd.Function):
         positions: Tensor,
         plan: Plan,
         origin: KeptInput | None,
+        read_weight: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:
         # Save x uncast, so that query, key and value hold the same tensor, even under autocast.
-        ctx.save_for_backward(weight, positions, *(origin.tensors if origin else (x,)))
+        ctx.save_for_backward(weight, blocks if read_weight else None, positions, *(origin.tensors if origin else (x,)))
+        ctx.read_weight = read_weight
         ctx.steps = origin.steps if origin else ()
         ctx.plan, ctx.master_dtype, ctx.x_shape, ctx.x_dtype = plan, blocks.dtype, x.shape, x.dtype
+        if read_weight:
+            weight = read_weight(blocks)
         return _transposed_linear(x, weight, bias) if plan.grid.transposed else F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
-        weight, positions, *kept = ctx.saved_tensors
+        weight, blocks, positions, *kept = ctx.saved_tensors
         needs_dx, _, needs_dbias, needs_dblocks, *_ = ctx.needs_input_grad
         flat_dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = dblocks = None
         if needs_dx:
+            if ctx.read_weight:
+                weight = ctx.read_weight(blocks)
             matrix = weight.t() if ctx.plan.grid.transposed else weight
             dx = torch.mm(flat_dy, matrix.to(dy.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
         if needs_dbias:
@@ -173,11 +181,17 @@ class SparseLinear(torch.autograd.Function):
         if needs_dblocks:
             x = KeptInput(tuple(kept), ctx.steps)
             dblocks = block_gradients(flat_dy, x, ctx.plan, positions).to(ctx.master_dtype)
-        return dx, None, dbias, dblocks, None, None, None
+        return dx, None, dbias, dblocks, None, None, None, None
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, blocks: Tensor, positions: Tensor, plan: Plan
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    blocks: Tensor,
+    positions: Tensor,
+    plan: Plan,
+    read_weight: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Compute y = x W^T + bias, with gradients for x, bias and the chosen blocks of W (SMT, equation 2).
 
@@ -188,8 +202,9 @@ def sparse_linear(
         blocks: [n, br, bc] the trainable blocks in stored order; receives their gradient in its own dtype.
         positions: [n * edge] int64, from `group_blocks`.
         plan: from `group_blocks`.
+        read_weight: for a quantised `weight`, returns the dense one [O, I] with the blocks in it, as a new tensor.
 
     Returns:
         y: [..., O], in the dtype that the dense linear gives (autocast included).
     """
-    return SparseLinear.apply(x, weight, bias, blocks, positions, plan, find_origin(x))
+    return SparseLinear.apply(x, weight, bias, blocks, positions, plan, find_origin(x), read_weight)

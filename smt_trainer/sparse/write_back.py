@@ -7,6 +7,7 @@ It happens wherever the two could come apart, whoever changed the blocks:
     before evaluation and before a state dict is made                  for changes that leave no trace (`.data`)
 
 Sharded blocks are written by the hook alone, and by the trainer under DeepSpeed, whose optimizer holds other tensors.
+A quantised weight holds no blocks: there forward reads the blocks themselves (`quantised_linear.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
     On the CPU all large blocks are one fused copy to views of the weights. Small ones cost more to view than to copy,
     and a GPU has no fused copy to strided views: there each weight takes one indexed copy.
     """
-    linears = list(linears)
+    linears = [linear for linear in linears if linear.is_written]
     views, values = [], []
     for linear, blocks in zip(linears, full_tensors([linear.blocks for linear in linears]), strict=True):
         is_large = linear.grid.block_numel >= LARGE_BLOCK and blocks.device.type == "cpu"

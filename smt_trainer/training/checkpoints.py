@@ -16,6 +16,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.dequantise import save_dequantised
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS
 from smt_trainer.delta.load import load_delta, put_delta
 from smt_trainer.delta.model_card import delta_section, without_pipeline
@@ -23,7 +24,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, write_text
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict
+from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict, refuse_open_merge
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 from smt_trainer.training.distributed import has_weights, is_sharding, save_optimizer
@@ -151,20 +152,23 @@ class SavesDelta(Trainer):
             text = without_pipeline(card.read_text(encoding="utf-8"))
             card.write_text(text + delta_section(get_state(self.model).selection, repository), encoding="utf-8")
 
-    def merge_and_save(self, output_dir: str | Path) -> None:
+    def merge_and_save(self, output_dir: str | Path, *, onto: str | None = None) -> None:
         """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.
 
         Args:
             output_dir: a new or empty folder; it appears whole or not at all.
+            onto: "dequantized" if blocks lie in quantised weights, which are written dense (see `delta/onto.py`).
 
         Raises:
-            SMTError: the folder exists and is not empty, or nothing has been trained yet.
+            SMTError: the folder exists and is not empty, nothing has been trained yet, or `onto` is left open.
         """
-        get_state(self.model)
-        state = plain_state_dict(self.model, keep=self.args.should_save)
+        refuse_open_merge(self.model, onto)
+        state = plain_state_dict(self.model, keep=self.args.should_save) if onto is None else {}
         if self.args.should_save:
             with new_folder(Path(output_dir)) as folder:
-                if isinstance(self.model, PreTrainedModel):
+                if onto is not None:
+                    save_dequantised(self.model, folder)
+                elif isinstance(self.model, PreTrainedModel):
                     self.model.save_pretrained(folder, state_dict=state)
                 else:
                     # A model of another library saves its parts by itself, plain and up to date.

@@ -10,12 +10,14 @@ from transformers import Trainer
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_partitioned
 from smt_trainer.model.targets import refuse_adapters
 from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import get_state, is_smt_model
 from smt_trainer.training.class_column import refuse_missing_column
+from smt_trainer.training.distributed import is_sharding
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.read_once import refuse_data_read_once
 
@@ -40,6 +42,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_model_parallelism(trainer.args.parallelism_config)
     _refuse_fsdp1(trainer.accelerator)
     _refuse_sharded_weights(trainer.model, needs_warmup)
+    _refuse_sharded_quantised(trainer)
     _refuse_hidden_weights(trainer.accelerator)
     _refuse_copies_by_name(trainer.args)
     if needs_warmup:
@@ -92,12 +95,11 @@ def _listed(selection: BlockSelection) -> dict[str, list]:
     return {name: indices.tolist() for name, indices in selection.block_indices.items()}
 
 
-def refuse_quantised(model: object) -> None:
-    """Raise `SMTError` for a quantised model, before Trainer asks for adapters, which would not help."""
-    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+def _refuse_sharded_quantised(trainer) -> None:
+    if trainer.model is not None and quantization_of(trainer.model) is not None and is_sharding(trainer.accelerator):
         raise SMTError(
-            f"the {type(model).__name__} is quantised, and blocks are trained in plain weights. Load it without "
-            "quantization_config, in bfloat16 for example."
+            "the base is quantised, and FSDP2 and DeepSpeed cut and cast weights as if they were plain. Use DDP, or "
+            "load the base unquantised."
         )
 
 

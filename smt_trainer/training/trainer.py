@@ -32,6 +32,7 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.names import count_projections
+from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.targets import count_parameters, frozen_names
 from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve_selection
@@ -42,12 +43,12 @@ from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
+from smt_trainer.training.quantised import admitting_quantised
 from smt_trainer.training.reference import match_reference
 from smt_trainer.training.refusals import (
     refuse_bound_optimizer,
     refuse_misplaced,
     refuse_other_blocks,
-    refuse_quantised,
     refuse_unusable,
 )
 from smt_trainer.training.warmup import Warmup
@@ -100,8 +101,10 @@ class SMTTrainerMixin(SavesDelta):
             args = (uncompiled(args[0]), *args[1:])
         if "model" in kwargs:
             kwargs["model"] = uncompiled(kwargs["model"])
-        refuse_quantised(args[0] if args else kwargs.get("model"))
-        super().__init__(*args, **kwargs)
+        with admitting_quantised(self, args[0] if args else kwargs.get("model")):
+            super().__init__(*args, **kwargs)
+        if self.model is not None:
+            keep_differentiable(self.model)
         if smt_config is None and is_smt_model(self.model):
             self.smt_config = get_state(self.model).selection.config
         refuse_unusable(self)

@@ -269,7 +269,7 @@ DAMAGE = {
     "text": (lambda folder: (folder / DELTA_FILE).write_text("weights"), "is damaged or truncated"),
     "no JSON": (lambda folder: rewrite(folder, manifest='{"format": '), "is damaged"),
     "a list": (lambda folder: rewrite(folder, manifest="[]"), "is damaged"),
-    "newer": (lambda folder: edit(folder, lambda values: values.update(format="2")), "has format 2, this version"),
+    "newer": (lambda folder: edit(folder, lambda values: values.update(format="3")), "has format 3, this version"),
     "no fingerprint": (lambda folder: edit(folder, lambda values: values.pop("fingerprint")), "is damaged"),
     "wrong dtype": (lambda folder: edit(folder, lambda values: values.update(weight_dtype="f99")), "is damaged"),
     "unknown field": (

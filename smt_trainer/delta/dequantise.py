@@ -1,0 +1,61 @@
+"""Merge a delta of a quantised base: write the trained model dense, and say how far a merged one is from it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.folder import copy_others
+from smt_trainer.delta.load import as_config, from_delta, trained_class
+from smt_trainer.delta.moved import moved, prompts_for
+from smt_trainer.model.checkpoint import CONFIG, Checkpoint
+from smt_trainer.model.quantised import floating_dtype
+from smt_trainer.sparse.dequantise import dense_state_dict
+
+logger = logging.getLogger(__name__)
+
+
+def load_trained(checkpoint: Checkpoint, delta_folder: Path) -> Any:
+    """Return the trained model: the base quantised as in training, and the blocks beside it.
+
+    Raises:
+        SMTError: the base is another one, or gives other values when it is quantised.
+    """
+    quantization = Delta.load(delta_folder).quantization
+    how = {} if checkpoint.is_quantised else {"quantization_config": as_config(quantization)}
+    return from_delta(delta_folder, base=str(checkpoint.folder), merge=False, **how).eval()
+
+
+def write_dequantised(trained: Any, checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> None:
+    """Write a trained model with dense weights as a plain checkpoint, with the other files of base and training."""
+    copy_others(checkpoint, delta_folder, stage)
+    for name in (CONFIG, checkpoint.index):
+        if name is not None:
+            (stage / name).unlink(missing_ok=True)
+    save_dequantised(trained, stage)
+
+
+def save_dequantised(model: Any, folder: Path) -> None:
+    """Write what `merge_and_unload(model, onto="dequantized")` would leave, without changing the model."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(config).to(floating_dtype(model))
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder, state_dict=dense_state_dict(model))
+
+
+def log_difference(trained: Any, delta_folder: Path, merged: Path) -> None:
+    """Log how far a merged checkpoint is from the trained model."""
+    kind = trained_class(Delta.load(delta_folder))
+    plain = kind.from_pretrained(merged, dtype="auto").eval()
+    if hasattr(plain, "get_output_embeddings") and plain.get_output_embeddings() is not None:
+        vocabulary = plain.config.get_text_config().vocab_size
+        logger.info(
+            "The merged model beside the trained one %s.", moved(trained, plain, prompts_for(merged, vocabulary))
+        )

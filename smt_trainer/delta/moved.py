@@ -1,0 +1,77 @@
+"""How far two models that should say the same differ on a few prompts.
+
+With p and q the distributions of the next token of the first and the second model, over all T tokens of the prompts,
+
+    divergence   mean of KL(p || q) = sum p log(p / q)      (nats)
+    agreement    share of tokens after which both name the same likeliest one
+    largest      largest difference of logits
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PROMPTS = (
+    "The capital of France is Paris. The capital of Italy is",
+    "Question: If a train travels 60 miles in 2 hours, how fast does it go? Answer: The train goes",
+    "def add(a, b):\n    return a + b\n\n\ndef multiply(a, b):\n    return",
+    "Water boils at 100 degrees Celsius, and it freezes when",
+)
+RANDOM_TOKENS = 24
+
+
+class Moved(NamedTuple):
+    """The difference of two models; see the top of this file."""
+
+    tokens: int
+    divergence: float
+    agreement: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"over {self.tokens} tokens of a few prompts: KL {self.divergence:.3g} nats, the same likeliest next token "
+            f"after {self.agreement:.0%}, logits differ by at most {self.largest:.3g}"
+        )
+
+
+@torch.no_grad()
+def moved(first: Any, second: Any, prompts: list[Tensor]) -> Moved:
+    """Compare two models that give logits.
+
+    Args:
+        first, second: in evaluation mode.
+        prompts: token ids [tokens] each.
+    """
+    divergence, same, largest, tokens = 0.0, 0, 0.0, 0
+    for ids in prompts:
+        p, q = (
+            model(ids[None].to(model.device))
+            .logits[0]
+            .float()
+            .cpu()
+            .reshape(-1, model.config.get_text_config().vocab_size)
+            for model in (first, second)
+        )
+        largest = max(largest, (p - q).abs().max().item())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        divergence += (p.exp() * (p - q)).sum().item()
+        tokens += len(p)
+    return Moved(tokens, divergence / tokens, same / tokens, largest)
+
+
+def prompts_for(folder: Path, vocabulary: int) -> list[Tensor]:
+    """Return prompts as token ids: by the tokenizer of a folder, or random ones if it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(vocabulary, (RANDOM_TOKENS,), generator=generator) for _ in PROMPTS]
+    return [torch.tensor(tokenizer(prompt).input_ids) for prompt in PROMPTS]

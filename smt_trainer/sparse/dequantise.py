@@ -1,0 +1,46 @@
+"""Make the quantised weights of a model dense again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from smt_trainer.model.names import plain_name
+from smt_trainer.model.quantised import dequantised, floating_dtype, is_quantised, make_plain
+from smt_trainer.sparse.linear import BlockLinear
+
+
+def dequantise(model: Any) -> None:
+    """Give every quantised linear of a model a dense weight with its blocks in it, if it has any, in place, in the
+    dtype of the rest of the model; and remove what says that weights are quantised."""
+    dtype = floating_dtype(model)
+    for linear in [module for module in model.modules() if is_quantised(module)]:
+        if isinstance(linear, BlockLinear):
+            linear.to_linear()
+            linear.weight.data = linear.weight.data.to(dtype)
+        else:
+            make_plain(linear, dequantised(linear, dtype))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(name, None)
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict that a rewritten, quantised model would have if `merge_and_unload` made it dense."""
+    dtype = floating_dtype(model)
+    state = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    for path, module in model.named_modules():
+        if not (is_quantised(module) or isinstance(module, BlockLinear)):
+            continue
+        prefix = f"{plain_name(path)}."
+        own = {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+        for name in own.keys() - {f"{prefix}weight", f"{prefix}bias"}:
+            del state[name]
+        if is_quantised(module):
+            has_blocks = isinstance(module, BlockLinear)
+            weight = module.merged_weight(module.blocks.detach()) if has_blocks else dequantised(module, dtype)
+            state[f"{prefix}weight"] = weight.to(dtype)
+    return state
