@@ -176,6 +176,8 @@ class SparseLinear(torch.autograd.Function):
                 weight = ctx.read_weight(blocks)
             matrix = weight.t() if ctx.plan.grid.transposed else weight
             dx = torch.mm(flat_dy, matrix.to(dy.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
+            # A dense weight that was made for this product goes before the next one.
+            del weight, matrix
         if needs_dbias:
             dbias = flat_dy.sum(0)
         if needs_dblocks:

@@ -202,24 +202,6 @@ def test_a_weight_that_only_looks_like_floats_is_left_out(weight, llama, warning
     assert f"`{QKV[0]}` is not tuned: its weight is not a plain matrix of floats" in warnings()[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "weight"),
-    [
-        ("Linear8bitLt", {"has_fp16_weights": False}, "Int8Params of torch.int8 [32, 64]"),
-        ("Linear4bit", {}, "Params4bit of torch.uint8 [1024, 1]"),
-        ("Linear4bit", {"quant_storage": torch.bfloat16}, "Params4bit of torch.bfloat16 [512, 1]"),
-    ],
-)
-def test_bitsandbytes_linears_are_left_out(kind, options, weight, llama, warnings):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    for layer in llama.model.layers:
-        layer.self_attn.v_proj = getattr(bitsandbytes.nn, kind)(64, 32, bias=False, **options).to("cpu")
-    assert leaves(llama) == ["q_proj", "k_proj"]
-    assert [warning.partition(" but a ")[2] for warning in warnings()] == [f"{weight}."] * 2
-    with pytest.raises(SMTError, match=r"matches 2 linears, none of which can be tuned.*unquantised"):
-        find_targets(llama, SMTConfig(target_modules=["v_proj"]))
-
-
 def test_the_output_projection_of_torchs_own_attention_is_left_out(warnings):
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "out_proj": nn.Linear(32, 32)})
     assert list(find_targets(model, SMTConfig(target_modules=["out_proj"]))) == ["out_proj"]

@@ -93,9 +93,3 @@ def test_weights_sharded_on_loading_are_refused(construct, tmp_path):
 def test_generating_with_another_engine_is_refused(construct):
     with pytest.raises(SMTError, match="use_vllm"):
         construct(arguments={"use_vllm": True})
-
-
-def test_a_quantised_model_is_refused_before_trainer_asks_for_adapters(llama, tmp_path):
-    llama.is_quantized = True
-    with pytest.raises(SMTError, match=r"LlamaForCausalLM is quantised.*Load it without quantization_config"):
-        tiny.smt_trainer(llama, tmp_path)
