@@ -28,6 +28,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--batch", type=count, default=1, help="sequences that a device processes at a time")
     parser.add_argument("--seq", type=count, default=512, help="tokens per sequence")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise the base of SMT and LoRA: NF4 or LLM.int8")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
     parser.add_argument("--ranks", type=count, default=1, help="number of devices")
     parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of ZeRO; 3 also for FSDP2")
@@ -48,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         batch=arguments.batch,
         seq=arguments.seq,
         dtype=getattr(torch, arguments.dtype),
+        bits=arguments.bits,
         checkpointing=arguments.checkpointing,
         ranks=arguments.ranks,
         zero_stage=arguments.zero,

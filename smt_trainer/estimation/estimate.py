@@ -27,6 +27,10 @@ LoRA has adapters of one rank r on all targets, with r (O + I) weights for each 
 many weights as SMT. A write-back reads n m masters, writes as many weights and keeps nothing. The delta holds n m
 weights in the model's dtype, and 8 bytes a block for its position.
 
+With `bits`, SMT, its warm-up and LoRA stand on a base that is held in 4 or 8 bits (`quantised.py`); full fine-tuning
+does not. Masters, adapters and all else stay as they are, and there is no write-back: each product puts the blocks into
+its own dense copy of the weight.
+
 The estimate is approximate. It assumes that no sequence is padded (with padding, attention saves a mask [batch, seq,
 seq] in each layer), that attention is fused and its FLOPs are those of all pairs of tokens, that blocks lie at random
 places (which matters little), and that warm-up sums stay on the device where `accumulator_device` may move them to the
@@ -49,6 +53,7 @@ from torch import Tensor, nn
 from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
+from smt_trainer.estimation.quantised import QuantisedBase
 from smt_trainer.model.names import layer_index
 from smt_trainer.model.targets import find_targets, is_linear, named_linears
 from smt_trainer.model.whole import find_whole, get_whole
@@ -74,7 +79,7 @@ class Cost:
 
     Attributes:
         trainable: number of trained parameters; 0 in the warm-up.
-        weights: the model's parameters and buffers.
+        weights: the model's parameters and buffers, quantised ones with their scales.
         added: masters, adapters or accumulators.
         optimizer: AdamW's state.
         gradients: those at the end of backward, with DDP's buckets.
@@ -107,7 +112,7 @@ class Estimate:
         full: a step of full fine-tuning, all in the weights' dtype.
         lora_rank: the rank at which LoRA trains about as many parameters as SMT, at least 1.
         accumulators: score -> bytes of its warm-up sums, on all devices together; of `qm_taylor`, for one class.
-        write_back: bytes read and written after each step.
+        write_back: bytes read and written after each step; 0 on a quantised base.
         delta: bytes of the saved tensors, without their names and the manifest.
     """
 
@@ -137,6 +142,7 @@ def estimate(
     checkpointing: bool = False,
     ranks: int = 1,
     zero_stage: int = 0,
+    bits: int | None = None,
 ) -> Estimate:
     """Estimate what training a causal language model of transformers takes; load only its configuration.
 
@@ -145,10 +151,11 @@ def estimate(
         config: what to train and how to choose it.
         batch: sequences that a device processes at a time.
         seq: tokens per sequence.
-        dtype: of the weights, and of forward and backward.
+        dtype: of the weights, and of forward and backward, also where the base is quantised.
         checkpointing: recompute the activations of each layer in backward.
         ranks: number of devices.
         zero_stage: 0 for DDP, 1, 2, or 3 (also for FSDP2).
+        bits: 4 or 8 hold the frozen base of SMT and LoRA in NF4 or LLM.int8; None: in `dtype`.
 
     Raises:
         SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it.
@@ -158,12 +165,16 @@ def estimate(
             raise SMTError(f"{name} must be at least 1, got {value}.")
     if zero_stage not in range(4):
         raise SMTError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage}.")
+    if bits is not None and zero_stage == 3:
+        raise SMTError("a base in few bits is not divided over ranks; expected zero_stage 0, 1 or 2 with bits, got 3.")
     build = _builder(model, dtype)
     plain = build()
+    base = QuantisedBase.of(plain, bits)
     selection = _choose(plain, config, build)
     whole = find_whole(plain, config, selection.block_indices)
+    base.refuse_whole(whole)
     rank = _equal_rank(selection)
-    step = _Step(batch, seq, checkpointing, ranks, zero_stage, weights=_bytes(_tensors(plain)))
+    step = _Step(batch, seq, checkpointing, ranks, zero_stage, base, dense=_bytes(_tensors(plain)))
     linears = named_linears(plain)
     targets = {name: linears[name] for name in selection.grids}
     scorers = {
@@ -179,41 +190,46 @@ def estimate(
         smt=step.cost(rewrite(build(), selection, whole, master_dtype)),
         warmup=_warmup_cost(plain, scorers[config.score], config, step),
         lora=step.cost(_with_adapters(build(), selection, whole, rank)),
-        full=step.cost(build()),
+        full=replace(step, base=QuantisedBase()).cost(build()),
         lora_rank=rank,
         accumulators={score: _bytes(scorer.statistics()) for score, scorer in scorers.items()},
-        write_back=(master_dtype.itemsize + dtype.itemsize) * trained,
+        write_back=0 if bits else (master_dtype.itemsize + dtype.itemsize) * trained,
         delta=dtype.itemsize * trained + POSITION_BYTES * selection.num_blocks + stored,
     )
 
 
 @dataclass(frozen=True)
 class _Step:
-    """What all steps share, whatever is trained; `weights` is in bytes, the rest is as in `estimate`."""
+    """What all steps share, whatever is trained, as in `estimate`; `dense` is the bytes of the plain model."""
 
     batch: int
     seq: int
     checkpointing: bool
     ranks: int
     zero_stage: int
-    weights: int
+    base: QuantisedBase
+    dense: int
 
     def cost(self, model: PreTrainedModel, sums: list[Tensor] | None = None) -> Cost:
         """Return the cost of one training step, or of one warm-up step if its `sums` are given."""
         if self.checkpointing:
             _checkpoint(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad and sums is None]
-        added = _bytes(_tensors(model)) - self.weights + _bytes(sums or [])
+        added = _bytes(_tensors(model)) - self.dense + _bytes(sums or [])
+        quantised = self.base.hold(model)
+        weights = self.dense - _bytes(quantised) + self.base.nbytes
         optimizer = 2 * _bytes(trained) + STEP_COUNT_BYTES * len(trained)
         share = [1 / self.ranks if self.zero_stage >= stage else 1 for stage in range(4)]
         kept = share[2] if sums is None else 1
         try:
-            reading = read_step(model, self.batch, self.seq, beside=sums or [], gradient_share=kept)
+            reading = read_step(
+                model, self.batch, self.seq, beside=sums or [], quantised=quantised, gradient_share=kept
+            )
         except Exception as error:  # a model of an odd configuration raises anything
             first_line = str(error).partition("\n")[0]
             raise SMTError(f"{type(model).__name__} cannot run on the meta device: {first_line}") from error
         buckets = _bytes(trained) if self.ranks > 1 and self.zero_stage == 0 else 0
-        weights, added, optimizer = round(share[3] * self.weights), round(share[3] * added), round(share[1] * optimizer)
+        weights, added, optimizer = round(share[3] * weights), round(share[3] * added), round(share[1] * optimizer)
         gathered = round((1 - share[3]) * _gathered(model))
         return Cost(
             trainable=sum(parameter.numel() for parameter in trained),

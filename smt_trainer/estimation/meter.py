@@ -5,7 +5,8 @@ differences are corrected: attention would split into products of whole [seq, se
 value can be read. Models read values to see whether a sequence is padded or packed; the answer is always that none is.
 
 A tensor's bytes are those of its storage. They count once for all its views, from the operation that makes it until the
-last reference goes. What a kernel uses for itself and what an allocator rounds up are not counted.
+last reference goes. Operations that read a quantised weight each add a dense one while they run. What else a kernel
+uses for itself and what an allocator rounds up are not counted.
 """
 
 from __future__ import annotations
@@ -70,7 +71,13 @@ class Reading:
 
 
 def read_step(
-    model: PreTrainedModel, batch: int, seq: int, *, beside: Iterable[Tensor] = (), gradient_share: float = 1.0
+    model: PreTrainedModel,
+    batch: int,
+    seq: int,
+    *,
+    beside: Iterable[Tensor] = (),
+    quantised: Iterable[Tensor] = (),
+    gradient_share: float = 1.0,
 ) -> Reading:
     """Run forward and backward of one step of a causal language model, and count what it takes.
 
@@ -79,10 +86,11 @@ def read_step(
         batch: number of sequences.
         seq: tokens per sequence.
         beside: tensors that existed before, other than the model's own.
+        quantised: weights of the model that each operation dequantises for itself.
         gradient_share: the share of a gradient that stays once it is complete.
     """
     before = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *beside]]
-    alive = _Alive(before)
+    alive = _Alive(before, {_key(weight.untyped_storage()): weight.nbytes for weight in quantised})
     handles = [
         parameter.register_post_accumulate_grad_hook(lambda parameter: alive.shrink(parameter.grad, gradient_share))
         for parameter in model.parameters()
@@ -112,9 +120,9 @@ def read_step(
 class _Alive(TorchDispatchMode):
     """Counts FLOPs, and the bytes of the storages made while it is active, with their peak in each phase."""
 
-    def __init__(self, before: list[UntypedStorage]) -> None:
+    def __init__(self, before: list[UntypedStorage], quantised: dict[int, int]) -> None:
         super().__init__()
-        self.before = before
+        self.before, self.quantised = before, quantised
         self.sizes = dict.fromkeys(map(_key, before), 0)
         self.now, self.peaks, self.flops = 0, [0], 0
 
@@ -128,7 +136,15 @@ class _Alive(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and _key(tensor.untyped_storage()) not in self.sizes:
                 self._add(tensor.untyped_storage())
+        self.peaks[-1] = max(self.peaks[-1], self.now + self._dequantised((args, kwargs)))
         return result
+
+    def _dequantised(self, arguments) -> int:
+        """Return the bytes of the weights among the arguments of an operation that it has to dequantise."""
+        if not self.quantised:
+            return 0
+        keys = {_key(each.untyped_storage()) for each in tree_leaves(arguments) if isinstance(each, Tensor)}
+        return sum(self.quantised.get(key, 0) for key in keys)
 
     def _add(self, storage: UntypedStorage) -> None:
         self._resize(_key(storage), storage.nbytes())

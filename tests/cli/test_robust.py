@@ -51,7 +51,10 @@ def test_odd_values_of_fields_are_refused(options, message, scores, tmp_path, ca
 
 @pytest.mark.parametrize(
     "options",
-    [["--card", "nan"], ["--card", "inf"], ["--card", "-1"], ["--batch", "0"], ["--seq", "²"], ["--ranks", "9" * 30]],
+    [
+        *(["--card", "nan"], ["--card", "inf"], ["--card", "-1"], ["--batch", "0"], ["--seq", "²"]),
+        *(["--ranks", "9" * 30], ["--bits", "5"], ["--bits", "-4"]),
+    ],
 )
 def test_odd_numbers_are_refused(options, base, capsys):
     assert options[0] in refused(["estimate", str(base), *options], capsys)
