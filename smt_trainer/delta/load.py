@@ -64,7 +64,7 @@ def load_delta(model: Model, folder: str | Path, *, merge: bool = False, onto: s
     """
     delta = Delta.load(folder)
     if merge and onto is None and quantization_of(model) is not None and quantised_names(delta):
-        raise SMTError(WAYS)
+        raise SMTError(f"the quantised weights of this model cannot hold the trained blocks. {WAYS}")
     put_delta(model, delta, onto=onto)
     return merge_and_unload(model, onto=onto if onto == DEQUANTIZED else None) if merge else model
 
@@ -178,7 +178,7 @@ def _is_quantised(base: str, kwargs: dict[str, Any]) -> bool:
     return "quantization_config" in PretrainedConfig.get_config_dict(base, **where)[0]
 
 
-def as_config(quantization: dict[str, Any]) -> Any:
+def as_config(quantization: Any) -> Any:
     """Return the configuration of transformers that a delta records."""
     from transformers.quantizers import AutoQuantizationConfig
 

@@ -70,7 +70,7 @@ def prompts_for(folder: Path, vocabulary: int) -> list[Tensor]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError):
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(vocabulary, (RANDOM_TOKENS,), generator=generator) for _ in PROMPTS]

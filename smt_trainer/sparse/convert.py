@@ -182,7 +182,8 @@ def rewrite(
     """
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
-        grid, linear = selection.grids[name], model.get_submodule(name)
+        grid = selection.grids[name]
+        linear: Any = model.get_submodule(name)
         kind: type[BlockLinear] = SMTConv1D if grid.transposed else SMTLinear
         if is_quantised(linear):
             from smt_trainer.sparse.quantised_linear import block_linear_of

@@ -41,6 +41,6 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
             del state[name]
         if is_quantised(module):
             has_blocks = isinstance(module, BlockLinear)
-            weight = module.merged_weight(module.blocks.detach()) if has_blocks else dequantised(module, dtype)
+            weight = module.merged_weight() if has_blocks else dequantised(module, dtype)
             state[f"{prefix}weight"] = weight.to(dtype)
     return state

@@ -75,6 +75,11 @@ class BlockLinear(nn.Module):
         """The dtype in which forward uses the blocks."""
         return self.weight.dtype
 
+    def merged_weight(self) -> Tensor:
+        """Return the whole dense weight with the blocks in it, in `weight_dtype`."""
+        write_back([self])
+        return full_tensor(self.weight)
+
     def to_linear(self) -> nn.Module:
         """Write the blocks into the weight and turn back into a plain linear, in place."""
         write_back([self])

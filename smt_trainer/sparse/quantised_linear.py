@@ -41,23 +41,23 @@ class QuantisedBlockLinear(BlockLinear):
     def base_weight(self) -> Tensor:
         return dequantised(self, self.dense_dtype)
 
-    def merged_weight(self, blocks: Tensor) -> Tensor:
-        """Return W' [O, I], as a new tensor."""
+    def merged_weight(self) -> Tensor:
         weight = self.base_weight()
-        self.grid.scatter_(weight, self.block_indices, blocks)
+        self.grid.scatter_(weight, self.block_indices, self.blocks.detach())
         return weight
 
     # It calls what torch.compile cannot look into.
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         dtype = compute_dtype(self, input)
-
-        def read_weight(blocks: Tensor) -> Tensor:
-            return self.merged_weight(blocks).to(dtype)
-
         bias = None if self.bias is None else self.bias.to(dtype)
+
+        def read_weight() -> Tensor:
+            return self.merged_weight().to(dtype)
+
         with torch.autocast(input.device.type, enabled=False):
-            y = sparse_linear(input.to(dtype), self.weight, bias, self.blocks, self.positions, self.plan, read_weight)
+            x = input.to(dtype)
+            y = sparse_linear(x, self.weight, bias, self.blocks, self.positions, self.plan, read_weight)
         return y.to(input.dtype)
 
     def is_stale(self) -> bool:
@@ -65,7 +65,7 @@ class QuantisedBlockLinear(BlockLinear):
 
     def to_linear(self) -> nn.Module:
         """Turn into a plain, dense linear with the weight W', in place."""
-        weight = self.merged_weight(self.blocks.detach())
+        weight = self.merged_weight()
         return make_plain(self._restore(), weight)
 
 

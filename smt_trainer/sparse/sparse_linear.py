@@ -153,27 +153,29 @@ class SparseLinear(torch.autograd.Function):
         positions: Tensor,
         plan: Plan,
         origin: KeptInput | None,
-        read_weight: Callable[[Tensor], Tensor] | None,
+        read_weight: Callable[[], Tensor] | None,
     ) -> Tensor:
         # Save x uncast, so that query, key and value hold the same tensor, even under autocast.
-        ctx.save_for_backward(weight, blocks if read_weight else None, positions, *(origin.tensors if origin else (x,)))
+        # Saved blocks let autograd refuse a backward after they changed.
+        changing = blocks if read_weight else None
+        ctx.save_for_backward(weight, changing, positions, *(origin.tensors if origin else (x,)))
         ctx.read_weight = read_weight
         ctx.steps = origin.steps if origin else ()
         ctx.plan, ctx.master_dtype, ctx.x_shape, ctx.x_dtype = plan, blocks.dtype, x.shape, x.dtype
         if read_weight:
-            weight = read_weight(blocks)
+            weight = read_weight()
         return _transposed_linear(x, weight, bias) if plan.grid.transposed else F.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
-        weight, blocks, positions, *kept = ctx.saved_tensors
+        weight, _, positions, *kept = ctx.saved_tensors
         needs_dx, _, needs_dbias, needs_dblocks, *_ = ctx.needs_input_grad
         flat_dy = dy.reshape(-1, dy.shape[-1])
         dx = dbias = dblocks = None
         if needs_dx:
             if ctx.read_weight:
-                weight = ctx.read_weight(blocks)
+                weight = ctx.read_weight()
             matrix = weight.t() if ctx.plan.grid.transposed else weight
             dx = torch.mm(flat_dy, matrix.to(dy.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
             # A dense weight that was made for this product goes before the next one.
@@ -193,7 +195,7 @@ def sparse_linear(
     blocks: Tensor,
     positions: Tensor,
     plan: Plan,
-    read_weight: Callable[[Tensor], Tensor] | None = None,
+    read_weight: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """Compute y = x W^T + bias, with gradients for x, bias and the chosen blocks of W (SMT, equation 2).
 

@@ -30,7 +30,9 @@ def test_other_modules_are_not_quantised():
 def test_four_bits_are_dequantised_as_bitsandbytes_does(kind, storage):
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     linear = bnb.nn.Linear4bit(128, 64, bias=False, quant_type=kind, quant_storage=storage)
-    linear.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type=kind, quant_storage=storage, module=linear)
+    linear.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type=kind, quant_storage=storage, module=linear
+    )
     linear = linear.to("cpu")
     assert linear.weight.dtype == storage
     expected = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)

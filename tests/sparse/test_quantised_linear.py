@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import quantised
@@ -74,7 +75,9 @@ def test_it_is_the_dense_linear_of_the_dequantised_weight_with_the_blocks_in_it(
     tiny.assert_same((y, dx), expected[:2])
     wanted = GRID.gather(expected[2]["weight"], linear.block_indices)
     # Another order of the sums.
-    torch.testing.assert_close(gradients["blocks"], wanted.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gradients["blocks"], wanted.float(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,3 +128,24 @@ def test_a_copy_trains_its_own_blocks():
     with torch.no_grad():
         twin.blocks += 1
     assert not torch.equal(twin(x), linear(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_autograd_holds_the_input(kind):
+    linear, x = rewritten(quantised.make_linear(kind), torch.bfloat16), torch.randn(4, 128).bfloat16()
+    reference = weakref.ref(x)
+    # Saved nowhere: what a checkpointed layer would do.
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.shape, lambda shape: torch.zeros(shape)):
+        y = linear(x)
+    del x
+    assert y.requires_grad
+    assert reference() is None
+
+
+def test_blocks_that_change_before_backward_are_noticed():
+    linear = rewritten(quantised.make_linear("nf4"), torch.bfloat16)
+    y = linear(torch.randn(4, 128).bfloat16().requires_grad_())
+    with torch.no_grad():
+        linear.blocks += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -52,10 +52,15 @@ def result(trainer) -> dict:
     }
 
 
-def resumable(folder: Path, **overrides):
-    """Make a run of six steps with dropout, each of two micro-batches, with a checkpoint after every second step."""
+def with_dropout():
+    """Make the model of the runs that are resumed."""
+    return tiny.llama(attention_dropout=0.3)
+
+
+def resumable(folder: Path, make: Callable = with_dropout, **overrides):
+    """Make a run of six steps, each of two micro-batches, with a checkpoint after every second step."""
     defaults = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    return tiny.smt_trainer(tiny.llama(attention_dropout=0.3), folder, **defaults | overrides)
+    return tiny.smt_trainer(make(), folder, **defaults | overrides)
 
 
 class Evaluated(tiny.RecordingSMTTrainer):
