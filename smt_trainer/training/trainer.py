@@ -103,8 +103,9 @@ class SMTTrainerMixin(SavesDelta):
             kwargs["model"] = uncompiled(kwargs["model"])
         with admitting_quantised(self, args[0] if args else kwargs.get("model")):
             super().__init__(*args, **kwargs)
-        if self.model is not None:
-            keep_differentiable(self.model)
+        for part in (self.model, getattr(self, "ref_model", None)):
+            if part is not None:
+                keep_differentiable(part)
         if smt_config is None and is_smt_model(self.model):
             self.smt_config = get_state(self.model).selection.config
         refuse_unusable(self)

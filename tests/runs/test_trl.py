@@ -1,6 +1,9 @@
 """The mixin with TRL's trainers."""
 
+import copy
+
 import pytest
+import quantised
 import tiny
 import torch
 import training_script
@@ -211,3 +214,22 @@ def test_adapters_of_peft_are_refused(wrapped, make, base):
 def test_a_reference_that_follows_the_model_is_refused(make):
     with pytest.raises(SMTError, match="sync_ref_model"):
         make("DPO", tiny.config(), sync_ref_model=True)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_quantised_policy_starts_where_its_copy_is_and_leaves_it_there(kind, make, base):
+    pytest.importorskip("bitsandbytes")
+    model = quantised.load(base, kind)
+    reference = copy.deepcopy(model)
+    before = tiny.weights(reference)
+    trainer = make("DPO", tiny.config(), more={"model": model, "ref_model": reference})
+    trainer.train()
+    rewards = tiny.logged(trainer, "rewards/margins")
+    assert rewards[0] == pytest.approx(0, abs=1e-6) and rewards[2] > 0
+    tiny.assert_same(dict(trainer.ref_model.state_dict()), before)
+
+
+def test_a_reference_that_trl_loads_unquantised_is_refused(make, base):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(SMTError, match=r"Pass ref_model=copy.deepcopy\(model\)"):
+        make("DPO", tiny.config(), more={"model": quantised.load(base, "nf4")})

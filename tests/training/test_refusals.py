@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import quantised
 import tiny
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -93,3 +95,11 @@ def test_weights_sharded_on_loading_are_refused(construct, tmp_path):
 def test_generating_with_another_engine_is_refused(construct):
     with pytest.raises(SMTError, match="use_vllm"):
         construct(arguments={"use_vllm": True})
+
+
+@pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_a_quantised_base_that_would_be_sharded_is_refused(sharding, construct, base):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(SMTError, match="the base is quantised, and FSDP2 and DeepSpeed cut.*Use DDP"):
+        construct(model=quantised.load(base, "nf4"), state={"distributed_type": sharding})
+    construct(model=quantised.load(base, "nf4"), state={"distributed_type": DistributedType.NO})
