@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from smt_trainer import SMTError
+from smt_trainer import SMTError, convert_to_smt
 from smt_trainer.cli import main
 from smt_trainer.estimation.estimate import estimate
 from smt_trainer.estimation.quantised import BITS, QuantisedBase, quantised_bytes
@@ -35,6 +35,13 @@ def quantise(model, bits, folder, dtype=torch.float32):
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     config = BitsAndBytesConfig(load_in_4bit=True, **nf4) if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype).train()
+
+
+def checkpoint(model):
+    """Let a model checkpoint its activations as SMTTrainer does."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
+    model.disable_input_require_grads()
 
 
 def held(linear):
@@ -103,9 +110,7 @@ def test_what_is_alive_is_what_peft_and_bitsandbytes_need(bits, checkpointing, t
     found = guess(tiny.llama(intermediate_size=512), bits=bits, checkpointing=checkpointing)
     model = quantise(tiny.llama(intermediate_size=512), bits, tmp_path)
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": False})
-        model.disable_input_require_grads()
+        checkpoint(model)
     model = peft.get_peft_model(model, peft.LoraConfig(r=found.lora_rank, target_modules=QKV))
     activations, peak = live(model)
     cost = found.lora
@@ -113,6 +118,22 @@ def test_what_is_alive_is_what_peft_and_bitsandbytes_need(bits, checkpointing, t
     # The kernel for 4 bits has the scales in float32 beside the dense weight.
     scales = 512 * 64 // 64 * 4 + 64 if bits == 4 else 0
     assert 0 <= peak - (cost.peak - cost.weights - cost.added - cost.optimizer) <= scales + NUMBERS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_alive_is_what_a_step_over_a_quantised_base_needs(bits, checkpointing, tmp_path):
+    # The estimate knows no scores: as many blocks in each module, wherever they lie.
+    smt_config = tiny.config(score="random", budget=1, scope="per_module")
+    found = guess(tiny.llama(intermediate_size=512), smt_config, bits=bits, checkpointing=checkpointing)
+    model = quantise(tiny.llama(intermediate_size=512), bits, tmp_path)
+    if checkpointing:
+        checkpoint(model)
+    convert_to_smt(model, tiny.choose(model, smt_config))
+    activations, peak = live(model.train())
+    cost = found.smt
+    assert activations == cost.activations
+    assert peak == cost.peak - cost.weights - cost.added - cost.optimizer
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
