@@ -76,13 +76,12 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
     heads = _heads(model)
     matching = {name: module for name, module in linears.items() if _is_wanted([name], config, heads)}
     shared = _shared_weights(model)
-    targets = {}
-    for name, module in matching.items():
-        reason = _why_not(module, shared)
-        if reason is None:
-            targets[name] = module
-        else:
-            logger.warning("`%s` is not tuned: %s.", name, reason)
+    reasons = {name: _why_not(module, shared) for name, module in matching.items()}
+    targets = {name: module for name, module in matching.items() if reasons[name] is None}
+    for reason, count in Counter(reason for reason in reasons.values() if reason is not None).items():
+        first = next(name for name in reasons if reasons[name] == reason)
+        many = "is" if count == 1 else f"and {count - 1} more are"
+        logger.warning("`%s` %s not tuned: %s.", first, many, reason)
     packed = _packed_linears(model, config, heads)
     if packed:
         logger.warning("%s", _about_packed(packed))
@@ -248,8 +247,8 @@ def _why_not(linear: Linear, shared: set[int]) -> str | None:
             return "it was a Conv1D, and its weight was transposed when it was quantised"
     elif not has_plain_weight(linear):
         return (
-            f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype} "
-            f"{list(weight.shape)}; {HOW_TO_LOAD}"
+            f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype}; "
+            f"{HOW_TO_LOAD}"
         )
     elif not has_linear_forward(linear):
         return f"its class, {type(linear).__name__}, has a forward of its own, which the rewritten linear would replace"

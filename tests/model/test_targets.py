@@ -109,7 +109,7 @@ def test_linears_that_cannot_be_tuned_are_left_out_with_the_reason(llama, warnin
     assert list(find_targets(llama, SMTConfig())) == [QKV[3], QKV[5]]
     reasons = "\n".join(warnings())
     assert f"`{QKV[0]}` is not tuned: its forward is replaced" in reasons
-    assert f"`{QKV[1]}` is not tuned: its weight is shared" in reasons
+    assert f"`{QKV[1]}` and 1 more are not tuned: its weight is shared" in reasons
     assert (
         f"`{QKV[2]}` is not tuned: its weight is not a plain matrix of floats but a Parameter of torch.uint8" in reasons
     )

@@ -1,5 +1,8 @@
 """Training runs over bases that bitsandbytes has quantised, with the stock arguments."""
 
+import functools
+from types import SimpleNamespace
+
 import pytest
 import quantised
 import tiny
@@ -7,8 +10,9 @@ import torch
 import training_script
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import SMTError, from_delta
+from smt_trainer import SMTError, from_delta, load_delta
 from smt_trainer.config import SCORES
+from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import DELTA_FILE
 from smt_trainer.sparse.linear import smt_linears
 
@@ -177,3 +181,27 @@ def test_a_run_with_8_bit_states_resumes_where_it_was(optim, base, tmp_path):
     resumed = training_script.resumable(tmp_path / "resumed", make, **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     tiny.assert_same(training_script.result(resumed), training_script.result(whole))
+
+
+# ---- other formats ----
+
+
+def test_targets_that_another_format_left_plain_are_trained(llama, base, tmp_path):
+    for layer in llama.model.layers:
+        layer.mlp.up_proj.weight = torch.nn.Parameter(
+            layer.mlp.up_proj.weight.detach().to(torch.float8_e4m3fn), requires_grad=False
+        )
+        layer.mlp.up_proj.forward = functools.partial(widened_product, layer.mlp.up_proj)
+    llama.hf_quantizer = SimpleNamespace(is_trainable=False, is_qat_trainable=False)
+    llama.config.quantization_config = {"quant_method": "fp8"}
+    trainer = tiny.smt_trainer(llama, tmp_path)
+    trainer.train()
+    assert tiny.logged(trainer, "loss")[-1] < tiny.logged(trainer, "loss")[0]
+    trainer.save_model()
+    assert Delta.load(tmp_path).quantization == {"quant_method": "fp8"}
+    with pytest.raises(SMTError, match=r"trained on a quantised base \(fp8\)"):
+        load_delta(tiny.llama(), tmp_path)
+
+
+def widened_product(linear, x):
+    return torch.nn.functional.linear(x, linear.weight.to(x.dtype))
