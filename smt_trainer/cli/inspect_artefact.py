@@ -64,6 +64,10 @@ def _describe(artefact):
     print(f"base         {selection.base_model or 'not recorded'}")
     if isinstance(artefact, Delta):
         print(f"fingerprint  {artefact.base.digest[:16]}, weights in {artefact.weight_dtype}")
+        if artefact.quantization is not None:
+            from smt_trainer.delta.onto import in_words
+
+            print(f"quantised    {in_words(artefact.quantization)}")
     if isinstance(artefact, BlockScores):
         found = [score for scores in artefact.scores.values() for score in (scores.min().item(), scores.max().item())]
         count = sum(grid.num_blocks for grid in artefact.grids.values())

@@ -182,7 +182,8 @@ def as_config(quantization: Any) -> Any:
     """Return the configuration of transformers that a delta records."""
     from transformers.quantizers import AutoQuantizationConfig
 
-    return AutoQuantizationConfig.from_dict(quantization)
+    with refusing_damage("record of how the delta's base was quantised"):
+        return AutoQuantizationConfig.from_dict(quantization)
 
 
 def trained_class(delta: Delta) -> Any:

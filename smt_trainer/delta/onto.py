@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, printable
 
 if TYPE_CHECKING:
     from smt_trainer.delta.delta import Delta
@@ -77,10 +77,10 @@ def check_same_quantisation(delta: Delta, found: dict[str, Any]) -> None:
 
 def in_words(quantization: dict[str, Any]) -> str:
     """Return how a base was quantised, such as "bitsandbytes, 4 bits, nf4, double"."""
-    words = [str(quantization.get("quant_method"))]
+    words = [quantization.get("quant_method")]
     if quantization.get("load_in_4bit"):
-        words += ["4 bits", str(quantization.get("bnb_4bit_quant_type"))]
+        words += ["4 bits", quantization.get("bnb_4bit_quant_type")]
         words += ["double"] * bool(quantization.get("bnb_4bit_use_double_quant"))
     elif quantization.get("load_in_8bit"):
         words.append("8 bits")
-    return ", ".join(words)
+    return printable(", ".join(map(str, words)))

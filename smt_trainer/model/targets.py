@@ -247,8 +247,7 @@ def _why_not(linear: Linear, shared: set[int]) -> str | None:
             return "it was a Conv1D, and its weight was transposed when it was quantised"
     elif not has_plain_weight(linear):
         return (
-            f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype}; "
-            f"{HOW_TO_LOAD}"
+            f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype}; {HOW_TO_LOAD}"
         )
     elif not has_linear_forward(linear):
         return f"its class, {type(linear).__name__}, has a forward of its own, which the rewritten linear would replace"

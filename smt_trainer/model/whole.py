@@ -17,6 +17,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.targets import head_names
 
 
@@ -41,6 +42,7 @@ def find_whole(
     else:
         found = _find_named(model, config.modules_to_save)
     found += _made_up(model, config, found)
+    _refuse_quantised(model, found)
     for linear in linears:
         whole = next((name for name in found if f"{linear}.".startswith(f"{name}.")), None)
         if whole is not None:
@@ -74,6 +76,17 @@ def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]
             "modules_to_save, or leave modules_to_save at None."
         )
     return left
+
+
+def _refuse_quantised(model: nn.Module, found: list[str]) -> None:
+    """Raise `SMTError` if a module to train whole holds a quantised weight, which no gradient can change."""
+    for name, module in model.named_modules():
+        whole = next((one for one in found if f"{name}.".startswith(f"{one}.")), None)
+        if whole is not None and is_quantised(module):
+            raise SMTError(
+                f"modules_to_save trains `{whole}` whole, but the weight of `{name}` is quantised. Leave it out, or "
+                "load the model with that module in llm_int8_skip_modules."
+            )
 
 
 def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:

@@ -150,7 +150,9 @@ class SavesDelta(Trainer):
             repository = self.hub_model_id or self._output_folder.name
             card = self._output_folder / "README.md"
             text = without_pipeline(card.read_text(encoding="utf-8"))
-            card.write_text(text + delta_section(get_state(self.model).selection, repository), encoding="utf-8")
+            state = get_state(self.model)
+            section = delta_section(state.selection, repository, state.quantization)
+            card.write_text(text + section, encoding="utf-8")
 
     def merge_and_save(self, output_dir: str | Path, *, onto: str | None = None) -> None:
         """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.

@@ -10,8 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, merge_checkpoint, save_delta
+from smt_trainer.cli import main
 from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.model_card import delta_section
 from smt_trainer.model.quantised import keep_differentiable
+from smt_trainer.selection.candidates import find_candidates
+from smt_trainer.sparse.convert import get_state
 from smt_trainer.sparse.linear import smt_linears
 
 pytest.importorskip("bitsandbytes")
@@ -209,3 +213,24 @@ def test_a_delta_records_how_its_base_was_quantised(base, tmp_path):
     assert recorded["quantization"]["bnb_4bit_quant_type"] == "nf4"
     assert Delta.load(tmp_path / "delta").quantization == quantised.config("nf4").to_dict()
     assert Delta.load(tmp_path / "delta").weight_dtype == "bfloat16"
+
+
+def test_inspect_says_how_the_base_was_quantised(base, tmp_path, capsys):
+    trained(base, "nf4", tmp_path / "delta")
+    assert main(["inspect", str(tmp_path / "delta")]) == 0
+    assert "quantised    bitsandbytes, 4 bits, nf4, double\n" in capsys.readouterr().out
+
+
+def test_a_model_card_says_how_to_load_a_delta_of_a_quantised_base(base, tmp_path):
+    state = get_state(trained(base, "fp4", tmp_path / "delta"))
+    card = delta_section(state.selection, "me/mine", state.quantization)
+    assert "| trained over a quantised base | bitsandbytes, 4 bits, fp4; `quantization_config=` instead" in card
+    assert 'from_delta(snapshot_download("me/mine"), onto="dequantized")' in card
+    assert "quantised" not in delta_section(state.selection, "me/mine")
+
+
+def test_a_quantised_module_is_not_trained_whole(base):
+    model = quantised.load(base, "nf4")
+    with pytest.raises(SMTError, match=r"trains `model.layers.1.mlp` whole, but .*gate_proj` is quantised"):
+        find_candidates(model, tiny.config(modules_to_save=["layers.1.mlp"]))
+    find_candidates(model, tiny.config(modules_to_save=["norm"], train_norm=True))
