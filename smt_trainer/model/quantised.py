@@ -11,6 +11,7 @@ inputs that are quantised, too. Weights of other libraries are not known here; a
 from __future__ import annotations
 
 import copy
+from enum import Enum
 from typing import Any
 
 import torch
@@ -71,8 +72,10 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """Return the `quantization_config` of a model as JSON types; None if it has none."""
-    config: Any = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config.to_dict() if hasattr(config, "to_dict") else config
+    found: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not hasattr(found, "to_dict"):
+        return found
+    return {key: value.value if isinstance(value, Enum) else value for key, value in found.to_dict().items()}
 
 
 def keep_differentiable(model: nn.Module) -> None:
