@@ -7,7 +7,6 @@ flag. `accelerate launch -m` and `torchrun -m` also run it.
 """
 
 import logging
-import shutil
 import statistics
 import sys
 import time
@@ -17,28 +16,26 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import AutoConfig, AutoTokenizer, TrainerCallback
 
-from recipes.parts.arguments import RecipeArguments, parse_arguments, resumed_from
+from recipes.parts.arguments import parse_arguments, resumed_from
 from recipes.parts.collator import CompletionCollator
 from recipes.parts.constant import constant_answers
 from recipes.parts.dtype import fastest_dtype
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.measures import table
+from recipes.parts.merged import compare, write_merged
 from recipes.parts.model import load_model, resolve_model
-from recipes.parts.prompt import encode_prompt, pad_token, tokenize_for_training
+from recipes.parts.prompt import pad_token, tokenize_for_training
+from recipes.parts.quantisation import quantised_loading
 from recipes.parts.registry import load_task
 from recipes.parts.report import Run, write_report
 from recipes.parts.reporting import peak_memory_bytes
 from recipes.parts.task import Decoding, Task
 from recipes.parts.untuned import Subject, keep, kept
-from smt_trainer import SMTTrainer, from_delta, plot_selection
+from smt_trainer import SMTTrainer, plot_selection
+from smt_trainer.delta.onto import DEQUANTIZED, in_words
+from smt_trainer.model.quantised import quantization_of
 
 logger = logging.getLogger("recipes.finetune")
 
@@ -61,6 +58,8 @@ def main() -> None:
     recipe, decoding, smt_config, training = parse_arguments()
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    # It logs a line for each product in 8 bits.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     disable_progress_bars()
     output = Path(training.output_dir)
 
@@ -69,10 +68,12 @@ def main() -> None:
         base = resolve_model(recipe.model)
         splits = task.load(recipe.data, recipe.validation_per_set, seed=training.seed)
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
     if recipe.dtype == "auto":
-        config = AutoConfig.from_pretrained(base, trust_remote_code=recipe.trust_remote_code)
         recipe = replace(recipe, dtype=broadcast_object_list([fastest_dtype(config)])[0])
-    model = load_model(base, recipe.dtype, recipe.trust_remote_code)
+    loading = quantised_loading(recipe.bits, config, recipe.dtype, training.device)
+    model = load_model(base, recipe.dtype, recipe.trust_remote_code, **loading)
+    quantization = quantization_of(model)
     questions = {
         name: draw(records, recipe.questions_per_set, training.seed)
         for name, records in getattr(splits, recipe.evaluate_on).items()
@@ -112,17 +113,21 @@ def main() -> None:
 
     if trainer.is_world_process_zero():
         plot_selection(trainer.smt_selection, output / "selection.png")
-        merge(base, output / "delta", output / "merged", tokenizer, recipe)
+        loading |= {"dtype": getattr(torch, recipe.dtype), "trust_remote_code": recipe.trust_remote_code}
+        loading |= {"onto": DEQUANTIZED if quantization else None}
+        write_merged(base, output / "delta", output / "merged", tokenizer, **loading)
         merged = load_model(str(output / "merged"), recipe.dtype, recipe.trust_remote_code).to(trainer.model.device)
         sample = {name: first(records, recipe.check_per_set) for name, records in questions.items()}
         run = Run(
             task=task,
             model=recipe.model,
             dtype=recipe.dtype,
+            quantization=in_words(quantization) if quantization else None,
             evaluated_on=recipe.evaluate_on,
             before=before,
             after=after,
-            merged_equal=gives_the_same(task, trainer.model, merged, tokenizer, sample, decoding),
+            merged_onto=loading["onto"],
+            merged=compare(task, trainer.model, merged, tokenizer, sample, decoding),
             selection=trainer.smt_selection,
             steps=trainer.state.global_step,
             seconds_per_step=statistics.median(timer.seconds) if timer.seconds else None,
@@ -160,33 +165,6 @@ def log(evaluation: Evaluation, label: str) -> None:
     logger.info("\n%s\n", table({label: evaluation}))
     for line in constant_answers({label: evaluation}):
         logger.warning("Warning: %s.", line)
-
-
-def merge(base: str, delta: Path, output: Path, tokenizer: PreTrainedTokenizerBase, recipe: RecipeArguments) -> None:
-    """Write base plus delta as a plain checkpoint in the dtype of training, replacing an earlier one."""
-    shutil.rmtree(output, ignore_errors=True)
-    model = from_delta(delta, base=base, dtype=getattr(torch, recipe.dtype), trust_remote_code=recipe.trust_remote_code)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-
-
-@torch.no_grad()
-def gives_the_same(
-    task: Task,
-    trained: PreTrainedModel,
-    merged: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: dict[str, Dataset],
-    decoding: Decoding,
-) -> bool:
-    """Check for bit-identical logits on the first prompt of each set and for the same answers to all questions."""
-    trained.eval()
-    merged.eval()
-    prompts = [encode_prompt(records[0], tokenizer) for records in questions.values()]
-    inputs = [torch.tensor([prompt], device=trained.device) for prompt in prompts]
-    same_logits = all(torch.equal(trained(ids).logits, merged(ids).logits) for ids in inputs)
-    answers = [task.evaluate(model, tokenizer, questions, decoding) for model in (trained, merged)]
-    return same_logits and answers[0] == answers[1]
 
 
 if __name__ == "__main__":

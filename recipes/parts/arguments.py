@@ -28,6 +28,11 @@ class RecipeArguments:
         default="auto",
         metadata={"help": "Dtype to load the weights in. auto: bfloat16 if it is faster, or float32."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Quantise the base to 4 bits (NF4 with double quantisation); it computes in --dtype."},
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantise the base to 8 bits (LLM.int8)."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the model code that comes with the weights."})
     max_length: int = field(default=2048, metadata={"help": "Longest training sequence, in tokens."})
     train_records: int | None = field(
@@ -51,6 +56,13 @@ class RecipeArguments:
             raise ValueError(
                 f"questions_per_set must be 2 or more for the paired interval, got {self.questions_per_set}."
             )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("--load_in_4bit and --load_in_8bit exclude each other. Leave one out.")
+
+    @property
+    def bits(self) -> int | None:
+        """The bits to quantise the base to, 4 or 8; None to load it as it is."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
 
 def parse_arguments() -> tuple[RecipeArguments, Decoding, SMTConfig, TrainingArguments]:

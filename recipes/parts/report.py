@@ -11,6 +11,7 @@ from recipes.parts.json_file import write_json
 from recipes.parts.markdown import provenance
 from recipes.parts.markdown import table as markdown_table
 from recipes.parts.measures import gain_text, is_loss, table
+from recipes.parts.merged import Comparison
 from recipes.parts.reporting import command, hardware, versions, without_folder
 from recipes.parts.task import Task
 from smt_trainer import BlockSelection
@@ -25,8 +26,11 @@ class Run:
     """The results of a run.
 
     Attributes:
-        dtype: of the weights.
+        dtype: of the weights; of a quantised base, of those that stay as they are.
+        quantization: how the base is quantised, in words; None if it is not.
         evaluated_on: the split of the questions.
+        merged_onto: what of a quantised base the delta was merged onto; None if the base is not quantised.
+        merged: the merged model beside the trained one.
         seconds_per_step: median over the optimizer steps of training; None without steps.
         peak_memory_bytes: of this process up to the end of training (allocated on the GPU if there is one).
         total_seconds: from the start of the script, everything included.
@@ -35,10 +39,12 @@ class Run:
     task: Task
     model: str
     dtype: str
+    quantization: str | None
     evaluated_on: str
     before: Evaluation
     after: Evaluation
-    merged_equal: bool
+    merged_onto: str | None
+    merged: Comparison
     selection: BlockSelection
     steps: int
     seconds_per_step: float | None
@@ -53,9 +59,12 @@ class Run:
             "task": self.task.name,
             "model": without_folder(self.model),
             "dtype": self.dtype,
+            "quantization": self.quantization,
             "evaluated_on": self.evaluated_on,
             "measures": {measure: self._summary(measure) for measure in self.after.values},
-            "merged_equal": self.merged_equal,
+            "merged_onto": self.merged_onto,
+            "merged_equal": self.merged.equal,
+            "merged_moved": self.merged.moved._asdict(),
             "trainable_fraction": self.selection.fraction_of_model,
             "selection": self.selection.summary(),
             "steps": self.steps,
@@ -108,7 +117,7 @@ def markdown(run: Run) -> str:
         *(f"Warning: {line}.\n" for line in constant_answers(evaluations)),
         f"Gain: {', '.join(gain_text(measure, run.before, run.after) for measure in measures)} "
         "(paired 95 % interval).\n",
-        markdown_table("|", [*_costs(results), *provenance(results)]),
+        markdown_table("|", [*_costs(results), *_merged(run), *provenance(results)]),
     ]
     return "\n".join(lines)
 
@@ -118,11 +127,18 @@ def _costs(results: dict) -> list[list[str]]:
     step = results["seconds_per_step"]
     return [
         ["weights", results["dtype"]],
+        *([["quantised base", results["quantization"]]] if results["quantization"] else []),
         ["trained", results["selection"]],
         ["trainable", f"{100 * results['trainable_fraction']:.3f} % of all parameters"],
         ["steps", f"{results['steps']}, {'none timed' if step is None else f'{step:.2f} s each (median)'}"],
         ["whole run", f"{results['total_seconds'] / 60:.1f} min"],
         ["peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB"],
         ["delta", f"{results['delta_bytes'] / 2**20:.2f} MiB"],
-        ["merged checkpoint equal to the trained model", "yes" if results["merged_equal"] else "NO"],
     ]
+
+
+def _merged(run: Run) -> list[list[str]]:
+    """Return rows of what was merged, and how it differs from the trained model."""
+    onto = [] if run.merged_onto is None else [["merged onto", f"{run.merged_onto} weights"]]
+    equal = "yes" if run.merged.equal else f"NO: {run.merged.moved}"
+    return [*onto, ["merged checkpoint equal to the trained model", equal]]

@@ -26,6 +26,15 @@ def dequantise(model: Any) -> None:
         quantizer.remove_quantization_config(model)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(name, None)
+    # How transformers read a checkpoint that is stored quantised, which it would undo in saving.
+    if (conversions := getattr(model, "_weight_conversions", None)) is not None:
+        model._weight_conversions = [each for each in conversions if not _deserialises(each)]
+
+
+def _deserialises(conversion: Any) -> bool:
+    """Return whether a conversion of transformers puts quantised weights together from their stored parts."""
+    operations = getattr(conversion, "operations", ())
+    return any(type(operation).__module__ == "transformers.integrations.bitsandbytes" for operation in operations)
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:

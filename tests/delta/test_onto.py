@@ -165,6 +165,8 @@ def test_a_base_that_is_stored_quantised_serves_as_one_that_is_quantised_on_load
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not hasattr(merged.config, "quantization_config")
     torch.testing.assert_close(tiny.logits(merged), expected, rtol=0, atol=NEAR.get(kind, 0))
+    from_delta(tmp_path / "delta", base=tmp_path / "stored", onto="dequantized").save_pretrained(tmp_path / "saved")
+    tiny.assert_same(dict(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()), merged.state_dict())
     with pytest.raises(SMTError, match="takes the weights that it was made of"):
         merge_checkpoint(tmp_path / "stored", tmp_path / "delta", tmp_path / "no", onto="original")
     with pytest.raises(SMTError, match="cannot hold the trained blocks"):

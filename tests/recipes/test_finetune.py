@@ -6,14 +6,16 @@ import subprocess
 import sys
 
 import pytest
+import quantised
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes import finetune
 from recipes.commonsense.task import COMMONSENSE
 from recipes.parts.arguments import RecipeArguments, parse_arguments
 from recipes.parts.task import Decoding
 from smt_trainer import SMTConfig, SMTError, SMTTrainer
+from smt_trainer.delta.delta import Delta
 from smt_trainer.sparse.convert import is_smt_model
 from smt_trainer.training.warmup import Warmup
 
@@ -109,8 +111,9 @@ def test_a_second_run_replaces_the_results_of_the_first(run):
     assert json.loads((run("--max_steps", "2") / "results.json").read_text())["steps"] == 2
 
 
-def test_a_run_that_was_cut_off_repeats_nothing(run, monkeypatch):
-    epoch = "--save_strategy epoch --num_train_epochs 1 --max_steps -1 --train_records 6".split()
+@pytest.mark.parametrize("quantise", [[], ["--load_in_4bit"]], ids=["plain", "4 bits"])
+def test_a_run_that_was_cut_off_repeats_nothing(quantise, run, monkeypatch):
+    epoch = [*quantise, *"--save_strategy epoch --num_train_epochs 1 --max_steps -1 --train_records 6".split()]
     whole = json.loads((run(*epoch) / "results.json").read_text())
     evaluated = []
     evaluate = COMMONSENSE.evaluate
@@ -150,6 +153,54 @@ def test_a_model_in_bfloat16_equals_its_merged_checkpoint(run):
     results = json.loads((output / "results.json").read_text())
     assert (results["dtype"], results["merged_equal"]) == ("bfloat16", True)
     assert AutoModelForCausalLM.from_pretrained(output / "merged").dtype == torch.bfloat16
+
+
+# ---- a base that bitsandbytes quantises ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_over_a_base_in_4_bits_the_merged_checkpoint_is_dense_and_equals_the_trained_model(dtype, run):
+    output = run("--load_in_4bit", "--dtype", dtype)
+    results, text = json.loads((output / "results.json").read_text()), (output / "results.md").read_text()
+    assert (results["quantization"], results["merged_onto"]) == ("bitsandbytes, 4 bits, nf4, double", "dequantized")
+    assert (results["merged_equal"], results["merged_moved"]["largest"], results["steps"]) == (True, 0, 3)
+    assert "| merged onto | dequantized weights |\n| merged checkpoint equal to the trained model | yes |" in text
+    quantization = Delta.load(output / "delta").quantization
+    assert quantization["bnb_4bit_compute_dtype"] == dtype
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged")
+    assert merged.dtype == getattr(torch, dtype) and not hasattr(merged.config, "quantization_config")
+
+
+def test_over_a_base_in_8_bits_the_report_says_how_far_the_merged_checkpoint_moved(run):
+    output = run("--load_in_8bit", "--dtype", "bfloat16")
+    results, text = json.loads((output / "results.json").read_text()), (output / "results.md").read_text()
+    assert (results["quantization"], results["merged_onto"]) == ("bitsandbytes, 8 bits", "dequantized")
+    assert 0 < results["merged_moved"]["divergence"] < 0.1
+    assert "| merged checkpoint equal to the trained model | NO: over " in text
+
+
+def test_the_evaluation_of_the_untuned_model_does_not_keep_a_quantised_base_from_learning(run):
+    blocks = Delta.load(run("--load_in_4bit") / "delta").blocks
+    untrained = Delta.load(run("--load_in_4bit", "--learning_rate", "0") / "delta").blocks
+    assert all(not torch.equal(blocks[name], untrained[name]) for name in blocks)
+
+
+def test_a_base_that_is_stored_quantised_is_trained_as_it_is_and_not_quantised_again(run, base, tmp_path):
+    config = quantised.config("nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantised_base = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    quantised_base.save_pretrained(tmp_path / "stored")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "stored")
+    stored = ("--model", str(tmp_path / "stored"))
+    results = json.loads((run(*stored) / "results.json").read_text())
+    assert (results["merged_onto"], results["merged_equal"]) == ("dequantized", True)
+    match = r"the base is already quantised \(bitsandbytes, 4 bits, nf4, double\). Leave out --load_in_8bit"
+    with pytest.raises(ValueError, match=match):
+        run(*stored, "--load_in_8bit")
+
+
+def test_both_numbers_of_bits_are_refused(run):
+    with pytest.raises(ValueError, match="exclude each other"):
+        run("--load_in_4bit", "--load_in_8bit")
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 import pytest
 
 from recipes.parts.evaluation import Evaluation
+from recipes.parts.merged import Comparison
 from recipes.parts.report import DELTA_FILES, Run, write_report
 from smt_trainer import BlockScores, SMTConfig
+from smt_trainer.delta.moved import Moved
 
 TASK = SimpleNamespace(name="riddles", measures={"accuracy": "share of riddles solved", "loss": "nats per token"})
 LABELS = {"accuracy": {"old": ["yes", "no"], "new": ["yes", "yes", "yes"]}}
@@ -26,10 +28,12 @@ def results(model, tmp_path):
         task=TASK,
         model="/somewhere/model",
         dtype="bfloat16",
+        quantization=None,
         evaluated_on="test",
         before=before,
         after=after,
-        merged_equal=False,
+        merged_onto=None,
+        merged=Comparison(False, Moved(tokens=8, divergence=0.25, agreement=0.5, largest=2.0)),
         selection=BlockScores.of(model, SMTConfig(score="random", budget=3, block_size=16), []).select(),
         steps=7,
         seconds_per_step=None,
@@ -52,7 +56,8 @@ def test_the_text_has_all_measures_of_the_task(results):
     assert "Gain: +75.0 ± 49.0 points of accuracy, -0.750 ± 0.000 nats of loss (paired 95 % interval)." in text
     for row in ("weights | bfloat16", "steps | 7, none timed", "whole run | 1.5 min", "delta | 2.00 MiB"):
         assert f"| {row} |" in text
-    assert "| merged checkpoint equal to the trained model | NO |" in text
+    assert "| merged checkpoint equal to the trained model | NO: over 8 tokens of a few prompts: KL 0.25 nats" in text
+    assert "| quantised base |" not in text and "| merged onto |" not in text
 
 
 def test_a_model_with_one_answer_is_named(results):

@@ -1,0 +1,37 @@
+"""The base in 4 or 8 bits, as bitsandbytes quantises it while it is loaded."""
+
+from typing import Any
+
+import torch
+from transformers import BitsAndBytesConfig, PretrainedConfig
+
+from smt_trainer.delta.onto import in_words
+
+
+def quantised_loading(bits: int | None, config: PretrainedConfig, dtype: str, device: torch.device) -> dict[str, Any]:
+    """Return what `from_pretrained` takes beyond the dtype to quantise a base on a device; nothing if `bits` is None.
+
+    Args:
+        bits: 4 (NF4 with double quantisation, which computes in `dtype`), 8 (LLM.int8) or None.
+        config: of the base.
+        dtype: of the weights that stay as they are.
+
+    Raises:
+        ValueError: the base is stored quantised.
+    """
+    if bits is None:
+        return {}
+    stored = config.to_dict().get("quantization_config")
+    if stored is not None:
+        raise ValueError(
+            f"the base is already quantised ({in_words(stored)}). Leave out --load_in_{bits}bit to train over it "
+            "as it is, or give the checkpoint that it was made of."
+        )
+    four = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": getattr(torch, dtype),
+    }
+    quantization = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
+    return {"quantization_config": quantization, "device_map": {"": device}}
