@@ -150,10 +150,11 @@ def from_delta(
     with refusing_damage(f"configuration beside the delta in {folder}"):
         if "id2label" in labels:
             labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
-    if onto == DEQUANTIZED and delta.quantization is not None:
-        kwargs.setdefault("quantization_config", as_config(delta.quantization))
     if delta.quantization is not None and "quantization_config" not in kwargs:
-        check_onto(delta, onto, is_quantised=_is_quantised(base, kwargs))
+        stored = _is_quantised(base, kwargs)
+        check_onto(delta, onto, is_quantised=stored)
+        if onto == DEQUANTIZED and not stored:
+            kwargs["quantization_config"] = as_config(delta.quantization)
     dtype = delta.weight_dtype if delta.quantization is None else delta.base.dtype
     model = (auto_class or trained_class(delta)).from_pretrained(
         base, **{"dtype": getattr(torch, dtype)} | labels | kwargs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -21,6 +22,7 @@ from smt_trainer.training.distributed import is_sharding
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.read_once import refuse_data_read_once
 
+OPTIMIZERS_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_bnb")
 # Optimizers that keep their own map of the model's matrices, or swap weights outside forward.
 REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
@@ -41,6 +43,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_data_parallel(trainer.args.n_gpu)
     _refuse_model_parallelism(trainer.args.parallelism_config)
     _refuse_fsdp1(trainer.accelerator)
+    _refuse_sharded_states(trainer)
     _refuse_sharded_weights(trainer.model, needs_warmup)
     _refuse_sharded_quantised(trainer)
     _refuse_hidden_weights(trainer.accelerator)
@@ -146,6 +149,14 @@ def _refuse_fsdp1(accelerator: Accelerator) -> None:
         raise SMTError(
             "FSDP version 1 flattens parameters and cannot train blocks of frozen weights; set fsdp_version: 2 in the "
             "accelerate config, or TrainingArguments(fsdp_config={'version': 2})."
+        )
+
+
+def _refuse_sharded_states(trainer) -> None:
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if optim.startswith(OPTIMIZERS_OF_BITSANDBYTES) and trainer.accelerator.distributed_type == DistributedType.FSDP:
+        raise SMTError(
+            f"optim={optim!r} is one of bitsandbytes, which cannot step what FSDP2 shards. Use adamw_torch, or DDP."
         )
 
 

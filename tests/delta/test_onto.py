@@ -59,7 +59,7 @@ def test_dequantized_is_the_trained_model_with_dense_weights(case):
 
 
 def test_all_ways_to_dequantized_write_the_same_weights(case, tmp_path):
-    kind, base, delta, expected = case
+    kind, base, delta, _ = case
     found = {"from_delta": from_delta(delta, base=base, onto="dequantized").state_dict()}
     model = load_delta(quantised.load(base, kind), delta)
     found["in memory"] = merge_and_unload(model, onto="dequantized").state_dict()
@@ -75,7 +75,7 @@ def test_all_ways_to_dequantized_write_the_same_weights(case, tmp_path):
 
 
 def test_original_puts_the_blocks_into_the_weights_that_were_quantised(case, tmp_path):
-    kind, base, delta, _ = case
+    _, base, delta, _ = case
     merge_checkpoint(base, delta, tmp_path / "merged", onto="original")
     found, before, content = tiny.saved_tensors(tmp_path / "merged"), tiny.saved_tensors(base), Delta.load(delta)
     for name, tensor in found.items():

@@ -12,7 +12,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import compute_dtype, dequantised
 
 pytest.importorskip("bitsandbytes")
-from smt_trainer.sparse.quantised_linear import block_linear_of  # noqa: E402
+from smt_trainer.sparse.quantised_linear import block_linear_of
 
 GRID = BlockGrid(64, 128, 16, 32)
 INDICES = torch.tensor([[0, 1], [3, 2], [1, 1], [2, 0]])

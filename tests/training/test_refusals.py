@@ -1,5 +1,6 @@
 """Ways of running that are refused at construction; stand-ins pretend to be accelerate's state."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from transformers.training_args import OptimizerNames
 
 from smt_trainer import SMTError, SMTTrainerMixin
 
@@ -100,6 +102,18 @@ def test_generating_with_another_engine_is_refused(construct):
 @pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])
 def test_a_quantised_base_that_would_be_sharded_is_refused(sharding, construct, base):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(SMTError, match="the base is quantised, and FSDP2 and DeepSpeed cut.*Use DDP"):
+    with pytest.raises(SMTError, match=r"the base is quantised, and FSDP2 and DeepSpeed cut.*Use DDP"):
         construct(model=quantised.load(base, "nf4"), state={"distributed_type": sharding})
     construct(model=quantised.load(base, "nf4"), state={"distributed_type": DistributedType.NO})
+
+
+OF_BITSANDBYTES = [
+    optim.value for optim in OptimizerNames if re.search("bnb|paged|ademamix|lion|^adamw_8bit", optim.value)
+]
+
+
+@pytest.mark.parametrize("optim", OF_BITSANDBYTES)
+def test_an_optimizer_of_bitsandbytes_is_refused_under_fsdp(optim, construct):
+    with pytest.raises(SMTError, match="cannot step what FSDP2 shards"):
+        construct(state={"distributed_type": DistributedType.FSDP}, arguments={"optim": optim})
+    construct(state={"distributed_type": DistributedType.NO}, arguments={"optim": optim})
