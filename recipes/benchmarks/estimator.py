@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from recipes.benchmarks.parts.methods import FULL, SMT
 from recipes.benchmarks.parts.models import Shape
+from recipes.benchmarks.parts.quantised import BITS
 from recipes.benchmarks.parts.setting import DTYPES
 from recipes.parts.markdown import mib, percent, table
 from recipes.parts.reporting import command
@@ -25,6 +26,7 @@ ESTIMATED = {SMT: "smt", "LoRA": "lora", FULL: "full"}
 def compare(results: dict) -> list[dict]:
     """Return measured and estimated peak memory in bytes for each method and budget of one result."""
     setting, rows = results["setting"], []
+    base = setting.get("base")
     measured = {(row["method"], row["budget"]): row for row in results["methods"]}
     config = LlamaConfig(**Shape(**setting["shape"])._asdict())
     for budget in dict.fromkeys(row["budget"] for row in results["methods"] if row["method"] == SMT):
@@ -35,12 +37,14 @@ def compare(results: dict) -> list[dict]:
             seq=setting["length"],
             dtype=DTYPES[setting["dtype"]],
             checkpointing=setting["checkpointing"],
+            bits=BITS.get(base),
         )
         for method, name in ESTIMATED.items():
             row, cost = measured.get((method, None if method == FULL else budget)), getattr(found, name)
             if row is not None:
                 rows.append(
-                    {"shape": results["shape"], "dtype": setting["dtype"], "checkpointing": setting["checkpointing"]}
+                    {"shape": results["shape"], "dtype": setting["dtype"], "base": base}
+                    | {"checkpointing": setting["checkpointing"]}
                     | {"method": method, "budget": row["budget"]}
                     | {"measured_bytes": row["live_bytes"], "estimated_bytes": cost.peak}
                 )
@@ -55,11 +59,12 @@ def markdown(rows: list[dict]) -> str:
             "`smt estimate` reads only a configuration. Measured: all tensors alive at the peak of a real step "
             "(`step-*.md`). MiB.\n",
             table(
-                "model|dtype|checkpointing|method|budget|measured|estimated|ratio",
+                "model|dtype|base|checkpointing|method|budget|measured|estimated|ratio",
                 [
                     [
                         row["shape"],
                         row["dtype"],
+                        row["base"] or "",
                         "on" if row["checkpointing"] else "off",
                         row["method"],
                         percent(row["budget"]),

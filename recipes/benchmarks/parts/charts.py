@@ -39,7 +39,8 @@ def draw(results: dict, path: Path) -> None:
         layers = [row["lowest_layer"] for row in curves["by_lowest_layer"]]
         curve(axes[1, 1], layers, curves["by_lowest_layer"], curves["floor"], timer)
         axes[1, 1].set_title(f"{SMT} / floor, by lowest layer with blocks", loc="left", fontsize=10)
-    figure.suptitle(f"A training step of {results['shape']}, {results['setting']['dtype']}", fontsize=12)
+    held = ", ".join(filter(None, (results["setting"]["dtype"], results["setting"]["base"])))
+    figure.suptitle(f"A training step of {results['shape']}, {held}", fontsize=12)
     figure.savefig(path, dpi=120)
 
 
