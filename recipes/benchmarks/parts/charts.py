@@ -22,7 +22,7 @@ def draw(results: dict, path: Path) -> None:
     axes[0, 0].axvline(1, color="black", linewidth=0.8)
     axes[0, 0].set_title(f"Step time / floor ({timer})", loc="left", fontsize=10)
     bars(axes[0, 1], results["methods"], lambda row: {"median": row["peak_bytes"] / 2**20})
-    axes[0, 1].set_title("Peak memory above the plain model, MiB", loc="left", fontsize=10)
+    axes[0, 1].set_title("Peak memory above the model alone, MiB", loc="left", fontsize=10)
     axes[0, 1].tick_params(labelleft=False)
     if curves:
         budgets = [100 * row["budget"] for row in curves["by_budget"]]

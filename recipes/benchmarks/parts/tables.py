@@ -59,7 +59,7 @@ def markdown(results: dict, chart: str) -> str:
             ],
         ),
         "## Memory and arithmetic\n",
-        "MiB. Peak: peak memory of a step above the plain model, in its own process "
+        "MiB. Peak: peak memory of a step above the model alone, in its own process "
         f"({'allocated on the GPU' if results['timer'] == 'clock' else 'resident'}). Live: all tensors at the peak, "
         "weights and optimizer state included. Saved: what autograd keeps from forward for backward, without "
         "parameters. FLOPs: those of matrix products outside fused attention, as torch counts them.\n",
