@@ -56,8 +56,9 @@ commonsense: venv ## fine-tune and evaluate on commonsense questions (PROFILE=, 
 math: venv ## fine-tune and evaluate on math word problems (as above)
 	$(FINETUNE)
 
-bench: venv ## measure step time and memory of SMT and other methods (SHAPE=, OUT=, ARGS=)
-	$(BIN)/python -m recipes.benchmarks.training_step --output "$(OUT)" $(if $(SHAPE),--shape $(SHAPE)) $(ARGS)
+bench: venv ## measure step time and memory of SMT and other methods (SHAPE=, BASE=, OUT=, ARGS=)
+	$(BIN)/python -m recipes.benchmarks.training_step --output "$(OUT)" $(if $(SHAPE),--shape $(SHAPE)) \
+	$(if $(BASE),--base $(BASE)) $(ARGS)
 
 clean: ## remove the environment and caches
 	rm -rf $(VENV) .venv-oldest *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from recipes.benchmarks.parts.charts import draw
 from recipes.benchmarks.parts.memory import account, peaks
-from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, Variant
+from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, UNABLE, Variant
 from recipes.benchmarks.parts.own_work import own_work
+from recipes.benchmarks.parts.quantised import CONFIGS
 from recipes.benchmarks.parts.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
 from recipes.benchmarks.parts.tables import markdown
 from recipes.benchmarks.parts.timing import Round, ratios, seconds, time_rounds
@@ -89,7 +90,8 @@ def measure(setting: Setting, variants: Sequence[Variant], rounds: int) -> tuple
 
 def report(arguments: argparse.Namespace, shape: str) -> None:
     """Measure one shape and write its three files."""
-    dtype = arguments.dtype or ("bf16" if shape in GPU_SHAPES else "fp32")
+    base = arguments.base
+    dtype = arguments.dtype or ("bf16" if base or shape in GPU_SHAPES else "fp32")
     setting = Setting(
         SHAPES[shape],
         dtype,
@@ -98,9 +100,11 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
         arguments.checkpointing,
         arguments.chunked_loss,
         arguments.threads,
+        base=base,
     )
     load = os.getloadavg()[0]
-    results = compare(setting, arguments.methods, arguments.budgets, arguments.rounds)
+    methods = [method for method in arguments.methods if method not in UNABLE.get(base, ())]
+    results = compare(setting, methods, arguments.budgets, arguments.rounds)
     if arguments.curve_rounds:
         results["curves"] = curves(setting, arguments.curve_rounds)
     results |= {
@@ -109,7 +113,7 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
         **setting.circumstances("recipes.benchmarks.training_step", load),
     }
     options = [name for name in ("checkpointing", "chunked_loss") if getattr(arguments, name)]
-    stem = "-".join(["step", shape, dtype, *options]).replace("_", "-")
+    stem = "-".join(["step", shape, dtype, *([base] if base else []), *options]).replace("_", "-")
     write(results, arguments.output, stem)
 
 
@@ -130,7 +134,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.0084, 0.05], help="fractions of all parameters")
     parser.add_argument("--rounds", type=int, default=4, help="timed steps of each method")
     parser.add_argument("--curve-rounds", type=int, default=2, help="timed steps for the curves; 0 skips them")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32; bf16 for shapes that need a GPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: fp32; bf16 with --base or if a GPU is needed")
+    parser.add_argument("--base", choices=CONFIGS, help="let bitsandbytes quantise the linears; default: plain weights")
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")

@@ -45,3 +45,8 @@ def percent(budget: float | None) -> str:
 def mib(count: int | None) -> str:
     """Format bytes in MiB."""
     return "" if count is None else f"{count / 2**20:,.1f}"
+
+
+def gib(count: int) -> str:
+    """Format bytes in GiB."""
+    return f"{count / 2**30:.2f}"

@@ -142,6 +142,12 @@ def test_the_figures_on_a_gpu_are_those_of_the_committed_measurement():
     )
 
 
+def test_the_peak_in_4_bits_is_that_of_the_committed_estimate():
+    report = (ROOT / "recipes/benchmarks/results/estimator.md").read_text(encoding="utf-8")
+    row = next(line for line in report.splitlines() if line.startswith("| 4 |"))
+    assert f"checkpointed) peaks at {float(row.split(' | ')[3]):.1f} GiB" in README
+
+
 def test_the_ratios_beside_the_benchmarks_are_those_of_their_reports():
     bf16, wide = "step-smollm2-135m-bf16", "step-wide-fp32"
     ours, theirs = (ratio(bf16, method, "0.84 %", 2) for method in ("SMT blocks", "LoRA"))

@@ -22,7 +22,7 @@ def draw(results: dict, path: Path) -> None:
     axes[0, 0].axvline(1, color="black", linewidth=0.8)
     axes[0, 0].set_title(f"Step time / floor ({timer})", loc="left", fontsize=10)
     bars(axes[0, 1], results["methods"], lambda row: {"median": row["peak_bytes"] / 2**20})
-    axes[0, 1].set_title("Peak memory above the plain model, MiB", loc="left", fontsize=10)
+    axes[0, 1].set_title("Peak memory above the model alone, MiB", loc="left", fontsize=10)
     axes[0, 1].tick_params(labelleft=False)
     if curves:
         budgets = [100 * row["budget"] for row in curves["by_budget"]]
@@ -39,7 +39,8 @@ def draw(results: dict, path: Path) -> None:
         layers = [row["lowest_layer"] for row in curves["by_lowest_layer"]]
         curve(axes[1, 1], layers, curves["by_lowest_layer"], curves["floor"], timer)
         axes[1, 1].set_title(f"{SMT} / floor, by lowest layer with blocks", loc="left", fontsize=10)
-    figure.suptitle(f"A training step of {results['shape']}, {results['setting']['dtype']}", fontsize=12)
+    held = ", ".join(filter(None, (results["setting"]["dtype"], results["setting"]["base"])))
+    figure.suptitle(f"A training step of {results['shape']}, {held}", fontsize=12)
     figure.savefig(path, dpi=120)
 
 

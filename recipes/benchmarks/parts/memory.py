@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.models import tiny
-from recipes.benchmarks.parts.resident import reset_peak, resident
+from recipes.benchmarks.parts.quantised import flop_formulas, scales
+from recipes.benchmarks.parts.resident import release, reset_peak, resident
 from recipes.benchmarks.parts.setting import Setting, device
 from recipes.benchmarks.parts.training import Training
 
@@ -27,8 +28,10 @@ def account(training: Training, tokens: Tensor) -> dict[str, int]:
     weights and optimizer state included.
     """
     state = tensors_of_optimizer(training)
-    held = storages([*training.model.parameters(), *training.model.buffers(), *state])
-    with FlopCounterMode(display=False) as counter:
+    model = training.model
+    held = storages([*model.parameters(), *model.buffers(), *scales(model), *state])
+    formulas = flop_formulas() if training.setting.base else None
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         with profile(profile_memory=True) as forward:
             loss = training.loss(tokens)
         with profile(profile_memory=True) as backward:
@@ -89,9 +92,10 @@ def peak_bytes(start: Start, setting: Setting) -> int:
         start: turns a plain model into an object with a `step`; picklable.
     """
     # Load code that is loaded on first use before measuring.
-    small = Setting(tiny(2), setting.dtype, 1, 8)
+    small = Setting(tiny(2), setting.dtype, 1, 8, base=setting.base)
     start(small.build(), small).step(small.tokens())
     model, tokens = setting.build(), setting.tokens()
+    release()
     plain = torch.cuda.memory_allocated() if device() == "cuda" else resident("VmRSS")
     started = start(model, setting)
     if device() == "cuda":

@@ -5,8 +5,9 @@ than the ratio of step times.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 from torch import Tensor
@@ -14,24 +15,29 @@ from tqdm import tqdm
 
 from recipes.benchmarks.parts.timing import Seconds, quartiles, timed
 from recipes.benchmarks.parts.training import Training
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.sparse import sparse_linear, write_back
 
 PARTS = {
     "block gradients": (sparse_linear, "block_gradients"),
     "finding what is kept": (sparse_linear, "find_origin"),
-    "write-back": (write_back, "write_back"),
 }
-OPTIMIZER = "optimizer"
+OPTIMIZER, WRITE_BACK = "optimizer", "write-back"
+PARTS_OF_PLAIN = PARTS | {WRITE_BACK: (write_back, "write_back")}
+# Blocks are not written into a quantised weight, but into the dense copy that each product makes of it anyway.
+PARTS_OF_QUANTISED = PARTS | {"putting blocks in": (BlockGrid, "scatter_")}
 
 
 def own_work(training: Training, tokens: Tensor, rounds: int) -> dict[str, dict]:
     """Return part -> timer -> quartiles of its share of a step."""
-    shares: dict[str, list[Seconds]] = {part: [] for part in (*PARTS, OPTIMIZER)}
+    parts = PARTS_OF_QUANTISED if training.setting.base else PARTS_OF_PLAIN
+    shares: dict[str, list[Seconds]] = {part: [] for part in (*parts, OPTIMIZER)}
     for _ in tqdm(range(rounds), "own work"):
-        with watched(training) as spent:
+        with watched(training, parts) as spent:
             step = timed(partial(training.step, tokens))
-        # The optimizer's step ends with the hook that writes back.
-        spent[OPTIMIZER] = Seconds(*(a - b for a, b in zip(spent[OPTIMIZER], spent["write-back"], strict=True)))
+        if WRITE_BACK in parts:
+            # The optimizer's step ends with the hook that writes back.
+            spent[OPTIMIZER] = Seconds(*(a - b for a, b in zip(spent[OPTIMIZER], spent[WRITE_BACK], strict=True)))
         for part, samples in shares.items():
             samples.append(Seconds(*(own / whole for own, whole in zip(spent[part], step, strict=True))))
     return {
@@ -41,9 +47,9 @@ def own_work(training: Training, tokens: Tensor, rounds: int) -> dict[str, dict]
 
 
 @contextlib.contextmanager
-def watched(training: Training) -> Iterator[dict[str, Seconds]]:
+def watched(training: Training, parts: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, Seconds]]:
     """Time each part within this context, summed over its calls."""
-    spent = dict.fromkeys((*PARTS, OPTIMIZER), Seconds(0.0, 0.0))
+    spent = dict.fromkeys((*parts, OPTIMIZER), Seconds(0.0, 0.0))
 
     def watch(part: str, action: Callable) -> Callable:
         def watching(*args):
@@ -55,7 +61,7 @@ def watched(training: Training) -> Iterator[dict[str, Seconds]]:
         return watching
 
     with contextlib.ExitStack() as stack:
-        for part, (home, name) in PARTS.items():
+        for part, (home, name) in parts.items():
             stack.enter_context(patch.object(home, name, watch(part, getattr(home, name))))
         stack.enter_context(patch.object(training.optimizer, "step", watch(OPTIMIZER, training.optimizer.step)))
         yield spent

@@ -1,5 +1,7 @@
 """Resident memory of this process, as the Linux kernel records it."""
 
+import ctypes
+import gc
 from pathlib import Path
 
 
@@ -7,6 +9,13 @@ def resident(field: str) -> int:
     """Return bytes of resident memory: current (`VmRSS`) or peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def release() -> None:
+    """Give memory that is no longer used back to the kernel, so that the next allocations show."""
+    gc.collect()
+    # The C library keeps what is freed.
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.quantised import quantise
 from recipes.parts.reporting import command, hardware, versions
 from smt_trainer.model.targets import count_parameters
 
@@ -32,6 +33,7 @@ class Setting:
         chunked_loss: whether the loss handles the tokens in chunks, so that the logits of all tokens never exist at
             once (`torch.nn.functional.linear_cross_entropy`).
         threads: processor threads.
+        base: how bitsandbytes quantises the linears (`quantised.CONFIGS`); None: not at all.
     """
 
     shape: Shape
@@ -42,16 +44,20 @@ class Setting:
     chunked_loss: bool = False
     threads: int = 1
     seed: int = 0
+    base: str | None = None
 
     def build(self) -> nn.Module:
-        """Build the plain model, on the GPU if there is one."""
+        """Build the model before any method changes it, on the GPU if there is one."""
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
         with torch.device(device()):
             model = self.shape.build()
+        model = model.to(DTYPES[self.dtype])
+        if self.base:
+            model = quantise(model, self.base)
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model.to(DTYPES[self.dtype]).train()
+        return model.train()
 
     def parameters(self) -> int:
         """Count the model's parameters, tied weights once."""
@@ -82,7 +88,7 @@ class Setting:
             "hardware": hardware(),
             "load": [load, os.getloadavg()[0]],
             "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            "versions": versions(PACKAGES),
+            "versions": versions((*PACKAGES, "bitsandbytes") if self.base else PACKAGES),
         }
 
 

@@ -1,5 +1,7 @@
 """The report of a training step, in Markdown."""
 
+from recipes.benchmarks.parts.methods import UNABLE
+from recipes.benchmarks.parts.quantised import NAMES
 from recipes.parts.markdown import circumstances, mib, percent, spread, table
 
 
@@ -18,6 +20,7 @@ def markdown(results: dict, chart: str) -> str:
         f"{'in chunks of tokens' if setting['chunked_loss'] else 'of all tokens at once'}, "
         "`torch.optim.AdamW(fused=True)`. All methods train the query, key and value projections. SMT blocks and rows "
         "are random. Adapters are PEFT's, with the rank that comes closest to the budget.\n",
+        *([_about_base(setting["base"])] if setting["base"] else []),
         f"![Time and memory]({chart})\n",
         "## In short\n",
         summary(results),
@@ -56,7 +59,7 @@ def markdown(results: dict, chart: str) -> str:
             ],
         ),
         "## Memory and arithmetic\n",
-        "MiB. Peak: peak memory of a step above the plain model, in its own process "
+        "MiB. Peak: peak memory of a step above the model alone, in its own process "
         f"({'allocated on the GPU' if results['timer'] == 'clock' else 'resident'}). Live: all tensors at the peak, "
         "weights and optimizer state included. Saved: what autograd keeps from forward for backward, without "
         "parameters. FLOPs: those of matrix products outside fused attention, as torch counts them.\n",
@@ -87,6 +90,14 @@ def summary(results: dict) -> str:
             + [mib(row["optimizer_bytes"])]
             for row in results["methods"]
         ],
+    )
+
+
+def _about_base(base: str) -> str:
+    return (
+        f"All linears but the output embeddings are held by bitsandbytes, as transformers loads them: {NAMES[base]}. "
+        "On a CPU it makes a dense copy of a weight for each product; SMT puts its blocks into such a copy. Left out, "
+        f"since they cannot train over such weights: {', '.join(UNABLE[base])}.\n"
     )
 
 

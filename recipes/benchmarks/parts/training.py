@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from recipes.benchmarks.parts.methods import Variant
+from recipes.benchmarks.parts.quantised import quantisation_states
 from recipes.benchmarks.parts.setting import DTYPES, Setting
 
 
@@ -58,8 +59,13 @@ class Training:
 
 def copy_for(variant: Variant, model: nn.Module) -> nn.Module:
     """Copy a model but share the parameters that the method does not change, so that many copies fit in memory."""
-    shared = {id(parameter): parameter for name, parameter in model.named_parameters() if not variant.writes_to(name)}
-    return copy.deepcopy(model, shared)
+    shared = [
+        parameter
+        for name, parameter in model.named_parameters()
+        # No method writes to a quantised weight.
+        if not (variant.writes_to(name) and parameter.is_floating_point())
+    ]
+    return copy.deepcopy(model, {id(each): each for each in (*shared, *quantisation_states(model))})
 
 
 def start(variant: Variant, model: nn.Module, setting: Setting) -> Training:

@@ -1,0 +1,74 @@
+"""Bases that bitsandbytes holds in few bits, made by transformers from a model in memory."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from smt_trainer.model.quantised import bits_of, is_quantised, keep_differentiable
+from smt_trainer.model.targets import named_linears
+
+# Base -> the fields of `BitsAndBytesConfig`, the bits of a weight, and its name in a report.
+CONFIGS = {
+    "nf4": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    },
+    "int8": {"load_in_8bit": True},
+}
+BITS = {"nf4": 4, "int8": 8}
+NAMES = {"nf4": "NF4 with double quantisation, multiplied in bfloat16", "int8": "LLM.int8"}
+
+
+def quantise(model: PreTrainedModel, base: str) -> PreTrainedModel:
+    """Return a model as transformers loads it in a base of `CONFIGS`; it shares what is not quantised.
+
+    It is ready to be copied: 8-bit scales lie where the first forward moves them, since many copies share a weight and
+    only one of them could. In 4 bits it stays differentiable when it is evaluated on a CPU.
+    """
+    found = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        quantization_config=BitsAndBytesConfig(**CONFIGS[base]),
+        dtype=model.dtype,
+    )
+    keep_differentiable(found)
+    for linear in quantised_linears(found):
+        if bits_of(linear) == 8:
+            linear.init_8bit_state()
+    return found
+
+
+def quantised_linears(model: nn.Module) -> list[Any]:
+    """Return the quantised linears of a model, without PEFT's layers around them."""
+    return [linear for linear in named_linears(model).values() if is_quantised(linear)]
+
+
+def quantisation_states(model: nn.Module) -> list[Any]:
+    """Return bitsandbytes' record of each quantised weight of a model: its scales, and in 8 bits the weight itself."""
+    return [linear.state if bits_of(linear) == 8 else linear.weight.quant_state for linear in quantised_linears(model)]
+
+
+def scales(model: nn.Module) -> list[Tensor]:
+    """Return the tensors that a model holds beside its quantised weights: scales and the tables of their values."""
+    found = []
+    for state in quantisation_states(model):
+        records = [state, getattr(state, "state2", None)]
+        names = ("SCB", "absmax", "code", "offset")
+        found += [getattr(record, name, None) for record in records for name in names]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return bitsandbytes' operators that multiply x [..., I] by a weight [O, I] -> their FLOPs, from the shapes."""
+    operators = torch.ops.bitsandbytes
+    return {
+        operators.gemm_4bit: lambda x, packed, shape, *_, **__: 2 * math.prod(x) * shape[0],
+        operators.int8_mixed_scaled_mm: lambda x, x_in_8_bits, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    }
