@@ -80,7 +80,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
     """
     if is_smt_model(model):
         _check_same_blocks(model, delta)
-        destinations = _whole_destinations(model, delta)
+        destinations = whole_destinations(model, delta)
     else:
         quantization = quantization_of(model)
         check_onto(delta, onto, is_quantised=quantization is not None)
@@ -88,10 +88,10 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
             check_same_quantisation(delta, quantization)
         linears = find_linears(model, delta.selection)
         if has_weights:
-            check_base(delta, base_name(model), _differences(model, delta))
+            check_base(delta, base_name(model), differences(model, delta))
         with _vocabulary_of(delta, model):
             _refuse_lost(model, delta)
-            destinations = _whole_destinations(model, delta)
+            destinations = whole_destinations(model, delta)
             whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
             _check_complete(model, delta, whole)
         dtype = base_dtype(model, linears)
@@ -197,7 +197,7 @@ def trained_class(delta: Delta) -> Any:
     return found if is_model else transformers.AutoModelForCausalLM
 
 
-def _differences(model: nn.Module, delta: Delta) -> list[str]:
+def differences(model: nn.Module, delta: Delta) -> list[str]:
     """Return the names of the base's tensors that a plain model has with other values."""
     tensors, quantised = dict(saved_tensors(model)), quantization_of(model) is not None
     return delta.base.differences(
@@ -246,7 +246,7 @@ def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
         )
 
 
-def _whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
+def whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
     """Return a model's tensors by name; raise `SMTError` unless what the delta trains whole fits them."""
     destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in delta.whole.items():

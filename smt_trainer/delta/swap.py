@@ -1,0 +1,125 @@
+"""One base in memory, many deltas: put the values of a delta into a model, and take them out again.
+
+A delta changes n blocks of m weights in fixed places P, and some tensors whole. Swapping it in keeps W[P] and writes
+the blocks there; swapping it out writes W[P] back. Both copy n m weights and nothing else, so the model runs as fast as
+without, and afterwards it is bit for bit what it was.
+
+It changes the one copy of the weights: no forward may run meanwhile, in this thread or another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.delta.checks import check_base
+from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.load import differences, whole_destinations
+from smt_trainer.errors import SMTError
+from smt_trainer.model.quantised import quantization_of
+from smt_trainer.selection.block_selection import base_name
+from smt_trainer.sparse.convert import find_linears, is_smt_model
+from smt_trainer.sparse.fingerprint import Fingerprint
+
+# The attribute of a model that says what is swapped in.
+ATTRIBUTE = "smt_swapped"
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What is swapped into a model.
+
+    Attributes:
+        delta: whose values the model has.
+        before: full name of a linear, or of a whole tensor -> the values that these replaced.
+        base: checksums of the model without them.
+        was_merged: whether the model already had no base by name.
+    """
+
+    delta: Delta
+    before: dict[str, Tensor]
+    base: Fingerprint
+    was_merged: bool
+
+
+def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
+    """Put the values of a delta into a plain model, in place of those of the delta that it has, if any.
+
+    The first delta is compared with the base, the others with the first: all must be of one base.
+
+    Args:
+        model: the plain base, or a model that already has a delta swapped in. It stays plain, and can be saved.
+        delta: in memory, or its folder; None takes out what is in, and leaves the base.
+
+    Raises:
+        SMTError: the delta is damaged, belongs to another base or has another vocabulary; or the model trains blocks,
+            or holds quantised weights. The model stays unchanged.
+    """
+    new = delta if isinstance(delta, Delta | None) else Delta.load(delta)
+    if new is not None:
+        _check(model, new)
+    current: Swapped | None = getattr(model, ATTRIBUTE, None)
+    if current is not None:
+        _write(model, current.delta, current.before)
+        vars(model).pop(ATTRIBUTE)
+        vars(model)["smt_merged"] = current.was_merged
+    if new is not None:
+        was_merged = getattr(model, "smt_merged", False)
+        vars(model)[ATTRIBUTE] = Swapped(new, _write(model, new, {**new.blocks, **new.whole}), new.base, was_merged)
+        # Its values are no longer those of the base that it was loaded from.
+        vars(model)["smt_merged"] = True
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, delta: Delta | str | Path) -> Iterator[nn.Module]:
+    """Swap a delta in within this context; afterwards swap in what was there before.
+
+    Raises:
+        SMTError: as `swap`.
+    """
+    current: Swapped | None = getattr(model, ATTRIBUTE, None)
+    swap(model, delta)
+    try:
+        yield model
+    finally:
+        swap(model, None if current is None else current.delta)
+
+
+def _check(model: nn.Module, delta: Delta) -> None:
+    """Raise `SMTError` unless a delta fits into a model as it is."""
+    if is_smt_model(model):
+        raise SMTError("this model trains blocks. Use load_delta for a delta of the same blocks, or a plain model.")
+    if quantization_of(model) is not None or delta.quantization is not None:
+        raise SMTError("deltas are swapped in plain weights, not over a quantised base. Use from_delta or load_delta.")
+    find_linears(model, delta.selection)
+    whole_destinations(model, delta)
+    current: Swapped | None = getattr(model, ATTRIBUTE, None)
+    if current is None:
+        check_base(delta, base_name(model), differences(model, delta))
+    elif current.base != delta.base:
+        raise SMTError(
+            "the delta was trained on another base than the one that is swapped in. Take that out with swap(model, "
+            "None), or load the base of this one."
+        )
+
+
+@torch.no_grad()
+def _write(model: nn.Module, delta: Delta, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Write values in the places of a delta; return those that they replace."""
+    before, destinations = {}, whole_destinations(model, delta)
+    for name, indices in delta.selection.block_indices.items():
+        weight = model.get_submodule(name).get_parameter("weight")
+        rows, columns = torch.from_numpy(indices).to(weight.device).unbind(1)
+        blocks = delta.selection.grids[name].split(weight.data)
+        before[name] = blocks[rows, columns]
+        blocks[rows, columns] = values[name].to(weight.device, weight.dtype)
+    for name in delta.whole:
+        tensor = destinations[name].data
+        before[name] = tensor.clone()
+        tensor.copy_(values[name])
+    return before
