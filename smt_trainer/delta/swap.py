@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,10 +22,12 @@ from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.load import differences, whole_destinations
 from smt_trainer.errors import SMTError
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.selection.block_selection import base_name
 from smt_trainer.sparse.convert import find_linears, is_smt_model
 from smt_trainer.sparse.fingerprint import Fingerprint
+from smt_trainer.sparse.write_back import LARGE_BLOCK
 
 # The attribute of a model that says what is swapped in.
 ATTRIBUTE = "smt_swapped"
@@ -70,7 +73,8 @@ def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
         vars(model)["smt_merged"] = current.was_merged
     if new is not None:
         was_merged = getattr(model, "smt_merged", False)
-        vars(model)[ATTRIBUTE] = Swapped(new, _write(model, new, {**new.blocks, **new.whole}), new.base, was_merged)
+        vars(model)[ATTRIBUTE] = Swapped(new, _read(model, new), new.base, was_merged)
+        _write(model, new, {**new.blocks, **new.whole})
         # Its values are no longer those of the base that it was loaded from.
         vars(model)["smt_merged"] = True
 
@@ -109,17 +113,39 @@ def _check(model: nn.Module, delta: Delta) -> None:
 
 
 @torch.no_grad()
-def _write(model: nn.Module, delta: Delta, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Write values in the places of a delta; return those that they replace."""
-    before, destinations = {}, whole_destinations(model, delta)
+def _read(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
+    """Return copies of the values of a model in the places of a delta."""
+    found = {}
     for name, indices in delta.selection.block_indices.items():
-        weight = model.get_submodule(name).get_parameter("weight")
-        rows, columns = torch.from_numpy(indices).to(weight.device).unbind(1)
-        blocks = delta.selection.grids[name].split(weight.data)
-        before[name] = blocks[rows, columns]
-        blocks[rows, columns] = values[name].to(weight.device, weight.dtype)
+        weight, grid = model.get_submodule(name).get_parameter("weight").data, delta.selection.grids[name]
+        if _is_cut(grid, weight):
+            found[name] = weight.new_empty(len(indices), *grid.block_shape)
+            torch._foreach_copy_(found[name].unbind(0), _views(grid, weight, indices))
+        else:
+            found[name] = grid.gather(weight, torch.from_numpy(indices))
+    destinations = whole_destinations(model, delta) if delta.whole else {}
+    return found | {name: destinations[name].detach().clone() for name in delta.whole}
+
+
+@torch.no_grad()
+def _write(model: nn.Module, delta: Delta, values: dict[str, Tensor]) -> None:
+    """Write values in the places of a delta."""
+    for name, indices in delta.selection.block_indices.items():
+        weight, grid = model.get_submodule(name).get_parameter("weight").data, delta.selection.grids[name]
+        if _is_cut(grid, weight):
+            torch._foreach_copy_(_views(grid, weight, indices), values[name].unbind(0))
+        else:
+            grid.scatter_(weight, torch.from_numpy(indices), values[name])
+    destinations = whole_destinations(model, delta) if delta.whole else {}
     for name in delta.whole:
-        tensor = destinations[name].data
-        before[name] = tensor.clone()
-        tensor.copy_(values[name])
-    return before
+        destinations[name].data.copy_(values[name])
+
+
+def _is_cut(grid: BlockGrid, weight: Tensor) -> bool:
+    """Return whether blocks are copied one by one, as in `write_back.py`."""
+    return grid.block_numel >= LARGE_BLOCK and not weight.is_cuda
+
+
+def _views(grid: BlockGrid, weight: Tensor, indices: np.ndarray) -> list[Tensor]:
+    blocks = grid.split(weight)
+    return [blocks[row, column] for row, column in indices.tolist()]

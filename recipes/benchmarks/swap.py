@@ -1,0 +1,162 @@
+"""Measure how long it takes to change the delta of a model in memory, beside PEFT's change of a LoRA.
+
+python -m recipes.benchmarks.swap --output recipes/benchmarks/results
+
+One base holds two deltas, and a copy of it two adapters of LoRA with as many weights. Each round changes from one to
+the other in both, and runs a forward of the plain base, of the base with a delta swapped in, and of PEFT's model, in a
+new random order.
+"""
+
+import argparse
+import copy
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.timing import quartiles
+from recipes.parts.adapters import adapter_config
+from recipes.parts.markdown import percent, provenance, spread, table
+from recipes.parts.reporting import command, hardware, versions
+from smt_trainer import Delta, SMTConfig, convert_to_smt, swap
+from smt_trainer.model.targets import count_parameters, find_targets, target_grids
+from smt_trainer.selection.choose import select_blocks
+from smt_trainer.sparse.linear import smt_linears
+
+PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
+SEED, MODEL, TOKENS = 0, "SmolLM2-135M", 128
+BUDGETS = (0.0084, 0.05)
+CHANGES, FORWARDS = ("swap", "set_adapter"), ("the base", "a swapped delta", "an adapter")
+
+
+def measure(shape: Shape, budgets: tuple[float, ...], rounds: int) -> dict:
+    """Measure a model, and return the contents of `swap.json`."""
+    return {
+        "model": MODEL,
+        "tokens": TOKENS,
+        "budgets": [measure_budget(shape, budget, rounds) for budget in budgets],
+        "rounds": rounds,
+        "command": command("recipes.benchmarks.swap"),
+        "hardware": hardware(),
+        "versions": versions(PACKAGES),
+        "seed": SEED,
+    }
+
+
+def measure_budget(shape: Shape, budget: float, rounds: int) -> dict:
+    """Return the seconds of each action at one budget, and the trained weights of both methods."""
+    torch.manual_seed(SEED)
+    base = shape.build().eval()
+    adapted, trained = with_adapters(copy.deepcopy(base), budget)
+    deltas = [tuned(base, budget, seed) for seed in range(2)]
+    plain, ids = copy.deepcopy(base), torch.randint(shape.vocab_size, (1, TOKENS))
+    actions: dict[str, Callable] = {
+        "swap": lambda number: swap(base, deltas[number % 2]),
+        "set_adapter": lambda number: adapted.set_adapter("default" if number % 2 else "other"),
+        "the base": lambda number: plain(ids),
+        "a swapped delta": lambda number: base(ids),
+        "an adapter": lambda number: adapted(ids),
+    }
+    seconds: dict[str, list[float]] = {action: [] for action in actions}
+    order, shuffle = list(actions), random.Random(SEED).shuffle
+    with torch.no_grad():
+        # The first round warms up.
+        for number in tqdm(range(rounds + 1), f"{100 * budget:g} %"):
+            shuffle(order)
+            for action in order:
+                started = time.perf_counter()
+                actions[action](number)
+                seconds[action] += [time.perf_counter() - started] * bool(number)
+    return {
+        "budget": budget,
+        "swapped_weights": sum(blocks.numel() for blocks in deltas[0].blocks.values()),
+        "adapter_weights": trained,
+        "seconds": {action: quartiles(found) for action, found in seconds.items()},
+        "to_base": {
+            action: quartiles([one / plain for one, plain in zip(seconds[action], seconds["the base"], strict=True)])
+            for action in FORWARDS
+        },
+    }
+
+
+def tuned(base: nn.Module, budget: float, seed: int) -> Delta:
+    """Return a delta of random blocks of a base, each value changed."""
+    model, config = copy.deepcopy(base), SMTConfig(budget=budget, score="random")
+    grids = target_grids(find_targets(model, config), config)
+    torch.manual_seed(seed)
+    scores = {name: torch.rand(grid.shape) for name, grid in grids.items()}
+    convert_to_smt(model, select_blocks(scores, grids, config, count_parameters(model)))
+    with torch.no_grad():
+        for _, linear in smt_linears(model):
+            linear.blocks += 1
+    return Delta.of(model)
+
+
+def with_adapters(model: nn.Module, budget: float) -> tuple[peft.PeftModel, int]:
+    """Return a model with two adapters of LoRA, and the weights of each."""
+    targets = find_targets(model, SMTConfig())
+    config = adapter_config("LoRA", targets, budget * count_parameters(model), SEED)
+    adapted = peft.get_peft_model(model, config)
+    trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    adapted.add_adapter("other", config)
+    return adapted.eval(), trained
+
+
+def markdown(results: dict) -> str:
+    """Return the text of `swap.md`."""
+    rows, forwards = [], []
+    for one in results["budgets"]:
+        counts = {"swap": one["swapped_weights"], "set_adapter": one["adapter_weights"]}
+        rows += [
+            [percent(one["budget"]), f"`{action}`", f"{counts[action]:,}", spread(milliseconds(one["seconds"][action]))]
+            for action in CHANGES
+        ]
+        forwards += [
+            [
+                percent(one["budget"]),
+                action,
+                spread(milliseconds(one["seconds"][action])),
+                spread(one["to_base"][action]),
+            ]
+            for action in FORWARDS
+        ]
+    return "\n".join(
+        [
+            "# What it takes to change the delta of a model in memory\n",
+            f"{results['model']}'s shape with random weights in float32, one base in memory. `swap` is ours; "
+            "`set_adapter` is PEFT's, for LoRA with as many weights. Milliseconds: medians (and quartiles) of "
+            f"{results['rounds']} interleaved rounds.\n",
+            table("budget|change|weights|milliseconds", rows),
+            f"A forward of {results['tokens']} tokens, without gradients:\n",
+            table("budget|forward of|milliseconds|to the base", forwards),
+            table("|", provenance(results)),
+        ]
+    )
+
+
+def milliseconds(quartiles: dict[str, float]) -> dict[str, float]:
+    """Return quartiles of seconds in milliseconds."""
+    return {name: 1000 * value for name, value in quartiles.items()}
+
+
+def main() -> None:
+    """Measure and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for swap.json and .md")
+    parser.add_argument("--rounds", type=int, default=30, help="how often each is run")
+    arguments = parser.parse_args()
+    results = measure(MODELS[MODEL], BUDGETS, arguments.rounds)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "swap.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (arguments.output / "swap.md").write_text(markdown(results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
