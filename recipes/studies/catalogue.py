@@ -32,9 +32,10 @@ METHODS_STUDY = Study(
     "Which method learns most with equally many trained parameters?",
     (
         *compared(SMALL, ("smt", "lora")),
-        FULL,
         UNTUNED,
-        *compared(SMALL, ("random", "dora", *BASELINES)),
+        *compared(SMALL, ("random",)),
+        FULL,
+        *compared(SMALL, ("dora", *BASELINES)),
     ),
 )
 
