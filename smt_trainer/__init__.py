@@ -20,6 +20,8 @@ _HOME = {
     "load_delta": "delta.load",
     "from_delta": "delta.load",
     "merge_checkpoint": "delta.merge",
+    "delta_patches": "delta.patches",
+    "model_patches": "delta.patches",
     "SMTCallback": "training.callback",
     "SMTTrainer": "training.trainer",
     "SMTTrainerMixin": "training.trainer",
