@@ -20,6 +20,7 @@ _HOME = {
     "load_delta": "delta.load",
     "from_delta": "delta.load",
     "merge_checkpoint": "delta.merge",
+    "verify_merge": "delta.verify",
     "delta_patches": "delta.patches",
     "model_patches": "delta.patches",
     "SMTCallback": "training.callback",
