@@ -42,6 +42,11 @@ def raw(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
+def bits(values: np.ndarray) -> np.ndarray:
+    """Return the bits of values as unsigned integers, in the same shape."""
+    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}").reshape(values.shape)
+
+
 def as_array(tensor: Tensor) -> np.ndarray:
     """Return the values of a tensor, which share its memory if it lies row by row on the CPU.
 

@@ -59,6 +59,16 @@ def open_array(path: Path, place: Place) -> np.ndarray:
     return _view(buffer, place, first_page)
 
 
+def map_bits(path: Path, place: Place) -> np.ndarray:
+    """Return the bits [n] of a tensor in a file, for comparing: an unsigned integer for each value, whatever its dtype
+    means; a byte if a value has no whole bytes. The file stays mapped as long as the array lives."""
+    if not place.size:
+        return np.empty(0, np.uint8)
+    size, rest = divmod(place.size, math.prod(place.shape))
+    unit = size if not rest and size in (1, 2, 4, 8) else 1
+    return np.asarray(np.memmap(path, f"u{unit}", "r", place.start, (place.size // unit,)))
+
+
 def _view(buffer: mmap.mmap, place: Place, first: int) -> np.ndarray:
     """Return the tensor at a place in a buffer that begins with byte `first` of the file."""
     return np.frombuffer(buffer, _dtype(place), math.prod(place.shape), place.start - first).reshape(place.shape)

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from smt_trainer import SMTError
-from smt_trainer.arrays import DTYPES, as_array, as_tensor
-from smt_trainer.tensor_file import load_arrays, open_array, save_arrays
+from smt_trainer.arrays import DTYPES, as_array, as_tensor, bits
+from smt_trainer.tensor_file import load_arrays, map_bits, open_array, save_arrays
 from smt_trainer.tensor_header import read_header
 
 TENSORS = {name: torch.randint(0, 2, (3, 5)).to(getattr(torch, name)) for name in DTYPES}
@@ -82,3 +82,19 @@ def test_metadata_that_are_no_texts_are_refused(metadata, tmp_path):
     (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(SMTError, match="its metadata are no texts"):
         load_arrays(tmp_path / "file", "file")
+
+
+@pytest.mark.parametrize("name", [*DTYPES, "nothing", "scalar"])
+def test_the_bits_of_a_tensor_are_those_of_its_values(name, tmp_path):
+    save_file(TENSORS, tmp_path / "file")
+    found = map_bits(tmp_path / "file", read_header(tmp_path / "file", "file")[0][name])
+    values = as_array(TENSORS[name])
+    assert found.size == values.size and found.tobytes() == values.tobytes() == bits(values).tobytes()
+    assert bits(values).shape == values.shape
+
+
+def test_a_tensor_of_an_unknown_dtype_has_bits(tmp_path):
+    header = json.dumps({"weight": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}).encode()
+    (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(8)))
+    found = map_bits(tmp_path / "file", read_header(tmp_path / "file", "file")[0]["weight"])
+    assert found.tolist() == list(range(8))

@@ -11,8 +11,8 @@ import torch
 
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import copy_others
-from smt_trainer.delta.load import as_config, from_delta, trained_class
-from smt_trainer.delta.moved import moved, prompts_for
+from smt_trainer.delta.load import as_config, from_delta
+from smt_trainer.delta.moved import moved_by_merging
 from smt_trainer.model.checkpoint import CONFIG, Checkpoint
 from smt_trainer.model.quantised import floating_dtype
 from smt_trainer.sparse.dequantise import dense_state_dict
@@ -52,10 +52,6 @@ def save_dequantised(model: Any, folder: Path) -> None:
 
 def log_difference(trained: Any, delta_folder: Path, merged: Path) -> None:
     """Log how far a merged checkpoint is from the trained model."""
-    kind = trained_class(Delta.load(delta_folder))
-    plain = kind.from_pretrained(merged, dtype="auto").eval()
-    if hasattr(plain, "get_output_embeddings") and plain.get_output_embeddings() is not None:
-        vocabulary = plain.config.get_text_config().vocab_size
-        logger.info(
-            "The merged model beside the trained one %s.", moved(trained, plain, prompts_for(merged, vocabulary))
-        )
+    found = moved_by_merging(trained, delta_folder, merged)
+    if found is not None:
+        logger.info("The merged model beside the trained one %s.", found)

@@ -52,36 +52,51 @@ OF_WEIGHTS = [
 
 
 def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resized: bool = False) -> None:
-    """Copy everything but the weights of a base into `stage`, with the files of training in place of the base's.
+    """Write everything but the weights of a merged checkpoint into `stage`: `other_files`, and the index of shards.
+
+    Raises:
+        SMTError: as `other_files`.
+    """
+    files = other_files(checkpoint, delta_folder, resized=resized)
+    if checkpoint.index is not None:
+        files[PurePath(checkpoint.index)] = checkpoint.folder / checkpoint.index
+    for name, content in files.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            (stage / name).write_text(content, encoding="utf-8")
+        else:
+            shutil.copyfile(content, stage / name)
+
+
+def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = False) -> dict[PurePath, Path | str]:
+    """Return the files of a merged checkpoint beside its weights: name -> the file to copy, or the text to write.
 
     Args:
         checkpoint: the base.
         delta_folder: with the files of training.
-        stage: where to.
         resized: whether the delta has another vocabulary than the base.
 
     Raises:
-        SMTError: the config.json of the delta's folder is damaged.
+        SMTError: a JSON file in the delta's folder is damaged.
     """
-    sources = {name: checkpoint.folder / name for name in _walk(checkpoint.folder, delta_folder)}
-    trained = {name: delta_folder / name for name in _walk(delta_folder) if _fits(name, OF_TRAINING)}
+    files: dict[PurePath, Path | str] = {
+        name: checkpoint.folder / name for name in files_beside_weights(checkpoint.folder, delta_folder)
+    }
+    trained = [name for name in files_beside_weights(delta_folder) if _fits(name, OF_TRAINING)]
     if PurePath("tokenizer_config.json") in trained:
         # A tokenizer is saved whole. Files of the base beside it could override it.
-        sources = {name: path for name, path in sources.items() if not _fits(name, TOKENIZER_STATE)}
-    if checkpoint.index is not None:
-        sources[PurePath(checkpoint.index)] = checkpoint.folder / checkpoint.index
-    for name, path in (sources | trained).items():
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, stage / name)
-        if name in trained and name.suffix == ".json":
-            _keep_code_of_base(stage / name, checkpoint.folder / name)
+        files = {name: path for name, path in files.items() if not _fits(name, TOKENIZER_STATE)}
+    for name in trained:
+        path = delta_folder / name
+        files[name] = _with_code_of_base(path, checkpoint.folder / name) if name.suffix == ".json" else path
     if (delta_folder / CONFIG).is_file():
         found = load_json(delta_folder / CONFIG, "configuration of the delta's model")
         if not isinstance(found, dict):
             raise SMTError(f"{delta_folder / CONFIG} should hold an object. Save the delta again, or remove that file.")
         found.pop(EXPLICIT, None)
         merged = found if checkpoint.config is None else merge_configs(checkpoint.config, found, resized)
-        (stage / CONFIG).write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        files[PurePath(CONFIG)] = json.dumps(merged, indent=2, sort_keys=True) + "\n"
+    return files
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -100,18 +115,21 @@ def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) 
     return merged | {key: merge_configs(base[key], merged[key], resized) for key in parts if key not in of_weights}
 
 
-def _keep_code_of_base(path: Path, of_base: Path) -> None:
-    """Let a file of training name the code that the base's file names, or none: the delta's author decides on none."""
+def _with_code_of_base(path: Path, of_base: Path) -> Path | str:
+    """Return a file of training, or its text if it must name the code that the base's file names, or none: the delta's
+    author decides on none."""
     values = load_json(path, "file of training")
-    if isinstance(values, dict) and CODE in values:
-        known = load_json(of_base, "file of the base") if of_base.is_file() else {}
-        del values[CODE]
-        values |= {CODE: known[CODE]} if isinstance(known, dict) and CODE in known else {}
-        path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if not isinstance(values, dict) or CODE not in values:
+        return path
+    known = load_json(of_base, "file of the base") if of_base.is_file() else {}
+    del values[CODE]
+    values |= {CODE: known[CODE]} if isinstance(known, dict) and CODE in known else {}
+    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
-def _walk(folder: Path, without: Path | None = None) -> Iterator[PurePath]:
-    """Yield the files below a folder that belong into a merged checkpoint; follow links, but each folder once."""
+def files_beside_weights(folder: Path, without: Path | None = None) -> Iterator[PurePath]:
+    """Yield the files below a folder that belong beside the weights of a merged checkpoint; follow links, but each
+    folder once."""
     seen = set() if without is None else {os.path.realpath(without)}
     for parent, folders, files in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:

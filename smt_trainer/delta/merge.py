@@ -90,14 +90,14 @@ def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, on
 def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | None) -> None:
     """Copy the weights, write the trained values into the copies as they are ready, and copy the other files."""
     with _copying(checkpoint, stage) as copies:
-        from smt_trainer.delta.patch import Patch
+        from smt_trainer.delta.placement import Placement
 
-        patch = Patch.of(delta_folder, checkpoint, onto)
+        placement = Placement.of(delta_folder, checkpoint, onto)
         for number, (name, copy) in enumerate(copies.items(), 1):
             copy.result()
-            patch.write(stage / name)
+            placement.write(stage / name)
             logger.info("%s is merged (%d of %d).", name, number, len(copies))
-        copy_others(checkpoint, delta_folder, stage, resized=patch.is_resized)
+        copy_others(checkpoint, delta_folder, stage, resized=placement.is_resized)
 
 
 @contextlib.contextmanager

@@ -51,25 +51,29 @@ class Checkpoint:
         return "quantization_config" in (self.config or {})
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(cls, folder: Path, what: str = BASE) -> Checkpoint:
         """Read a folder's configuration, index and headers.
+
+        Args:
+            folder: the checkpoint.
+            what: what it should be, for messages.
 
         Raises:
             SMTError: one of them is damaged, a shard is missing or not a plain file name, a tensor is stored twice, or
                 the folder holds no weights in safetensors format.
         """
-        config = load_json(folder / CONFIG, "configuration of the base") if (folder / CONFIG).is_file() else None
+        config = load_json(folder / CONFIG, f"configuration of the {what}") if (folder / CONFIG).is_file() else None
         if config is not None and not isinstance(config, dict):
             raise SMTError(
                 f"{folder / CONFIG} should hold an object, got a {type(config).__name__}. Download it again."
             )
-        name = _weights_file(folder, config or {})
+        name = _weights_file(folder, config or {}, what)
         if not name.endswith(".json"):
-            return cls(folder, None, read_header(folder / name, BASE)[0], config)
-        shard_of = _read_index(folder / name)
+            return cls(folder, None, read_header(folder / name, what)[0], config)
+        shard_of = _read_index(folder / name, what)
         places: dict[str, Place] = {}
         for shard in sorted(set(shard_of.values())):
-            found, _ = read_header(folder / shard, BASE)
+            found, _ = read_header(folder / shard, what)
             if both := sorted(found.keys() & places.keys()):
                 raise SMTError(f"{folder} stores `{both[0]}` twice, in {places[both[0]].file} and {shard}. Repair it.")
             places |= found
@@ -106,7 +110,7 @@ def find_checkpoint(base: str | Path, revision: str | None) -> Path:
         ) from error
 
 
-def _weights_file(folder: Path, config: dict[str, Any]) -> str:
+def _weights_file(folder: Path, config: dict[str, Any], what: str) -> str:
     """Return the name of the file that transformers reads first: a file with all weights before an index of shards."""
     explicit = config.get(EXPLICIT)
     if explicit is not None:
@@ -116,14 +120,14 @@ def _weights_file(folder: Path, config: dict[str, Any]) -> str:
         if (folder / name).is_file():
             return name
     raise SMTError(
-        f"{folder} should hold {SINGLE_FILE} or {INDEX_FILE}, but has neither. Convert the base to safetensors first "
+        f"{folder} should hold {SINGLE_FILE} or {INDEX_FILE}, but has neither. Convert the {what} to safetensors first "
         "(from_pretrained, then save_pretrained)."
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Path, what: str) -> dict[str, str]:
     """Return tensor name -> file name."""
-    index = load_json(path, "index of the base")
+    index = load_json(path, f"index of the {what}")
     shard_of = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
         raise SMTError(f"{path} should have a `weight_map` from tensors to files, and has none. Download it again.")
@@ -138,5 +142,5 @@ def _check_plain(name: Any, where: Path) -> None:
     if not plain or not name.isprintable() or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise SMTError(
             f"{where} names {str(name)[:200]!r} as a file of weights. Expected the plain name of a .safetensors file "
-            "in the same folder. Do not use this base unless you know why."
+            "in the same folder. Do not use this checkpoint unless you know why."
         )

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Patch:
+class Placement:
     """A delta and where it goes.
 
     Attributes:
@@ -49,7 +49,7 @@ class Patch:
     vocabulary: set[int]
 
     @classmethod
-    def of(cls, delta_folder: Path, checkpoint: Checkpoint, onto: str | None = None) -> Patch:
+    def of(cls, delta_folder: Path, checkpoint: Checkpoint, onto: str | None = None) -> Placement:
         """Read a delta and find its tensors in a checkpoint.
 
         Raises:
@@ -68,12 +68,12 @@ class Patch:
         if len({**modules, **whole}) < len(wanted):
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
         places = {key: checkpoint.places[key] for key in [*modules, *whole]}
-        patch = cls(delta, modules, whole, places, _vocabulary(load_config(delta_folder)))
-        patch._check(checkpoint)
+        placement = cls(delta, modules, whole, places, _vocabulary(load_config(delta_folder)))
+        placement._check(checkpoint)
         for key, values in list(whole.items()):
             for copy in tied_copies(key, checkpoint, {*modules, *whole}):
-                patch.whole[copy], patch.places[copy] = values, checkpoint.places[copy]
-        return patch
+                placement.whole[copy], placement.places[copy] = values, checkpoint.places[copy]
+        return placement
 
     @property
     def is_resized(self) -> bool:

@@ -1,0 +1,164 @@
+"""A weight patch: new values of one tensor of a checkpoint, for a server that changes its weights in place.
+
+    sparse   the n values at `indices` of the flattened tensor; the others stay
+    dense    all values of the tensor, with no indices
+
+With v bytes in a value and an index of i bytes, which is 4 where the tensor has at most 2^31 values and else 8, a patch
+takes n (v + i) bytes, a dense one n v. So the n trained weights of a step take 6 n bytes in bfloat16, where all N
+weights of the model take 2 N: less, if fewer than a third of the weights are trained.
+
+In a block of br x bc weights of a weight [O, I], row j of block (r, c) is a run of neighbours in memory: the bc indices
+from (r br + j) I + c bc on. A transposed weight [I, O] holds columns so: the br indices from (c bc + j) O + r br on.
+Sorting the runs sorts the indices.
+
+This is the format of vLLM's loader of patches in checkpoint coordinates (vLLM #50723, #53751), which marks unchanged
+values with NaN. So NaN is no value here, and a sparse patch holds floats. Its `CheckpointWeightPatch` has the fields of
+`WeightPatch`, with these names; it takes sparse patches and dense ones in separate calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smt_trainer.errors import SMTError
+from smt_trainer.model.grid import BlockGrid
+
+MAX_BYTES = 2**26
+# The largest value with the largest index.
+SMALLEST_MAX_BYTES = 16
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPatch:
+    """New values of one tensor.
+
+    Attributes:
+        name: of the tensor in the checkpoint.
+        shape: of the whole tensor.
+        dtype: of the tensor.
+        values: [n] in this dtype.
+        indices: [n] int32 or int64, ascending, each once: places in the flattened tensor; None for all of them.
+
+    Raises:
+        SMTError: one of these does not hold, or a value is NaN.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: Tensor
+    indices: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        numel, (values, indices) = math.prod(self.shape), (self.values, self.indices)
+        expected = (numel,) if indices is None else (indices.numel(),)
+        if values.dtype != self.dtype or tuple(values.shape) != expected:
+            self._refuse(
+                f"{expected[0]:,} values of {self.dtype} in one dimension", f"{values.dtype} of {list(values.shape)}"
+            )
+        if indices is not None and (indices.dtype not in (torch.int32, torch.int64) or indices.ndim != 1):
+            self._refuse("indices of int32 or int64 in one dimension", f"{indices.dtype} of {list(indices.shape)}")
+        if indices is not None and not self.dtype.is_floating_point:
+            self._refuse("floats at indices, or all values", f"{self.dtype}, which has no NaN for what stays")
+        if indices is not None and len(indices):
+            if not bool((indices[1:] > indices[:-1]).all()):
+                self._refuse("ascending indices, each once", "others")
+            # Compared as tensors, 2^31 would not fit into int32.
+            first, last = int(indices[0]), int(indices[-1])
+            if first < 0 or last >= numel:
+                self._refuse(f"indices from 0 to {numel - 1:,}", f"{first:,} to {last:,}")
+        if bool(values.isnan().any()):
+            self._refuse("numbers", "NaN, which would mean an unchanged value; if training diverged, go back")
+
+    @property
+    def size(self) -> int:
+        """Bytes of values and indices."""
+        return self.values.nbytes + (0 if self.indices is None else self.indices.nbytes)
+
+    def _refuse(self, expected: str, found: str) -> None:
+        raise SMTError(f"a patch of `{self.name}` {list(self.shape)} should have {expected}, got {found}.")
+
+
+def check_max_bytes(max_bytes: int) -> None:
+    """Raise `SMTError` unless a patch of one value fits."""
+    if max_bytes < SMALLEST_MAX_BYTES:
+        raise SMTError(f"max_bytes must be at least {SMALLEST_MAX_BYTES}, for a value and its index; got {max_bytes}.")
+
+
+def patches_of_blocks(
+    name: str, grid: BlockGrid, block_indices: Tensor, blocks: Tensor, max_bytes: int
+) -> Iterator[WeightPatch]:
+    """Yield the patches of a weight with trained blocks, in the order of their indices.
+
+    Args:
+        name: of the weight in the checkpoint.
+        grid: cuts the weight into blocks.
+        block_indices: [n, 2] (row, column) of each block, in any order.
+        blocks: [n, br, bc] values, in the dtype of the weight.
+        max_bytes: bound on the bytes of a patch.
+    """
+    (rows, columns), (br, bc) = block_indices.to(blocks.device).long().unbind(1), grid.block_shape
+    if grid.transposed:
+        rows, columns, br, bc, blocks = columns, rows, bc, br, blocks.transpose(1, 2)
+    lines = rows[:, None] * br + torch.arange(br, device=rows.device)
+    starts, order = (lines * grid.stored_shape[1] + columns[:, None] * bc).flatten().sort()
+    indices = (starts[:, None] + torch.arange(bc, device=rows.device)).flatten()
+    yield from _cut(name, grid.stored_shape, blocks.reshape(-1, bc)[order].flatten(), indices, max_bytes)
+
+
+def patches_of_whole(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[WeightPatch]:
+    """Yield the patches of tensors that are replaced: sparse ones of those too large for a patch, then dense ones.
+
+    Args:
+        tensors: name in the checkpoint -> all values. What is not of floats is not cut.
+        max_bytes: bound on the bytes of a patch.
+    """
+    large = {
+        name: values for name, values in tensors.items() if values.is_floating_point() and values.nbytes > max_bytes
+    }
+    for name, values in large.items():
+        indices = torch.arange(values.numel(), device=values.device)
+        yield from _cut(name, tuple(values.shape), values.reshape(-1), indices, max_bytes)
+    for name, values in tensors.items():
+        if name not in large:
+            yield WeightPatch(name, tuple(values.shape), values.dtype, values.reshape(-1))
+
+
+def _cut(name: str, shape: tuple[int, ...], values: Tensor, indices: Tensor, max_bytes: int) -> Iterator[WeightPatch]:
+    indices = indices.to(torch.int32 if math.prod(shape) <= 2**31 else torch.int64)
+    count = max_bytes // (values.element_size() + indices.element_size())
+    for some, places in zip(values.split(count), indices.split(count), strict=True):
+        yield WeightPatch(name, shape, values.dtype, some, places)
+
+
+@torch.no_grad()
+def apply_patches(state: Mapping[str, Tensor], patches: Iterable[WeightPatch]) -> None:
+    """Write patches into tensors in place, in their order: what a server does with them, for reference and for tests.
+
+    Args:
+        state: tensor name -> tensor, such as a plain model's `state_dict()`.
+        patches: all of them are read and checked before anything is written.
+
+    Raises:
+        SMTError: a tensor is unknown, or has another shape or dtype. Nothing is written.
+    """
+    patches = list(patches)
+    for patch in patches:
+        tensor = state.get(patch.name)
+        if tensor is None or (tuple(tensor.shape), tensor.dtype) != (tuple(patch.shape), patch.dtype):
+            found = "none" if tensor is None else f"{tensor.dtype} of {list(tensor.shape)}"
+            raise SMTError(
+                f"a patch is for `{patch.name}`, {patch.dtype} of {list(patch.shape)}; here is {found}. Use the base "
+                "that the patches were made for."
+            )
+    for patch in patches:
+        tensor, values = state[patch.name], patch.values.to(state[patch.name].device)
+        if patch.indices is None:
+            tensor.copy_(values.view(patch.shape))
+        else:
+            tensor.put_(patch.indices.to(tensor.device).long(), values)
