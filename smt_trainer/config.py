@@ -127,7 +127,7 @@ class SMTConfig:
         "auto",
         BlockSize(),
         decides="scores",
-        help="Edge of a block in weights, or a pair (rows, columns) of out and in features (written 64x32). 'auto': "
+        help="Edge of a block in weights, or rows and columns (64x32), out and in features. 'auto': "
         "the largest common divisor, at most 256, of the dimensions of all targeted weights.",
     )
     granularity: str = setting(
@@ -148,8 +148,7 @@ class SMTConfig:
         100,
         Whole(least=1),
         decides="warm-up",
-        help="Steps of the gradient warm-up that chooses the blocks, each on as many examples as an optimizer step. No "
-        "weight changes in it.",
+        help="Steps of the gradient warm-up, each on as many examples as an optimizer step. No weight changes in it.",
     )
     class_column: str | None = setting(
         None,
