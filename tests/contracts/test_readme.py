@@ -156,6 +156,20 @@ def test_the_ratios_beside_the_benchmarks_are_those_of_their_reports():
     assert f"it was {ours} and {theirs}." in BENCHMARKS
 
 
+def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
+    report = (ROOT / "recipes/studies/results/methods.md").read_text(encoding="utf-8")
+    text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
+    row = next(line for line in report.splitlines() if line.startswith("| LoRA, 0.84 % | +"))
+    _, _, numbers, templates, general, _ = (
+        cell.strip(" |+-") for cell in row.removeprefix("| LoRA, 0.84 % |").split(" | ")
+    )
+    assert (
+        f"lower by {numbers} nats" in text and f"difference {templates})" in text and f"higher by {general} (" in text
+    )
+    assert "LoRA learned more than SMT" in text and "LoRA forgot more" in text
+    assert f"| -{numbers} |" in row and f"| +{general} |" in row
+
+
 def test_the_figures_of_the_study_are_those_of_the_committed_run():
     report = (ROOT / "recipes/selection_study/results/study.md").read_text(encoding="utf-8")
     assert "q_proj 6, k_proj 7, v_proj 263" in report and "k_proj 33, v_proj 188" in report
