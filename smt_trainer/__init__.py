@@ -20,6 +20,7 @@ _HOME = {
     "load_delta": "delta.load",
     "from_delta": "delta.load",
     "merge_checkpoint": "delta.merge",
+    "export_lora": "delta.lora",
     "SMTCallback": "training.callback",
     "SMTTrainer": "training.trainer",
     "SMTTrainerMixin": "training.trainer",

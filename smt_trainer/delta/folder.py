@@ -64,17 +64,14 @@ def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resi
         SMTError: the config.json of the delta's folder is damaged.
     """
     sources = {name: checkpoint.folder / name for name in _walk(checkpoint.folder, delta_folder)}
-    trained = {name: delta_folder / name for name in _walk(delta_folder) if _fits(name, OF_TRAINING)}
+    trained = _files_of_training(delta_folder)
     if PurePath("tokenizer_config.json") in trained:
         # A tokenizer is saved whole. Files of the base beside it could override it.
         sources = {name: path for name, path in sources.items() if not _fits(name, TOKENIZER_STATE)}
     if checkpoint.index is not None:
         sources[PurePath(checkpoint.index)] = checkpoint.folder / checkpoint.index
-    for name, path in (sources | trained).items():
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, stage / name)
-        if name in trained and name.suffix == ".json":
-            _keep_code_of_base(stage / name, checkpoint.folder / name)
+    _copy({name: path for name, path in sources.items() if name not in trained}, stage)
+    copy_trained(checkpoint, delta_folder, stage)
     if (delta_folder / CONFIG).is_file():
         found = load_json(delta_folder / CONFIG, "configuration of the delta's model")
         if not isinstance(found, dict):
@@ -82,6 +79,16 @@ def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resi
         found.pop(EXPLICIT, None)
         merged = found if checkpoint.config is None else merge_configs(checkpoint.config, found, resized)
         (stage / CONFIG).write_text(json.dumps(merged, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_trained(checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> None:
+    """Copy tokenizer, chat templates, processor and generation settings of training into `stage`, as far as there are;
+    they name the code that the base's files name."""
+    trained = _files_of_training(delta_folder)
+    _copy(trained, stage)
+    for name in trained:
+        if name.suffix == ".json":
+            _keep_code_of_base(stage / name, checkpoint.folder / name)
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -98,6 +105,16 @@ def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) 
     merged |= {key: base[key] for key in of_weights if key in base}
     parts = [key for key, value in merged.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
     return merged | {key: merge_configs(base[key], merged[key], resized) for key in parts if key not in of_weights}
+
+
+def _files_of_training(delta_folder: Path) -> dict[PurePath, Path]:
+    return {name: delta_folder / name for name in _walk(delta_folder) if _fits(name, OF_TRAINING)}
+
+
+def _copy(sources: dict[PurePath, Path], stage: Path) -> None:
+    for name, path in sources.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, stage / name)
 
 
 def _keep_code_of_base(path: Path, of_base: Path) -> None:
