@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
+
 from smt_trainer.delta.patch import Patch, may_tie, vocabulary_sizes
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint
@@ -40,7 +42,7 @@ def saved_modules(patch: Patch, keys: Mapping[str, str], checkpoint: Checkpoint)
                 f"{patch.places[keys[name]].shape[0]}), and PEFT's LoRA keeps that of the base. {INSTEAD}"
             )
     config = checkpoint.config or {}
-    tied = [name for name, values in whole.items() if values.ndim == 2 and len(values) in vocabulary_sizes(config)]
+    tied = [name for name in keys if name in whole and _is_embedding(whole[name], vocabulary_sizes(config))]
     if tied and may_tie(config):
         raise SMTError(
             f"the delta trains `{tied[0]}`, which the base may tie to its output embeddings; PEFT would change one of "
@@ -53,6 +55,10 @@ def saved_modules(patch: Patch, keys: Mapping[str, str], checkpoint: Checkpoint)
     found = {_module_of(name, is_whole): None for name in whole}
     _refuse_others(found, [*of_base, *whole])
     return list(found)
+
+
+def _is_embedding(values: np.ndarray, vocabulary: set[int]) -> bool:
+    return values.ndim == 2 and len(values) in vocabulary
 
 
 def _module_of(name: str, is_whole: Callable[[str], bool]) -> str:
