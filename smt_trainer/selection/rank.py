@@ -23,7 +23,7 @@ from torch import Tensor
 
 from smt_trainer.model.grid import BlockGrid
 
-# Each halves the range of prices, as far as float64 tells them apart.
+# Each halves the range of prices, down to what float64 tells apart.
 BISECTIONS = 60
 
 
@@ -45,8 +45,8 @@ def in_best_lines(
         scores: module name -> [R, C], finite and not all zero.
         grids: module name -> grid.
         rank_cap: the most rows or columns of a module's weight that its blocks may touch.
-        is_enough: whether the budget can be met from the scores that are not -inf; of these at a price t, only those
-            that are at least t are given.
+        is_enough: says whether the blocks whose scores are not -inf meet the budget. It is asked about the kept lines
+            at a price, without the blocks that score less than the price.
     """
     exact = {name: score.double() for name, score in scores.items()}
     # At this price, whatever the scores, the direction with more blocks wins.
@@ -54,7 +54,7 @@ def in_best_lines(
     high = max(score.max().item() for score in exact.values())
 
     def kept(price: float, least: float) -> dict[str, Tensor]:
-        masks = {name: _best_lines(score, grids[name], rank_cap, price) for name, score in exact.items()}
+        masks = {name: best_lines(score, grids[name], rank_cap, price) for name, score in exact.items()}
         return {name: scores[name].masked_fill(~masks[name] | (exact[name] < least), -torch.inf) for name in scores}
 
     for _ in range(BISECTIONS):
@@ -66,7 +66,7 @@ def in_best_lines(
     return kept(low, -torch.inf)
 
 
-def _best_lines(score: Tensor, grid: BlockGrid, rank_cap: int, price: float) -> Tensor:
+def best_lines(score: Tensor, grid: BlockGrid, rank_cap: int, price: float) -> Tensor:
     """Return a mask [R, C] of the block rows, or block columns, with the largest excess over a price; rows on ties."""
     excess = (score - price).clamp(min=0)
     options = []
