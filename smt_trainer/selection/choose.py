@@ -76,7 +76,7 @@ def select_blocks(
             for name, blocks in chosen.items()
             if len(blocks)
         }
-    if lost:
+    if lost > 1e-6 * total:
         logger.warning(
             "rank_cap=%d costs %.2g%% of the scores: the chosen blocks sum to %.4g, the best without it to %.4g.",
             config.rank_cap,
