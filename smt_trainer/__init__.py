@@ -25,6 +25,7 @@ _HOME = {
     "verify_merge": "delta.verify",
     "delta_patches": "delta.patches",
     "model_patches": "delta.patches",
+    "export_lora": "delta.lora",
     "SMTCallback": "training.callback",
     "SMTTrainer": "training.trainer",
     "SMTTrainerMixin": "training.trainer",

@@ -110,6 +110,13 @@ class SMTConfig:
         help="The most that may be chosen in any one layer. An int: number of blocks. A float in (0, 1]: fraction of "
         "the layer's targeted weights. With budgets by group the cap holds in each group separately.",
     )
+    rank_cap: int | None = setting(
+        None,
+        Whole(least=1),
+        decides="choice",
+        help="The most rows or columns (whichever are fewer) that the blocks of any one module may touch, which is the "
+        "rank of its change as LoRA. A whole number of blocks fits: rounded down.",
+    )
     scope: str = setting(
         "global",
         Choice("global", "per_module"),
@@ -212,6 +219,11 @@ class SMTConfig:
         if self.train_dependents and self.granularity != "row":
             raise SMTError(
                 f"train_dependents=True needs granularity='row', got {self.granularity!r}: columns depend on rows."
+            )
+        if self.train_dependents and self.rank_cap is not None:
+            raise SMTError(
+                f"rank_cap={self.rank_cap} cannot hold for columns that depend on rows of several modules. Leave it "
+                "out, or train_dependents at False."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -45,8 +45,13 @@ def read_runs(path: Path, place: Place, count: int, step: int, length: int) -> n
     return np.frombuffer(data, dtype).reshape(count, length)
 
 
-def open_array(path: Path, place: Place) -> np.ndarray:
-    """Return a tensor of a file; writing to the array changes the file, which stays mapped as long as the array lives.
+def open_array(path: Path, place: Place, *, writable: bool = True) -> np.ndarray:
+    """Return a tensor of a file, which stays mapped as long as the array lives.
+
+    Args:
+        path: the file.
+        place: of the tensor in it.
+        writable: whether writing to the array changes the file; otherwise the array is read-only, and so may the file.
 
     Raises:
         SMTError: the tensor's dtype is not supported.
@@ -54,8 +59,9 @@ def open_array(path: Path, place: Place) -> np.ndarray:
     if not place.size:
         return np.empty(place.shape, _dtype(place))
     first_page = place.start - place.start % mmap.ALLOCATIONGRANULARITY
-    with open(path, "r+b") as file:
-        buffer = mmap.mmap(file.fileno(), place.start + place.size - first_page, offset=first_page)
+    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+    with open(path, "r+b" if writable else "rb") as file:
+        buffer = mmap.mmap(file.fileno(), place.start + place.size - first_page, access=access, offset=first_page)
     return _view(buffer, place, first_page)
 
 

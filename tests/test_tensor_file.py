@@ -98,3 +98,13 @@ def test_a_tensor_of_an_unknown_dtype_has_bits(tmp_path):
     (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header + bytes(range(8)))
     found = map_bits(tmp_path / "file", read_header(tmp_path / "file", "file")[0]["weight"])
     assert found.tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_an_array_opened_to_read_cannot_be_written(name, tmp_path):
+    save_file(TENSORS, tmp_path / "file")
+    (tmp_path / "file").chmod(0o444)
+    place = read_header(tmp_path / "file", "file")[0][name]
+    array = open_array(tmp_path / "file", place, writable=False)
+    assert same(as_tensor(array.copy()), TENSORS[name])
+    assert not array.size or not array.flags.writeable

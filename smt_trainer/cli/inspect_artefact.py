@@ -75,7 +75,8 @@ def _describe(artefact):
             f"scores       of {count:,} blocks, from {min(found):.4g} to {max(found):.4g}; chosen by their own budget"
         )
     said = ["score", "scope", "budget"]
-    said += [name for name in ("budget_of", "layer_cap") if getattr(config, name) != getattr(SMTConfig, name)]
+    others = ("budget_of", "layer_cap", "rank_cap")
+    said += [name for name in others if getattr(config, name) != getattr(SMTConfig, name)]
     print(f"chosen by    {', '.join(f'{name}={getattr(config, name)}' for name in said)}")
     print(f"blocks       {selection.summary()}")
     if isinstance(artefact, Delta) and artefact.whole:

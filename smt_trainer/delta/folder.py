@@ -60,12 +60,7 @@ def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resi
     files = other_files(checkpoint, delta_folder, resized=resized)
     if checkpoint.index is not None:
         files[PurePath(checkpoint.index)] = checkpoint.folder / checkpoint.index
-    for name, content in files.items():
-        (stage / name).parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            (stage / name).write_text(content, encoding="utf-8")
-        else:
-            shutil.copyfile(content, stage / name)
+    _write(files, stage)
 
 
 def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = False) -> dict[PurePath, Path | str]:
@@ -82,13 +77,11 @@ def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = F
     files: dict[PurePath, Path | str] = {
         name: checkpoint.folder / name for name in files_beside_weights(checkpoint.folder, delta_folder)
     }
-    trained = [name for name in files_beside_weights(delta_folder) if _fits(name, OF_TRAINING)]
+    trained = _files_of_training(checkpoint, delta_folder)
     if PurePath("tokenizer_config.json") in trained:
         # A tokenizer is saved whole. Files of the base beside it could override it.
         files = {name: path for name, path in files.items() if not _fits(name, TOKENIZER_STATE)}
-    for name in trained:
-        path = delta_folder / name
-        files[name] = _with_code_of_base(path, checkpoint.folder / name) if name.suffix == ".json" else path
+    files |= trained
     if (delta_folder / CONFIG).is_file():
         found = load_json(delta_folder / CONFIG, "configuration of the delta's model")
         if not isinstance(found, dict):
@@ -97,6 +90,12 @@ def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = F
         merged = found if checkpoint.config is None else merge_configs(checkpoint.config, found, resized)
         files[PurePath(CONFIG)] = json.dumps(merged, indent=2, sort_keys=True) + "\n"
     return files
+
+
+def copy_trained(checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> None:
+    """Copy tokenizer, chat templates, processor and generation settings of training into `stage`, as far as there are;
+    they name the code that the base's files name."""
+    _write(_files_of_training(checkpoint, delta_folder), stage)
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
@@ -113,6 +112,25 @@ def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) 
     merged |= {key: base[key] for key in of_weights if key in base}
     parts = [key for key, value in merged.items() if isinstance(value, dict) and isinstance(base.get(key), dict)]
     return merged | {key: merge_configs(base[key], merged[key], resized) for key in parts if key not in of_weights}
+
+
+def _files_of_training(checkpoint: Checkpoint, delta_folder: Path) -> dict[PurePath, Path | str]:
+    names = [name for name in files_beside_weights(delta_folder) if _fits(name, OF_TRAINING)]
+    return {
+        name: _with_code_of_base(delta_folder / name, checkpoint.folder / name)
+        if name.suffix == ".json"
+        else delta_folder / name
+        for name in names
+    }
+
+
+def _write(files: dict[PurePath, Path | str], stage: Path) -> None:
+    for name, content in files.items():
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            (stage / name).write_text(content, encoding="utf-8")
+        else:
+            shutil.copyfile(content, stage / name)
 
 
 def _with_code_of_base(path: Path, of_base: Path) -> Path | str:

@@ -55,6 +55,22 @@ def merge_checkpoint(
             `onto` is left open. Nothing is written.
     """
     delta_folder, output = Path(delta_folder), Path(output)
+    checkpoint = open_base(base, delta_folder, output, revision)
+    with new_folder(output) as stage:
+        if onto is None:
+            _patch(checkpoint, delta_folder, stage, onto)
+        else:
+            _merge_quantised(checkpoint, delta_folder, stage, onto)
+    return output
+
+
+def open_base(base: str | Path, delta_folder: Path, output: Path, revision: str | None) -> Checkpoint:
+    """Find a base on disk or on the hub, and check that there is a delta and a place for what is made of both.
+
+    Raises:
+        SMTError: there is no delta, the output exists and is not empty, is a link or lies in one of them, or the base
+            is not a safetensors checkpoint.
+    """
     if not (delta_folder / DELTA_FILE).is_file():
         raise SMTError(f"no delta at {delta_folder}: {DELTA_FILE} is missing. Check the path.")
     check_new(output)
@@ -62,13 +78,7 @@ def merge_checkpoint(
     for taken in (folder, delta_folder):
         if taken.resolve() in (output.resolve(), *output.resolve().parents):
             raise SMTError(f"{output} lies in {taken}; give a folder outside of base and delta.")
-    checkpoint = Checkpoint.open(folder)
-    with new_folder(output) as stage:
-        if onto is None:
-            _patch(checkpoint, delta_folder, stage, onto)
-        else:
-            _merge_quantised(checkpoint, delta_folder, stage, onto)
-    return output
+    return Checkpoint.open(folder)
 
 
 def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str) -> None:

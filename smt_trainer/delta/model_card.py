@@ -37,7 +37,7 @@ def without_pipeline(card: str) -> str:
 def delta_section(selection: BlockSelection, repository: str, quantization: dict[str, Any] | None = None) -> str:
     """Return a section in Markdown: a delta's base, selection and budget, and how to load it from its repository."""
     config = selection.config
-    told = ["score", "smt_warmup_steps", "scope", "budget", "budget_of", "layer_cap"]
+    told = ["score", "smt_warmup_steps", "scope", "budget", "budget_of", "layer_cap", "rank_cap"]
     return SECTION.format(
         num_blocks=selection.num_blocks,
         base=f"`{selection.base_model}`" if selection.base_model else "a base model that was not recorded",

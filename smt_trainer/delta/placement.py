@@ -6,7 +6,7 @@ Files are mapped into memory, so only the pages with trained values are read and
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,19 +60,29 @@ class Placement:
         check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
         if checkpoint.is_quantised and quantised_names(delta):
             raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
-        wanted = [*(f"{name}.weight" for name in delta.block_arrays), *delta.whole_arrays]
-        keys = find_names(wanted, checkpoint.places)
-        _refuse_missing([name for name in wanted if name not in keys], checkpoint.folder)
-        modules = {keys[f"{name}.weight"]: name for name in delta.block_arrays}
-        whole = {keys[name]: values for name, values in delta.whole_arrays.items()}
-        if len({**modules, **whole}) < len(wanted):
-            raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
-        places = {key: checkpoint.places[key] for key in [*modules, *whole]}
-        placement = cls(delta, modules, whole, places, _vocabulary(load_config(delta_folder)))
-        placement._check(checkpoint)
+        keys = find_tensors(delta, checkpoint)
+        _refuse_missing([name for name in delta.whole_arrays if name not in keys], checkpoint.folder)
+        placement = cls.at(keys, delta, delta_folder, checkpoint)
+        whole, modules = placement.whole, placement.modules
         for key, values in list(whole.items()):
             for copy in tied_copies(key, checkpoint, {*modules, *whole}):
                 placement.whole[copy], placement.places[copy] = values, checkpoint.places[copy]
+        return placement
+
+    @classmethod
+    def at(cls, keys: Mapping[str, str], delta: Delta, delta_folder: Path, checkpoint: Checkpoint) -> Placement:
+        """Put the tensors of a delta at those of a checkpoint that `find_tensors` found.
+
+        Raises:
+            SMTError: the delta belongs to another base.
+        """
+        modules = {keys[f"{name}.weight"]: name for name in delta.block_arrays}
+        whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
+        if len({**modules, **whole}) < len(keys):
+            raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
+        places = {key: checkpoint.places[key] for key in [*modules, *whole]}
+        placement = cls(delta, modules, whole, places, vocabulary_sizes(load_config(delta_folder)))
+        placement._check(checkpoint)
         return placement
 
     @property
@@ -123,12 +133,24 @@ class Placement:
             )
 
 
+def find_tensors(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the name in a checkpoint of each tensor that a delta changes; what is new in the model is in none.
+
+    Raises:
+        SMTError: the checkpoint lacks a weight that has blocks.
+    """
+    weights = [f"{name}.weight" for name in delta.block_arrays]
+    keys = find_names([*weights, *delta.whole_arrays], checkpoint.places)
+    _refuse_missing([name for name in weights if name not in keys], checkpoint.folder)
+    return keys
+
+
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:
     arrays, metadata = load_arrays(path, f"copy of the {BASE}")
     write_atomically(path, lambda temporary: save_arrays(arrays | resized, temporary, metadata))
 
 
-def _vocabulary(config: dict[str, Any]) -> set[int]:
+def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
     """Return the sizes of the vocabulary in a configuration and its parts."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     return {part["vocab_size"] for part in parts if is_int(part.get("vocab_size"))}
@@ -141,7 +163,7 @@ def tied_copies(key: str, checkpoint: Checkpoint, taken: set[str]) -> list[str]:
     agree. `BertLMPredictionHead` does so with a bias. A configuration that says nothing leaves it to the values.
     """
     place = checkpoint.places[key]
-    if not _may_tie(checkpoint.config or {}):
+    if not may_tie(checkpoint.config or {}):
         return []
     return [
         name
@@ -160,7 +182,8 @@ def _can_be_tied(key: str, other: str, dimensions: int) -> bool:
     return second == f"{first.removesuffix('bias')}decoder.bias"
 
 
-def _may_tie(config: dict[str, Any]) -> bool:
+def may_tie(config: dict[str, Any]) -> bool:
+    """Return whether a configuration leaves it open, or says, that input and output embeddings are tied."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
     return not said or any(said)

@@ -85,6 +85,17 @@ class BlockGrid:
         """Weights in one block, br * bc."""
         return self.block_rows * self.block_columns
 
+    def touched(self, block_indices: np.ndarray) -> tuple[int, int]:
+        """Return how many rows and how many columns of the weight the blocks at `block_indices` [n, 2] touch. A change
+        in these blocks has at most the lesser of the two as its rank."""
+        rows, columns = (len(np.unique(lines)) for lines in block_indices.T)
+        return rows * self.block_rows, columns * self.block_columns
+
+    def lines_within(self, rank_cap: int) -> tuple[int, int]:
+        """Return the most block rows, and the most block columns, that make up at most `rank_cap` rows or columns."""
+        rows, columns = self.shape
+        return min(rows, rank_cap // self.block_rows), min(columns, rank_cap // self.block_columns)
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types that `from_dict` reads back."""
         return {

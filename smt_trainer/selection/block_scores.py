@@ -126,7 +126,7 @@ class BlockScores:
 
         Args:
             config: the scores' own by default. Another one may differ in `budget`, `budget_of`, `scope`, `layer_cap`,
-                and in `lowest_layer`, `target_modules` and `exclude_modules` if these leave fewer targets.
+                `rank_cap`, and in `lowest_layer`, `target_modules` and `exclude_modules` if these leave fewer targets.
 
         Returns:
             The selection. Its configuration is that of the scores, with the given fields that decide targets, choice

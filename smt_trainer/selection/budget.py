@@ -7,7 +7,8 @@ others and meets its own budget.
 
 With `scope="per_module"`, a count applies to each module, and f * D is divided in proportion to the modules' sizes.
 `layer_cap` limits each layer to n blocks, or to a fraction of the layer's weights in the group. Each layer then offers
-only its best blocks up to the cap, so the targets hold less.
+only its best blocks up to the cap, so the targets hold less. So they do under `rank_cap`, which limits each module to
+some of its block rows, or of its block columns (see `rank.py`).
 """
 
 from __future__ import annotations
@@ -54,8 +55,16 @@ class BudgetGroup:
             layers.setdefault(layer_path(name), []).append(name)
         return layers
 
+    def most_blocks(self, name: str) -> int:
+        """Return the most blocks that may be chosen from one target, as far as `layer_cap` allows."""
+        grid, cap = self.grids[name], self.config.rank_cap
+        if cap is None:
+            return grid.num_blocks
+        (rows, columns), (most_rows, most_columns) = grid.shape, grid.lines_within(cap)
+        return max(most_rows * columns, most_columns * rows)
+
     def cap(self, names: Iterable[str]) -> tuple[int, int]:
-        """Return the most blocks and the most weights that may be chosen from the targets of one layer."""
+        """Return the most blocks and the most weights that `layer_cap` lets one layer's targets give."""
         cap, total = self.config.layer_cap, numel(self.grids[name] for name in names)
         blocks = sum(self.grids[name].num_blocks for name in names)
         if cap is None:
@@ -77,8 +86,10 @@ class BudgetGroup:
 
     def check_room(self, blocks: int, weights: float) -> None:
         """Raise `SMTError` unless `blocks` blocks with `weights` weights in all can meet the budget."""
-        capped = "" if self.config.layer_cap is None else f" under layer_cap={self.config.layer_cap}"
-        remedies = ["Lower the budget", "raise layer_cap" if capped else "widen target_modules"]
+        caps = {name: getattr(self.config, name) for name in ("layer_cap", "rank_cap")}
+        caps = {name: cap for name, cap in caps.items() if cap is not None}
+        capped = f" under {' and '.join(f'{name}={cap}' for name, cap in caps.items())}" if caps else ""
+        remedies = ["Lower the budget", *([f"raise {name}" for name in caps] or ["widen target_modules"])]
         if self.weights is not None:
             largest = max(grid.block_numel for grid in self.grids.values())
             if self.weights > weights + largest / 2 or not blocks:
@@ -104,7 +115,7 @@ def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_paramet
 
     Args:
         grids: module name -> grid, for every target.
-        config: its `budget`, `budget_of`, `scope` and `layer_cap` are read.
+        config: its `budget`, `budget_of`, `scope` and caps are read.
         num_parameters: parameters of the whole model.
 
     Raises:
@@ -143,6 +154,12 @@ def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_paramet
 def check_budget_fits(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> None:
     """Raise `SMTError` if a group asks for less than half a block, or for more than its targets hold under the cap."""
     for group in budget_groups(grids, config, num_parameters):
+        if not any(map(group.most_blocks, group.grids)):
+            shape = "x".join(map(str, next(iter(group.grids.values())).block_shape))
+            raise SMTError(
+                f"rank_cap={config.rank_cap} is less than either edge of a block ({shape}), so no block fits. Raise "
+                "rank_cap, or use a smaller block_size."
+            )
         smallest = min(grid.block_numel for grid in group.grids.values())
         if group.weights is not None and group.weights < smallest / 2:
             raise SMTError(
@@ -170,13 +187,16 @@ def _check_modules(group: BudgetGroup) -> None:
     """Do as `check_budget_fits` does, for modules with a quota each."""
     quotas, pieces = group.quotas(), PIECES[group.config.granularity]
     if group.weights is not None:
-        group.check_room(sum(quotas.values()), numel(group.grids.values()))
+        weights = sum(group.most_blocks(name) * grid.block_numel for name, grid in group.grids.items())
+        group.check_room(sum(quotas.values()), weights)
     for name, grid in group.grids.items():
-        if quotas[name] > grid.num_blocks:
+        most, cap = group.most_blocks(name), group.config.rank_cap
+        if quotas[name] > most:
+            capped = most < grid.num_blocks
             raise SMTError(
                 f"{group.label} {pieces} of each module is more than `{name}` holds: a weight of "
-                f"{'x'.join(map(str, grid.weight_shape))} has {grid.num_blocks} {pieces}. Lower the budget or exclude "
-                "the module."
+                f"{'x'.join(map(str, grid.weight_shape))} has {most} {pieces}{f' under rank_cap={cap}' * capped}. "
+                f"Lower the budget{', raise rank_cap' * capped} or exclude the module."
             )
     for layer, names in group.layers().items():
         blocks, weights = group.cap(names)
@@ -189,11 +209,11 @@ def _check_modules(group: BudgetGroup) -> None:
 
 
 def _room(group: BudgetGroup, names: list[str]) -> tuple[int, int]:
-    """Return the most blocks and the most weights that a layer can give under its cap, whatever the scores."""
+    """Return the most blocks and the most weights that a layer can give under the caps, whatever the scores."""
     blocks, weights = group.cap(names)
     sizes = Counter()
     for name in names:
-        sizes[group.grids[name].block_numel] += group.grids[name].num_blocks
+        sizes[group.grids[name].block_numel] += group.most_blocks(name)
     # For most blocks, take the smallest first; for most weights, the largest first, in steps of their common divisor.
     step = math.gcd(*sizes)
     most_blocks, most_weights, left = 0, 0, weights

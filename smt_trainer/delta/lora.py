@@ -1,0 +1,181 @@
+"""Write what training changed as a LoRA adapter of PEFT, which stands for exactly the same model.
+
+The change D = W' - W [O, I] of a weight is zero outside the trained blocks. If these touch r rows i_1 ... i_r of W, let
+A [r, I] be these rows of D, and B [O, r] zero but for B[i_k, k] = 1; then D = B A. If they touch fewer columns
+j_1 ... j_r than rows, let B [O, r] be these columns of D, and A [r, I] zero but for A[k, j_k] = 1. LoRA adds
+lora_alpha / r B A to W, so with lora_alpha = r it adds D: nothing is approximated, and no rank chosen.
+
+W is what the base's file holds, and W' what merging would write there. D is computed in float64 and stored in float32,
+which holds the difference of two bfloat16 or float16 values exactly unless one of them is 2^16 times larger than the
+other. The largest |stored - D| of all weights is logged. Only the trained blocks of the base are read; nothing imports
+torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from smt_trainer.arrays import cast
+from smt_trainer.delta.adapter_config import ADAPTER_CONFIG, adapter_config
+from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.folder import DELTA_FILE, copy_trained
+from smt_trainer.delta.merge import open_base
+from smt_trainer.delta.onto import check_onto, in_words
+from smt_trainer.delta.placement import Placement, find_tensors
+from smt_trainer.delta.saved_modules import saved_modules
+from smt_trainer.errors import SMTError
+from smt_trainer.files import new_folder
+from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.settings import is_int
+from smt_trainer.tensor_file import open_array, save_arrays
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_FILE = "adapter_model.safetensors"
+# What PEFT puts before the names of a model's modules.
+PREFIX = "base_model.model."
+DTYPES_OF_FACTORS = ("float32", "bfloat16", "float16")
+# The largest max_lora_rank of vLLM.
+MAX_RANK = 512
+
+
+def export_lora(
+    base: str | Path,
+    delta_folder: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    max_rank: int = MAX_RANK,
+) -> Path:
+    """Write a delta as a LoRA adapter in PEFT's format, for `PeftModel.from_pretrained(base_model, output)`.
+
+    The rank of each module is the number of rows or columns that its blocks touch, whichever are fewer. Modules that
+    the delta holds whole are `modules_to_save`, in the dtype of the base; some servers (vLLM) take none. Tokenizer,
+    chat templates and generation settings of training are copied from the delta's folder.
+
+    Args:
+        base: folder or hub name of the base checkpoint, in safetensors format.
+        delta_folder: a delta folder.
+        output: folder to make; it appears whole or not at all.
+        revision: revision of a base on the hub.
+        dtype: of the factors, "float32", "bfloat16" or "float16"; the last two round the change.
+        max_rank: the largest rank that is allowed.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        SMTError: as in `merge_checkpoint`; or a module's rank is above `max_rank`, the delta holds whole what PEFT
+            cannot, its base was quantised, or a change does not fit the dtype. Nothing is written.
+    """
+    if dtype not in DTYPES_OF_FACTORS or not is_int(max_rank) or max_rank < 1:
+        raise SMTError(
+            f"dtype must be one of {', '.join(DTYPES_OF_FACTORS)} and max_rank an int >= 1, got {dtype!r} and "
+            f"{max_rank!r}."
+        )
+    delta_folder, output = Path(delta_folder), Path(output)
+    checkpoint = open_base(base, delta_folder, output, revision)
+    delta = Delta.load(delta_folder)
+    if delta.quantization is not None:
+        raise SMTError(
+            f"the delta was trained on a quantised base ({in_words(delta.quantization)}), and only quantising that "
+            "again tells what training changed. Use from_delta, or smt merge --onto dequantized."
+        )
+    check_onto(delta, None, is_quantised=checkpoint.is_quantised)
+    ranks = _ranks(delta, max_rank)
+    keys = find_tensors(delta, checkpoint)
+    placement = Placement.at(keys, delta, delta_folder, checkpoint)
+    saved = saved_modules(placement, keys, checkpoint)
+    arrays, error = _factors_of_all(placement, checkpoint, dtype)
+    for name, values in delta.whole_arrays.items():
+        arrays[f"{PREFIX}{name}"] = cast(values, placement.places[keys[name]].dtype) if name in keys else values
+    with new_folder(output) as stage:
+        save_arrays(arrays, stage / ADAPTER_FILE, {"format": "pt"})
+        config = adapter_config(delta, ranks, saved, base, revision)
+        (stage / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        copy_trained(checkpoint, delta_folder, stage)
+    _log(ranks, saved, error, dtype, [output / ADAPTER_FILE, delta_folder / DELTA_FILE])
+    return output
+
+
+def factors(grid: BlockGrid, block_indices: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return B [O, r] and A [r, I], whose product is zero but for the blocks.
+
+    Args:
+        grid: of the weight [O, I].
+        block_indices: positions [n, 2] of the blocks.
+        blocks: their values [n, br, bc]; of this dtype are the factors.
+    """
+    rows, columns = grid.touched(block_indices)
+    if columns < rows:
+        turned = BlockGrid(*grid.weight_shape[::-1], *grid.block_shape[::-1])
+        b, a = _by_rows(turned, block_indices[:, ::-1], blocks.swapaxes(1, 2))
+        return a.T, b.T
+    return _by_rows(grid, block_indices, blocks)
+
+
+def _by_rows(grid: BlockGrid, block_indices: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    lines, places = np.unique(block_indices[:, 0], return_inverse=True)
+    a = np.zeros((len(lines), grid.block_rows, grid.shape[1], grid.block_columns), blocks.dtype)
+    a[places, :, block_indices[:, 1]] = blocks
+    rank = len(lines) * grid.block_rows
+    b = np.zeros((grid.out_features, rank), blocks.dtype)
+    b[(lines[:, None] * grid.block_rows + np.arange(grid.block_rows)).ravel(), np.arange(rank)] = 1
+    return b, a.reshape(rank, grid.in_features)
+
+
+def _factors_of_all(placement: Placement, checkpoint: Checkpoint, dtype: str) -> tuple[dict[str, np.ndarray], float]:
+    """Return the factors of all modules under PEFT's names, and the largest |stored - D|."""
+    arrays, largest = {}, 0.0
+    for key, name in placement.modules.items():
+        place, grid = placement.places[key], placement.delta.selection.grids[name]
+        indices, trained = placement.delta.selection.block_indices[name], placement.delta.block_arrays[name]
+        weight = open_array(checkpoint.folder / place.file, place, writable=False)
+        before = grid.split(weight)[tuple(indices.T)]
+        change = cast(cast(trained, place.dtype), "float64") - cast(before, "float64")
+        # Of the dtype, but in numbers that numpy knows.
+        stored = cast(cast(change, dtype), "float32")
+        largest = max(largest, float(abs(stored - change).max()))
+        if not np.isfinite(largest):
+            raise SMTError(f"the change of `{name}` is too large for {dtype}; use float32 or bfloat16.")
+        b, a = factors(grid, indices, stored)
+        arrays |= {f"{PREFIX}{name}.lora_A.weight": cast(a, dtype), f"{PREFIX}{name}.lora_B.weight": cast(b, dtype)}
+    return arrays, largest
+
+
+def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:
+    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`."""
+    indices = delta.selection.block_indices
+    touched = {name: delta.selection.grids[name].touched(found) for name, found in indices.items() if len(found)}
+    ranks = {name: min(lines) for name, lines in touched.items()}
+    over = [name for name in ranks if ranks[name] > max_rank]
+    if over:
+        worst = max(over, key=lambda name: ranks[name])
+        rows, columns = touched[worst]
+        raise SMTError(
+            f"{len(over)} of {len(ranks)} modules need a LoRA rank above max_rank={max_rank}; the blocks of `{worst}` "
+            f"touch {rows} rows and {columns} columns. Train with SMTConfig(rank_cap={max_rank}) or a smaller budget "
+            "of granularity='row', raise --max-rank if what serves the adapter allows it, or merge instead (smt merge)."
+        )
+    return ranks
+
+
+def _log(ranks: Mapping[str, int], saved: list[str], error: float, dtype: str, files: list[Path]) -> None:
+    least, most = min(ranks.values()), max(ranks.values())
+    spread = f"rank {most}" if least == most else f"ranks {least} to {most}"
+    sizes = [path.stat().st_size / 2**20 for path in files]
+    logger.info(
+        "LoRA of %d modules with %s: %.1f MiB, the delta %.1f MiB. %s%s",
+        len(ranks),
+        spread,
+        *sizes,
+        f"{dtype} rounds the change of a weight by at most {error:.2g}." if error else "The change is exact.",
+        f" Whole, as modules_to_save, which some servers do not take: {', '.join(saved)}." if saved else "",
+    )
