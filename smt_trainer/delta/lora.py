@@ -5,10 +5,11 @@ A [r, I] be these rows of D, and B [O, r] zero but for B[i_k, k] = 1; then D = B
 j_1 ... j_r than rows, let B [O, r] be these columns of D, and A [r, I] zero but for A[k, j_k] = 1. LoRA adds
 lora_alpha / r B A to W, so with lora_alpha = r it adds D: nothing is approximated, and no rank chosen.
 
-W is what the base's file holds, and W' what merging would write there. D is computed in float64 and stored in float32,
-which holds the difference of two bfloat16 or float16 values exactly unless one of them is 2^16 times larger than the
-other. The largest |stored - D| of all weights is logged. Only the trained blocks of the base are read; nothing imports
-torch.
+W is the base in the dtype of training, and W' what training left there. D is computed in float64 and stored in float32,
+which holds the difference of two bfloat16 (float16) values exactly unless one of them is over 2^15 (2^12) times the
+other. The largest |stored - D| of all weights is logged. Where D is exact, PEFT's `merge_and_unload()` gives just W' on
+a base in 16 bits, though not with `safe_merge=True`, which rounds D; in float32 it rounds the sum W + D. Only the
+trained blocks of the base are read; nothing imports torch.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def export_lora(
     """Write a delta as a LoRA adapter in PEFT's format, for `PeftModel.from_pretrained(base_model, output)`.
 
     The rank of each module is the number of rows or columns that its blocks touch, whichever are fewer. Modules that
-    the delta holds whole are `modules_to_save`, in the dtype of the base; some servers (vLLM) take none. Tokenizer,
+    the delta holds whole are `modules_to_save`, in their own dtype; some servers (vLLM) take none. Tokenizer,
     chat templates and generation settings of training are copied from the delta's folder.
 
     Args:
@@ -92,10 +93,15 @@ def export_lora(
     ranks = _ranks(delta, max_rank)
     keys = find_tensors(delta, checkpoint)
     placement = Placement.at(keys, delta, delta_folder, checkpoint)
+    for stored in placement.other_dtypes:
+        logger.warning(
+            "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
+            stored,
+            *[delta.weight_dtype] * 2,
+        )
     saved = saved_modules(placement, keys, checkpoint)
     arrays, error = _factors_of_all(placement, checkpoint, dtype)
-    for name, values in delta.whole_arrays.items():
-        arrays[f"{PREFIX}{name}"] = cast(values, placement.places[keys[name]].dtype) if name in keys else values
+    arrays |= {f"{PREFIX}{name}": values for name, values in delta.whole_arrays.items()}
     with new_folder(output) as stage:
         save_arrays(arrays, stage / ADAPTER_FILE, {"format": "pt"})
         config = adapter_config(delta, ranks, saved, base, revision)
@@ -138,8 +144,8 @@ def _factors_of_all(placement: Placement, checkpoint: Checkpoint, dtype: str) ->
         place, grid = placement.places[key], placement.delta.selection.grids[name]
         indices, trained = placement.delta.selection.block_indices[name], placement.delta.block_arrays[name]
         weight = open_array(checkpoint.folder / place.file, place, writable=False)
-        before = grid.split(weight)[tuple(indices.T)]
-        change = cast(cast(trained, place.dtype), "float64") - cast(before, "float64")
+        before = cast(grid.split(weight)[tuple(indices.T)], placement.delta.weight_dtype)
+        change = cast(cast(trained, placement.delta.weight_dtype), "float64") - cast(before, "float64")
         # Of the dtype, but in numbers that numpy knows.
         stored = cast(cast(change, dtype), "float32")
         largest = max(largest, float(abs(stored - change).max()))

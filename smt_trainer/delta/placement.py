@@ -63,6 +63,13 @@ class Placement:
         keys = find_tensors(delta, checkpoint)
         _refuse_missing([name for name in delta.whole_arrays if name not in keys], checkpoint.folder)
         placement = cls.at(keys, delta, delta_folder, checkpoint)
+        for dtype in placement.other_dtypes:
+            logger.warning(
+                "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
+                "model.",
+                delta.weight_dtype,
+                dtype,
+            )
         whole, modules = placement.whole, placement.modules
         for key, values in list(whole.items()):
             for copy in tied_copies(key, checkpoint, {*modules, *whole}):
@@ -84,6 +91,11 @@ class Placement:
         placement = cls(delta, modules, whole, places, vocabulary_sizes(load_config(delta_folder)))
         placement._check(checkpoint)
         return placement
+
+    @property
+    def other_dtypes(self) -> set[str]:
+        """Dtypes of the checkpoint's weights with blocks, other than that of training."""
+        return {self.places[key].dtype for key in self.modules} - {self.delta.weight_dtype}
 
     @property
     def is_resized(self) -> bool:
@@ -124,13 +136,6 @@ class Placement:
             alike = next((kind for kind in (WEIGHTS, INTEGERS) if dtype in kind), (dtype,))
             is_resized = values.ndim > 0 and len(values) in self.vocabulary
             _expect(key, place, place.shape[:1] + values.shape[1:] if is_resized else values.shape, alike, folder)
-        for dtype in {self.places[key].dtype for key in self.modules} - {delta.weight_dtype}:
-            logger.warning(
-                "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
-                "model.",
-                delta.weight_dtype,
-                dtype,
-            )
 
 
 def find_tensors(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:

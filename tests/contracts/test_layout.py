@@ -92,6 +92,7 @@ def loaded_by(statement: str) -> set[str]:
         ("import smt_trainer, smt_trainer.cli", set()),
         ("from smt_trainer import SMTConfig, SMTError; SMTConfig()", set()),
         ("from smt_trainer import BlockSelection, Delta, merge_checkpoint; import smt_trainer.delta.verify", set()),
+        ("from smt_trainer import export_lora", set()),
         ("from smt_trainer import convert_to_smt, load_delta, plot_selection", {"torch"}),
     ],
 )
