@@ -6,17 +6,14 @@ import argparse
 import logging
 import os
 
-from smt_trainer.cli.options import count
+from smt_trainer.cli.options import add_base_and_delta, count
 
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
     parser = commands.add_parser("export", help="write what a delta changes as a LoRA adapter, exactly")
-    parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
-    parser.add_argument("delta", help="delta folder")
-    parser.add_argument("out", help="folder to write; must be new or empty")
+    add_base_and_delta(parser, "out", "folder to write; must be new or empty")
     parser.add_argument("--format", choices=("lora",), required=True, help="lora: an adapter in PEFT's format")
-    parser.add_argument("--revision", help="revision of a base on the hub")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -6,14 +6,13 @@ import argparse
 import logging
 import os
 
+from smt_trainer.cli.options import add_base_and_delta
+
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
     parser = commands.add_parser("merge", help="merge a delta into its base checkpoint")
-    parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
-    parser.add_argument("delta", help="delta folder")
-    parser.add_argument("out", help="folder to write; must be new or empty")
-    parser.add_argument("--revision", help="revision of a base on the hub")
+    add_base_and_delta(parser, "out", "folder to write; must be new or empty")
     parser.add_argument(
         "--onto",
         choices=("dequantized", "original"),

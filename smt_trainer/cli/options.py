@@ -27,6 +27,14 @@ def amount(text: str) -> float:
     return _within(float(text), 2.0**-30, LARGEST)
 
 
+def add_base_and_delta(parser: argparse.ArgumentParser, third: str, help: str) -> None:
+    """Add the arguments BASE and DELTA, a third one, and the flag --revision."""
+    parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
+    parser.add_argument("delta", help="delta folder")
+    parser.add_argument(third, help=help)
+    parser.add_argument("--revision", help="revision of a base on the hub")
+
+
 def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add a flag for each of the named fields, with the field's help."""
     for name, field in settings(SMTConfig).items():

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smt_trainer.cli.options import add_base_and_delta
+
 if TYPE_CHECKING:
     from smt_trainer.delta.moved import Moved
     from smt_trainer.delta.verify import Counts
@@ -24,10 +26,7 @@ def add_parser(commands) -> None:
         epilog="Exit status: 0 if the merge is proven; 1 if something differs, or if base or delta cannot be read; "
         "2 if the command line cannot.",
     )
-    parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
-    parser.add_argument("delta", help="delta folder")
-    parser.add_argument("merged", help="folder of the merged checkpoint")
-    parser.add_argument("--revision", help="revision of a base on the hub")
+    add_base_and_delta(parser, "merged", "folder of the merged checkpoint")
     parser.add_argument(
         "--onto",
         choices=("dequantized", "original"),
@@ -101,7 +100,7 @@ def _compare_logits(arguments: argparse.Namespace) -> Moved:
     where = {} if arguments.revision is None else {"revision": arguments.revision}
     try:
         trained = from_delta(arguments.delta, base=arguments.base, onto=arguments.onto, dtype="auto", **where).eval()
-        found = moved_by_merging(trained, Path(arguments.delta), Path(arguments.merged))
+        found = moved_by_merging(trained, Path(arguments.merged))
     except SMTError:
         raise
     except Exception as error:  # an odd file makes transformers raise anything

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import copy_others
 from smt_trainer.delta.load import as_config, from_delta
 from smt_trainer.delta.moved import moved_by_merging
@@ -20,13 +19,17 @@ from smt_trainer.sparse.dequantise import dense_state_dict
 logger = logging.getLogger(__name__)
 
 
-def load_trained(checkpoint: Checkpoint, delta_folder: Path) -> Any:
+def load_trained(checkpoint: Checkpoint, delta_folder: Path, quantization: dict[str, Any] | None) -> Any:
     """Return the trained model: the base quantised as in training, and the blocks beside it.
+
+    Args:
+        checkpoint: the base, plain or stored quantised.
+        delta_folder: a delta folder.
+        quantization: what the delta records of how its base was quantised.
 
     Raises:
         SMTError: the base is another one, or gives other values when it is quantised.
     """
-    quantization = Delta.load(delta_folder).quantization
     how = {} if checkpoint.is_quantised else {"quantization_config": as_config(quantization)}
     return from_delta(delta_folder, base=str(checkpoint.folder), merge=False, **how).eval()
 
@@ -50,8 +53,8 @@ def save_dequantised(model: Any, folder: Path) -> None:
     plain.save_pretrained(folder, state_dict=dense_state_dict(model))
 
 
-def log_difference(trained: Any, delta_folder: Path, merged: Path) -> None:
+def log_difference(trained: Any, merged: Path) -> None:
     """Log how far a merged checkpoint is from the trained model."""
-    found = moved_by_merging(trained, delta_folder, merged)
+    found = moved_by_merging(trained, merged)
     if found is not None:
         logger.info("The merged model beside the trained one %s.", found)

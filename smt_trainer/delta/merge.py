@@ -85,16 +85,17 @@ def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, on
     from smt_trainer.delta.delta import Delta
     from smt_trainer.delta.onto import DEQUANTIZED, check_onto
 
-    check_onto(Delta.load(delta_folder), onto, is_quantised=checkpoint.is_quantised)
+    delta = Delta.load(delta_folder)
+    check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
 
     from smt_trainer.delta.dequantise import load_trained, log_difference, write_dequantised
 
-    trained = load_trained(checkpoint, delta_folder)
+    trained = load_trained(checkpoint, delta_folder, delta.quantization)
     if onto == DEQUANTIZED:
         write_dequantised(trained, checkpoint, delta_folder, stage)
     else:
         _patch(checkpoint, delta_folder, stage, onto)
-    log_difference(trained, delta_folder, stage)
+    log_difference(trained, stage)
 
 
 def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | None) -> None:

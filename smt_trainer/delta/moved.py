@@ -15,9 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.load import trained_class
-
 PROMPTS = (
     "The capital of France is Paris. The capital of Italy is",
     "Question: If a train travels 60 miles in 2 hours, how fast does it go? Answer: The train goes",
@@ -68,15 +65,14 @@ def moved(first: Any, second: Any, prompts: list[Tensor]) -> Moved:
     return Moved(tokens, divergence / tokens, same / tokens, largest)
 
 
-def moved_by_merging(trained: Any, delta_folder: Path, merged: Path) -> Moved | None:
+def moved_by_merging(trained: Any, merged: Path) -> Moved | None:
     """Compare a trained model with a merged checkpoint; None if its class has no logits over a vocabulary.
 
     Args:
         trained: in evaluation mode.
-        delta_folder: its delta, which names its class.
         merged: folder of the checkpoint, which is loaded in the dtype that it says.
     """
-    plain = trained_class(Delta.load(delta_folder)).from_pretrained(merged, dtype="auto").eval()
+    plain = type(trained).from_pretrained(merged, dtype="auto").eval()
     if not hasattr(plain, "get_output_embeddings") or plain.get_output_embeddings() is None:
         return None
     return moved(trained, plain, prompts_for(merged, plain.config.get_text_config().vocab_size))

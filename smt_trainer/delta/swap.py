@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,12 +21,11 @@ from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.load import differences, whole_destinations
 from smt_trainer.errors import SMTError
-from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.selection.block_selection import base_name
 from smt_trainer.sparse.convert import find_linears, is_smt_model
 from smt_trainer.sparse.fingerprint import Fingerprint
-from smt_trainer.sparse.write_back import LARGE_BLOCK
+from smt_trainer.sparse.write_back import one_by_one
 
 # The attribute of a model that says what is swapped in.
 ATTRIBUTE = "smt_swapped"
@@ -118,9 +116,9 @@ def _read(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
     found = {}
     for name, indices in delta.selection.block_indices.items():
         weight, grid = model.get_submodule(name).get_parameter("weight").data, delta.selection.grids[name]
-        if _is_cut(grid, weight):
+        if one_by_one(grid, weight):
             found[name] = weight.new_empty(len(indices), *grid.block_shape)
-            torch._foreach_copy_(found[name].unbind(0), _views(grid, weight, indices))
+            torch._foreach_copy_(found[name].unbind(0), grid.views(weight, indices.tolist()))
         else:
             found[name] = grid.gather(weight, torch.from_numpy(indices))
     destinations = whole_destinations(model, delta) if delta.whole else {}
@@ -132,20 +130,10 @@ def _write(model: nn.Module, delta: Delta, values: dict[str, Tensor]) -> None:
     """Write values in the places of a delta."""
     for name, indices in delta.selection.block_indices.items():
         weight, grid = model.get_submodule(name).get_parameter("weight").data, delta.selection.grids[name]
-        if _is_cut(grid, weight):
-            torch._foreach_copy_(_views(grid, weight, indices), values[name].unbind(0))
+        if one_by_one(grid, weight):
+            torch._foreach_copy_(grid.views(weight, indices.tolist()), values[name].unbind(0))
         else:
             grid.scatter_(weight, torch.from_numpy(indices), values[name])
     destinations = whole_destinations(model, delta) if delta.whole else {}
     for name in delta.whole:
         destinations[name].data.copy_(values[name])
-
-
-def _is_cut(grid: BlockGrid, weight: Tensor) -> bool:
-    """Return whether blocks are copied one by one, as in `write_back.py`."""
-    return grid.block_numel >= LARGE_BLOCK and not weight.is_cuda
-
-
-def _views(grid: BlockGrid, weight: Tensor, indices: np.ndarray) -> list[Tensor]:
-    blocks = grid.split(weight)
-    return [blocks[row, column] for row, column in indices.tolist()]

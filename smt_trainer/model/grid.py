@@ -122,6 +122,11 @@ class BlockGrid:
         weight = weight.T if self.transposed else weight
         return weight.reshape(rows, self.block_rows, columns, self.block_columns).swapaxes(1, 2)
 
+    def views(self, weight: Tensor, block_indices: list[list[int]]) -> list[Tensor]:
+        """Return a view [br, bc] of each block at `block_indices` (row, column) of a weight of `stored_shape`."""
+        blocks = self.split(weight)
+        return [blocks[row, column] for row, column in block_indices]
+
     def gather(self, weight: Tensor, block_indices: Tensor) -> Tensor:
         """Copy the blocks [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`."""
         rows, columns = block_indices.to(weight.device).long().unbind(1)

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-WAYS_TO_MERGE = (
-    "Save the delta (save_delta, trainer.save_model), or say that they are put into the weights made dense: "
+CANNOT_HOLD = (
+    "the quantised weights of this model cannot hold the trained blocks. Save the delta (save_delta, "
+    "trainer.save_model), or say that they are put into the weights made dense: "
     "merge_and_unload(model, onto='dequantized'), trainer.merge_and_save(folder, onto='dequantized')."
 )
 
@@ -136,7 +137,7 @@ def rewrite_as(model: Model, state: SMTState) -> Model:
 
 def _refuse_to_save(*args, **kwargs) -> None:
     """Stands for the `save_pretrained` of a model whose quantised weights cannot hold the blocks."""
-    raise SMTError(f"the quantised weights of this model cannot hold the trained blocks. {WAYS_TO_MERGE}")
+    raise SMTError(CANNOT_HOLD)
 
 
 def _save_as_plain(model: nn.Module) -> None:
@@ -233,7 +234,7 @@ def refuse_open_merge(model: nn.Module, onto: str | None) -> None:
     """Raise `SMTError` if a model trains no blocks, or it is left open, or said in vain, what they are merged onto."""
     get_state(model)
     if has_quantised_blocks(model) and onto != "dequantized":
-        raise SMTError(f"the quantised weights of this model cannot hold the trained blocks. {WAYS_TO_MERGE}")
+        raise SMTError(CANNOT_HOLD)
     if not has_quantised_blocks(model) and onto is not None:
         raise SMTError(f"onto={onto!r} is for blocks in quantised weights, and these are plain. Leave it out.")
 

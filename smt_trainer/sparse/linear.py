@@ -145,8 +145,7 @@ class BlockLinear(nn.Module):
         """Return views of the parts under the blocks, and the block, rows and columns of each; None: all whole."""
         indices = self.block_indices.tolist()
         if not is_sharded(self.weight):
-            cut = self.grid.split(parts[0].values)
-            return [cut[row, column] for row, column in indices], None
+            return self.grid.views(parts[0].values, indices), None
         br, bc = self.grid.block_shape
         views, cuts = [], []
         for values, row, column in parts:

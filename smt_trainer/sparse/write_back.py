@@ -24,6 +24,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from smt_trainer.model.sharded import full_tensors, is_sharded
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from smt_trainer.model.grid import BlockGrid
     from smt_trainer.sparse.linear import BlockLinear
 
 # Weights in a block from which `write_back` copies block by block on the CPU.
@@ -44,8 +47,7 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
     linears = [linear for linear in linears if linear.is_written]
     views, values = [], []
     for linear, blocks in zip(linears, full_tensors([linear.blocks for linear in linears]), strict=True):
-        is_large = linear.grid.block_numel >= LARGE_BLOCK and blocks.device.type == "cpu"
-        if is_large or is_sharded(linear.weight):
+        if one_by_one(linear.grid, blocks) or is_sharded(linear.weight):
             linear_views, linear_values = linear.cut(blocks)
             views += linear_views
             values += linear_values
@@ -55,6 +57,11 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
         torch._foreach_copy_(views, values)
     for linear in linears:
         linear.mark_written()
+
+
+def one_by_one(grid: BlockGrid, values: Tensor) -> bool:
+    """Return whether blocks are best copied one by one, through views of their weight."""
+    return grid.block_numel >= LARGE_BLOCK and values.device.type == "cpu"
 
 
 def follow(linear: BlockLinear) -> None:

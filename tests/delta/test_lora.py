@@ -20,17 +20,12 @@ from smt_trainer import Delta, SMTError, convert_to_smt, export_lora, merge_and_
 from smt_trainer.delta.lora import ADAPTER_FILE, factors
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.sparse.linear import smt_linears
-from smt_trainer.sparse.write_back import write_back
 
 
-@torch.no_grad()
 def changed(model, folder, selection=None, **fields):
     """Change the chosen blocks and whatever is trained whole at random, write the delta, and return the model."""
     convert_to_smt(model, selection or tiny.choose(model, tiny.config(**{"score": "random"} | fields)))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter += torch.randn_like(parameter) / 8
-    write_back(linear for _, linear in smt_linears(model))
+    tiny.disturb(model)
     save_delta(model, folder)
     return model
 

@@ -16,7 +16,6 @@ from smt_trainer.delta.model_card import delta_section
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.sparse.convert import get_state
-from smt_trainer.sparse.linear import smt_linears
 
 pytest.importorskip("bitsandbytes")
 KINDS = list(quantised.KINDS)
@@ -28,9 +27,7 @@ def trained(base, kind, folder, **more):
     """Return a quantised model with changed blocks, and save its delta."""
     model = quantised.load(base, kind, **more)
     convert_to_smt(model, tiny.choose(model))
-    with torch.no_grad():
-        for _, linear in smt_linears(model):
-            linear.blocks += torch.randn_like(linear.blocks) / 8
+    tiny.disturb(model)
     save_delta(model, folder)
     return model
 

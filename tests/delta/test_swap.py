@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM
 
 from smt_trainer import Delta, SMTError, applied, convert_to_smt, from_delta, save_delta, swap
 from smt_trainer.selection.block_selection import base_name
-from smt_trainer.sparse.linear import smt_linears
-from smt_trainer.sparse.write_back import write_back
 
 KINDS = {
     "blocks": {},
@@ -27,11 +25,7 @@ def tune(model, folder, seed, **fields):
     model = copy.deepcopy(model)
     convert_to_smt(model, tiny.choose(model, tiny.config(score="random", **fields), seed))
     torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += torch.randn_like(parameter) / 8
-    write_back(linear for _, linear in smt_linears(model))
+    tiny.disturb(model)
     save_delta(model, folder)
     return folder
 

@@ -225,6 +225,15 @@ def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
     write_back(layer for _, layer in smt_linears(model))
 
 
+@torch.no_grad()
+def disturb(model: nn.Module) -> None:
+    """Change all that a rewritten model trains at random, as training would."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += torch.randn_like(parameter) / 8
+    write_back(linear for _, linear in smt_linears(model))
+
+
 def saved_files(folder) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:
     """Return file name -> metadata and tensors, of every safetensors file in a folder."""
     read = {}
