@@ -18,7 +18,7 @@ from recipes.benchmarks.parts.charts import draw
 from recipes.benchmarks.parts.memory import account, peaks
 from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, UNABLE, Variant
 from recipes.benchmarks.parts.own_work import own_work
-from recipes.benchmarks.parts.quantised import CONFIGS
+from recipes.benchmarks.parts.quantised import BITS
 from recipes.benchmarks.parts.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
 from recipes.benchmarks.parts.tables import markdown
 from recipes.benchmarks.parts.timing import Round, ratios, seconds, time_rounds
@@ -135,7 +135,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="timed steps of each method")
     parser.add_argument("--curve-rounds", type=int, default=2, help="timed steps for the curves; 0 skips them")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32; bf16 with --base or if a GPU is needed")
-    parser.add_argument("--base", choices=CONFIGS, help="let bitsandbytes quantise the linears; default: plain weights")
+    parser.add_argument("--base", choices=BITS, help="let bitsandbytes quantise the linears; default: plain weights")
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")

@@ -27,11 +27,16 @@ def quantised_loading(bits: int | None, config: PretrainedConfig, dtype: str, de
             f"the base is already quantised ({in_words(stored)}). Leave out --load_in_{bits}bit to train over it "
             "as it is, or give the checkpoint that it was made of."
         )
-    four = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": getattr(torch, dtype),
-    }
-    quantization = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
-    return {"quantization_config": quantization, "device_map": {"": device}}
+    return {"quantization_config": quantisation(bits, getattr(torch, dtype)), "device_map": {"": device}}
+
+
+def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return the configuration of NF4 with double quantisation, which computes in `dtype`, or of LLM.int8."""
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )

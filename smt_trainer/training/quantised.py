@@ -20,18 +20,20 @@ MARK = "_hf_peft_config_loaded"
 @contextlib.contextmanager
 def admitting_quantised(trainer: Any, model: Any) -> Iterator[None]:
     """Let the constructor of Trainer within this context take a model, or what its `model_init` makes, as it is."""
-    marked = [] if model is None else [_mark(model)]
+    marked = []
+
+    def mark(model: Any) -> Any:
+        if getattr(model, "is_quantized", False) and not getattr(model, MARK, False):
+            setattr(model, MARK, True)
+            marked.append(model)
+        return model
+
     make = trainer.call_model_init
-    trainer.call_model_init = lambda trial=None: marked.append(_mark(made := make(trial))) or made
+    trainer.call_model_init = lambda trial=None: mark(make(trial))
     try:
+        mark(model)
         yield
     finally:
         del trainer.call_model_init
         for one in marked:
-            vars(one).pop(MARK, None)
-
-
-def _mark(model: Any) -> Any:
-    if getattr(model, "is_quantized", False) and not getattr(model, MARK, False):
-        setattr(model, MARK, True)
-    return model
+            delattr(one, MARK)

@@ -13,7 +13,7 @@ from smt_trainer.selection.choose import select_blocks
 
 FLOOR, SECOND_FLOOR, FULL, ROWS, SMT = "floor", "floor, second copy", "full fine-tuning", "SPSFT rows", "SMT blocks"
 METHODS = (FULL, *ADAPTERS, ROWS, SMT)
-# Base of `quantised.CONFIGS` -> methods that cannot train over it. PEFT's DoRA loses the scales of 8 bits on a CPU.
+# Base of `quantised.BITS` -> methods that cannot train over it. PEFT's DoRA loses the scales of 8 bits on a CPU.
 UNABLE = {"nf4": (FULL, "Super-Tuning"), "int8": (FULL, "Super-Tuning", "DoRA")}
 
 

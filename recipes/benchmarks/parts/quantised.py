@@ -6,27 +6,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from recipes.parts.quantisation import quantisation
 from smt_trainer.model.quantised import bits_of, is_quantised, keep_differentiable
 from smt_trainer.model.targets import named_linears
 
-# Base -> the fields of `BitsAndBytesConfig`, the bits of a weight, and its name in a report.
-CONFIGS = {
-    "nf4": {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.bfloat16,
-    },
-    "int8": {"load_in_8bit": True},
-}
+# Base -> the bits of a weight, and its name in a report.
 BITS = {"nf4": 4, "int8": 8}
 NAMES = {"nf4": "NF4 with double quantisation, multiplied in bfloat16", "int8": "LLM.int8"}
 
 
 def quantise(model: PreTrainedModel, base: str) -> PreTrainedModel:
-    """Return a model as transformers loads it in a base of `CONFIGS`; it shares what is not quantised.
+    """Return a model as transformers loads it in a base of `BITS`; it shares what is not quantised.
 
     It is ready to be copied: 8-bit scales lie where the first forward moves them, since many copies share a weight and
     only one of them could. In 4 bits it stays differentiable when it is evaluated on a CPU.
@@ -35,7 +27,7 @@ def quantise(model: PreTrainedModel, base: str) -> PreTrainedModel:
         None,
         config=model.config,
         state_dict=model.state_dict(),
-        quantization_config=BitsAndBytesConfig(**CONFIGS[base]),
+        quantization_config=quantisation(BITS[base], torch.bfloat16),
         dtype=model.dtype,
     )
     keep_differentiable(found)

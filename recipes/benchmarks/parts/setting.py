@@ -33,7 +33,7 @@ class Setting:
         chunked_loss: whether the loss handles the tokens in chunks, so that the logits of all tokens never exist at
             once (`torch.nn.functional.linear_cross_entropy`).
         threads: processor threads.
-        base: how bitsandbytes quantises the linears (`quantised.CONFIGS`); None: not at all.
+        base: how bitsandbytes quantises the linears (`quantised.BITS`); None: not at all.
     """
 
     shape: Shape

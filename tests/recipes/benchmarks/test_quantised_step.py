@@ -12,7 +12,7 @@ from recipes.benchmarks.estimator import compare
 from recipes.benchmarks.parts.memory import account, storages
 from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, UNABLE, Variant
 from recipes.benchmarks.parts.models import tiny
-from recipes.benchmarks.parts.quantised import BITS, CONFIGS, flop_formulas, quantised_linears, scales
+from recipes.benchmarks.parts.quantised import BITS, flop_formulas, quantised_linears, scales
 from recipes.benchmarks.parts.setting import SHAPES, Setting
 from recipes.benchmarks.parts.training import Training, copy_for
 from smt_trainer.estimation.quantised import QuantisedBase
@@ -20,8 +20,8 @@ from smt_trainer.estimation.quantised import QuantisedBase
 pytest.importorskip("bitsandbytes")
 
 PLAIN = Setting(tiny(8), "bf16", batch=1, length=8)
-SETTINGS = {base: replace(PLAIN, base=base) for base in CONFIGS}
-ABLE = [(base, method) for base in CONFIGS for method in (FLOOR, *METHODS) if method not in UNABLE[base]]
+SETTINGS = {base: replace(PLAIN, base=base) for base in BITS}
+ABLE = [(base, method) for base in BITS for method in (FLOOR, *METHODS) if method not in UNABLE[base]]
 BUDGET = 0.05
 
 
@@ -85,14 +85,14 @@ def test_a_method_trains_and_leaves_the_base_alone_that_it_shares(base, method, 
     assert storages([*weights, *scales(models[base])]).items() <= own.items()
 
 
-@pytest.mark.parametrize("base", CONFIGS)
+@pytest.mark.parametrize("base", BITS)
 def test_the_weights_take_the_bytes_that_the_estimator_says(base, models):
     weights = [linear.weight for linear in quantised_linears(models[base])]
     held = storages([*weights, *scales(models[base])])
     assert sum(held.values()) == QuantisedBase.of(PLAIN.build(), BITS[base]).nbytes
 
 
-@pytest.mark.parametrize("base", CONFIGS)
+@pytest.mark.parametrize("base", BITS)
 def test_the_floor_computes_what_it_does_over_plain_weights(base, models):
     expected = account(training_of(FLOOR, PLAIN.build(), PLAIN), PLAIN.tokens())
     found = account(training_of(FLOOR, models[base], SETTINGS[base]), PLAIN.tokens())
