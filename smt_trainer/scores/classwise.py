@@ -27,13 +27,14 @@ from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.quantised import dense_weight
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
 from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
 from smt_trainer.scores.scorer import keep_for_backward, output_gradients
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.targets import Target
 
 QUANTILES = np.linspace(0, 1, 11)
 
@@ -88,7 +89,12 @@ class QMTaylor(BlockSums):
     def observing(self) -> contextlib.AbstractContextManager[None]:
         return output_gradients(self.targets, self._observe)
 
-    def _observe(self, name: str, linear: Linear, x: Tensor) -> Callable[[Tensor], None]:
+    def _observe(self, name: str, linear: Target, x: Tensor) -> Callable[[Tensor], None]:
+        if isinstance(linear, ExpertMatrix):
+            raise SMTError(
+                f"'qm_taylor' tells examples apart, and the router sends single tokens to `{name}`. Use 'taylor', or "
+                "leave the experts out."
+            )
         if x.shape[0] != len(self.classes):
             raise SMTError(
                 f"'qm_taylor' tells examples apart by the first dimension of a linear's input: `{name}` should get "
@@ -98,7 +104,7 @@ class QMTaylor(BlockSums):
         kept = keep_for_backward(x)
         return lambda dy: self._add(name, linear, kept(), dy)
 
-    def _add(self, name: str, linear: Linear, x: Tensor, dy: Tensor) -> None:
+    def _add(self, name: str, linear: Target, x: Tensor, dy: Tensor) -> None:
         grid, x = self.grids[name], x.to(dy.dtype)
         weight, present = dense_weight(linear), self.classes.unique()
         for label in present[present != NO_LABEL].tolist():
