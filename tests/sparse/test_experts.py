@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
-from architectures import EXPERTS, GROUPED
+from mixtures import CASES, IMPLEMENTATIONS, mixture
 from reference import block_mask
 
 from smt_trainer import SMTConfig
@@ -15,39 +15,11 @@ from smt_trainer.scores.collect import frozen
 from smt_trainer.sparse.convert import convert_to_smt, merge_and_unload
 from smt_trainer.sparse.linear import smt_linears
 
-LOCAL = GROUPED | {"num_local_experts": 8, "num_experts_per_tok": 2}
-QWEN = GROUPED | EXPERTS | {"num_experts": 8}
-MODELS = {
-    "Qwen3MoeForCausalLM": QWEN,
-    "MixtralForCausalLM": LOCAL,
-    "GptOssForCausalLM": LOCAL,
-    "Llama4ForCausalLM": LOCAL | {"intermediate_size_mlp": 96},
-}
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
-CASES = [
-    (architecture, implementation)
-    for architecture in MODELS
-    for implementation in IMPLEMENTATIONS
-    if architecture != "Llama4ForCausalLM" or implementation == "eager"
-]
 SHAPES = {
     "blocks": {"block_size": 16},
     "rows": {"granularity": "row", "block_size": "auto"},
     "columns": {"granularity": "column", "block_size": "auto"},
 }
-
-
-def mixture(architecture="Qwen3MoeForCausalLM", implementation="grouped_mm", **overrides):
-    """Return a mixture of experts with weights large enough that no expert is like another."""
-    model = tiny.build(architecture, **MODELS[architecture] | overrides)
-    if architecture != "Llama4ForCausalLM":
-        model.set_experts_implementation(implementation)
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    # grouped_mm knows no float64.
-    return model.train() if implementation == "grouped_mm" else model.double().train()
 
 
 def chosen(model, budget=100, **fields):
