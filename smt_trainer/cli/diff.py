@@ -53,11 +53,15 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _about_base(found: DeltaDiff) -> str:
+    from smt_trainer.errors import printable
+
+    first, second = (name or "not recorded" for name in found.names)
     if found.same_base is None:
-        return "cannot be compared: the fingerprints were sampled differently"
+        return f"{first} and {second}; fingerprints of other samples do not tell whether their values agree"
     if found.same_base:
-        return "the same"
-    return f"not the same: {len(found.other_values)} tensors have other values, such as {found.other_values[0]}"
+        return f"the same, {first}"
+    others = f"{len(found.other_values)} tensors have other values, such as {printable(found.other_values[0])}"
+    return f"not the same, {first} and {second}: {others}"
 
 
 def _with_jaccard(part: BlockDiff) -> dict:

@@ -55,6 +55,7 @@ class DeltaDiff:
 
     Attributes:
         same_base: whether their fingerprints agree; None if these were sampled differently and say nothing.
+        names: of the bases, as the deltas record them; None if not recorded.
         other_values: names of the tensors of the base that differ, as far as fingerprints tell.
         modules: module name -> its blocks, for modules that either trains.
         projections: projection (`v_proj`) -> the blocks of its modules.
@@ -63,6 +64,7 @@ class DeltaDiff:
     """
 
     same_base: bool | None
+    names: tuple[str | None, str | None]
     other_values: list[str]
     modules: dict[str, BlockDiff]
     projections: dict[str, BlockDiff]
@@ -86,6 +88,7 @@ def diff_deltas(first: str | Path, second: str | Path) -> DeltaDiff:
     differing = _differing_bases(one.base, other.base)
     return DeltaDiff(
         None if differing is None else not differing,
+        (one.selection.base_model, other.selection.base_model),
         differing or [],
         modules,
         projections,

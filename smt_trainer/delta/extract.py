@@ -27,8 +27,8 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, new_folder
 from smt_trainer.selection.block_selection import BlockSelection
 
-# What of a configuration says where blocks may lie, how large they are and how many.
-FIELDS = [*SMTConfig.deciding("targets", "choice"), "block_size", "granularity"]
+# What of a configuration says where blocks may lie and how large they are.
+FIELDS = [*SMTConfig.deciding("targets"), "block_size", "granularity"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,14 @@ class Extraction:
     Attributes:
         selection: the blocks of the delta.
         whole: names of the tensors that it holds whole.
+        is_exact: whether merging is proven to give the fine-tuned checkpoint bit for bit: always without a budget.
         left: what is left of the change of all tensors together, from 0 to 1; see the top of this file.
         left_of: name of a tensor that is not taken altogether -> what is left of its change.
     """
 
     selection: BlockSelection
     whole: list[str]
+    is_exact: bool
     left: float
     left_of: dict[str, float]
 
@@ -51,8 +53,10 @@ class Extraction:
         lines = [self.selection.summary()]
         if self.whole:
             lines.append(f"whole: {len(self.whole)} tensors, such as `{self.whole[0]}`")
+        if self.is_exact:
+            lines.append("merged onto the base, it gives the fine-tuned checkpoint bit for bit")
         if not self.left_of:
-            return "\n".join([*lines, "merged onto the base, it gives the fine-tuned checkpoint bit for bit"])
+            return "\n".join(lines)
         worst = max(self.left_of, key=lambda name: self.left_of[name])
         lines.append(
             f"{self.left:.2%} of the change is left (Frobenius norm), in {len(self.left_of)} tensors; most in `{worst}`"
@@ -82,7 +86,8 @@ def extract_delta(
         output: folder to make; it appears whole or not at all.
         budget: as in SMTConfig; None takes all that differs.
         revision: revision of a base on the hub.
-        fields: of SMTConfig, such as `block_size`, `granularity` and `target_modules`, here "all-linear" by default.
+        fields: of SMTConfig, such as `block_size`, `granularity` and `target_modules`, here "all-linear" by default;
+            and with a budget those that choose by it, such as `scope`.
 
     Returns:
         What was taken, and what is left.
@@ -93,8 +98,10 @@ def extract_delta(
             is not finite. Nothing is written.
     """
     output = Path(output)
-    if other := sorted(fields.keys() - {*FIELDS}):
-        raise SMTError(f"{other[0]} says nothing about extracting; give some of budget, {', '.join(FIELDS)}.")
+    taken = ["budget", *FIELDS] if budget is None else [*SMTConfig.deciding("choice"), *FIELDS]
+    if other := sorted(fields.keys() - {*taken}):
+        without = " without a budget" if budget is None else ""
+        raise SMTError(f"{other[0]} says nothing about extracting{without}; give some of {', '.join(taken)}.")
     check_new(output)
     pair = Pair.open(base, finetuned, revision)
     check_outside(output, pair.base.folder, pair.tuned.folder)
@@ -110,7 +117,7 @@ def extract_delta(
         copy_to_delta(pair.tuned.folder, stage)
         if budget is None:
             _prove(pair, stage)
-    return Extraction(selection, list(delta.whole_arrays), left, left_of)
+    return Extraction(selection, list(delta.whole_arrays), budget is None, left, left_of)
 
 
 def _name(base: str | Path, pair: Pair) -> str:

@@ -31,9 +31,8 @@ class Pair:
         Raises:
             SMTError: one of them is quantised, or they differ in names, shapes or dtypes.
         """
-        pair = cls(
-            Checkpoint.open(find_checkpoint(base, revision)), Checkpoint.open(find_checkpoint(tuned, None), TUNED)
-        )
+        folders = find_checkpoint(base, revision), find_checkpoint(tuned, None, TUNED)
+        pair = cls(Checkpoint.open(folders[0]), Checkpoint.open(folders[1], TUNED))
         for one in (pair.base, pair.tuned):
             if one.is_quantised:
                 raise SMTError(f"{one.folder} is quantised; give the plain weights, of both checkpoints.")

@@ -68,7 +68,7 @@ def test_merging_what_was_extracted_gives_the_tuned_checkpoint(build, fields, si
     merge_checkpoint(base, tmp_path / "extracted", tmp_path / "merged")
     arithmetic.assert_equal(tiny.saved_tensors(tmp_path / "merged"), tiny.saved_tensors(tuned))
     assert verify_merge(base, tmp_path / "extracted", tuned).problems == []
-    assert (found.left, found.left_of) == (0, {})
+    assert (found.is_exact, found.left, found.left_of) == (True, 0, {})
     trained, extracted = (Delta.load(tmp_path / name) for name in ("delta", "extracted"))
     assert extracted.base == trained.base
     assert {*extracted.whole_arrays} <= {*trained.whole_arrays}
@@ -154,7 +154,7 @@ def test_no_other_blocks_leave_less(everywhere, tmp_path):
 def test_a_budget_takes_no_block_that_did_not_change(pair, tmp_path):
     base, tuned = pair(tiny.llama, budget=3)
     found = extract_delta(base, tuned, tmp_path / "extracted", budget=20, block_size=16)
-    assert found.selection.num_blocks == 3 and found.left == 0
+    assert (found.selection.num_blocks, found.is_exact, found.left) == (3, False, 0)
 
 
 @given(grid=grids(), data=st.data())
@@ -270,5 +270,7 @@ def test_fields_of_training_and_a_place_in_the_base_are_refused(pair):
     base, tuned = pair(tiny.llama)
     with pytest.raises(SMTError, match="train_norm says nothing about extracting"):
         extract_delta(base, tuned, base.parent / "out", train_norm=True)
+    with pytest.raises(SMTError, match="scope says nothing about extracting without a budget; give some of budget, "):
+        extract_delta(base, tuned, base.parent / "out", scope="per_module")
     with pytest.raises(SMTError, match=r"lies in .*tuned"):
         extract_delta(base, tuned, tuned / "delta")
