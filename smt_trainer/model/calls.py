@@ -50,7 +50,7 @@ def _watch(name: str, observe: Observe, start: bool, linear: Any, inputs: tuple[
     take = observe(name, linear, inputs[0].detach())
     if take is None or not _can_start(output, start):
         return None
-    started = output if output.requires_grad else output.detach().requires_grad_(True)
+    started = _started(output)
     started.register_hook(take)
     return started
 
@@ -68,7 +68,7 @@ def _observer(
         takes = {expert: take for expert, take in takes.items() if take is not None}
         if not takes or not _can_start(y, start):
             return y
-        started = y if y.requires_grad else _Started.apply(y, torch.ones((), requires_grad=True))
+        started = _started(y)
 
         def take_all(dy: Tensor) -> None:
             for expert, take in takes.items():
@@ -83,6 +83,10 @@ def _observer(
 def _can_start(output: Tensor, start: bool) -> bool:
     # Reentrant checkpointing first runs forward without a graph.
     return torch.is_grad_enabled() and (start or output.requires_grad)
+
+
+def _started(output: Tensor) -> Tensor:
+    return output if output.requires_grad else _Started.apply(output.detach(), torch.ones((), requires_grad=True))
 
 
 class _Started(torch.autograd.Function):

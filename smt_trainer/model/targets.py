@@ -23,10 +23,12 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from smt_trainer.arrays import WEIGHTS
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import ExpertMatrix, expert_stacks, is_known, matrices_of
 from smt_trainer.model.grid import BlockGrid, make_grids
+from smt_trainer.model.groups import is_meant, with_stack
+from smt_trainer.model.language_model import find_language_model, modules_beside
 from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
@@ -40,15 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Names of the query, key and value projections, separate or fused, in transformers' architectures.
-QKV_NAMES = frozenset(
-    "q_proj k_proj v_proj query key value query_proj key_proj value_proj q_lin k_lin v_lin q k v "
-    "linear_q linear_k linear_v to_q to_k to_v to_kv Wq Wk Wv query_global key_global value_global kv_proj "
-    "qkv qkv_proj query_key_value Wqkv W_pack wqkv c_attn q_attn att_proj in_proj in_proj_qkv in_proj_qkvz qkv_linear "
-    "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
-)
-ROUTER_NAMES = frozenset("gate router shared_expert_gate".split())
-GROUPS = ("qkv", "attention", "mlp", "experts")
 HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
 # The forwards that compute x W^T + b and nothing else.
@@ -75,9 +68,12 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     refuse_adapters(model)
     refuse_wrappers(model)
     everything = named_targets(model)
-    heads = _heads(model)
+    apart = _heads(model)
+    # Without one, like CLIP, a model does not speak: it compares text with images, and no part of it is beside another.
+    if apart and config.target_modules in TARGET_KEYWORDS:
+        apart |= _beside_language_model(model, everything.keys() - apart, config)
     matching = {
-        name: target for name, target in everything.items() if _is_wanted(_names_of(name, target), config, heads)
+        name: target for name, target in everything.items() if _is_wanted(_names_of(name, target), config, apart)
     }
     shared = _shared_weights(model)
     reasons = {name: _why_not(target, shared) for name, target in matching.items()}
@@ -86,7 +82,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
         first = next(name for name in reasons if reasons[name] == reason)
         many = "is" if count == 1 else f"and {count - 1} more are"
         logger.warning("`%s` %s not tuned: %s.", first, many, reason)
-    packed = _packed_linears(model, config, heads)
+    packed = _packed_linears(model, config, apart)
     if packed:
         logger.warning("%s", _about_packed(packed))
     frozen = frozen_names(model, targets)
@@ -199,15 +195,7 @@ def has_plain_weight(linear: Linear) -> bool:
 
 def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
     """Keep the names of targets that this configuration also asks for."""
-    return [name for name in names if _is_wanted(_with_stack(name), config, heads=set())]
-
-
-def in_group(name: str, group: str) -> bool:
-    """Return whether a target is in 'qkv', 'attention', 'mlp' or 'experts', or matches the name or ending of a module.
-    An expert's matrix also has the name of its parameter, and that of its module."""
-    if group in GROUPS:
-        return _is_target(name, group, heads=set())
-    return any(matches(each, [group]) for each in _with_stack(name))
+    return [name for name in names if _is_wanted(with_stack(name), config, apart=set())]
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -232,47 +220,40 @@ def weight_shape(target: Target) -> tuple[int, int]:
 
 def _names_of(name: str, target: Target) -> list[str]:
     """Return the names by which a configuration may ask for a target."""
-    return _with_stack(name) if isinstance(target, ExpertMatrix) else [name]
-
-
-def _with_stack(name: str) -> list[str]:
-    """Return the name of a target; for one that ends in a number, an expert's, also those of parameter and module."""
-    stack, _, index = name.rpartition(".")
-    return [name, stack, stack.rpartition(".")[0]] if index.isdecimal() else [name]
+    return with_stack(name) if isinstance(target, ExpertMatrix) else [name]
 
 
 def _heads(model: nn.Module) -> set[str]:
-    """Name the modules that 'all-linear' leaves out: the output embeddings and a classification head."""
+    """Name the modules that no keyword means: the output embeddings and a classification head."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
 
 
-def _is_wanted(names: list[str], config: SMTConfig, heads: set[str]) -> bool:
+def _beside_language_model(model: nn.Module, names: Iterable[str], config: SMTConfig) -> set[str]:
+    """Name the modules beside a language model that hold some of these targets, such as a vision tower, and say so."""
+    inner = find_language_model(model)
+    found = modules_beside(model, inner) if inner else []
+    found = [module for module in found if any(f"{name}.".startswith(f"{module}.") for name in names)]
+    if found:
+        logger.warning(
+            "target_modules=%r means the language model, `%s`; %s %s left alone. A list of names or a regular "
+            "expression reaches all modules.",
+            config.target_modules,
+            inner,
+            " and ".join(f"`{module}`" for module in found),
+            "is" if len(found) == 1 else "are",
+        )
+    return set(found)
+
+
+def _is_wanted(names: list[str], config: SMTConfig, apart: set[str]) -> bool:
     """Return whether the configuration asks for a module with any of these names."""
+    wanted = config.target_modules
     return (
-        any(_is_target(name, config.target_modules, heads) for name in names)
+        any(is_meant(name, wanted, apart) if wanted in TARGET_KEYWORDS else matches(name, wanted) for name in names)
         and not (config.exclude_modules and any(matches(name, config.exclude_modules) for name in names))
         and (config.lowest_layer == 0 or layer_index(names[0]) >= config.lowest_layer)
     )
-
-
-def _is_target(name: str, target_modules: str | list[str], heads: set[str]) -> bool:
-    *path, leaf = name.split(".")
-    inside_layer = layer_index(name) >= 0
-    inside_attention = inside_layer and any("att" in part.lower() for part in path)
-    is_router = not ROUTER_NAMES.isdisjoint([*path, leaf])
-    inside_experts = any("expert" in part.lower() and "shared" not in part.lower() for part in path)
-    if target_modules == "qkv":
-        return inside_attention and leaf in QKV_NAMES
-    if target_modules == "attention":
-        return inside_attention
-    if target_modules == "mlp":
-        return inside_layer and not inside_attention and not is_router
-    if target_modules == "experts":
-        return inside_layer and inside_experts and not is_router
-    if target_modules == "all-linear":
-        return not is_router and not any(f"{name}.".startswith(f"{head}.") for head in heads)
-    return matches(name, target_modules)
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -324,14 +305,14 @@ def _about_frozen(frozen: Collection[str], count: int) -> str:
     )
 
 
-def _packed_linears(model: nn.Module, config: SMTConfig, heads: set[str]) -> dict[str, nn.Module]:
+def _packed_linears(model: nn.Module, config: SMTConfig, apart: set[str]) -> dict[str, nn.Module]:
     """Find the modules in the place of targets that are no linears but have their features: of other formats."""
     return {
         name: module
         for name, module in model.named_modules()
         if not is_linear(module)
         and all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
-        and _is_wanted([name], config, heads)
+        and _is_wanted([name], config, apart)
     }
 
 

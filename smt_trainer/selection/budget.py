@@ -22,8 +22,8 @@ from fractions import Fraction
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.groups import in_group
 from smt_trainer.model.names import layer_path
-from smt_trainer.model.targets import in_group
 
 PIECES = {"block": "blocks", "row": "rows", "column": "columns"}
 

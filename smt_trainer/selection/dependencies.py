@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import GROUPS, find_targets, named_linears, target_grids
+from smt_trainer.model.targets import find_targets, named_linears, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
         )
     both = sorted({name.rpartition(".")[2] for name in targets & readers})
     if both:
-        level = logging.INFO if config.target_modules in (*GROUPS, "all-linear") else logging.WARNING
+        level = logging.INFO if config.target_modules in TARGET_KEYWORDS else logging.WARNING
         message = "%s: only columns that depend on rows of other targets are trained, and no rows (train_dependents)."
         logger.log(level, message, ", ".join(both))
     return kept

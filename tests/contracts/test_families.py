@@ -1,0 +1,207 @@
+"""Families of models: check the table in `families.md`, and that a step trains what it says and nothing else."""
+
+import copy
+import re
+
+import pytest
+import tiny
+import torch
+import transformers
+from families import FAMILIES
+from family_table import NONE, TABLE, UNTUNABLE, row
+from packaging.version import Version
+from reference import block_mask
+from torch import nn
+
+from smt_trainer import (
+    BlockScores,
+    Delta,
+    SMTConfig,
+    SMTError,
+    convert_to_smt,
+    from_delta,
+    merge_and_unload,
+    merge_checkpoint,
+)
+from smt_trainer.config import TARGET_KEYWORDS
+from smt_trainer.model.language_model import find_language_model
+from smt_trainer.model.names import by_projection
+from smt_trainer.model.targets import find_targets, named_targets
+from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.write_back import write_back
+
+ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in TABLE.read_text().splitlines() if "%)" in line}
+OF_THE_TABLE = Version(re.search(r"transformers (\d+\.\d+\.\d+)", TABLE.read_text())[1])
+SPEAKING = [name for name, family in FAMILIES.items() if family.is_composite and name != "CLIP"]
+EVERYTHING = ".*"
+
+
+@pytest.fixture(autouse=True)
+def skip_missing(request):
+    """Skip families that older releases of transformers do not have."""
+    name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
+    if name and not hasattr(transformers, FAMILIES[name].architecture):
+        pytest.skip(f"transformers {transformers.__version__} has no {FAMILIES[name].architecture}")
+
+
+def perturbed(name: str) -> nn.Module:
+    """Build a model in which no weight is zero, so that none keeps others from a gradient."""
+    model, generator = FAMILIES[name].build(), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) / 32
+    return model
+
+
+def config(name: str, target_modules, **fields) -> SMTConfig:
+    """Choose two small blocks of every target that forward calls."""
+    fields = {"scope": "per_module", "budget": 2, "block_size": (4, 16), "modules_to_save": []} | fields
+    return SMTConfig(target_modules=target_modules, smt_warmup_steps=1, **fields)
+
+
+def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy all parameters and buffers, also those outside the state dict."""
+    return {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_says_what_the_keywords_mean(name):
+    if Version(transformers.__version__) < OF_THE_TABLE and name in ("ViT",):
+        pytest.skip("its modules had other names")
+    assert row(name, FAMILIES[name]) == ROWS[name]
+
+
+def test_the_table_has_no_other_rows():
+    assert ROWS.keys() == FAMILIES.keys()
+
+
+def cases() -> list:
+    """All targets at once in the default suite, those of each other keyword and name in the slow one."""
+    found = []
+    for name, family in FAMILIES.items():
+        found.append(pytest.param(name, "all-linear", id=f"{name}-all-linear"))
+        cells = zip(TARGET_KEYWORDS[:-1], ROWS[name].split(" | ")[1:], strict=False)
+        others = [keyword for keyword, cell in cells if cell not in (NONE, UNTUNABLE)]
+        for other in [*others, *([EVERYTHING] if family.is_composite else [])]:
+            found.append(pytest.param(name, other, id=f"{name}-{other}", marks=pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize(("name", "target_modules"), cases())
+def test_a_step_moves_the_chosen_blocks_and_nothing_else(name, target_modules):
+    model, family = perturbed(name).train(), FAMILIES[name]
+    targets = find_targets(model, config(name, target_modules))
+    inputs, plain = family.inputs(model), copy.deepcopy(model)
+    scores = BlockScores.of(model, config(name, target_modules, score="grad_signed"), [inputs])
+    tiny.assert_same(tensors(model), tensors(plain))
+    assert by_projection(scores.unreached).keys() == set(family.read) & by_projection(targets).keys()
+
+    selection = tiny.choose(
+        model, config(name, target_modules, score="random", exclude_modules=list(family.read) or None)
+    )
+    assert {module: len(chosen) for module, chosen in selection.block_indices.items()} == dict.fromkeys(scores.grids, 2)
+    convert_to_smt(model, selection)
+    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=0.01)
+    model(**inputs).loss.backward()
+    without = [module for module, linear in smt_linears(model) if not linear.blocks.grad.flatten(1).any(1).all()]
+    assert not without
+    optimizer.step()
+    write_back(linear for _, linear in smt_linears(model))
+    merge_and_unload(model)
+
+    before, after = tensors(plain), tensors(model)
+    allowed = {key: torch.zeros_like(tensor, dtype=torch.bool) for key, tensor in before.items()}
+    for module, indices in selection.block_indices.items():
+        mask = block_mask(selection.grids[module], indices)
+        stack, _, number = module.rpartition(".")
+        place = allowed[stack][int(number)] if stack in allowed else allowed[f"{module}.weight"]
+        place |= mask
+        own, old = named_targets(model)[module].weight, named_targets(plain)[module].weight
+        assert (own != old)[mask].any()
+    assert after.keys() == before.keys()
+    for key, tensor in before.items():
+        tiny.assert_same(after[key][~allowed[key]], tensor[~allowed[key]])
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.read])
+def test_weights_that_are_only_read_are_refused_in_the_first_step_without_a_warm_up(name, tmp_path):
+    model, family = FAMILIES[name].build(), FAMILIES[name]
+    before = tensors(model)
+    trainer = tiny.smt_trainer(model, tmp_path, config(name, "all-linear", score="random"))
+    with pytest.raises(SMTError, match=rf"the model reads {family.read[0]} .* without calling.*No optimizer step"):
+        trainer.train()
+    merge_and_unload(model)
+    tiny.assert_same(tensors(model), before)
+
+
+# ---- models of images and text ----
+
+
+@pytest.mark.parametrize("name", SPEAKING)
+def test_keywords_mean_the_language_model_and_say_so(name, warnings):
+    model = FAMILIES[name].build()
+    inner = find_language_model(model)
+    for keyword in TARGET_KEYWORDS:
+        if keyword != "experts":
+            found = find_targets(model, SMTConfig(target_modules=keyword))
+            assert found and all(target.startswith(f"{inner}.") for target in found)
+    assert len(warnings()) == 4
+    towers = [target for target in named_targets(model) if "vision" in target or "visual" in target]
+    for line in warnings():
+        assert f"means the language model, `{inner}`" in line
+        named = re.findall(r"`([\w.]+)`", line)[1:]
+        assert towers and all(any(one.startswith(f"{module}.") for module in named) for one in towers)
+        assert "lm_head" not in named
+
+
+@pytest.mark.parametrize("name", SPEAKING)
+def test_names_reach_what_lies_beside_the_language_model(name, warnings):
+    model = FAMILIES[name].build()
+    inner = find_language_model(model)
+    others = [target for target in named_targets(model) if not target.startswith(inner) and target != "lm_head"]
+    for wanted in (others, "|".join(map(re.escape, others))):
+        found = find_targets(model, SMTConfig(target_modules=wanted))
+        # nn.MultiheadAttention reads the weight of its output projection.
+        assert set(others) - {"model.vision_tower.head.attention.out_proj"} == found.keys() - {
+            "model.vision_tower.head.attention.out_proj"
+        }
+    assert not any("language model" in line for line in warnings())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SPEAKING])
+def test_other_models_have_no_part_beside(name, warnings):
+    find_targets(FAMILIES[name].build(), SMTConfig(target_modules="all-linear"))
+    assert not any("language model" in line for line in warnings())
+
+
+# ---- checkpoints ----
+
+# Loading renames what the checkpoints of these hold.
+RENAMED = {"Granite 4 hybrid", "Nemotron-H", "ViT", "LLaVA", "PaliGemma", "Gemma 3 with images"} | {
+    "Qwen2-VL",
+    "Qwen2.5-VL",
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merging_gives_the_trained_model(name, tmp_path):
+    base, delta, merged = tmp_path / "base", tmp_path / "delta", tmp_path / "merged"
+    family = FAMILIES[name]
+    kind = type(family.build())
+    family.build().save_pretrained(base)
+    model = kind.from_pretrained(base)
+    fields = {"score": "random", "exclude_modules": ["lm_head"]}
+    target_modules = EVERYTHING if family.is_composite else "all-linear"
+    convert_to_smt(model, tiny.choose(model, config(name, target_modules, **fields)))
+    tiny.disturb(model)
+    Delta.of(model).save(delta)
+    if name in RENAMED:
+        with pytest.raises(SMTError, match=r"has no tensor .*renames.*merge in memory instead: from_delta"):
+            merge_checkpoint(base, delta, merged)
+        from_delta(delta, auto_class=kind, base=str(base)).save_pretrained(merged)
+    else:
+        merge_checkpoint(base, delta, merged)
+    result, plain = kind.from_pretrained(merged), kind.from_pretrained(base)
+    changed = {key for key, value in result.state_dict().items() if not torch.equal(value, plain.state_dict()[key])}
+    assert len(changed) > 2
+    tiny.assert_same(tensors(result), tensors(merge_and_unload(model)))
