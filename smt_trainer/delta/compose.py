@@ -89,8 +89,8 @@ def compose_deltas(
     places: dict[str, Place] = {}
     parts: dict[str, list[Part]] = {}
     for delta, folder in zip(deltas, folders, strict=True):
-        keys = find_tensors(delta, checkpoint)
-        placement = Placement.at(keys, find_sites(delta, checkpoint), delta, folder, checkpoint)
+        sites, keys = find_sites(delta, checkpoint), find_tensors(delta, checkpoint)
+        placement = Placement.at(keys, sites, delta, folder, checkpoint)
         places |= {name: placement.places[key] for name, key in keys.items()}
         parts |= find_parts(delta, checkpoint)
     terms = Terms(on_one_grid(deltas), factors, len(deltas) if mean else 1, checkpoint, places, parts)

@@ -91,8 +91,8 @@ def export_lora(
         )
     check_onto(delta, None, is_quantised=checkpoint.is_quantised)
     ranks = _ranks(delta, max_rank)
-    keys = find_tensors(delta, checkpoint)
-    placement = Placement.at(keys, find_sites(delta, checkpoint), delta, delta_folder, checkpoint)
+    sites, keys = find_sites(delta, checkpoint), find_tensors(delta, checkpoint)
+    placement = Placement.at(keys, sites, delta, delta_folder, checkpoint)
     _refuse_experts(placement)
     for stored in placement.other_dtypes:
         logger.warning(

@@ -20,6 +20,7 @@ from smt_trainer.delta.expert_files import find_experts
 from smt_trainer.delta.folder import load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.delta.parts import Part
+from smt_trainer.delta.renamed import find_renamed
 from smt_trainer.delta.site import Site
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
@@ -63,7 +64,7 @@ class Placement:
         check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
         if checkpoint.is_quantised and quantised_names(delta):
             raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
-        keys, sites = find_tensors(delta, checkpoint), find_sites(delta, checkpoint)
+        sites, keys = find_sites(delta, checkpoint), find_tensors(delta, checkpoint)
         _refuse_missing([name for name in delta.whole_arrays if name not in keys], checkpoint.folder)
         placement = cls.at(keys, sites, delta, delta_folder, checkpoint)
         for dtype in placement.other_dtypes:
@@ -139,7 +140,7 @@ class Placement:
             for site in sites:
                 expected = site.grid.stored_shape
                 _expect(key, place, expected if site.expert is None else (*place.shape[:1], *expected), WEIGHTS, folder)
-        places = checkpoint.places
+        places = checkpoint.places | {name: checkpoint.places[key] for name, key in checkpoint.renamed.items()}
         differences = delta.base.differences(places, lambda key, stride: read_sample(folder, places[key], stride))
         check_base(delta, folder.resolve().name, differences)
         for key, values in self.whole.items():
@@ -150,8 +151,12 @@ class Placement:
 
 
 def find_tensors(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the name in a checkpoint of each tensor that a delta replaces; what is new in the model is in none."""
-    return find_names(delta.whole_arrays, checkpoint.places)
+    """Return the name in a checkpoint of each tensor that a delta replaces; what is new in the model is in none.
+
+    Names that loading changes are known once `find_sites` has looked for them.
+    """
+    names = {key: key for key in checkpoint.places} | checkpoint.renamed
+    return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
 
 
 def find_sites(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Site]]:
@@ -184,6 +189,9 @@ def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
     if experts:
         parts |= find_experts(experts, checkpoint)
+    missing = [name for name in others if name not in parts]
+    if missing:
+        parts |= find_renamed(missing, checkpoint)
     _refuse_missing([f"{name}.weight" for name in others if name not in parts], checkpoint.folder)
     return parts
 

@@ -5,7 +5,7 @@ numpy.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ class Checkpoint:
         index: name of the file that lists the shards; None for a checkpoint in one file.
         places: tensor name -> where it lies.
         config: content of its config.json; None without one.
+        renamed: name that loading gives to a tensor -> its name here; filled where it is looked for.
     """
 
     folder: Path
     index: str | None
     places: dict[str, Place]
     config: dict[str, Any] | None
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def files(self) -> list[str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def skeleton(checkpoint: Checkpoint) -> nn.Module:
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """Build the model that a checkpoint's config.json describes, on the meta device.
 
     Raises:

@@ -19,9 +19,9 @@ from smt_trainer import (
     SMTConfig,
     SMTError,
     convert_to_smt,
-    from_delta,
     merge_and_unload,
     merge_checkpoint,
+    verify_merge,
 )
 from smt_trainer.config import TARGET_KEYWORDS
 from smt_trainer.model.language_model import find_language_model
@@ -94,11 +94,14 @@ def test_a_step_moves_the_chosen_blocks_and_nothing_else(name, target_modules):
     inputs, plain = family.inputs(model), copy.deepcopy(model)
     scores = BlockScores.of(model, config(name, target_modules, score="grad_signed"), [inputs])
     tiny.assert_same(tensors(model), tensors(plain))
-    assert by_projection(scores.unreached).keys() == set(family.read) & by_projection(targets).keys()
+    unreached = list(scores.unreached)
+    if target_modules == EVERYTHING:
+        # Some towers have layers whose output nothing uses.
+        assert all("vision" in module for module in unreached)
+    else:
+        assert by_projection(unreached).keys() == set(family.read) & by_projection(targets).keys()
 
-    selection = tiny.choose(
-        model, config(name, target_modules, score="random", exclude_modules=list(family.read) or None)
-    )
+    selection = tiny.choose(model, config(name, target_modules, score="random", exclude_modules=unreached or None))
     assert {module: len(chosen) for module, chosen in selection.block_indices.items()} == dict.fromkeys(scores.grids, 2)
     convert_to_smt(model, selection)
     optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=0.01)
@@ -176,12 +179,6 @@ def test_other_models_have_no_part_beside(name, warnings):
 
 # ---- checkpoints ----
 
-# Loading renames what the checkpoints of these hold.
-RENAMED = {"Granite 4 hybrid", "Nemotron-H", "ViT", "LLaVA", "PaliGemma", "Gemma 3 with images"} | {
-    "Qwen2-VL",
-    "Qwen2.5-VL",
-}
-
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merging_gives_the_trained_model(name, tmp_path):
@@ -195,12 +192,8 @@ def test_merging_gives_the_trained_model(name, tmp_path):
     convert_to_smt(model, tiny.choose(model, config(name, target_modules, **fields)))
     tiny.disturb(model)
     Delta.of(model).save(delta)
-    if name in RENAMED:
-        with pytest.raises(SMTError, match=r"has no tensor .*renames.*merge in memory instead: from_delta"):
-            merge_checkpoint(base, delta, merged)
-        from_delta(delta, auto_class=kind, base=str(base)).save_pretrained(merged)
-    else:
-        merge_checkpoint(base, delta, merged)
+    merge_checkpoint(base, delta, merged)
+    assert not verify_merge(base, delta, merged).problems
     result, plain = kind.from_pretrained(merged), kind.from_pretrained(base)
     changed = {key for key, value in result.state_dict().items() if not torch.equal(value, plain.state_dict()[key])}
     assert len(changed) > 2
