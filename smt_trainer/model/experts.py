@@ -82,9 +82,9 @@ def is_known(experts: nn.Module) -> bool:
 
 
 def is_transposed_stack(experts: nn.Module) -> bool:
-    """Return whether a module of experts keeps W^T [I, O] for each matrix."""
+    """Return whether a module of experts keeps W^T [I, O] for each matrix; False where that is not known."""
     marked: Any = getattr(experts, "is_transposed", None)
-    return UNMARKED[type(experts).__name__] if marked is None else bool(marked)
+    return UNMARKED.get(type(experts).__name__, False) if marked is None else bool(marked)
 
 
 def find_expert(model: nn.Module, name: str) -> ExpertMatrix | None:
