@@ -78,7 +78,7 @@ class Setting:
 
     def to_dict(self) -> dict:
         """Return the fields as JSON types."""
-        return asdict(self) | {"shape": self.shape._asdict()}
+        return asdict(self) | {"shape": self.shape._asdict(), "targets": self.targets}
 
     def circumstances(self, module: str, load: float) -> dict:
         """Return how and where a result was measured.
