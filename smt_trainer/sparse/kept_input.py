@@ -88,7 +88,7 @@ def find_origin(x: Tensor) -> KeptInput | None:
     origin = _trace(node)
     if origin is None:
         return None
-    shape = x.shape if rows is None else node._input_metadata[0].shape
+    shape = x.shape if rows is None else torch.Size(node._input_metadata[0].shape)
     # ZeRO-3 empties its parameters between uses.
     if not all(_is_aligned(each, shape) and not is_partitioned(each) for each in origin.tensors):
         return None
