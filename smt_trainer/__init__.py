@@ -25,6 +25,8 @@ _HOME = {
     "verify_merge": "delta.verify",
     "delta_patches": "delta.patches",
     "model_patches": "delta.patches",
+    "to_sparse_nccl": "delta.vllm_patches",
+    "to_vllm": "delta.vllm_patches",
     "export_lora": "delta.lora",
     "SMTCallback": "training.callback",
     "SMTTrainer": "training.trainer",
