@@ -40,7 +40,7 @@ CPU. It leaves out the memory of the device's runtime and kernels, and what the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,7 @@ from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.names import layer_index
 from smt_trainer.model.targets import find_targets, is_linear, named_targets
 from smt_trainer.model.whole import find_whole, get_whole
@@ -67,6 +68,8 @@ from smt_trainer.sparse.convert import find_linears, rewrite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from smt_trainer.model.targets import Target
 
 META = torch.device("meta")
 STEP_COUNT_BYTES = 4
@@ -177,6 +180,7 @@ def estimate(
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, base, dense=_bytes(_tensors(plain)))
     everything = named_targets(plain)
     targets = {name: everything[name] for name in selection.grids}
+    _refuse_experts(targets)
     scorers = {
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
         for score in SCORES
@@ -286,6 +290,16 @@ def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.rand_like(parameter, device="cpu") + 0.5))
     return model
+
+
+def _refuse_experts(targets: Mapping[str, Target]) -> None:
+    """Raise `SMTError` if matrices of experts are targets."""
+    expert = next((name for name, target in targets.items() if isinstance(target, ExpertMatrix)), None)
+    if expert is not None:
+        raise SMTError(
+            f"`{expert}` gets as many tokens as a router sends to it, which no model without values can tell. Estimate "
+            "the attention alone, target_modules='attention'; experts add their blocks, gradients and optimizer state."
+        )
 
 
 def _equal_rank(selection: BlockSelection) -> int:

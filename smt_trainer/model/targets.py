@@ -27,7 +27,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import ExpertMatrix, expert_stacks, is_known, matrices_of
 from smt_trainer.model.grid import BlockGrid, make_grids
-from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
+from smt_trainer.model.names import by_projection, expert_index, layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
 
@@ -236,9 +236,9 @@ def _names_of(name: str, target: Target) -> list[str]:
 
 
 def _with_stack(name: str) -> list[str]:
-    """Return the name of a target; for one that ends in a number, an expert's, also those of parameter and module."""
+    """Return the name of a target; for an expert's that ends in its number, also those of parameter and module."""
     stack, _, index = name.rpartition(".")
-    return [name, stack, stack.rpartition(".")[0]] if index.isdecimal() else [name]
+    return [name, stack, stack.rpartition(".")[0]] if index == str(expert_index(name)) else [name]
 
 
 def _heads(model: nn.Module) -> set[str]:

@@ -105,14 +105,14 @@ class BlockLinear(nn.Module):
     def train(self, mode: bool = True) -> BlockLinear:
         """Set the mode. Before evaluation, write the blocks: an averaging callback may have changed them."""
         if not mode:
-            self._write_if_whole()
+            self.write_if_whole()
         return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        self._write_if_whole()
+        self.write_if_whole()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _write_if_whole(self) -> None:
+    def write_if_whole(self) -> None:
         """Write the blocks, unless that is a collective or there are no values."""
         if not (is_sharded(self.blocks) or is_sharded(self.weight) or self.weight.is_meta):
             write_back([self])

@@ -12,7 +12,8 @@ of the model (`checkpoints.py`).
 
 Private methods of Trainer that this folder relies on. Overridden: `_inner_training_loop`, `_save`,
 `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
-`_push_from_checkpoint`. Called: `_get_output_dir` and `_set_signature_columns_if_needed`.
+`_push_from_checkpoint`. Called: `_get_output_dir` and `_set_signature_columns_if_needed`. Of TRL's trainers:
+`_move_model_to_vllm` (`vllm_weights.py`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from smt_trainer.training.refusals import (
     refuse_other_blocks,
     refuse_unusable,
 )
+from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def uncompiled(model):
     return model._orig_mod
 
 
-class SMTTrainerMixin(SavesDelta):
+class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     """Goes in front of `Trainer` or any subclass of it: `class MyTrainer(SMTTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -109,6 +111,7 @@ class SMTTrainerMixin(SavesDelta):
         if smt_config is None and is_smt_model(self.model):
             self.smt_config = get_state(self.model).selection.config
         refuse_unusable(self)
+        self._follow_vllm()
         refuse_full_model(self._output_folder)
         if is_smt_model(self.model):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)

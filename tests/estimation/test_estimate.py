@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from mixtures import mixture
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
@@ -240,6 +241,10 @@ def test_torch_is_left_as_it_was(llama, monkeypatch):
         ({"model": T5Config()}, "no causal language model can be built from T5Config"),
         ({"config": SMTConfig(budget=10**6)}, "more than the targets hold"),
         ({"config": SMTConfig(target_modules=["experts"])}, "matches no linear"),
+        (
+            {"model": mixture().config, "config": SMTConfig(target_modules="experts", block_size=16)},
+            "`model.layers.0.mlp.experts.gate_up_proj.0` gets as many tokens as a router sends",
+        ),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"ranks": -1}, "ranks must be at least 1, got -1"),
         ({"zero_stage": 4}, "zero_stage must be 0, 1, 2 or 3, got 4"),

@@ -72,7 +72,9 @@ def kept(node):
             continue
         seen.add(node)
         tensors = list(getattr(node, "saved_tensors", ()))
-        tensors += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            tensors += value if isinstance(value, (list, tuple)) else [value]
         for tensor in tensors:
             if torch.is_tensor(tensor):
                 found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
