@@ -1,7 +1,8 @@
-"""Find the linears of a model that are targets, and say why the others are not.
+"""Find the linears and convolutions of a model that are targets, and say why the others are not.
 
 A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O]. A target computes just
-x W^T + b, since the rewritten linear does. A subclass with a `forward` of its own may compute something else.
+x W^T + b, since the rewritten linear does. A subclass with a `forward` of its own may compute something else. The same
+holds for convolutions (`convolution.py`). Of the keywords only 'all-conv' means them; names and patterns mean both.
 
 A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
 all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned. Nor does
@@ -15,15 +16,22 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from smt_trainer.arrays import WEIGHTS
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.convolution import (
+    as_convolution,
+    has_plain_forward,
+    is_convolution,
+    is_transposed_convolution,
+    matrix_shape,
+)
 from smt_trainer.model.grid import BlockGrid, make_grids
 from smt_trainer.model.names import layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
@@ -33,7 +41,9 @@ if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
     from typing_extensions import TypeIs
 
-    Linear = nn.Linear | Conv1D
+    from smt_trainer.model.convolution import Convolution
+
+    Linear = nn.Linear | Conv1D | Convolution
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +56,7 @@ QKV_NAMES = frozenset(
 )
 ROUTER_NAMES = frozenset("gate router shared_expert_gate".split())
 GROUPS = ("qkv", "attention", "mlp")
+ALL_CONVOLUTIONS = "all-conv"
 HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
 # The forwards that compute x W^T + b and nothing else.
@@ -59,12 +70,12 @@ HOW_TO_LOAD = "load it unquantised, or quantised by bitsandbytes (BitsAndBytesCo
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
-    """Find the linears to choose blocks from, by full module name, in the model's order.
+    """Find the linears and convolutions to choose blocks from, by full module name, in the model's order.
 
     Leave out, with a warning, a matching linear that cannot be tuned: its weight is frozen, shared (tied) or neither a
     plain matrix of floats nor quantised by bitsandbytes, or its `forward` is its own, is replaced on the instance
-    (offloading hooks) or is never called. Also warn about matching experts that are stored as 3-D parameters, and
-    about linears of other kinds.
+    (offloading hooks) or is never called; or it is a transposed convolution. Also warn about matching experts that are
+    stored as 3-D parameters, and about linears of other kinds.
 
     Raises:
         SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
@@ -72,9 +83,9 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
     """
     refuse_adapters(model)
     refuse_wrappers(model)
-    linears = named_linears(model)
+    linears = named_layers(model)
     heads = _heads(model)
-    matching = {name: module for name, module in linears.items() if _is_wanted([name], config, heads)}
+    matching = _matching(model, config, heads)
     shared = _shared_weights(model)
     reasons = {name: _why_not(module, shared) for name, module in matching.items()}
     targets = {name: module for name, module in matching.items() if reasons[name] is None}
@@ -106,7 +117,13 @@ def target_grids(targets: Mapping[str, Linear], config: SMTConfig) -> dict[str, 
         SMTError: as in `make_grids`.
     """
     grids = make_grids({name: _weight_shape(linear) for name, linear in targets.items()}, config)
-    return {name: replace(grid, transposed=is_transposed(targets[name])) for name, grid in grids.items()}
+    return {name: _as_stored(grid, targets[name], config) for name, grid in grids.items()}
+
+
+def _as_stored(grid: BlockGrid, linear: Linear, config: SMTConfig) -> BlockGrid:
+    if is_convolution(linear):
+        return as_convolution(grid, linear, config.granularity)
+    return replace(grid, transposed=is_transposed(linear))
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -143,14 +160,33 @@ def frozen_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     ]
 
 
-def named_linears(model: nn.Module) -> dict[str, Linear]:
+def named_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Return all linears of a model by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
-def is_linear(module: nn.Module) -> TypeIs[Linear]:
+def named_layers(model: nn.Module) -> dict[str, Linear]:
+    """Return all linears and convolutions of a model by full name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_linear(module) or is_convolution(module)}
+
+
+def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
     """Return whether a module is an `nn.Linear` or a `Conv1D`."""
     return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_layer_of(module: nn.Module, grid: BlockGrid) -> TypeIs[Linear]:
+    """Return whether a module is of the kind that a grid cuts: a linear, a `Conv1D` or a convolution alike."""
+    if is_convolution(module):
+        return (tuple(module.kernel_size), module.groups) == (grid.kernel, grid.groups)
+    return is_linear(module) and not grid.kernel and is_transposed(module) == grid.transposed
+
+
+def kind_of(grid: BlockGrid) -> str:
+    """Return what a grid cuts the weight of, for a message."""
+    if grid.kernel:
+        return f"convolution of {grid.groups} groups" if grid.groups > 1 else "convolution"
+    return "Conv1D" if grid.transposed else "linear"
 
 
 def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
@@ -164,14 +200,19 @@ def _is_conv1d(kind: type) -> bool:
 
 def has_linear_forward(linear: nn.Module) -> bool:
     """Return whether the class of a linear computes x W^T + b; its `forward` may be inherited, but not its own."""
+    if is_convolution(linear):
+        return has_plain_forward(linear)
     forward = type(linear).forward
     return (forward.__module__, forward.__qualname__) in LINEAR_FORWARDS
 
 
 def has_plain_weight(linear: Linear) -> bool:
     """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
-    shape = _weight_shape(linear)[::-1] if is_transposed(linear) else _weight_shape(linear)
-    weight = linear.weight
+    shape, weight = _weight_shape(linear), linear.weight
+    if is_transposed(linear):
+        shape = shape[::-1]
+    elif is_convolution(linear):
+        shape = (shape[0], linear.in_channels // linear.groups, *linear.kernel_size)
     return type(weight) is nn.Parameter and weight.dtype in WEIGHT_DTYPES and full_shape(weight) == shape
 
 
@@ -199,6 +240,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _weight_shape(linear: Linear) -> tuple[int, int]:
+    if is_convolution(linear):
+        return matrix_shape(linear)
     return (linear.nf, linear.nx) if is_transposed(linear) else (linear.out_features, linear.in_features)
 
 
@@ -215,6 +258,20 @@ def _is_wanted(names: list[str], config: SMTConfig, heads: set[str]) -> bool:
         and not (config.exclude_modules and any(matches(name, config.exclude_modules) for name in names))
         and (config.lowest_layer == 0 or layer_index(names[0]) >= config.lowest_layer)
     )
+
+
+def _matching(model: nn.Module, config: SMTConfig, heads: set[str]) -> dict[str, Linear]:
+    """Return the linears and convolutions, transposed ones too, that the configuration asks for."""
+    of_convolutions = None if config.target_modules in TARGET_KEYWORDS else config
+    if config.target_modules == ALL_CONVOLUTIONS:
+        of_convolutions = replace(config, target_modules="all-linear")
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        is_linear_too = is_linear(module) and _is_wanted([name], config, heads)
+        is_conv = is_convolution(module) or is_transposed_convolution(module)
+        if is_linear_too or (is_conv and of_convolutions and _is_wanted([name], of_convolutions, heads)):
+            found[name] = module
+    return found
 
 
 def _is_target(name: str, target_modules: str | list[str], heads: set[str]) -> bool:
@@ -240,6 +297,8 @@ def _shared_weights(model: nn.Module) -> set[int]:
 
 def _why_not(linear: Linear, shared: set[int]) -> str | None:
     weight = linear.weight
+    if is_transposed_convolution(linear):
+        return f"it is a {type(linear).__name__}, and the rows of its weight compute no output channel"
     if id(weight) in shared:
         return "its weight is shared with another module"
     if is_quantised(linear):
@@ -320,7 +379,8 @@ def _nothing_matches(
         if value
     )
     return (
-        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears are: "
-        f"{listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them in target_modules."
+        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears and "
+        f"convolutions are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them in "
+        "target_modules."
         f"{' ' + _about_experts(experts) if experts else ''}"
     )

@@ -18,12 +18,13 @@ from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import (
     has_linear_forward,
     has_plain_weight,
-    is_linear,
-    is_transposed,
+    is_layer_of,
+    kind_of,
     refuse_adapters,
 )
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.sparse.conv import block_conv_of
 from smt_trainer.sparse.dequantise import dequantise
 from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
@@ -186,6 +187,8 @@ def rewrite(
         grid = selection.grids[name]
         linear: Any = model.get_submodule(name)
         kind: type[BlockLinear] = SMTConv1D if grid.transposed else SMTLinear
+        if grid.kernel:
+            kind = block_conv_of(linear)
         if is_quantised(linear):
             from smt_trainer.sparse.quantised_linear import block_linear_of
 
@@ -258,7 +261,7 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
     grid = selection.grids[name]
     if linear is None:
         found = "no such module"
-    elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
+    elif not is_layer_of(linear, grid):
         found = f"a {type(linear).__name__}"
     elif not is_quantised(linear) and not has_linear_forward(linear):
         found = f"a {type(linear).__name__}, which has a forward of its own"
@@ -268,7 +271,7 @@ def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelectio
     else:
         return linear
     raise SMTError(
-        f"the blocks of `{name}` lie in a {'Conv1D' if grid.transposed else 'linear'} with a weight of "
+        f"the blocks of `{name}` lie in a {kind_of(grid)} with a weight of "
         f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
         f"{selection.base_model or 'another model'}. Load that model, or choose the blocks again."
     )

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
-from smt_trainer.model.targets import named_linears
+from smt_trainer.model.targets import named_layers
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.scores.collect import LossScale, buffers_preserved, frozen, reached_scores
+from smt_trainer.scores.collect import LossScale, frozen, reached_scores, statistics_preserved
 from smt_trainer.scores.reach import Reach
 from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
@@ -66,7 +66,7 @@ class Warmup:
             with (
                 self.as_in_training() as batches,
                 frozen(model),
-                buffers_preserved(model),
+                statistics_preserved(model, scorer),
                 scorer.attached(hold=self.scale is not None),
                 reach.watching(),
             ):
@@ -81,7 +81,7 @@ class Warmup:
 
     def scorer(self, model: nn.Module) -> Scorer:
         """The configured scorer of the targets in a model, wrapped or not."""
-        linears = {plain_name(name): linear for name, linear in named_linears(model).items()}
+        linears = {plain_name(name): linear for name, linear in named_layers(model).items()}
         targets = {name: linears[name] for name in self.grids}
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
