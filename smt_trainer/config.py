@@ -197,7 +197,8 @@ class SMTConfig:
         False,
         Flag(),
         decides="training",
-        help="Also train the normalisation layers whole: those from lowest_layer on, and those outside the layers.",
+        help="Also train the normalisation layers whole: those from lowest_layer on, and those outside the layers. The "
+        "running statistics of batch normalisation change in training in any case, and are stored in the delta.",
     )
     train_bias: bool = setting(
         False, Flag(), decides="training", help="Also train the biases of the linears that have blocks."

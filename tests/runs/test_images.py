@@ -8,7 +8,17 @@ import tiny
 import torch
 from torch import nn
 
-from smt_trainer import SMTError, SMTTrainer, convert_to_smt, export_lora, from_delta, load_delta, save_delta
+from smt_trainer import (
+    SMTError,
+    SMTTrainer,
+    applied,
+    convert_to_smt,
+    delta_patches,
+    export_lora,
+    from_delta,
+    load_delta,
+    save_delta,
+)
 from smt_trainer.cli import main
 from smt_trainer.delta.delta import Delta
 from smt_trainer.sparse.linear import smt_linears
@@ -46,6 +56,7 @@ def test_a_resnet_is_trained_saved_loaded_and_merged(fields, base, tmp_path):
     trainer.merge_and_save(tmp_path / "merged")
     assert main(["merge", *(str(tmp_path / name) for name in ("base", "delta", "by smt"))]) == 0
     assert main(["verify", *(str(tmp_path / name) for name in ("base", "delta", "by smt"))]) == 0
+    assert main(["inspect", str(tmp_path / "delta")]) == 0
     trained = trainer.model.eval()
     assert not torch.equal(outputs(trained), outputs(images.resnet()))
     plain = [kind.from_pretrained(tmp_path / name) for name in ("merged", "by smt")]
@@ -105,6 +116,23 @@ def test_a_model_in_groups_trains_on_in_its_own_loop_and_after_loading(tmp_path)
         tiny.step(each, **images.batch(seed=2))
     tiny.assert_same(again.state_dict(), model.state_dict())
     assert {name for name, _ in smt_linears(again)} == selection.block_indices.keys()
+
+
+def test_a_delta_of_convolutions_is_swapped_in_and_out_and_patches_a_checkpoint(base, tmp_path):
+    kind = type(images.resnet())
+    model = convert_to_smt(kind.from_pretrained(base), tiny.choose(images.resnet(), images.config(score="random")))
+    tiny.step(model.train(), **images.batch())
+    save_delta(model, tmp_path / "delta")
+    plain, trained = kind.from_pretrained(base), outputs(model)
+    with applied(plain, tmp_path / "delta"):
+        assert torch.equal(outputs(plain), trained)
+    tiny.assert_same(plain.state_dict(), images.resnet().state_dict())
+    state = plain.state_dict()
+    for patch in delta_patches(base, tmp_path / "delta"):
+        flat = state[patch.name].view(-1)
+        assert patch.shape == state[patch.name].shape
+        flat[slice(None) if patch.indices is None else patch.indices.long()] = patch.values
+    assert torch.equal(outputs(plain), trained)
 
 
 def test_a_delta_of_convolutions_is_no_lora(base, tmp_path):

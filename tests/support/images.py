@@ -12,12 +12,12 @@ from smt_trainer import SMTConfig
 EDGE, LABELS = 16, 3
 
 
-def resnet(seed: int = 0) -> nn.Module:
+def resnet(seed: int = 0, num_labels: int = LABELS) -> nn.Module:
     """Build two stages of two bottlenecks each, with batch normalisation."""
     sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = transformers.ResNetConfig(**sizes, num_labels=LABELS)
+        config = transformers.ResNetConfig(**sizes, num_labels=num_labels)
         return transformers.ResNetForImageClassification(config).eval()
 
 
