@@ -131,8 +131,9 @@ def markdown(results: dict) -> str:
             "# A training step of convolutions\n",
             f"{results['model']}, random weights in float32; AdamW. `rows` trains as many random rows of each "
             "convolution; `frozen` goes backward through all layers and trains nothing. FLOPs are those of "
-            "convolutions and products, relative to `frozen`; saved is what autograd keeps from forward, in MiB, beside "
-            f"weights. Seconds of the processor: medians (and quartiles) of {results['rounds']} interleaved rounds.\n",
+            "convolutions and products, relative to `frozen`; saved is what autograd keeps from forward, in MiB, "
+            f"beside weights. Seconds of the processor: medians (and quartiles) of {results['rounds']} interleaved "
+            "rounds.\n",
             table("trained|weights|FLOPs|saved|seconds|to frozen", rows),
             f"Load at start and end: {', '.join(f'{load:.1f}' for load in results['load'])}.\n",
             table("|", provenance(results)),
