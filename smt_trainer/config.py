@@ -50,7 +50,7 @@ SCORES = (
 # The names of scores in the authors' released code. Its `mean_abs` takes the absolute value of the mean. Its `L1` sums
 # where `grad_l1` takes the mean, which ranks blocks of one size alike.
 SCORE_ALIASES = {"mean_abs": "grad_signed", "abs_mean": "grad_l1", "L1": "grad_l1", "L2": "grad_l2"}
-TARGET_KEYWORDS = ("qkv", "attention", "mlp", "all-linear", "all-conv")
+TARGET_KEYWORDS = ("qkv", "attention", "mlp", "experts", "all-linear", "all-conv")
 
 
 @dataclass
@@ -72,9 +72,9 @@ class SMTConfig:
         Names(*TARGET_KEYWORDS),
         decides="targets",
         help="Linears to choose blocks from: 'qkv' (query, key and value projections, fused or not), 'attention' (qkv "
-        "and the output projection), 'mlp', 'all-linear' (all but output embeddings and heads), 'all-conv' (the "
-        "convolutions instead), a list of module names or their endings, or a regular expression that the whole module "
-        "name must match; lists and expressions mean linears and convolutions.",
+        "and the output projection), 'mlp' (experts included), 'experts', 'all-linear' (all but output embeddings and "
+        "heads), 'all-conv' (the convolutions instead), a list of module names or their endings, or a regular "
+        "expression that the whole module name must match; lists and expressions mean linears and convolutions.",
     )
     exclude_modules: ModuleNames | None = setting(
         None,
@@ -95,7 +95,7 @@ class SMTConfig:
         help="How much to train. A float in (0, 1]: fraction of all model parameters (tied weights counted once), "
         "rounded to the nearest block. An int: number of blocks (with scope='per_module': in each module). A dict "
         "(written attention=0.0042,mlp=100): a budget for each group of targets, ranked apart from the others; groups "
-        "are 'qkv', 'attention', 'mlp' or names of modules or their endings.",
+        "are 'qkv', 'attention', 'mlp', 'experts' or names of modules or their endings.",
     )
     budget_of: str = setting(
         "model",

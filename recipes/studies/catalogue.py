@@ -84,6 +84,16 @@ ANATOMY = Study(
     ),
 )
 
+SPREAD = Study(
+    "spread",
+    "Should the blocks be the best of the whole model, or the best of each module?",
+    (
+        SMT[SMALL],
+        Arm("the best of each module", "smt", SMALL, fields={"scope": "per_module"}),
+        Arm("random", "random", SMALL),
+    ),
+)
+
 SCORES = Study(
     "scores",
     "Which score chooses the best blocks?",
@@ -172,6 +182,7 @@ STUDIES = {
         METHODS_LARGE,
         PLATEAU,
         ANATOMY,
+        SPREAD,
         SCORES,
         WARMUP,
         DEPTH,

@@ -27,7 +27,7 @@ from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import DELTA_FILE, copy_trained
 from smt_trainer.delta.merge import open_base
 from smt_trainer.delta.onto import check_onto, in_words
-from smt_trainer.delta.placement import Placement, find_tensors
+from smt_trainer.delta.placement import Placement, find_sites, find_tensors
 from smt_trainer.delta.saved_modules import saved_modules
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
@@ -92,7 +92,8 @@ def export_lora(
     check_onto(delta, None, is_quantised=checkpoint.is_quantised)
     ranks = _ranks(delta, max_rank)
     keys = find_tensors(delta, checkpoint)
-    placement = Placement.at(keys, delta, delta_folder, checkpoint)
+    placement = Placement.at(keys, find_sites(delta, checkpoint), delta, delta_folder, checkpoint)
+    _refuse_experts(placement)
     for stored in placement.other_dtypes:
         logger.warning(
             "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
@@ -140,20 +141,29 @@ def _by_rows(grid: BlockGrid, block_indices: np.ndarray, blocks: np.ndarray) -> 
 def _factors_of_all(placement: Placement, checkpoint: Checkpoint, dtype: str) -> tuple[dict[str, np.ndarray], float]:
     """Return the factors of all modules under PEFT's names, and the largest |stored - D|."""
     arrays, largest = {}, 0.0
-    for key, name in placement.modules.items():
-        place, grid = placement.places[key], placement.delta.selection.grids[name]
-        indices, trained = placement.delta.selection.block_indices[name], placement.delta.block_arrays[name]
+    for key, (site,) in placement.sites.items():
+        place, name = placement.places[key], site.name
         weight = open_array(checkpoint.folder / place.file, place, writable=False)
-        before = cast(grid.split(weight)[tuple(indices.T)], placement.delta.weight_dtype)
-        change = cast(cast(trained, placement.delta.weight_dtype), "float64") - cast(before, "float64")
+        before = cast(site.take(weight), placement.delta.weight_dtype)
+        change = cast(cast(site.blocks, placement.delta.weight_dtype), "float64") - cast(before, "float64")
         # Of the dtype, but in numbers that numpy knows.
         stored = cast(cast(change, dtype), "float32")
         largest = max(largest, float(abs(stored - change).max()))
         if not np.isfinite(largest):
             raise SMTError(f"the change of `{name}` is too large for {dtype}; use float32 or bfloat16.")
-        b, a = factors(grid, indices, stored)
+        b, a = factors(site.grid, site.block_indices, stored)
         arrays |= {f"{PREFIX}{name}.lora_A.weight": cast(a, dtype), f"{PREFIX}{name}.lora_B.weight": cast(b, dtype)}
     return arrays, largest
+
+
+def _refuse_experts(placement: Placement) -> None:
+    """Raise `SMTError` if a delta has blocks in matrices of experts, which are no modules that PEFT could adapt."""
+    for sites in placement.sites.values():
+        if sites[0].name.rpartition(".")[2].isdecimal():
+            raise SMTError(
+                f"`{sites[0].name}` is the matrix of an expert, and an adapter has one rank for all experts of a "
+                "module, which few servers take. Merge instead (smt merge), or patch the server (delta_patches)."
+            )
 
 
 def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:

@@ -74,11 +74,11 @@ def delta_patches(
 
 
 def _of_placement(placement: Placement, max_bytes: int) -> Iterator[WeightPatch]:
-    delta = placement.delta
-    for key, name in placement.modules.items():
-        grid, indices = delta.selection.grids[name], torch.from_numpy(delta.selection.block_indices[name])
-        blocks = as_tensor(cast(delta.block_arrays[name], placement.places[key].dtype))
-        yield from patches_of_blocks(key, grid, indices, blocks, max_bytes)
+    for key, site in ((key, site) for key, sites in placement.sites.items() for site in sites):
+        place = placement.places[key]
+        indices, blocks = torch.from_numpy(site.block_indices), as_tensor(cast(site.blocks, place.dtype))
+        stacked = None if site.expert is None else (site.expert, place.shape[0])
+        yield from patches_of_blocks(key, site.grid, indices, blocks, max_bytes, stacked)
     whole = {key: as_tensor(cast(values, placement.places[key].dtype)) for key, values in placement.whole.items()}
     yield from patches_of_whole(whole, max_bytes)
 
@@ -113,6 +113,7 @@ def model_patches(model: nn.Module, *, max_bytes: int = MAX_BYTES) -> Iterator[W
 def _of_model(model: nn.Module, max_bytes: int) -> Iterator[WeightPatch]:
     for name, linear in smt_linears(model):
         blocks = full_tensor(linear.blocks).to(linear.weight_dtype)
-        yield from patches_of_blocks(f"{name}.weight", linear.grid, linear.block_indices, blocks, max_bytes)
+        key, indices = linear.weight_name(name), linear.block_indices
+        yield from patches_of_blocks(key, linear.grid, indices, blocks, max_bytes, linear.stacked)
     whole = stored_whole(model, [*get_state(model).whole, *changed_statistics(model)])
     yield from patches_of_whole({name: full_tensor(tensor) for name, tensor in whole.items()}, max_bytes)

@@ -16,8 +16,10 @@ import numpy as np
 from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.expert_files import Part, find_experts
 from smt_trainer.delta.folder import load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
+from smt_trainer.delta.site import Site
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
 from smt_trainer.model.checkpoint import BASE, Checkpoint
@@ -36,14 +38,14 @@ class Placement:
 
     Attributes:
         delta: the trained values.
-        modules: tensor name in the checkpoint -> module whose blocks it holds.
+        sites: tensor name in the checkpoint -> the blocks that lie in it.
         whole: tensor name in the checkpoint -> the tensor that replaces it, with other rows if the vocabulary changed.
         places: tensor name -> where it lies, of all of these.
         vocabulary: sizes of the vocabulary in training.
     """
 
     delta: Delta
-    modules: dict[str, str]
+    sites: dict[str, list[Site]]
     whole: dict[str, np.ndarray]
     places: dict[str, Place]
     vocabulary: set[int]
@@ -60,9 +62,9 @@ class Placement:
         check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
         if checkpoint.is_quantised and quantised_names(delta):
             raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
-        keys = find_tensors(delta, checkpoint)
+        keys, sites = find_tensors(delta, checkpoint), find_sites(delta, checkpoint)
         _refuse_missing([name for name in delta.whole_arrays if name not in keys], checkpoint.folder)
-        placement = cls.at(keys, delta, delta_folder, checkpoint)
+        placement = cls.at(keys, sites, delta, delta_folder, checkpoint)
         for dtype in placement.other_dtypes:
             logger.warning(
                 "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
@@ -70,32 +72,39 @@ class Placement:
                 delta.weight_dtype,
                 dtype,
             )
-        whole, modules = placement.whole, placement.modules
+        whole, sites = placement.whole, placement.sites
         for key, values in list(whole.items()):
-            for copy in tied_copies(key, checkpoint, {*modules, *whole}):
+            for copy in tied_copies(key, checkpoint, {*sites, *whole}):
                 placement.whole[copy], placement.places[copy] = values, checkpoint.places[copy]
         return placement
 
     @classmethod
-    def at(cls, keys: Mapping[str, str], delta: Delta, delta_folder: Path, checkpoint: Checkpoint) -> Placement:
-        """Put the tensors of a delta at those of a checkpoint that `find_tensors` found.
+    def at(
+        cls,
+        keys: Mapping[str, str],
+        sites: dict[str, list[Site]],
+        delta: Delta,
+        delta_folder: Path,
+        checkpoint: Checkpoint,
+    ) -> Placement:
+        """Put the tensors of a delta at those of a checkpoint that `find_tensors` and `find_sites` found.
 
         Raises:
             SMTError: the delta belongs to another base.
         """
-        modules = {keys[f"{name}.weight"]: name for name in delta.block_arrays}
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
-        if len({**modules, **whole}) < len(keys):
+        used = [(key, site.expert) for key, found in sites.items() for site in found]
+        if len(whole) < len(keys) or len(set(used)) < len(used) or whole.keys() & sites.keys():
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
-        places = {key: checkpoint.places[key] for key in [*modules, *whole]}
-        placement = cls(delta, modules, whole, places, vocabulary_sizes(load_config(delta_folder)))
+        places = {key: checkpoint.places[key] for key in [*sites, *whole]}
+        placement = cls(delta, sites, whole, places, vocabulary_sizes(load_config(delta_folder)))
         placement._check(checkpoint)
         return placement
 
     @property
     def other_dtypes(self) -> set[str]:
         """Dtypes of the checkpoint's weights with blocks, other than that of training."""
-        return {self.places[key].dtype for key in self.modules} - {self.delta.weight_dtype}
+        return {self.places[key].dtype for key in self.sites} - {self.delta.weight_dtype}
 
     @property
     def is_resized(self) -> bool:
@@ -116,18 +125,19 @@ class Placement:
             elif key in self.whole:
                 open_array(path, place)[...] = cast(self.whole[key], place.dtype)
             else:
-                name, weight = self.modules[key], open_array(path, place)
-                rows, columns = self.delta.selection.block_indices[name].T
-                blocks = cast(self.delta.block_arrays[name], place.dtype)
-                self.delta.selection.grids[name].split(weight)[rows, columns] = blocks
+                tensor = open_array(path, place)
+                for site in self.sites[key]:
+                    site.put(tensor, cast(site.blocks, place.dtype))
         if resized:
             _write_again(path, resized)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         delta, folder = self.delta, checkpoint.folder
-        for key, name in self.modules.items():
-            expected, place = delta.selection.grids[name].stored_shape, self.places[key]
-            _expect(key, place, expected, WEIGHTS, folder)
+        for key, sites in self.sites.items():
+            place = self.places[key]
+            for site in sites:
+                expected = site.grid.stored_shape
+                _expect(key, place, expected if site.expert is None else (*place.shape[:1], *expected), WEIGHTS, folder)
         places = checkpoint.places
         differences = delta.base.differences(places, lambda key, stride: read_sample(folder, places[key], stride))
         check_base(delta, folder.resolve().name, differences)
@@ -139,15 +149,33 @@ class Placement:
 
 
 def find_tensors(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the name in a checkpoint of each tensor that a delta changes; what is new in the model is in none.
+    """Return the name in a checkpoint of each tensor that a delta replaces; what is new in the model is in none."""
+    return find_names(delta.whole_arrays, checkpoint.places)
+
+
+def find_sites(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Site]]:
+    """Return the blocks of a delta by the names of the tensors in a checkpoint that they lie in.
 
     Raises:
         SMTError: the checkpoint lacks a weight that has blocks.
     """
-    weights = [f"{name}.weight" for name in delta.block_arrays]
-    keys = find_names([*weights, *delta.whole_arrays], checkpoint.places)
-    _refuse_missing([name for name in weights if name not in keys], checkpoint.folder)
-    return keys
+    selection, sites = delta.selection, {}
+    keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.places)
+    parts = {name: [Part(keys[f"{name}.weight"], 0, None)] for name in delta.block_arrays if f"{name}.weight" in keys}
+    others = [name for name in delta.block_arrays if name not in parts]
+    experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
+    if experts:
+        parts |= find_experts(experts, checkpoint)
+    _refuse_missing([f"{name}.weight" for name in others if name not in parts], checkpoint.folder)
+    for name, found in parts.items():
+        grid, indices = selection.grids[name], selection.block_indices[name]
+        whole = Site(name, grid, indices, delta.block_arrays[name], found[0].expert)
+        for part in found:
+            rows = checkpoint.places[part.key].shape[0]
+            site = whole if len(found) == 1 else whole.rows(part.first_row, rows)
+            if len(site.blocks):
+                sites.setdefault(part.key, []).append(site)
+    return sites
 
 
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:

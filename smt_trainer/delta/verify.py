@@ -138,14 +138,16 @@ def _compare(
         changed = _differing(old, new) if len(old) == len(new) else len(new)
         return _judge(Counts(len(new), len(new), changed), changed, _differing(new, trained))
     changed = _differing(old, new)
-    if key not in placement.modules:
+    if key not in placement.sites:
         return None, f"is not trained, and {changed:,} of {len(new):,} values are not the base's" if changed else None
-    name = placement.modules[key]
-    grid, (rows, columns) = placement.delta.selection.grids[name], placement.delta.selection.block_indices[name].T
-    trained = bits(cast(placement.delta.block_arrays[name], before.dtype))
-    blocks_before, blocks = (grid.split(values.reshape(shape))[rows, columns] for values in (old, new))
-    changed_inside, wrong = (int(np.count_nonzero(blocks != other)) for other in (blocks_before, trained))
-    return _judge(Counts(len(new), trained.size, changed), changed_inside, wrong)
+    count = changed_inside = wrong = 0
+    for site in placement.sites[key]:
+        trained = bits(cast(site.blocks, before.dtype))
+        blocks_before, blocks = (site.take(values.reshape(shape)) for values in (old, new))
+        count += trained.size
+        changed_inside += int(np.count_nonzero(blocks != blocks_before))
+        wrong += int(np.count_nonzero(blocks != trained))
+    return _judge(Counts(len(new), count, changed), changed_inside, wrong)
 
 
 def _judge(counts: Counts, changed_inside: int, wrong: int) -> tuple[Counts, str | None]:

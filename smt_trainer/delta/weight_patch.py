@@ -91,7 +91,12 @@ def check_max_bytes(max_bytes: int) -> None:
 
 
 def patches_of_blocks(
-    name: str, grid: BlockGrid, block_indices: Tensor, blocks: Tensor, max_bytes: int
+    name: str,
+    grid: BlockGrid,
+    block_indices: Tensor,
+    blocks: Tensor,
+    max_bytes: int,
+    stacked: tuple[int, int] | None = None,
 ) -> Iterator[WeightPatch]:
     """Yield the patches of a weight with trained blocks, in the order of their indices.
 
@@ -101,6 +106,7 @@ def patches_of_blocks(
         block_indices: [n, 2] (row, column) of each block, in any order.
         blocks: [n, br, bc] values, in the dtype of the weight.
         max_bytes: bound on the bytes of a patch.
+        stacked: for an expert's matrix in a tensor with those of all experts, its place and the number of experts.
     """
     (rows, columns), (br, bc) = block_indices.to(blocks.device).long().unbind(1), grid.block_shape
     if grid.transposed:
@@ -108,7 +114,11 @@ def patches_of_blocks(
     lines = rows[:, None] * br + torch.arange(br, device=rows.device)
     starts, order = (lines * grid.stored_shape[1] + columns[:, None] * bc).flatten().sort()
     indices = (starts[:, None] + torch.arange(bc, device=rows.device)).flatten()
-    yield from _cut(name, grid.stored_shape, blocks.reshape(-1, bc)[order].flatten(), indices, max_bytes)
+    shape = grid.stored_shape
+    if stacked is not None:
+        expert, experts = stacked
+        indices, shape = indices + expert * math.prod(shape), (experts, *shape)
+    yield from _cut(name, shape, blocks.reshape(-1, bc)[order].flatten(), indices, max_bytes)
 
 
 def patches_of_whole(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[WeightPatch]:

@@ -55,7 +55,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
 from smt_trainer.model.names import layer_index
-from smt_trainer.model.targets import find_targets, is_linear, named_layers
+from smt_trainer.model.targets import find_targets, is_linear, named_targets
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import Scorer, make_scorer
 from smt_trainer.scores.collect import frozen
@@ -177,8 +177,8 @@ def estimate(
     base.refuse_whole(whole)
     rank = _equal_rank(selection)
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, base, dense=_bytes(_tensors(plain)))
-    linears = named_layers(plain)
-    targets = {name: linears[name] for name in selection.grids}
+    everything = named_targets(plain)
+    targets = {name: everything[name] for name in selection.grids}
     scorers = {
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
         for score in SCORES
@@ -273,8 +273,8 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     if config.train_dependents:
         dependencies = find_dependencies(_without_linear_weights(build), config, find_targets(model, config))
     candidates = find_candidates(model, config, dependencies)
-    layers = named_layers(model)
-    targets = {name: layers[name] for name in candidates.grids}
+    everything = named_targets(model)
+    targets = {name: everything[name] for name in candidates.grids}
     scores = make_scorer(targets, candidates.grids, replace(config, score="random")).scores()
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
 

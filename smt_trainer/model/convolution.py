@@ -33,7 +33,7 @@ PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PRODUCTS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def is_convolution(module: nn.Module) -> TypeIs[Convolution]:
+def is_convolution(module: object) -> TypeIs[Convolution]:
     """Return whether a module is a convolution, and no transposed one."""
     return isinstance(module, PLAIN)
 

@@ -14,15 +14,23 @@ from smt_trainer.errors import SMTError
 # Modules that accelerate and torch.compile put around others; checkpoints do not have their names.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
+# Name of the module that holds the trained blocks of experts (`sparse/experts.py`); plain models do not have it.
+HOLDER = "smt_experts"
+
 # Names of modules that may stand before a name in one place and not in another.
 MOST_PREFIXES = 2
 
 
-def plain_name(name: str) -> str:
+def unwrapped(name: str) -> str:
     """The name of a module or parameter without the names of wrappers on its path."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or parameter of a wrapped or rewritten model has, or stands for, in the plain one."""
+    return unwrapped(name).replace(f"{HOLDER}.", "")
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:

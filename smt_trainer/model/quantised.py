@@ -21,7 +21,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.sharded import full_tensor
 
 
-def bits_of(linear: nn.Module) -> int | None:
+def bits_of(linear: object) -> int | None:
     """Return 4 or 8 if bitsandbytes has quantised a linear's weight to as many bits, else None."""
     weight: Any = getattr(linear, "weight", None)
     if type(weight).__module__.partition(".")[0] != "bitsandbytes":
@@ -31,7 +31,7 @@ def bits_of(linear: nn.Module) -> int | None:
     return 8 if weight.dtype == torch.int8 else None
 
 
-def is_quantised(linear: nn.Module) -> bool:
+def is_quantised(linear: object) -> bool:
     """Return whether bitsandbytes has quantised a linear's weight."""
     return bits_of(linear) is not None
 

@@ -1,8 +1,10 @@
-"""Find the linears and convolutions of a model that are targets, and say why the others are not.
+"""Find the weights of a model that are targets, and say why the others are not.
 
-A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O]. A target computes just
-x W^T + b, since the rewritten linear does. A subclass with a `forward` of its own may compute something else. The same
-holds for convolutions (`convolution.py`). Of the keywords only 'all-conv' means them; names and patterns mean both.
+A target is a linear, a convolution or the matrix of one expert. A linear is an `nn.Linear` with weight W [O, I], or
+GPT-2's `Conv1D`, which stores W^T [I, O]. It computes just x W^T + b, since the rewritten linear does; a subclass with
+a `forward` of its own may compute something else. The same holds for convolutions (`convolution.py`). The matrices of
+experts lie together in 3-D parameters (`experts.py`). Of the keywords only 'all-conv' means convolutions; names and
+patterns mean all.
 
 A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
 all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned. Nor does
@@ -19,7 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from smt_trainer.arrays import WEIGHTS
@@ -32,8 +34,9 @@ from smt_trainer.model.convolution import (
     is_transposed_convolution,
     matrix_shape,
 )
+from smt_trainer.model.experts import ExpertMatrix, expert_stacks, is_known, matrices_of
 from smt_trainer.model.grid import BlockGrid, make_grids
-from smt_trainer.model.names import layer_index, matches, plain_name
+from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
 
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from smt_trainer.model.convolution import Convolution
 
     Linear = nn.Linear | Conv1D | Convolution
+    Target = Linear | ExpertMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ QKV_NAMES = frozenset(
     "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
 )
 ROUTER_NAMES = frozenset("gate router shared_expert_gate".split())
-GROUPS = ("qkv", "attention", "mlp")
+GROUPS = ("qkv", "attention", "mlp", "experts")
 ALL_CONVOLUTIONS = "all-conv"
 HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -69,13 +73,13 @@ WEIGHT_DTYPES = tuple(getattr(torch, name) for name in WEIGHTS)
 HOW_TO_LOAD = "load it unquantised, or quantised by bitsandbytes (BitsAndBytesConfig)"
 
 
-def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
-    """Find the linears and convolutions to choose blocks from, by full module name, in the model's order.
+def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
+    """Find the weights to choose blocks from, by full name, in the model's order.
 
-    Leave out, with a warning, a matching linear that cannot be tuned: its weight is frozen, shared (tied) or neither a
-    plain matrix of floats nor quantised by bitsandbytes, or its `forward` is its own, is replaced on the instance
-    (offloading hooks) or is never called; or it is a transposed convolution. Also warn about matching experts that are
-    stored as 3-D parameters, and about linears of other kinds.
+    Leave out, with a warning, a matching weight that cannot be tuned: it is frozen, shared (tied) or neither a plain
+    matrix of floats nor quantised by bitsandbytes, or the `forward` of its module is its own, is replaced on the
+    instance (offloading hooks) or is never called; or it is that of a transposed convolution. Also warn about linears
+    of other kinds.
 
     Raises:
         SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
@@ -83,12 +87,12 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
     """
     refuse_adapters(model)
     refuse_wrappers(model)
-    linears = named_layers(model)
+    everything = named_targets(model)
     heads = _heads(model)
-    matching = _matching(model, config, heads)
+    matching = _matching(model, everything, config, heads)
     shared = _shared_weights(model)
-    reasons = {name: _why_not(module, shared) for name, module in matching.items()}
-    targets = {name: module for name, module in matching.items() if reasons[name] is None}
+    reasons = {name: _why_not(target, shared) for name, target in matching.items()}
+    targets = {name: target for name, target in matching.items() if reasons[name] is None}
     for reason, count in Counter(reason for reason in reasons.values() if reason is not None).items():
         first = next(name for name in reasons if reasons[name] == reason)
         many = "is" if count == 1 else f"and {count - 1} more are"
@@ -102,28 +106,25 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Linear]:
     if frozen:
         logger.warning("%s", _about_frozen(frozen, len(targets)))
         targets = {name: module for name, module in targets.items() if name not in frozen}
-    experts = _stacked_experts(model)
     if not targets:
-        raise SMTError(_nothing_matches(config, linears, {**matching, **packed}, experts))
-    if any(_is_wanted([name, name.rpartition(".")[0]], config, heads) for name in experts):
-        logger.warning("%s", _about_experts(experts))
+        raise SMTError(_nothing_matches(config, everything, {**matching, **packed}))
     return targets
 
 
-def target_grids(targets: Mapping[str, Linear], config: SMTConfig) -> dict[str, BlockGrid]:
+def target_grids(targets: Mapping[str, Target], config: SMTConfig) -> dict[str, BlockGrid]:
     """Make one grid per target from the config's `granularity` and `block_size`, transposed where the weight is.
 
     Raises:
         SMTError: as in `make_grids`.
     """
-    grids = make_grids({name: _weight_shape(linear) for name, linear in targets.items()}, config)
+    grids = make_grids({name: weight_shape(target) for name, target in targets.items()}, config)
     return {name: _as_stored(grid, targets[name], config) for name, grid in grids.items()}
 
 
-def _as_stored(grid: BlockGrid, linear: Linear, config: SMTConfig) -> BlockGrid:
-    if is_convolution(linear):
-        return as_convolution(grid, linear, config.granularity)
-    return replace(grid, transposed=is_transposed(linear))
+def _as_stored(grid: BlockGrid, target: Target, config: SMTConfig) -> BlockGrid:
+    if is_convolution(target):
+        return as_convolution(grid, target, config.granularity)
+    return replace(grid, transposed=stores_transpose(target))
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -149,15 +150,31 @@ def refuse_wrappers(model: nn.Module) -> None:
 
 
 def frozen_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Keep the names of the linears whose weight is frozen, unless all of the model is."""
+    """Keep the names of the targets whose weight is frozen, unless all of the model is."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return []
-    modules = dict(model.named_modules())
-    return [
-        name
-        for name in names
-        if name in modules and not modules[name].weight.requires_grad and not is_quantised(modules[name])
-    ]
+    targets = named_targets(model)
+    return [name for name in names if name in targets and _is_frozen(targets[name])]
+
+
+def _is_frozen(target: Target) -> bool:
+    if isinstance(target, ExpertMatrix):
+        return not target.stack.requires_grad
+    return not target.weight.requires_grad and not is_quantised(target)
+
+
+def named_targets(model: nn.Module) -> dict[str, Target]:
+    """Return all linears, convolutions and matrices of experts of a model by full name, in the model's order."""
+    found: dict[str, Target] = {}
+    stacks: dict[nn.Module, list[tuple[str, str]]] = {}
+    for name, module, leaf in expert_stacks(model):
+        stacks.setdefault(module, []).append((name, leaf))
+    for name, module in model.named_modules():
+        if is_linear(module) or is_convolution(module):
+            found[name] = module
+        for stack, leaf in stacks.get(module, ()):
+            found |= matrices_of(stack, module, leaf)
+    return found
 
 
 def named_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
@@ -175,11 +192,13 @@ def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def is_layer_of(module: nn.Module, grid: BlockGrid) -> TypeIs[Linear]:
-    """Return whether a module is of the kind that a grid cuts: a linear, a `Conv1D` or a convolution alike."""
-    if is_convolution(module):
-        return (tuple(module.kernel_size), module.groups) == (grid.kernel, grid.groups)
-    return is_linear(module) and not grid.kernel and is_transposed(module) == grid.transposed
+def is_layer_of(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
+    """Return whether a grid may be that of a target: whether it is stored so, and a convolution moves so."""
+    if isinstance(target, ExpertMatrix):
+        return not grid.kernel and target.is_transposed == grid.transposed
+    if is_convolution(target):
+        return (tuple(target.kernel_size), target.groups) == (grid.kernel, grid.groups)
+    return is_linear(target) and not grid.kernel and is_transposed(target) == grid.transposed
 
 
 def kind_of(grid: BlockGrid) -> str:
@@ -198,6 +217,11 @@ def _is_conv1d(kind: type) -> bool:
     return any((base.__module__, base.__name__) == CONV1D for base in kind.__mro__)
 
 
+def stores_transpose(target: Target) -> bool:
+    """Return whether a target's parameter holds W^T [I, O]."""
+    return target.is_transposed if isinstance(target, ExpertMatrix) else is_transposed(target)
+
+
 def has_linear_forward(linear: nn.Module) -> bool:
     """Return whether the class of a linear computes x W^T + b; its `forward` may be inherited, but not its own."""
     if is_convolution(linear):
@@ -208,7 +232,7 @@ def has_linear_forward(linear: nn.Module) -> bool:
 
 def has_plain_weight(linear: Linear) -> bool:
     """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
-    shape, weight = _weight_shape(linear), linear.weight
+    shape, weight = weight_shape(linear), linear.weight
     if is_transposed(linear):
         shape = shape[::-1]
     elif is_convolution(linear):
@@ -218,12 +242,15 @@ def has_plain_weight(linear: Linear) -> bool:
 
 def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
     """Keep the names of targets that this configuration also asks for."""
-    return [name for name in names if _is_wanted([name], config, heads=set())]
+    return [name for name in names if _is_wanted(_with_stack(name), config, heads=set())]
 
 
 def in_group(name: str, group: str) -> bool:
-    """Return whether a target is in 'qkv', 'attention' or 'mlp', or matches the name or ending of a module."""
-    return _is_target(name, group, heads=set()) if group in GROUPS else matches(name, [group])
+    """Return whether a target is in 'qkv', 'attention', 'mlp' or 'experts', or matches the name or ending of a module.
+    An expert's matrix also has the name of its parameter, and that of its module."""
+    if group in GROUPS:
+        return _is_target(name, group, heads=set())
+    return any(matches(each, [group]) for each in _with_stack(name))
 
 
 def head_names(model: nn.Module) -> list[str]:
@@ -239,10 +266,24 @@ def count_parameters(model: nn.Module) -> int:
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
 
 
-def _weight_shape(linear: Linear) -> tuple[int, int]:
-    if is_convolution(linear):
-        return matrix_shape(linear)
-    return (linear.nf, linear.nx) if is_transposed(linear) else (linear.out_features, linear.in_features)
+def weight_shape(target: Target) -> tuple[int, int]:
+    """Return (O, I) of a target's weight W; of a convolution's as a matrix (O, K)."""
+    if isinstance(target, ExpertMatrix):
+        return target.weight_shape
+    if is_convolution(target):
+        return matrix_shape(target)
+    return (target.nf, target.nx) if is_transposed(target) else (target.out_features, target.in_features)
+
+
+def _names_of(name: str, target: Target) -> list[str]:
+    """Return the names by which a configuration may ask for a target."""
+    return _with_stack(name) if isinstance(target, ExpertMatrix) else [name]
+
+
+def _with_stack(name: str) -> list[str]:
+    """Return the name of a target; for one that ends in a number, an expert's, also those of parameter and module."""
+    stack, _, index = name.rpartition(".")
+    return [name, stack, stack.rpartition(".")[0]] if index.isdecimal() else [name]
 
 
 def _heads(model: nn.Module) -> set[str]:
@@ -260,17 +301,21 @@ def _is_wanted(names: list[str], config: SMTConfig, heads: set[str]) -> bool:
     )
 
 
-def _matching(model: nn.Module, config: SMTConfig, heads: set[str]) -> dict[str, Linear]:
-    """Return the linears and convolutions, transposed ones too, that the configuration asks for."""
+def _matching(
+    model: nn.Module, everything: Mapping[str, Target], config: SMTConfig, heads: set[str]
+) -> dict[str, Target]:
+    """Return the targets, and the transposed convolutions, that the configuration asks for."""
     of_convolutions = None if config.target_modules in TARGET_KEYWORDS else config
     if config.target_modules == ALL_CONVOLUTIONS:
         of_convolutions = replace(config, target_modules="all-linear")
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        is_linear_too = is_linear(module) and _is_wanted([name], config, heads)
-        is_conv = is_convolution(module) or is_transposed_convolution(module)
-        if is_linear_too or (is_conv and of_convolutions and _is_wanted([name], of_convolutions, heads)):
-            found[name] = module
+    transposed: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if is_transposed_convolution(module)
+    }
+    found = {}
+    for name, target in (*everything.items(), *transposed.items()):
+        asked = of_convolutions if name in transposed or is_convolution(target) else config
+        if asked is not None and _is_wanted(_names_of(name, target), asked, heads):
+            found[name] = target
     return found
 
 
@@ -279,12 +324,15 @@ def _is_target(name: str, target_modules: str | list[str], heads: set[str]) -> b
     inside_layer = layer_index(name) >= 0
     inside_attention = inside_layer and any("att" in part.lower() for part in path)
     is_router = not ROUTER_NAMES.isdisjoint([*path, leaf])
+    inside_experts = any("expert" in part.lower() and "shared" not in part.lower() for part in path)
     if target_modules == "qkv":
         return inside_attention and leaf in QKV_NAMES
     if target_modules == "attention":
         return inside_attention
     if target_modules == "mlp":
         return inside_layer and not inside_attention and not is_router
+    if target_modules == "experts":
+        return inside_layer and inside_experts and not is_router
     if target_modules == "all-linear":
         return not is_router and not any(f"{name}.".startswith(f"{head}.") for head in heads)
     return matches(name, target_modules)
@@ -295,7 +343,24 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in counts.items() if count > 1}
 
 
-def _why_not(linear: Linear, shared: set[int]) -> str | None:
+def _why_not(target: Target, shared: set[int]) -> str | None:
+    return _why_no_expert(target, shared) if isinstance(target, ExpertMatrix) else _why_no_linear(target, shared)
+
+
+def _why_no_expert(matrix: ExpertMatrix, shared: set[int]) -> str | None:
+    experts, stack = matrix.experts, matrix.stack
+    if id(stack) in shared:
+        return "its parameter is shared with another module"
+    if type(stack) is not nn.Parameter or stack.dtype not in WEIGHT_DTYPES:
+        return f"its parameter is not a plain tensor of floats but a {type(stack).__name__} of {stack.dtype}"
+    if not is_known(experts):
+        return f"it is not known which way round a {type(experts).__name__} keeps the matrices of its experts"
+    if "forward" in vars(experts):
+        return "the forward of its module is replaced on the instance (a device map or an offloading hook)"
+    return None
+
+
+def _why_no_linear(linear: Linear, shared: set[int]) -> str | None:
     weight = linear.weight
     if is_transposed_convolution(linear):
         return f"it is a {type(linear).__name__}, and the rows of its weight compute no output channel"
@@ -343,35 +408,14 @@ def _about_packed(packed: dict[str, nn.Module]) -> str:
     )
 
 
-def _stacked_experts(model: nn.Module) -> dict[str, Tensor]:
-    """Find the experts that are stored as 3-D parameters [experts, ., .], by full parameter name."""
-    return {
-        f"{name}.{leaf}": parameter
-        for name, module in model.named_modules()
-        if "expert" in f"{name}.{type(module).__name__}".lower()
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3
-    }
-
-
-def _about_experts(experts: dict[str, Tensor]) -> str:
-    name, first = next(iter(experts.items()))
-    return (
-        f"The experts of this model are not tuned: they are kept as 3-D parameters ({len(experts)} such as `{name}` of "
-        f"{'x'.join(map(str, first.shape))}), not as linears. Leave them out with target_modules='qkv' or 'attention'."
-    )
-
-
-def _nothing_matches(
-    config: SMTConfig, linears: dict[str, Linear], matching: Collection[str], experts: dict[str, Tensor]
-) -> str:
+def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching: Collection[str]) -> str:
     if matching:
         return (
             f"target_modules={config.target_modules!r} matches {len(matching)} linears, none of which can be tuned "
             "(see the warnings above). Choose other modules, unfreeze them, or load the model without a device map, "
             "and unquantised or quantised by bitsandbytes."
         )
-    shapes = Counter((name.rpartition(".")[2], *_weight_shape(linear)) for name, linear in linears.items())
+    shapes = Counter((*by_projection([name]), *weight_shape(target)) for name, target in targets.items())
     listing = ", ".join(f"{leaf} ({count} of {out}x{into})" for (leaf, out, into), count in shapes.items())
     restrictions = "".join(
         f", {name}={value!r}"
@@ -382,5 +426,4 @@ def _nothing_matches(
         f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears and "
         f"convolutions are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them in "
         "target_modules."
-        f"{' ' + _about_experts(experts) if experts else ''}"
     )

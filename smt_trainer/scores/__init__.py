@@ -32,7 +32,7 @@ from smt_trainer.scores.scorer import Scorer
 from smt_trainer.scores.weights import Magnitude, Random
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.targets import Target
 
 __all__ = ["SCORERS", "Scorer", "make_scorer"]
 
@@ -50,7 +50,7 @@ SCORERS: dict[str, type[Scorer]] = {
 
 
 def make_scorer(
-    targets: Mapping[str, Linear], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
+    targets: Mapping[str, Target], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int = 0
 ) -> Scorer:
     """Make the scorer that `config.score` names."""
     return SCORERS[config.score](targets, grids, config, seed)

@@ -25,7 +25,7 @@ from smt_trainer.model.sharded import full_shape, gather_like, is_sharded, local
 from smt_trainer.scores.scorer import Scorer, weight_gradients
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.targets import Target
 
 COPIES_UNDER_WAY = 2
 
@@ -102,7 +102,7 @@ class GradL2(Accumulated):
         return torch.linalg.vector_norm(blocks, dim=(2, 3))
 
 
-def _accumulator_device(targets: Mapping[str, Linear], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
+def _accumulator_device(targets: Mapping[str, Target], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
     """Return the CPU, or None for each weight's own device."""
     if config.accumulator_device == "auto":
         device = next(iter(targets.values())).weight.device

@@ -14,15 +14,19 @@ ties, then row order. Ranks average the sums of squares, which scales all scores
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from smt_trainer.model.calls import watching_calls
 from smt_trainer.model.convolution import is_convolution, squared_inputs
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.scores.scorer import Scorer
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Target
 
 
 class Activation(Scorer):
@@ -39,22 +43,15 @@ class Activation(Scorer):
 
     @contextlib.contextmanager
     def attached(self, hold: bool = False) -> Iterator[None]:
-        handles = []
-        try:
-            for name, linear in self.targets.items():
-                handles.append(linear.register_forward_pre_hook(functools.partial(self._add, name)))
-            # Without a graph, no activation is kept and no checkpointed layer runs twice.
-            with torch.no_grad():
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        # Without a graph, no activation is kept and no checkpointed layer runs twice.
+        with watching_calls(self.targets, self._add), torch.no_grad():
+            yield
 
-    def _add(self, name: str, linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if is_convolution(linear):
-            squares = squared_inputs(linear, inputs[0])
+    def _add(self, name: str, target: Target, x: Tensor) -> None:
+        if is_convolution(target):
+            squares = squared_inputs(target, x)
         else:
-            squares = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float().square().sum(0, keepdim=True)
+            squares = x.reshape(-1, x.shape[-1]).float().square().sum(0, keepdim=True)
         self.sums[name] += squares.unflatten(1, (self.grids[name].shape[1], -1)).sum(2)
 
     def statistics(self) -> Iterator[Tensor]:

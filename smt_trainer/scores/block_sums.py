@@ -23,16 +23,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import dense_weight, is_quantised
 from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
 from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Target
 
 
 class BlockSums(Scorer):
@@ -82,7 +86,7 @@ class GradSigned(BlockSums):
         grid = self.grids[name]
         add_block_sums(self.step_sums[name], grid, gradient.float() / grid.block_numel)
 
-    def _observe(self, name: str, linear: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
+    def _observe(self, name: str, linear: Target, x: Tensor) -> Callable[[Tensor], None]:
         rows, columns = self.grids[name].shape
         pooled_x, total = _pool(x, columns), self.step_sums[name]
 

@@ -29,14 +29,15 @@ from torch import Tensor
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution, weight_gradient
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.quantised import dense_weight
-from smt_trainer.model.targets import is_transposed
+from smt_trainer.model.targets import stores_transpose
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
 from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
 from smt_trainer.scores.scorer import keep_for_backward, output_gradients
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.targets import Target
 
 QUANTILES = np.linspace(0, 1, 11)
 
@@ -93,7 +94,12 @@ class QMTaylor(BlockSums):
     def observing(self) -> contextlib.AbstractContextManager[None]:
         return output_gradients(self.targets, self._observe)
 
-    def _observe(self, name: str, linear: Linear, x: Tensor) -> Callable[[Tensor], None]:
+    def _observe(self, name: str, linear: Target, x: Tensor) -> Callable[[Tensor], None]:
+        if isinstance(linear, ExpertMatrix):
+            raise SMTError(
+                f"'qm_taylor' tells examples apart, and the router sends single tokens to `{name}`. Use 'taylor', or "
+                "leave the experts out."
+            )
         if x.shape[0] != len(self.classes):
             raise SMTError(
                 f"'qm_taylor' tells examples apart by the first dimension of a linear's input: `{name}` should get "
@@ -103,7 +109,7 @@ class QMTaylor(BlockSums):
         kept = keep_for_backward(x)
         return lambda dy: self._add(name, linear, kept(), dy)
 
-    def _add(self, name: str, linear: Linear, x: Tensor, dy: Tensor) -> None:
+    def _add(self, name: str, linear: Target, x: Tensor, dy: Tensor) -> None:
         grid, x = self.grids[name], x.to(dy.dtype)
         weight, present = dense_weight(linear), self.classes.unique()
         for label in present[present != NO_LABEL].tolist():
@@ -135,12 +141,12 @@ class QMTaylor(BlockSums):
         return {name: _quantile_mean(weights * total.cpu()[seen].abs()) for name, total in self.sums.items()}
 
 
-def _gradient(layer: Linear, x: Tensor, dy: Tensor) -> Tensor:
+def _gradient(layer: Target, x: Tensor, dy: Tensor) -> Tensor:
     """Return the weight gradient of examples x with the gradient dy of their outputs, shaped as the weight."""
     if is_convolution(layer):
         return weight_gradient(layer, x, dy)
     into, out = (part.reshape(-1, part.shape[-1]) for part in (x, dy))
-    return into.t() @ out if is_transposed(layer) else out.t() @ into
+    return into.t() @ out if stores_transpose(layer) else out.t() @ into
 
 
 def _extended(tensor: Tensor, size: int) -> Tensor:

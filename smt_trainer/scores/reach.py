@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.calls import watching_calls
 from smt_trainer.model.names import count_projections
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.targets import Target
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +31,11 @@ class Reach:
     """Watches the targets of a warm-up.
 
     Args:
-        targets: module name -> linear.
+        targets: name -> target.
         needs_backward: whether the warm-up runs backward; if not, only calls count.
     """
 
-    def __init__(self, targets: Mapping[str, Linear], needs_backward: bool) -> None:
+    def __init__(self, targets: Mapping[str, Target], needs_backward: bool) -> None:
         self.targets, self.needs_backward = targets, needs_backward
         self.called: set[str] = set()
         self.passed: set[str] = set()
@@ -42,19 +43,12 @@ class Reach:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Note calls and gradients within this context; enter it after the scorer's, whose hooks change outputs."""
-        handles = []
-        try:
-            for name, linear in self.targets.items():
-                handles.append(linear.register_forward_hook(functools.partial(self._note, name)))
+        with watching_calls(self.targets, self._note):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _note(self, name: str, linear: nn.Module, inputs: tuple, output: Tensor) -> None:
+    def _note(self, name: str, target: Target, x: Tensor) -> Callable[[Tensor], None] | None:
         self.called.add(name)
-        if output.requires_grad and name not in self.passed:
-            output.register_hook(functools.partial(self._note_gradient, name))
+        return None if name in self.passed else functools.partial(self._note_gradient, name)
 
     def _note_gradient(self, name: str, gradient: Tensor) -> None:
         self.passed.add(name)

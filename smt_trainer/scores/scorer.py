@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
+from smt_trainer.model.calls import watching_calls
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import is_quantised
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.targets import Target
 
 
 class Scorer(ABC):
@@ -28,7 +30,7 @@ class Scorer(ABC):
         needs_running_statistics: whether batch normalisation must use its running statistics, as in evaluation.
 
     Args:
-        targets: module name -> linear, in the model's order.
+        targets: name -> linear or expert's matrix, in the model's order.
         grids: module name -> grid.
         config: the configuration; a scorer reads its own fields only.
         seed: for random scores.
@@ -44,7 +46,7 @@ class Scorer(ABC):
         return None
 
     def __init__(
-        self, targets: Mapping[str, Linear], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
+        self, targets: Mapping[str, Target], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
     ) -> None:
         self.targets, self.grids, self.config, self.seed = targets, grids, config, seed
 
@@ -77,22 +79,24 @@ class Scorer(ABC):
 
 
 @contextlib.contextmanager
-def weight_gradients(targets: Mapping[str, Linear], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
+def weight_gradients(targets: Mapping[str, Target], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Form the gradients of the targets' weights within this context.
 
     Each time backward has formed one, call `consume` with the module's name and the gradient, then free it: only one
-    is alive at a time. A weight is let require a gradient; of a quantised one, which cannot, the gradient is dy^T x.
+    is alive at a time. A weight is let require a gradient. Of a quantised one, which cannot, and of an expert's matrix,
+    whose gradient autograd forms for all experts together, the gradient is dy^T x of each product.
     """
     handles = []
-    plain = {name: linear for name, linear in targets.items() if not is_quantised(linear)}
-    quantised = {name: linear for name, linear in targets.items() if is_quantised(linear)}
+    plain = {name: target for name, target in targets.items() if isinstance(target, nn.Module)}
+    plain = {name: linear for name, linear in plain.items() if not is_quantised(linear)}
+    others = {name: target for name, target in targets.items() if name not in plain}
     try:
         for name, linear in plain.items():
             linear.weight.requires_grad_(True)
             linear.weight.grad = None
             drain = functools.partial(_drain, name, consume)
             handles.append(linear.weight.register_post_accumulate_grad_hook(drain))
-        with output_gradients(quantised, functools.partial(_multiply, consume)):
+        with output_gradients(others, functools.partial(_multiply, consume)):
             yield
     finally:
         for handle in handles:
@@ -108,13 +112,14 @@ def _drain(name: str, consume: Callable[[str, Tensor], None], weight: Tensor) ->
     weight.grad = None
 
 
-def _multiply(consume: Callable[[str, Tensor], None], name: str, linear: Linear, x: Tensor) -> Callable[[Tensor], None]:
+def _multiply(consume: Callable[[str, Tensor], None], name: str, target: Target, x: Tensor) -> Callable[[Tensor], None]:
     kept = keep_for_backward(x)
 
     def form(dy: Tensor) -> None:
         # It must not hold x itself.
         into, out = kept().flatten(end_dim=-2).to(dy.dtype), dy.flatten(end_dim=-2)
-        consume(name, out.t() @ into)
+        is_transposed = isinstance(target, ExpertMatrix) and target.is_transposed
+        consume(name, into.t() @ out if is_transposed else out.t() @ into)
 
     return form
 
@@ -134,28 +139,18 @@ class _Kept(torch.autograd.Function):
 
 @contextlib.contextmanager
 def output_gradients(
-    targets: Mapping[str, Linear], observe: Callable[[str, Linear, Tensor], Callable[[Tensor], None]]
+    targets: Mapping[str, Target], observe: Callable[[str, Target, Tensor], Callable[[Tensor], None]]
 ) -> Iterator[None]:
     """Observe the output gradients of the targets within this context; form no weight gradient.
 
-    Each call of a target calls `observe` with the module's name, the module and its input x. Backward then calls what
-    `observe` returned with the gradient dy of the module's output.
+    Each call of a target calls `observe` with the target's name, the target and its input x. Backward then calls what
+    `observe` returned with the gradient dy of the output.
     """
-    handles = []
-    try:
-        for name, linear in targets.items():
-            handles.append(linear.register_forward_hook(functools.partial(_watch, name, observe)))
+
+    def observe_with_graph(name: str, target: Target, x: Tensor) -> Callable[[Tensor], None] | None:
+        # Reentrant checkpointing first runs forward without a graph.
+        return observe(name, target, x) if torch.is_grad_enabled() else None
+
+    # With all weights frozen, the lowest target's output requires no gradient.
+    with watching_calls(targets, observe_with_graph, start=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _watch(name: str, observe: Callable, linear: Linear, inputs: tuple[Tensor, ...], output: Tensor):
-    # Reentrant checkpointing first runs forward without a graph.
-    if not torch.is_grad_enabled():
-        return None
-    # With all weights frozen, the lowest target's output requires no gradient; replace it by a leaf that does.
-    started = output if output.requires_grad else output.detach().requires_grad_(True)
-    started.register_hook(observe(name, linear, inputs[0].detach()))
-    return started

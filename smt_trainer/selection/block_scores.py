@@ -37,7 +37,7 @@ from smt_trainer.manifest import (
 from smt_trainer.model.grid import BlockGrid, read_grids
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import count_parameters, find_targets, is_layer_of, named_layers, narrow
+from smt_trainer.model.targets import count_parameters, find_targets, is_layer_of, named_targets, narrow
 from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import collect_scores
 from smt_trainer.selection.block_selection import BlockSelection, base_name
@@ -106,8 +106,8 @@ class BlockScores:
             SMTError: the configuration does not fit the model, or there is no batch.
         """
         candidates = find_candidates(model, config)
-        linears = named_layers(model)
-        targets = {name: linears[name] for name in candidates.grids}
+        everything = named_targets(model)
+        targets = {name: everything[name] for name in candidates.grids}
         scorer = make_scorer(targets, candidates.grids, config, seed)
         scores = collect_scores(model, scorer, itertools.islice(batches, config.smt_warmup_steps))
         return cls.of_candidates(candidates, scores, config, base_name(model))
@@ -156,11 +156,11 @@ class BlockScores:
 
     def check_model(self, model: nn.Module, config: SMTConfig) -> None:
         """Raise `SMTError` unless these are scores of this plain model, and of all its targets under `config`."""
-        linears = dict(model.named_modules())
+        everything = named_targets(model)
         for name, grid in self.grids.items():
-            weight = getattr(linears.get(name), "weight", None)
-            shape = None if weight is None else full_shape(weight)
-            if shape != grid.stored_shape or not is_layer_of(linears[name], grid):
+            target = everything.get(name)
+            shape = None if target is None else full_shape(target.weight)
+            if target is None or shape != grid.stored_shape or not is_layer_of(target, grid):
                 wanted, found = ("x".join(map(str, size)) for size in (grid.stored_shape, shape or ["no such module"]))
                 raise SMTError(
                     f"the scores of `{name}` are of a weight of {wanted}; this model has {found}. They were computed "

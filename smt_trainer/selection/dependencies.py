@@ -40,7 +40,7 @@ from smt_trainer.model.convolution import is_convolution, padded
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import ALL_CONVOLUTIONS, find_targets, named_layers, target_grids
+from smt_trainer.model.targets import ALL_CONVOLUTIONS, find_targets, named_layers, named_targets, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,8 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
     _refuse_unsuited(model)
     targets, kept = set(targets), []
     sources, readers = set(), set()
-    keywords = {ALL_CONVOLUTIONS if is_convolution(model.get_submodule(name)) else "all-linear" for name in targets}
+    everything = named_targets(model)
+    keywords = {ALL_CONVOLUTIONS if is_convolution(everything[name]) else "all-linear" for name in targets}
     tunable = {name for word in keywords for name in find_targets(model, replace(config, target_modules=word))}
     if model not in _found:
         _found[model] = _all_dependencies(model)

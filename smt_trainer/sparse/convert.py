@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.convolution import is_convolution
+from smt_trainer.model.experts import ExpertMatrix, find_expert
 from smt_trainer.model.made_up import made_up
-from smt_trainer.model.names import plain_name
+from smt_trainer.model.names import plain_name, unwrapped
 from smt_trainer.model.quantised import floating_dtype, is_quantised, keep_differentiable, quantization_of
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import (
     has_linear_forward,
     has_plain_weight,
     is_layer_of,
+    is_linear,
     kind_of,
     refuse_adapters,
 )
@@ -26,11 +29,12 @@ from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.conv import block_conv_of
 from smt_trainer.sparse.dequantise import dequantise
+from smt_trainer.sparse.experts import hold_blocks
 from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.targets import Target
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -113,10 +117,10 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     return rewrite_as(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
 
 
-def base_dtype(model: nn.Module, linears: Mapping[str, Linear]) -> torch.dtype:
+def base_dtype(model: nn.Module, linears: Mapping[str, Target]) -> torch.dtype:
     """Return the dtype of the weights that hold blocks; of quantised ones, that in which they are multiplied."""
     first = next(iter(linears.values()))
-    if not is_quantised(first):
+    if isinstance(first, ExpertMatrix) or not is_quantised(first):
         return first.weight.dtype
     return getattr(first, "compute_dtype", None) or floating_dtype(model)
 
@@ -153,7 +157,7 @@ def _saving_modules(model: nn.Module) -> Iterator[tuple[nn.Module, set[str], set
     for path, module in model.named_modules():
         ignored: Any = getattr(module, "_keys_to_ignore_on_save", ...)
         if ignored is not ...:
-            prefix = f"{plain_name(path)}." if path else ""
+            prefix = f"{unwrapped(path)}." if path else ""
             own = {key.removeprefix(prefix) for key in _own_keys(model) if key.startswith(prefix)}
             yield module, set(ignored or ()), own
 
@@ -164,7 +168,8 @@ def _ignore_on_save(model: nn.Module, keys: set[str]) -> None:
 
 def _own_keys(model: nn.Module) -> set[str]:
     """Return the keys that the state dict of a rewritten model has and that of a plain one has not."""
-    return {f"{name}.{part}" for name, _ in smt_linears(model) for part in ("blocks", "block_indices")}
+    names = [unwrapped(name) for name, module in model.named_modules() if isinstance(module, BlockLinear)]
+    return {f"{name}.{part}" for name in names for part in ("blocks", "block_indices")}
 
 
 def rewrite(
@@ -185,6 +190,10 @@ def rewrite(
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
         grid = selection.grids[name]
+        expert = find_expert(model, name)
+        if expert is not None:
+            hold_blocks(expert, grid, torch.from_numpy(block_indices), master_dtype)
+            continue
         linear: Any = model.get_submodule(name)
         kind: type[BlockLinear] = SMTConv1D if grid.transposed else SMTLinear
         if grid.kernel:
@@ -242,8 +251,8 @@ def refuse_open_merge(model: nn.Module, onto: str | None) -> None:
         raise SMTError(f"onto={onto!r} is for blocks in quantised weights, and these are plain. Leave it out.")
 
 
-def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Linear]:
-    """Return the linears of a plain model that hold a selection's blocks, by full name.
+def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Target]:
+    """Return the linears and experts' matrices of a plain model that hold a selection's blocks, by full name.
 
     Raises:
         SMTError: the model already trains blocks or holds PEFT adapters; or one of the linears is missing, quantised,
@@ -254,14 +263,21 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Linea
     refuse_adapters(model)
     keep_differentiable(model)
     modules = dict(model.named_modules())
-    return {name: _expect_linear(modules.get(name), name, selection) for name in selection.block_indices}
+    return {
+        name: _expect_target(modules.get(name) or find_expert(model, name), name, selection)
+        for name in selection.block_indices
+    }
 
 
-def _expect_linear(linear: nn.Module | None, name: str, selection: BlockSelection) -> Linear:
+def _expect_target(linear: nn.Module | ExpertMatrix | None, name: str, selection: BlockSelection) -> Target:
     grid = selection.grids[name]
     if linear is None:
         found = "no such module"
-    elif not is_layer_of(linear, grid):
+    elif isinstance(linear, ExpertMatrix):
+        if (linear.weight_shape, linear.is_transposed) == (grid.weight_shape, grid.transposed):
+            return linear
+        found = f"an expert's of {'x'.join(map(str, linear.weight.shape))}"
+    elif not (is_linear(linear) or is_convolution(linear)) or not is_layer_of(linear, grid):
         found = f"a {type(linear).__name__}"
     elif not is_quantised(linear) and not has_linear_forward(linear):
         found = f"a {type(linear).__name__}, which has a forward of its own"
@@ -308,7 +324,7 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
     own = _own_keys(model)
     gathered, state = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if plain_name(name) in own:
+        if unwrapped(name) in own:
             continue
         if id(tensor) not in gathered:
             whole = full_tensor(tensor)

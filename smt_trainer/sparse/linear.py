@@ -45,27 +45,32 @@ class BlockLinear(nn.Module):
     group: ClassVar[Callable[[Tensor, BlockGrid], tuple[Any, Tensor, Tensor]]] = staticmethod(group_blocks)
     # Whether the weight holds the values of the blocks; a quantised one cannot.
     is_written: ClassVar[bool] = True
+    # Of an expert's matrix, its place among those in one parameter, and their number.
+    stacked: tuple[int, int] | None = None
 
     @classmethod
     def from_linear(
         cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
     ) -> BlockLinear:
         """Turn a linear into this class in place; its identity, hooks, state-dict keys, bias and ties stay."""
-        plan, block_indices, positions = cls.group(block_indices.cpu(), grid)
         linear_class, linear.__class__ = type(linear), cls
         assert isinstance(linear, cls)
         linear.linear_class = linear_class
-        linear.grid = grid
-        linear.plan = plan
         linear.weight.requires_grad_(False)
-        blocks = grid.gather(linear.base_weight(), block_indices).to(master_dtype)
-        linear.blocks = nn.Parameter(blocks.contiguous())
-        linear.mark_written()
-        follow(linear)
-        device = linear.weight.device
-        linear.register_buffer("block_indices", block_indices.to(device, torch.int32))
-        linear.register_buffer("positions", positions.to(device), persistent=False)
+        linear.hold(grid, block_indices, master_dtype)
         return linear
+
+    def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> None:
+        """Take the chosen blocks out of the weight, and write them back after each step of an optimizer."""
+        self.grid = grid
+        self.plan, block_indices, positions = type(self).group(block_indices.cpu(), grid)
+        blocks = grid.gather(self.base_weight(), block_indices).to(master_dtype)
+        self.blocks = nn.Parameter(blocks.contiguous())
+        self.mark_written()
+        follow(self)
+        device = self.weight.device
+        self.register_buffer("block_indices", block_indices.to(device, torch.int32))
+        self.register_buffer("positions", positions.to(device), persistent=False)
 
     def base_weight(self) -> Tensor:
         """Return the whole dense weight, in `weight_dtype`."""
@@ -187,6 +192,10 @@ class BlockLinear(nn.Module):
             write_back([self])
         elif f"{prefix}weight" in state_dict:
             self.read_back()
+
+    def weight_name(self, name: str) -> str:
+        """Return the name of the dense weight in the model, from the name of this target."""
+        return f"{name}.weight"
 
     @torch.no_grad()
     def read_back(self) -> None:

@@ -11,9 +11,10 @@ from transformers import Trainer
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.experts import expert_stacks, matrices_of
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_partitioned
-from smt_trainer.model.targets import refuse_adapters
+from smt_trainer.model.targets import narrow, refuse_adapters
 from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import get_state, is_smt_model
@@ -46,6 +47,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_sharded_states(trainer)
     _refuse_sharded_weights(trainer.model, needs_warmup)
     _refuse_sharded_quantised(trainer)
+    _refuse_sharded_experts(trainer)
     _refuse_hidden_weights(trainer.accelerator)
     _refuse_copies_by_name(trainer.args)
     if needs_warmup:
@@ -103,6 +105,23 @@ def _refuse_sharded_quantised(trainer) -> None:
         raise SMTError(
             "the base is quantised, and FSDP2 and DeepSpeed cut and cast weights as if they were plain. Use DDP, or "
             "load the base unquantised."
+        )
+
+
+def _refuse_sharded_experts(trainer) -> None:
+    model, config = trainer.model, trainer.smt_config
+    if model is None or is_smt_model(model) or not is_sharding(trainer.accelerator):
+        return
+    names = [name for stack in expert_stacks(model) for name in matrices_of(*stack)]
+    asked = (
+        [name for name in names if name in config.selection.grids]
+        if isinstance(config.selection, BlockSelection)
+        else narrow(names, config)
+    )
+    if asked:
+        raise SMTError(
+            f"`{asked[0]}` lies in a parameter with all experts, which FSDP2 and DeepSpeed cut between experts and "
+            "gather in places that are not tested here. Use DDP, or leave the experts out: target_modules='attention'."
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
-from smt_trainer.model.targets import named_layers
+from smt_trainer.model.targets import named_targets
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.scores.collect import LossScale, frozen, reached_scores, statistics_preserved
 from smt_trainer.scores.reach import Reach
@@ -81,8 +81,8 @@ class Warmup:
 
     def scorer(self, model: nn.Module) -> Scorer:
         """The configured scorer of the targets in a model, wrapped or not."""
-        linears = {plain_name(name): linear for name, linear in named_layers(model).items()}
-        targets = {name: linears[name] for name in self.grids}
+        everything = {plain_name(name): target for name, target in named_targets(model).items()}
+        targets = {name: everything[name] for name in self.grids}
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
     @contextlib.contextmanager

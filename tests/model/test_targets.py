@@ -1,7 +1,5 @@
 """Which linears are targets."""
 
-import re
-
 import pytest
 import tiny
 import torch
@@ -217,40 +215,45 @@ def mixture(**overrides) -> nn.Module:
     return tiny.build("Qwen3MoeForCausalLM", **GROUPED | EXPERTS | dense | overrides)
 
 
-ABOUT_EXPERTS = (
-    r"experts of this model are not tuned: they are kept as 3-D parameters \(2 such as "
-    r"`model\.layers\.1\.mlp\.experts\.gate_up_proj` of 4x64x64\), not as linears\. Leave them out with target_modules="
-)
-
-
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "expected"),
     [
-        {"target_modules": "mlp", "lowest_layer": 1},
-        {"target_modules": ["experts"]},
-        {"target_modules": ["gate_up_proj"]},
-        {"target_modules": r".*\.experts\..*"},
-        {"target_modules": ["w1", "w2"]},
+        ({"target_modules": "experts"}, ["gate_up_proj", "down_proj"]),
+        ({"target_modules": ["experts"]}, ["gate_up_proj", "down_proj"]),
+        ({"target_modules": ["gate_up_proj"]}, ["gate_up_proj"]),
+        ({"target_modules": ["experts.down_proj"]}, ["down_proj"]),
+        ({"target_modules": ["gate_up_proj.2"]}, ["gate_up_proj.2"]),
+        ({"target_modules": r".*\.experts\.down_proj\.[13]"}, ["down_proj.1", "down_proj.3"]),
+        ({"target_modules": "experts", "exclude_modules": ["down_proj"]}, ["gate_up_proj"]),
+        (
+            {"target_modules": "mlp", "exclude_modules": ["gate_proj", "up_proj", "mlp.down_proj"]},
+            ["gate_up_proj", "down_proj"],
+        ),
+        ({"target_modules": "mlp", "lowest_layer": 1}, ["gate_up_proj", "down_proj"]),
     ],
     ids=str,
 )
-def test_asking_for_experts_alone_is_refused(fields):
-    with pytest.raises(SMTError, match=f"matches no linear of this model.*{ABOUT_EXPERTS}"):
-        find_targets(mixture(), SMTConfig(**fields))
+def test_the_matrices_of_experts_are_targets(fields, expected, warnings):
+    path, count = "model.layers.1.mlp.experts.", 4
+    wanted = [
+        f"{path}{name}" if name[-1].isdecimal() else f"{path}{name}.{index}"
+        for name in expected
+        for index in range(1 if name[-1].isdecimal() else count)
+    ]
+    found = find_targets(mixture(), SMTConfig(**fields))
+    assert list(found) == wanted and not warnings()
+    grids = target_grids(found, SMTConfig(block_size=16, **fields))
+    assert {name: grid.weight_shape for name, grid in grids.items()} == {
+        name: (64, 64) if "gate_up" in name else (64, 32) for name in wanted
+    }
 
 
-@pytest.mark.parametrize(
-    ("target_modules", "expected"),
-    [
-        ("mlp", ["gate_proj", "up_proj", "down_proj"]),
-        ("all-linear", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
-        (["q_proj", "down_proj"], ["q_proj", "down_proj"]),
-        (r".*(up_proj|experts)", ["up_proj"]),
-    ],
-)
-def test_asking_for_experts_among_others_warns(target_modules, expected, warnings):
-    assert leaves(mixture(), target_modules=target_modules) == expected
-    assert len(warnings()) == 1 and re.search(ABOUT_EXPERTS, warnings()[0])
+@pytest.mark.parametrize("target_modules", ["mlp", "all-linear"])
+def test_experts_come_in_the_place_that_they_have_in_the_model(target_modules):
+    found = list(find_targets(mixture(), SMTConfig(target_modules=target_modules)))
+    layers = [name.split(".")[2] for name in found]
+    assert layers == sorted(layers) and sum("experts" in name for name in found) == 8
+    assert not any(name.endswith(".gate") for name in found)
 
 
 @pytest.mark.parametrize(
@@ -263,21 +266,48 @@ def test_asking_for_experts_among_others_warns(target_modules, expected, warning
     ],
     ids=str,
 )
-def test_asking_for_no_experts_is_silent(fields, warnings):
-    assert leaves(mixture(), **fields) and not warnings()
+def test_asking_for_no_experts_finds_none(fields, warnings):
+    found = find_targets(mixture(), SMTConfig(**fields))
+    assert found and not any("experts" in name for name in found) and not warnings()
 
 
 @pytest.mark.parametrize(
-    ("architecture", "overrides"),
+    ("architecture", "overrides", "transposed"),
     [
-        ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4}),
-        ("GptOssForCausalLM", GROUPED | {"num_local_experts": 4}),
-        ("GraniteMoeForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}),
+        ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4}, False),
+        ("GptOssForCausalLM", GROUPED | {"num_local_experts": 4}, True),
+        ("GraniteMoeForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}, False),
     ],
 )
-def test_the_experts_of_an_architecture_are_known(architecture, overrides):
-    with pytest.raises(SMTError, match=r"they are kept as 3-D parameters \(4 such as `model\.layers\.0\."):
-        find_targets(tiny.build(architecture, **overrides), SMTConfig(target_modules="mlp"))
+def test_the_experts_of_an_architecture_are_known(architecture, overrides, transposed):
+    config = SMTConfig(target_modules="experts", block_size=16)
+    found = find_targets(tiny.build(architecture, **overrides), config)
+    grids = target_grids(found, config)
+    assert len(found) == 16 and {grid.transposed for grid in grids.values()} == {transposed}
+    assert {grid.weight_shape for grid in grids.values()} == {(192, 64), (64, 96)}
+
+
+def test_experts_that_cannot_be_tuned_are_left_out_with_the_reason(warnings):
+    model = mixture(mlp_only_layers=[])
+    first, second = (model.get_submodule(f"model.layers.{layer}.mlp.experts") for layer in (0, 1))
+    first.gate_up_proj.requires_grad_(False)
+    second.forward = lambda *inputs: second.down_proj.sum()
+    found = find_targets(model, SMTConfig(target_modules="experts"))
+    assert list(found) == [f"model.layers.0.mlp.experts.down_proj.{index}" for index in range(4)]
+    replaced, frozen = warnings()
+    assert "the forward of its module is replaced" in replaced and "and 7 more" in replaced
+    assert "4 of 8 matching linears" in frozen
+
+
+def test_experts_of_an_unknown_class_are_left_out(warnings):
+    class OwnExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(2, 32, 32))
+
+    model = nn.ModuleDict({"experts": OwnExperts(), "up": nn.Linear(32, 32)})
+    assert list(find_targets(model, SMTConfig(target_modules="all-linear"))) == ["up"]
+    assert "not known which way round a OwnExperts" in warnings()[0]
 
 
 # ---- PEFT adapters ----

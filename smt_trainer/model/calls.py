@@ -1,0 +1,98 @@
+"""Observe the calls of targets: their inputs x [..., I], and in backward the gradients dy [..., O] of their outputs.
+
+A linear is observed by a hook, an expert's matrix by the products that its module takes (`products.py`). There x and dy
+are the rows [T_e, .] of the tokens that were sent to the expert; a product without any is no call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.model.experts import ExpertMatrix, watching_products
+from smt_trainer.model.products import Observer, Routing
+
+if TYPE_CHECKING:
+    from smt_trainer.model.targets import Target
+
+# Takes name, target and x of a call; returns what takes dy, or None.
+Observe = Callable[[str, "Target", Tensor], Callable[[Tensor], None] | None]
+
+
+@contextlib.contextmanager
+def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bool = False) -> Iterator[None]:
+    """Observe the calls of targets within this context.
+
+    Args:
+        targets: by name.
+        observe: called with name, target and x of each call. Backward calls what it returns with dy.
+        start: whether an output that requires no gradient is let require one, as where all weights are frozen.
+    """
+    handles = []
+    try:
+        for name, target in targets.items():
+            if isinstance(target, nn.Module):
+                handles.append(target.register_forward_hook(functools.partial(_watch, name, observe, start)))
+        experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
+        with watching_products(experts, lambda leaf, names: _observer(experts, names, observe, start)):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(name: str, observe: Observe, start: bool, linear: Any, inputs: tuple[Tensor, ...], output: Tensor):
+    take = observe(name, linear, inputs[0].detach())
+    if take is None or not _can_start(output, start):
+        return None
+    started = output if output.requires_grad else output.detach().requires_grad_(True)
+    started.register_hook(take)
+    return started
+
+
+def _observer(
+    matrices: Mapping[str, ExpertMatrix], names: Mapping[int, str], observe: Observe, start: bool
+) -> Observer:
+    """Return an observer for the products of one parameter, from {expert: target name}."""
+
+    def observe_product(x: Tensor, y: Tensor, routing: Routing) -> Tensor:
+        takes = {}
+        for expert in names:
+            if routing.may_take(expert) and len(rows := routing.rows(expert, x.detach())):
+                takes[expert] = observe(names[expert], matrices[names[expert]], rows)
+        takes = {expert: take for expert, take in takes.items() if take is not None}
+        if not takes or not _can_start(y, start):
+            return y
+        started = y if y.requires_grad else _Started.apply(y, torch.ones((), requires_grad=True))
+
+        def take_all(dy: Tensor) -> None:
+            for expert, take in takes.items():
+                take(routing.rows(expert, dy))
+
+        started.register_hook(take_all)
+        return started
+
+    return observe_product
+
+
+def _can_start(output: Tensor, start: bool) -> bool:
+    # Reentrant checkpointing first runs forward without a graph.
+    return torch.is_grad_enabled() and (start or output.requires_grad)
+
+
+class _Started(torch.autograd.Function):
+    """Lets a tensor require a gradient and still be changed in place, unlike a leaf."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
+        return None, None

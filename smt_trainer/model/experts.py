@@ -1,0 +1,148 @@
+"""The matrices of experts that a module keeps in 3-D parameters, each as a target of its own.
+
+transformers keeps the experts of a layer in `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] (or without a gate in
+`up_proj`), or each matrix transposed. Expert 7's are called `...experts.gate_up_proj.7` and `...experts.down_proj.7`
+and cut into blocks like any other weight. How the parameters lie in files is the business of `delta/expert_files.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from smt_trainer.errors import SMTError
+from smt_trainer.model.products import Observer, Role, WatchedStack
+
+# The classes without transformers' mark that keep each matrix transposed, or not.
+UNMARKED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One matrix of one expert.
+
+    Attributes:
+        experts: the module that holds it.
+        leaf: name of the 3-D parameter in this module.
+        index: number of the expert.
+    """
+
+    experts: nn.Module
+    leaf: str
+    index: int
+
+    @property
+    def stack(self) -> nn.Parameter:
+        """The parameter [E, O, I], or [E, I, O] where transposed."""
+        # While forward runs, the attribute of this name is a watched stack.
+        return self.experts._parameters[self.leaf]  # pyrefly: ignore[bad-return]
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix as it is stored, a view."""
+        return self.stack[self.index]
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the parameter holds W^T."""
+        return is_transposed_stack(self.experts)
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        rows, columns = self.stack.shape[1:]
+        return (columns, rows) if self.is_transposed else (rows, columns)
+
+
+def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Yield name, module and leaf of each 3-D parameter with experts, in the model's order."""
+    for name, module in model.named_modules():
+        is_rewritten = "block_indices" in module._buffers
+        if "expert" in f"{name}.{type(module).__name__}".lower() and not is_rewritten:
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.ndim == 3:
+                    yield (f"{name}.{leaf}" if name else leaf), module, leaf
+
+
+def matrices_of(name: str, experts: nn.Module, leaf: str) -> dict[str, ExpertMatrix]:
+    """Return the matrices of one 3-D parameter by the names of targets."""
+    count = len(experts._parameters[leaf])  # pyrefly: ignore[bad-argument-type]
+    return {f"{name}.{index}": ExpertMatrix(experts, leaf, index) for index in range(count)}
+
+
+def is_known(experts: nn.Module) -> bool:
+    """Return whether it is known which way round a module of experts keeps its matrices."""
+    return hasattr(experts, "is_transposed") or type(experts).__name__ in UNMARKED
+
+
+def is_transposed_stack(experts: nn.Module) -> bool:
+    """Return whether a module of experts keeps W^T [I, O] for each matrix."""
+    marked: Any = getattr(experts, "is_transposed", None)
+    return UNMARKED[type(experts).__name__] if marked is None else bool(marked)
+
+
+def find_expert(model: nn.Module, name: str) -> ExpertMatrix | None:
+    """Return the matrix of an expert by the name of a target; None if there is none of this name."""
+    stack, _, index = name.rpartition(".")
+    parent, _, leaf = stack.rpartition(".")
+    with contextlib.suppress(AttributeError):
+        experts = model.get_submodule(parent)
+        parameter = experts._parameters.get(leaf)
+        if parameter is not None and parameter.ndim == 3 and index.isdecimal() and int(index) < len(parameter):
+            return ExpertMatrix(experts, leaf, int(index))
+    return None
+
+
+@contextlib.contextmanager
+def watching_products(
+    matrices: Mapping[str, ExpertMatrix], observer: Callable[[str, dict[int, str]], Observer]
+) -> Iterator[None]:
+    """Report the products of experts within this context.
+
+    Args:
+        matrices: target name -> matrix; products of others are not reported.
+        observer: makes an observer for a parameter from its name and {expert: target name}.
+    """
+    stacks: dict[tuple[nn.Module, str], dict[int, str]] = {}
+    for name, matrix in matrices.items():
+        stacks.setdefault((matrix.experts, matrix.leaf), {})[matrix.index] = name
+    handles = []
+    try:
+        for (experts, leaf), names in stacks.items():
+            handles += watch_stack(experts, leaf, observer(leaf, names))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def watch_stack(experts: nn.Module, leaf: str, observe: Observer) -> list[RemovableHandle]:
+    """Report the products of a 3-D parameter to an observer from now on; return the handles of the hooks that do so."""
+    # A copy of the model copies what a partial function holds, but not a closure.
+    return [
+        experts.register_forward_pre_hook(functools.partial(_start, leaf, observe)),
+        experts.register_forward_hook(functools.partial(_end, leaf), always_call=True),
+    ]
+
+
+def _start(leaf: str, observe: Observer, experts: nn.Module, inputs: tuple) -> None:
+    watched, stack = vars(experts).get(leaf), ExpertMatrix(experts, leaf, 0).stack
+    observers = (observe,) if watched is None else (*watched.role.observers, observe)
+    # An attribute of its own goes before the parameter.
+    vars(experts)[leaf] = WatchedStack.of(stack, Role(leaf, is_transposed_stack(experts), observers))
+
+
+def _end(leaf: str, experts: nn.Module, inputs: tuple, output: Any) -> None:
+    watched = vars(experts).pop(leaf, None)
+    # After an exception there is no output.
+    if watched is not None and output is not None and not watched.role.reported and inputs[0].numel():
+        raise SMTError(
+            f"the forward of {type(experts).__name__} took no matrix product of `{leaf}` that can be followed (a fused "
+            "kernel?). Load the model with experts_implementation='eager', 'batched_mm' or 'grouped_mm'."
+        )

@@ -1,0 +1,135 @@
+"""Experts that train only the chosen blocks of their matrices.
+
+A module of experts keeps its class, its forward and its 3-D parameters, which stay frozen. It gets a child,
+`smt_experts`, that holds the blocks of each matrix and sees the products that forward takes:
+
+    experts.gate_up_proj                        [E, 2I, H] frozen, the blocks included
+    experts.smt_experts.gate_up_proj.7.blocks   [n, br, bc] trained: those of expert 7
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from smt_trainer.model.experts import ExpertMatrix, watch_stack
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import HOLDER
+from smt_trainer.model.products import Routing
+from smt_trainer.sparse.linear import BlockLinear
+from smt_trainer.sparse.sparse_experts import Part, with_gradients, with_zeros
+from smt_trainer.sparse.write_back import write_back
+
+
+class BlockExpert(BlockLinear):
+    """The trained blocks of one expert's matrix.
+
+    Attributes:
+        matrix: whose blocks they are.
+    """
+
+    matrix: ExpertMatrix
+    bias = None
+
+    def __init__(self, matrix: ExpertMatrix, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> None:
+        super().__init__()
+        # Beside the modules, of which its module is the parent.
+        vars(self)["matrix"] = matrix
+        self.stacked = matrix.index, len(matrix.stack)
+        self.hold(grid, block_indices, master_dtype)
+
+    @property
+    def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]
+        """The matrix as it is stored, a view of the frozen parameter."""
+        return self.matrix.weight.detach()
+
+    def to_linear(self) -> nn.Module:
+        """Write the blocks into the parameter and leave it, in place."""
+        write_back([self])
+        experts, leaf, index = self.matrix.experts, self.matrix.leaf, self.matrix.index
+        stacks: Any = experts.get_submodule(HOLDER)
+        del stacks[leaf][str(index)]
+        if not len(stacks[leaf]):
+            stacks[leaf].detach()
+            del stacks[leaf]
+        if not len(stacks):
+            delattr(experts, HOLDER)
+        return experts
+
+    def weight_name(self, name: str) -> str:
+        return name.removesuffix(f".{self.matrix.index}")
+
+
+class BlockStack(nn.ModuleDict):
+    """The trained experts of one 3-D parameter, by their numbers.
+
+    Attributes:
+        leaf: name of the parameter.
+        missed: the experts that have not taken part in the forward that runs.
+    """
+
+    def __init__(self, experts: nn.Module, leaf: str) -> None:
+        super().__init__()
+        self.missed: set[int] = set()
+        self.handles: list[RemovableHandle] = [
+            experts.register_forward_pre_hook(self._begin),
+            *watch_stack(experts, leaf, self._observe),
+            experts.register_forward_hook(self._finish),
+            experts.register_load_state_dict_pre_hook(self._read_plain),
+        ]
+        self.leaf = leaf
+
+    def detach(self) -> None:
+        """Take no part in forward any more."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _read_plain(self, experts: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Give a state dict of a plain model the blocks that its parameter holds."""
+        stack, own = state_dict.get(f"{prefix}{self.leaf}"), f"{prefix}{HOLDER}.{self.leaf}"
+        if stack is None:
+            return
+        for linear in self.experts():
+            values = linear.grid.gather(stack[linear.matrix.index], linear.block_indices)
+            state_dict.setdefault(f"{own}.{linear.matrix.index}.blocks", values)
+
+    def experts(self) -> list[BlockExpert]:
+        """Return the experts that have blocks."""
+        return list(self.values())  # pyrefly: ignore[bad-return]
+
+    def _begin(self, experts: nn.Module, inputs: tuple) -> None:
+        if stale := [linear for linear in self.experts() if linear.is_stale()]:
+            write_back(stale)
+        self.missed = {linear.matrix.index for linear in self.experts()}
+
+    def _observe(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
+        if not torch.is_grad_enabled():
+            return y
+        own = [linear for linear in self.experts() if routing.may_take(linear.matrix.index)]
+        if not own:
+            return y
+        self.missed -= {linear.matrix.index for linear in own}
+        parts = [Part(linear.matrix.index, linear.plan, linear.positions) for linear in own]
+        return with_gradients(y, x, routing, parts, [linear.blocks for linear in own])
+
+    def _finish(self, experts: nn.Module, inputs: tuple, output: Any) -> Any:
+        if not (torch.is_grad_enabled() and self.missed):
+            return output
+        # Without a gradient an optimizer would leave them out, and DDP would wait for them.
+        missed = [linear for linear in self.experts() if linear.matrix.index in self.missed]
+        return with_zeros(output, [linear.blocks for linear in missed])
+
+
+def hold_blocks(matrix: ExpertMatrix, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> BlockExpert:
+    """Let a module of experts train the blocks of one matrix."""
+    experts = matrix.experts
+    if not hasattr(experts, HOLDER):
+        experts.add_module(HOLDER, nn.ModuleDict())
+    stacks: Any = experts.get_submodule(HOLDER)
+    if matrix.leaf not in stacks:
+        stacks[matrix.leaf] = BlockStack(experts, matrix.leaf)
+    stacks[matrix.leaf][str(matrix.index)] = linear = BlockExpert(matrix, grid, block_indices, master_dtype)
+    return linear

@@ -1,0 +1,85 @@
+"""The gradient of the chosen blocks of experts, beside products that stay the model's own.
+
+A product y of some experts (`model/products.py`) is taken with the frozen weights as always, and gives dx as always.
+Let x_e and dy_e [T_e, .] be the rows that belong to expert e. Its blocks get, as those of a linear do
+(`sparse_linear.py`),
+
+    dW_e[r, c] = dy_e[:, r-th block row]^T  x_e[:, c-th block column]          [br, bc]
+
+`with_gradients` adds this to the graph of y. It changes no value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from smt_trainer.model.products import Routing
+from smt_trainer.sparse.kept_input import KeptInput, find_origin
+from smt_trainer.sparse.sparse_linear import Plan, block_gradients
+
+
+class Part(NamedTuple):
+    """The trained blocks of one expert: how they are grouped, and their positions (`group_blocks`)."""
+
+    expert: int
+    plan: Plan
+    positions: Tensor
+
+
+class _WithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, routing: Routing, parts: Sequence[Part], *blocks: Tensor) -> Tensor:
+        # Each row of a 2-D input is one token's.
+        origin = find_origin(x) if x.ndim == 2 else None
+        ctx.save_for_backward(*(origin.tensors if origin else (x,)))
+        ctx.steps = origin.steps if origin else ()
+        ctx.routing, ctx.parts, ctx.master_dtypes = routing, parts, [each.dtype for each in blocks]
+        # The product belongs to nobody else yet, and may be changed in place later: a view could not.
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
+        gradients, saved = [], ctx.saved_tensors
+        for (expert, plan, positions), dtype in zip(ctx.parts, ctx.master_dtypes, strict=True):
+            # Tensors of fewer dimensions belong to all tokens.
+            kept = (ctx.routing.rows(expert, one) if one.ndim > 1 else one for one in saved)
+            x = KeptInput(tuple(kept), ctx.steps)
+            gradients.append(block_gradients(ctx.routing.rows(expert, dy), x, plan, positions).to(dtype))
+        return dy, None, None, None, *gradients
+
+
+class _WithZeros(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, *blocks: Tensor) -> Tensor:
+        ctx.blocks = [(each.shape, each.dtype, each.device) for each in blocks]
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
+        return dy, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.blocks)
+
+
+def with_gradients(y: Tensor, x: Tensor, routing: Routing, parts: Sequence[Part], blocks: Sequence[Tensor]) -> Tensor:
+    """Return y, with gradients for the blocks of experts.
+
+    Args:
+        y: product of x and the experts' weights, fresh.
+        x: its input, in any of the shapes of `model/products.py`.
+        routing: which rows belong to which expert.
+        parts: the experts with blocks.
+        blocks: of each, [n, br, bc] in stored order; receives its gradient in its own dtype.
+    """
+    return _WithGradients.apply(y, x, routing, parts, *blocks)
+
+
+def with_zeros(y: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """Return y, with gradients of zero for blocks that took no part in it, as in dense training."""
+    return _WithZeros.apply(y, *blocks)
