@@ -11,8 +11,7 @@ neighbouring features of one block row or column,
 
 so `grad_signed` needs no weight gradient, only one product of pooled activations; but a convolution's, whose weights
 multiply many places, is formed. The other two scores form one weight gradient at a time, reduce it to one number per
-block and drop it. Since <W, G> = sum over t of <W, G_t>, `taylor` needs
-no sum of gradients either.
+block and drop it. Since <W, G> = sum over t of <W, G_t>, `taylor` needs no sum of gradients either.
 
 Where FSDP2 shards a weight over n ranks, each rank reduces its own rows and multiplies the result by n. All sums are
 averaged over ranks, which then gives the sum over the whole block.
