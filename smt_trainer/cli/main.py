@@ -7,19 +7,41 @@ import os
 import sys
 
 from smt_trainer import __version__
-from smt_trainer.cli import estimate, export, inspect_artefact, merge_delta, select, verify_merge
+from smt_trainer.cli import (
+    compose,
+    diff,
+    estimate,
+    export,
+    extract,
+    inspect_artefact,
+    merge_delta,
+    select,
+    unmerge,
+    verify_merge,
+)
 from smt_trainer.errors import SMTError, one_line
 
 # As a shell reports a process that SIGINT or SIGPIPE ended.
 INTERRUPTED, PIPE_CLOSED = 130, 141
-COMMANDS = (select, inspect_artefact, merge_delta, verify_merge, export, estimate)
+COMMANDS = (
+    select,
+    inspect_artefact,
+    merge_delta,
+    verify_merge,
+    unmerge,
+    extract,
+    diff,
+    compose,
+    export,
+    estimate,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `smt` with the given arguments (by default, those of the process); return the exit status."""
     parser = argparse.ArgumentParser(
         prog="smt",
-        description="Sparse Matrix Tuning: estimate, choose blocks; inspect, merge, verify, export deltas.",
+        description="Sparse Matrix Tuning: estimate, choose blocks; inspect, merge, verify, export, add up deltas.",
     )
     parser.add_argument("--version", action="version", version=f"smt_trainer {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)

@@ -50,7 +50,8 @@ class Delta:
         base: checksums of the base (see `sparse/fingerprint.py`).
         weight_dtype: dtype of the base weights in training, such as "bfloat16"; merging into this dtype is exact.
         architecture: class of the trained model, such as "LlamaForCausalLM".
-        unnamed: whole tensors that the configuration does not name: loading made them up, or forward changes them.
+        unnamed: whole tensors that the configuration does not name: loading made them up, forward changes them, or they
+            were extracted or composed.
         quantization: the `quantization_config` of a quantised base.
     """
 

@@ -9,22 +9,14 @@ with experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
+from smt_trainer.delta.parts import Part
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.names import find_names
 
 IN_MEMORY = "merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)"
-
-
-class Part(NamedTuple):
-    """Rows of an expert's matrix in a tensor: from which row of the matrix on, and where in the first dimension of the
-    tensor the matrix lies; None for a tensor of its own."""
-
-    key: str
-    first_row: int
-    expert: int | None
 
 
 def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Part]]:

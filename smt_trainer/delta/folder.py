@@ -98,6 +98,25 @@ def copy_trained(checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> Non
     _write(_files_of_training(checkpoint, delta_folder), stage)
 
 
+def copy_to_delta(source: Path, stage: Path) -> None:
+    """Copy tokenizer, chat templates, processor, generation settings and configuration of a model beside a new delta.
+
+    Args:
+        source: folder of the tuned model, or of its delta.
+        stage: folder of the new delta.
+    """
+    names = [name for name in files_beside_weights(source) if _fits(name, OF_TRAINING)]
+    files: dict[PurePath, Path | str] = {name: source / name for name in names}
+    if config := load_config(source):
+        files[PurePath(CONFIG)] = json.dumps(config | {EXPLICIT: NO_WEIGHTS}, indent=2, sort_keys=True) + "\n"
+    _write(files, stage)
+
+
+def copy_of_base(checkpoint: Checkpoint, stage: Path) -> None:
+    """Copy all of a base but its weights and their index."""
+    _write({name: checkpoint.folder / name for name in files_beside_weights(checkpoint.folder)}, stage)
+
+
 def load_config(folder: str | Path) -> dict[str, Any]:
     """Return the configuration of the trained model that lies beside a delta; an empty one if there is none."""
     path = Path(folder, CONFIG)

@@ -75,10 +75,15 @@ def open_base(base: str | Path, delta_folder: Path, output: Path, revision: str 
         raise SMTError(f"no delta at {delta_folder}: {DELTA_FILE} is missing. Check the path.")
     check_new(output)
     folder = find_checkpoint(base, revision)
-    for taken in (folder, delta_folder):
-        if taken.resolve() in (output.resolve(), *output.resolve().parents):
-            raise SMTError(f"{output} lies in {taken}; give a folder outside of base and delta.")
+    check_outside(output, folder, delta_folder)
     return Checkpoint.open(folder)
+
+
+def check_outside(output: Path, *folders: Path) -> None:
+    """Raise `SMTError` if a folder to write lies in one of those that are read."""
+    for taken in folders:
+        if taken.resolve() in (output.resolve(), *output.resolve().parents):
+            raise SMTError(f"{output} lies in {taken}; give a folder outside of all that is read.")
 
 
 def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str) -> None:
@@ -100,7 +105,7 @@ def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, on
 
 def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | None) -> None:
     """Copy the weights, write the trained values into the copies as they are ready, and copy the other files."""
-    with _copying(checkpoint, stage) as copies:
+    with copying(checkpoint, stage) as copies:
         from smt_trainer.delta.placement import Placement
 
         placement = Placement.of(delta_folder, checkpoint, onto)
@@ -112,7 +117,7 @@ def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | 
 
 
 @contextlib.contextmanager
-def _copying(checkpoint: Checkpoint, stage: Path) -> Iterator[dict[str, Future]]:
+def copying(checkpoint: Checkpoint, stage: Path) -> Iterator[dict[str, Future]]:
     """Copy the weights in the background, two files at a time; give up if the context ends in an exception."""
     cancelled = threading.Event()
     with ThreadPoolExecutor(2, thread_name_prefix="copy") as pool:

@@ -16,9 +16,10 @@ import numpy as np
 from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.expert_files import Part, find_experts
+from smt_trainer.delta.expert_files import find_experts
 from smt_trainer.delta.folder import load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
+from smt_trainer.delta.parts import Part
 from smt_trainer.delta.site import Site
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
@@ -160,14 +161,7 @@ def find_sites(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Site]]:
         SMTError: the checkpoint lacks a weight that has blocks.
     """
     selection, sites = delta.selection, {}
-    keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.places)
-    parts = {name: [Part(keys[f"{name}.weight"], 0, None)] for name in delta.block_arrays if f"{name}.weight" in keys}
-    others = [name for name in delta.block_arrays if name not in parts]
-    experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
-    if experts:
-        parts |= find_experts(experts, checkpoint)
-    _refuse_missing([f"{name}.weight" for name in others if name not in parts], checkpoint.folder)
-    for name, found in parts.items():
+    for name, found in find_parts(delta, checkpoint).items():
         grid, indices = selection.grids[name], selection.block_indices[name]
         whole = Site(name, grid, indices, delta.block_arrays[name], found[0].expert)
         for part in found:
@@ -176,6 +170,22 @@ def find_sites(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Site]]:
             if len(site.blocks):
                 sites.setdefault(part.key, []).append(site)
     return sites
+
+
+def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+    """Return where the weights with blocks lie in a checkpoint, by the names of their modules.
+
+    Raises:
+        SMTError: the checkpoint lacks one of them.
+    """
+    keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.places)
+    parts = {name: [Part(keys[f"{name}.weight"])] for name in delta.block_arrays if f"{name}.weight" in keys}
+    others = [name for name in delta.block_arrays if name not in parts]
+    experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
+    if experts:
+        parts |= find_experts(experts, checkpoint)
+    _refuse_missing([f"{name}.weight" for name in others if name not in parts], checkpoint.folder)
+    return parts
 
 
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:

@@ -102,14 +102,16 @@ def verify_merge(
         found = Checkpoint.open(merged, MERGED)
     except SMTError as error:
         return Verification({}, 0, [("weights", str(error))])
-    tensors, problems = _compare_tensors(checkpoint, placement, found)
+    tensors, problems = compare_tensors(checkpoint, placement, found)
     problems += _compare_files(checkpoint, placement, delta_folder, merged)
     return Verification(tensors, len(checkpoint.places), problems)
 
 
-def _compare_tensors(
+def compare_tensors(
     checkpoint: Checkpoint, placement: Placement, merged: Checkpoint
 ) -> tuple[dict[str, Counts], list[tuple[str, str]]]:
+    """Return the counts of each tensor that a delta trains, and what is wrong with any tensor of a merged checkpoint:
+    whether its values are those of base and delta, in whichever files they lie."""
     tensors, problems = {}, []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compared = pool.map(lambda key: _compare(key, checkpoint, placement, merged), checkpoint.places)
@@ -135,9 +137,9 @@ def _compare(
     old, new = map_bits(checkpoint.folder / before.file, before), map_bits(merged.folder / after.file, after)
     if key in placement.whole:
         trained = bits(cast(placement.whole[key], before.dtype)).reshape(-1)
-        changed = _differing(old, new) if len(old) == len(new) else len(new)
-        return _judge(Counts(len(new), len(new), changed), changed, _differing(new, trained))
-    changed = _differing(old, new)
+        changed = differing(old, new) if len(old) == len(new) else len(new)
+        return _judge(Counts(len(new), len(new), changed), changed, differing(new, trained))
+    changed = differing(old, new)
     if key not in placement.sites:
         return None, f"is not trained, and {changed:,} of {len(new):,} values are not the base's" if changed else None
     count = changed_inside = wrong = 0
@@ -160,7 +162,7 @@ def _judge(counts: Counts, changed_inside: int, wrong: int) -> tuple[Counts, str
     return counts, " and ".join(found) or None
 
 
-def _differing(first: np.ndarray, second: np.ndarray) -> int:
+def differing(first: np.ndarray, second: np.ndarray) -> int:
     """Count the places at which two arrays of one length differ, reading them a piece at a time."""
     step = CHUNK // first.itemsize
     starts = range(0, len(first), step)

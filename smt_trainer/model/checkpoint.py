@@ -95,8 +95,9 @@ class Checkpoint:
             return all(len({file.read(length) for file in files}) == 1 for length in lengths)
 
 
-def find_checkpoint(base: str | Path, revision: str | None) -> Path:
-    """Return the folder of a base: itself, or its download from the hub. Raise `SMTError` if there is none."""
+def find_checkpoint(base: str | Path, revision: str | None, what: str = f"{BASE} checkpoint") -> Path:
+    """Return the folder of a base, or `what` it should be: itself, or its download from the hub. Raise `SMTError` if
+    there is none."""
     if Path(base).is_dir():
         return Path(base)
     from huggingface_hub import snapshot_download
@@ -105,8 +106,8 @@ def find_checkpoint(base: str | Path, revision: str | None) -> Path:
         return Path(snapshot_download(str(base), revision=revision, allow_patterns=HUB_PATTERNS))
     except Exception as error:
         raise SMTError(
-            f"{base} is not a folder and could not be fetched from the hub ({error}). Give the folder of the base "
-            "checkpoint, or connect and give its hub name."
+            f"{base} is not a folder and could not be fetched from the hub ({error}). Give the folder of the {what}, "
+            "or connect and give its hub name."
         ) from error
 
 

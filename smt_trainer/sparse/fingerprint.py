@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,11 +75,24 @@ class Fingerprint:
 
         left_out, name_of_dtype = set(without), str(dtype).removeprefix("torch.")
         tensors = {name: tensor for name, tensor in saved_tensors(model) if name not in left_out}
-        stride = max(RUN, sum(math.prod(full_shape(tensor)) for tensor in tensors.values()) // RUNS)
+        stride = _stride(full_shape(tensor) for tensor in tensors.values())
         samples = [sample(full_tensor(tensor), stride) for tensor in tensors.values()]
         sums = dict(zip(tensors, _checksums(samples, name_of_dtype), strict=True))
         codes = {name: sums.pop(name) for name, tensor in tensors.items() if is_code(tensor)}
         return cls(name_of_dtype, stride, sums, codes)
+
+    @classmethod
+    def read(cls, folder: Path, places: Mapping[str, Place], dtype: str) -> Fingerprint:
+        """Return the fingerprint of a base on disk, as `of` gives it for the model that is loaded from there.
+
+        Args:
+            folder: of the checkpoint.
+            places: name of each tensor of `saved_tensors` -> where it lies.
+            dtype: of the base.
+        """
+        stride = _stride(place.shape for place in places.values())
+        samples = [read_sample(folder, place, stride) for place in places.values()]
+        return cls(dtype, stride, dict(zip(places, _checksums(samples, dtype), strict=True)))
 
     @property
     def digest(self) -> str:
@@ -126,6 +139,11 @@ def read_sample(folder: Path, place: Place, stride: int) -> np.ndarray:
     count, step, length = _runs(place.shape, stride)
     runs = read_runs(folder / place.file, place, count, step, length)
     return runs[0] if count == 1 else runs
+
+
+def _stride(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Return the values from one run to the next in a model whose tensors have these shapes."""
+    return max(RUN, sum(map(math.prod, shapes)) // RUNS)
 
 
 def _runs(shape: tuple[int, ...], stride: int) -> tuple[int, int, int]:

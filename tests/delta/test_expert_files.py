@@ -5,7 +5,7 @@ import tiny
 import torch
 from architectures import EXPERTS, GROUPED
 
-from smt_trainer import Delta, SMTError, from_delta, merge_checkpoint, verify_merge
+from smt_trainer import Delta, SMTError, compose_deltas, from_delta, merge_checkpoint, unmerge, verify_merge
 from smt_trainer.delta.lora import export_lora
 from smt_trainer.delta.patches import delta_patches, model_patches
 from smt_trainer.delta.weight_patch import apply_patches
@@ -112,3 +112,15 @@ def test_a_base_without_the_experts_is_refused(trained):
     tiny.llama().save_pretrained(folder / "other")
     with pytest.raises(SMTError, match="has no tensor `model"):
         merge_checkpoint(folder / "other", folder / "delta", folder / "merged")
+
+
+def test_what_is_composed_and_taken_out_again_is_exact(trained):
+    _, folder = trained
+    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
+    compose_deltas(folder / "base", [folder / "delta"], folder / "same")
+    tiny.assert_same(Delta.load(folder / "same").blocks, Delta.load(folder / "delta").blocks)
+    compose_deltas(folder / "base", [folder / "delta", folder / "delta"], folder / "none", weights=[1, -1])
+    merge_checkpoint(folder / "base", folder / "none", folder / "as before")
+    unmerge(folder / "merged", folder / "delta", folder / "unmerged", base=folder / "base")
+    for name in ("as before", "unmerged"):
+        tiny.assert_same(tiny.saved_tensors(folder / name), tiny.saved_tensors(folder / "base"))

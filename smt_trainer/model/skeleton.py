@@ -1,0 +1,33 @@
+"""The model of a checkpoint without its values: names, shapes, ties and kinds of modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from smt_trainer.errors import SMTError
+from smt_trainer.model.checkpoint import Checkpoint
+
+
+def skeleton(checkpoint: Checkpoint) -> nn.Module:
+    """Build the model that a checkpoint's config.json describes, on the meta device.
+
+    Raises:
+        SMTError: there is no config.json, it names no class of transformers, or none can be built from it.
+    """
+    import transformers
+
+    names = (checkpoint.config or {}).get("architectures") or [""]
+    kind = getattr(transformers, str(names[0]), None)
+    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        raise SMTError(
+            f"the config.json of {checkpoint.folder} should name a model class of transformers as its architecture, "
+            f"got {names[0]!r}. Save the model with save_pretrained."
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
+        with torch.device("meta"):
+            return kind(config).eval()
+    except Exception as error:  # an odd configuration makes transformers raise anything
+        first_line = str(error).partition("\n")[0]
+        raise SMTError(f"no {names[0]} can be built from {checkpoint.folder}: {first_line}") from error
