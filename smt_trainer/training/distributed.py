@@ -83,10 +83,11 @@ def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: boo
 
 def refuse_sharded_convolutions(accelerator: Accelerator, grids: Mapping[str, BlockGrid]) -> None:
     """Raise `SMTError` if weights are sharded over ranks, by FSDP2 or ZeRO-3, and some are those of convolutions."""
-    plugin = accelerator.state.deepspeed_plugin
-    stage = 0 if plugin is None else plugin.zero_stage
     name = next((name for name, grid in grids.items() if grid.kernel), None)
-    if name is not None and (accelerator.distributed_type == DistributedType.FSDP or stage == 3):
+    if name is None:
+        return
+    plugin = accelerator.state.deepspeed_plugin
+    if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
         raise SMTError(
             f"`{name}` is a convolution, whose blocks cannot be trained in weights that FSDP2 or ZeRO-3 shards over "
             "ranks. Use DDP or ZeRO-1 or 2, or leave it out of target_modules."
