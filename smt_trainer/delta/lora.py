@@ -176,8 +176,14 @@ def _refuse_experts(delta: Delta) -> None:
 
 
 def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:
-    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`."""
+    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`, or a module is a convolution."""
     indices = delta.selection.block_indices
+    convolution = next((name for name in indices if delta.selection.grids[name].kernel), None)
+    if convolution is not None:
+        raise SMTError(
+            f"`{convolution}` is a convolution, and an adapter is written for linears only. Merge the delta instead "
+            "(smt merge), or load it with from_delta."
+        )
     touched = {name: delta.selection.grids[name].touched(found) for name, found in indices.items() if len(found)}
     ranks = {name: min(lines) for name, lines in touched.items()}
     over = [name for name in ranks if ranks[name] > max_rank]

@@ -161,7 +161,8 @@ def estimate(
         bits: 4 or 8 hold the frozen base of SMT and LoRA in NF4 or LLM.int8; None: in `dtype`.
 
     Raises:
-        SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it.
+        SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it or
+            chooses from convolutions.
     """
     for name, value in {"batch": batch, "seq": seq, "ranks": ranks}.items():
         if value < 1:
@@ -174,6 +175,7 @@ def estimate(
     plain = build()
     base = QuantisedBase.of(plain, bits)
     selection = _choose(plain, config, build)
+    _refuse_convolutions(selection)
     whole = find_whole(plain, config, selection.block_indices)
     base.refuse_whole(whole)
     rank = _equal_rank(selection)
@@ -279,6 +281,15 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     targets = {name: everything[name] for name in candidates.grids}
     scores = make_scorer(targets, candidates.grids, replace(config, score="random")).scores()
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
+
+
+def _refuse_convolutions(selection: BlockSelection) -> None:
+    name = next((name for name, grid in selection.grids.items() if grid.kernel), None)
+    if name is not None:
+        raise SMTError(
+            f"`{name}` is a convolution, and what a step with blocks in convolutions takes is not estimated. Leave "
+            "them out of target_modules."
+        )
 
 
 def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:

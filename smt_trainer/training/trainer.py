@@ -42,7 +42,12 @@ from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
-from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
+from smt_trainer.training.distributed import (
+    bare_autocast,
+    is_sharding,
+    prepare_for_sharding,
+    refuse_sharded_convolutions,
+)
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
 from smt_trainer.training.reference import match_reference
@@ -186,6 +191,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         else:
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
             self._expect_gradients()
+        refuse_sharded_convolutions(self.accelerator, self.smt_selection.grids)
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
@@ -240,6 +246,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             if model() is self.model and unchanged:
                 return candidates
         candidates = find_candidates(self.model, self.smt_config)
+        refuse_sharded_convolutions(self.accelerator, candidates.grids)
         self._found = weakref.ref(self.model), flags, candidates
         return candidates
 

@@ -320,3 +320,9 @@ def test_columns_that_depend_on_rows_are_counted_as_training_counts_them(tmp_pat
     found = guess(model, config)
     assert found.smt.trainable == trained.smt_selection.trainable_parameters > 8 * 64
     assert found.selection.grids == trained.smt_selection.grids
+
+
+def test_blocks_in_convolutions_are_refused():
+    model = tiny.build("MambaForCausalLM", state_size=4, time_step_rank=4)
+    with pytest.raises(SMTError, match=r"`backbone.layers.0.mixer.conv1d` is a convolution, and what a step"):
+        guess(model, tiny.config(target_modules="all-conv", granularity="row", block_size="auto", budget=4))

@@ -29,6 +29,7 @@ from smt_trainer.plotting import (
     OverlapPoint,
     expert_rows,
     layer_rows,
+    plot_all,
     score_rows,
     selection_rows,
     share_rows,
