@@ -8,7 +8,7 @@ from typing import Any
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, OF_TRAINING, files_of_training
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import CONFIG
-from smt_trainer.model.hub import fetch, hub_errors, is_folder
+from smt_trainer.model.hub import fetch, is_folder
 
 README = "README.md"
 # A run's folder also holds scores, selection and pickled arguments, which nobody who loads the delta needs.
@@ -66,10 +66,8 @@ def push_delta(
 
     folder = find_delta(folder)
     delta, api = Delta.load(folder), HfApi(library_name="smt_trainer", token=token)
-    with hub_errors("repository to write to", name, revision):
+    try:
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(name, branch=revision, exist_ok=True)
         operations = [
             CommitOperationAdd(str(path), folder / path)
             for path in (DELTA_FILE, CONFIG_FILE, CONFIG, README, *files_of_training(folder))
@@ -77,4 +75,11 @@ def push_delta(
         ]
         if not (folder / README).is_file():
             operations.append(CommitOperationAdd(README, new_card(delta, folder, name).encode()))
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
         return api.create_commit(name, operations, commit_message=message, revision=revision).oid
+    except Exception as error:
+        raise SMTError(
+            f"the delta could not be pushed to {name} on the hub ({error}). Connect, log in with an account that may "
+            "write there (hf auth login), and push again."
+        ) from error

@@ -40,9 +40,8 @@ def new_card(delta: Delta, folder: Path, repository: str) -> str:
     """Return the card of a delta that no Trainer has written one for."""
     from transformers.modelcard import TrainingSummary
 
-    name, _, commit = (delta.selection.base_model or "").partition("@")
-    # Of a base on the hub; the name of a folder says nothing to others.
-    summary = TrainingSummary(repository.rpartition("/")[2], finetuned_from=name if commit else None)
+    name = _name_on_hub(delta.selection)
+    summary = TrainingSummary(repository.rpartition("/")[2], finetuned_from=name)
     return delta_card(
         summary.to_model_card(), delta.selection, delta.architecture, folder, repository, delta.quantization
     )
@@ -106,15 +105,14 @@ def _section(
 
 def _code(selection: BlockSelection, architecture: str, folder: Path, repository: str, *, is_quantised: bool) -> str:
     """Return lines of Python that load the delta and what prepares its inputs."""
-    name, _, commit = (selection.base_model or "").partition("@")
     loader = loaded_by(architecture)
     imported, arguments, lines = [], [f'"{repository}"'], []
     if loader.name:
         arguments.append(loader.name)
     if loader.is_known:
         imported.append(loader.name)
-    if not commit:
-        arguments.append(f'base="path/to/{name or "base"}"')
+    if _name_on_hub(selection) is None:
+        arguments.append(f'base="path/to/{selection.base_model or "base"}"')
     if is_quantised:
         arguments.append('onto="dequantized"')
     lines.append(f"model = from_delta({', '.join(arguments)})")
@@ -127,3 +125,9 @@ def _code(selection: BlockSelection, architecture: str, folder: Path, repository
     if imported:
         imports.append(f"from transformers import {', '.join(sorted(imported))}")
     return "\n".join([*imports, "", *lines])
+
+
+def _name_on_hub(selection: BlockSelection) -> str | None:
+    """Return the name of the base, if others can find it: of a folder, no more than its own name is recorded."""
+    name, _, commit = (selection.base_model or "").partition("@")
+    return name if commit or "/" in name else None

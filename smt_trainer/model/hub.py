@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,28 @@ def is_folder(name: str | Path, revision: str | None) -> bool:
     return found
 
 
-def cached_commit(name: str) -> str | None:
-    """Return the commit of a repository whose weights the hub's cache holds: the newest fetched of the main branch, if
-    no other commit in the cache has other weights. transformers 5.23 does not say what it has loaded a model from."""
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder in the hub's cache with a commit of a repository; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    cached = try_to_load_from_cache(name, "config.json")
-    if not isinstance(cached, str):
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is no longer there
         return None
-    commit = Path(cached).parent
-    weights = {
-        frozenset(path.resolve() for path in folder.glob("*.safetensors")) for folder in commit.parent.iterdir()
-    } - {frozenset()}
-    return commit.name if len(weights) < 2 else None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def cached_commit(name: str) -> str | None:
+    """Return the commit of the main branch that the hub's cache holds, if no other commit there has other weights.
+
+    So it is the one that a model was loaded from, which transformers 5.23 no longer says.
+    """
+    folder = cached_folder(name)
+    if folder is None:
+        return None
+    weights = {frozenset(path.resolve() for path in each.glob("*.safetensors")) for each in folder.parent.iterdir()}
+    return folder.name if len(weights - {frozenset()}) < 2 else None
 
 
 def fetch(what: str, name: str | Path, revision: str | None, patterns: Iterable[str], **access: Any) -> Path:
@@ -49,16 +57,7 @@ def fetch(what: str, name: str | Path, revision: str | None, patterns: Iterable[
         SMTError: there is no such repository or revision, it may not be read, or the hub cannot be reached and the
             cache lacks a file.
     """
-    from huggingface_hub import snapshot_download
-
-    with hub_errors(what, name, revision):
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[*patterns], **access))
-
-
-@contextlib.contextmanager
-def hub_errors(what: str, name: str | Path, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises about a repository into an `SMTError` that says what to do."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors, snapshot_download
 
     reasons = {
         errors.HFValidationError: "it is not a folder, and cannot be a name on the hub. Check the path.",
@@ -66,11 +65,11 @@ def hub_errors(what: str, name: str | Path, revision: str | None) -> Iterator[No
         errors.RepositoryNotFoundError: "it is not a folder, and the hub shows no repository of this name. Check the "
         "name; if it is private, log in (hf auth login).",
         errors.RevisionNotFoundError: f"it has no revision {revision!r}. Its page lists branches, tags and commits.",
-        (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled): "it is not a folder, and could not be fetched: "
-        "the hub cannot be reached, or HF_HUB_OFFLINE is set. Connect, or give the folder of a download.",
+        errors.LocalEntryNotFoundError: "it is not a folder, and could not be fetched: the hub cannot be reached, or "
+        "HF_HUB_OFFLINE is set. Connect, or give the folder of a download.",
     }
     try:
-        yield
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[*patterns], **access))
     except Exception as error:
-        reason = next((reason for kinds, reason in reasons.items() if isinstance(error, kinds)), error)
+        reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), error)
         raise SMTError(f"no {what} at {name}: {reason}") from error

@@ -82,6 +82,12 @@ def test_of_a_base_that_is_not_on_the_hub_the_code_asks_for_its_place(llama):
     assert "base_model" not in card and "Tokenizer" not in card
 
 
+def test_of_a_base_on_the_hub_the_code_says_no_place(llama):
+    selection = replace(tiny.choose(llama), base_model="someone/base")
+    card = delta_card("# x", selection, "LlamaForCausalLM", Path("nowhere"), "me/delta")
+    assert 'from_delta("me/delta", AutoModelForCausalLM)' in code_of(card)
+
+
 def test_a_class_of_another_library_is_named_as_it_is(llama):
     card = delta_card("# x", tiny.choose(llama), "MyModel", Path("nowhere"), "me/delta")
     assert 'from_delta("me/delta", MyModel, ' in code_of(card) and "transformers" not in code_of(card)

@@ -3,9 +3,11 @@
 import huggingface_hub
 import pytest
 import tiny
+from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError
 from smt_trainer.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, find_checkpoint
+from smt_trainer.selection.block_selection import base_name
 
 OTHER_FORMATS = ["pytorch_model.bin", "consolidated.safetensors", "model.fp16.safetensors", "onnx/model.onnx", "x.pt"]
 
@@ -77,3 +79,21 @@ def test_what_is_not_there_is_refused_in_a_line(name, revision, message, hub, tm
 def test_a_folder_has_no_revision(base):
     with pytest.raises(SMTError, match=r"is a folder, which has no revision 'v1'"):
         find_checkpoint(base, "v1")
+
+
+def test_the_commit_of_a_loaded_model_is_known_unless_the_cache_has_other_weights(hub, tmp_path):
+    first = upload(hub, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained("someone/base")
+    assert base_name(model) == f"someone/base@{first}"
+    (tmp_path / "base" / "README.md").write_text("a new card")
+    second = upload(hub, tmp_path / "base")
+    assert base_name(AutoModelForCausalLM.from_pretrained("someone/base")) == f"someone/base@{second}"
+    tiny.llama(seed=1).save_pretrained(tmp_path / "other")
+    hub.upload("someone/base", tmp_path / "other")
+    assert base_name(AutoModelForCausalLM.from_pretrained("someone/base")) == "someone/base"
+
+
+def test_a_model_from_a_folder_that_is_gone_has_no_commit(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    base.rename(base.with_name("away"))
+    assert base_name(model) == str(base)
