@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.delta,
         arguments.out,
         revision=arguments.revision,
+        delta_revision=arguments.delta_revision,
         dtype=arguments.dtype,
         max_rank=arguments.max_rank,
         onto=arguments.onto,

@@ -26,5 +26,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from smt_trainer.delta.merge import merge_checkpoint
 
-    merge_checkpoint(arguments.base, arguments.delta, arguments.out, revision=arguments.revision, onto=arguments.onto)
+    merge_checkpoint(
+        arguments.base,
+        arguments.delta,
+        arguments.out,
+        revision=arguments.revision,
+        delta_revision=arguments.delta_revision,
+        onto=arguments.onto,
+    )
     print(f"merged checkpoint in {arguments.out}")
