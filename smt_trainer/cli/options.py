@@ -28,11 +28,21 @@ def amount(text: str) -> float:
 
 
 def add_base_and_delta(parser: argparse.ArgumentParser, third: str, help: str) -> None:
-    """Add the arguments BASE and DELTA, a third one, and the flag --revision."""
+    """Add the arguments BASE and DELTA, a third one, and the flags of their revisions."""
     parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
-    parser.add_argument("delta", help="delta folder")
+    parser.add_argument("delta", help="delta: a folder, or a name on the hub")
     parser.add_argument(third, help=help)
-    parser.add_argument("--revision", help="revision of a base on the hub")
+    parser.add_argument("--revision", help="branch, tag or commit of a base on the hub")
+    parser.add_argument("--delta-revision", help="the same of a delta on the hub")
+
+
+def add_onto(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --onto."""
+    parser.add_argument(
+        "--onto",
+        choices=("dequantized", "original"),
+        help="for a delta of a quantised base: its dequantised weights, or the weights that it was made of",
+    )
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:

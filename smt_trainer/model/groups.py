@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.names import expert_index, layer_index, matches
 
 GROUPS = ("qkv", "attention", "mlp", "experts")
+# The keywords that mean linears and experts; 'all-conv' means convolutions (`targets.py`).
+LINEAR_KEYWORDS = (*GROUPS, "all-linear")
 
 # Names of the query, key and value projections, separate or fused, in transformers' architectures.
 QKV_NAMES = frozenset(
@@ -47,9 +49,9 @@ def in_group(name: str, group: str) -> bool:
 
 
 def with_stack(name: str) -> list[str]:
-    """Return the name of a target; for one that ends in a number, an expert's, also those of parameter and module."""
+    """Return the name of a target; for an expert's that ends in its number, also those of parameter and module."""
     stack, _, index = name.rpartition(".")
-    return [name, stack, stack.rpartition(".")[0]] if index.isdecimal() else [name]
+    return [name, stack, stack.rpartition(".")[0]] if index == str(expert_index(name)) else [name]
 
 
 def is_meant(name: str, keyword: str, apart: Collection[str] = ()) -> bool:
@@ -57,7 +59,7 @@ def is_meant(name: str, keyword: str, apart: Collection[str] = ()) -> bool:
 
     Args:
         name: full name of the weight's module, or of its parameter.
-        keyword: one of `TARGET_KEYWORDS`.
+        keyword: one of `LINEAR_KEYWORDS`.
         apart: modules of which no keyword means anything.
     """
     *path, leaf = name.split(".")

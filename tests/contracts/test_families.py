@@ -23,7 +23,8 @@ from smt_trainer import (
     merge_checkpoint,
     verify_merge,
 )
-from smt_trainer.config import TARGET_KEYWORDS
+from smt_trainer.model.convolution import is_convolution
+from smt_trainer.model.groups import LINEAR_KEYWORDS
 from smt_trainer.model.language_model import find_language_model
 from smt_trainer.model.names import by_projection
 from smt_trainer.model.targets import find_targets, named_targets
@@ -33,7 +34,7 @@ from smt_trainer.sparse.write_back import write_back
 ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in TABLE.read_text().splitlines() if "%)" in line}
 OF_THE_TABLE = Version(re.search(r"transformers (\d+\.\d+\.\d+)", TABLE.read_text())[1])
 SPEAKING = [name for name, family in FAMILIES.items() if family.is_composite and name != "CLIP"]
-EVERYTHING = ".*"
+EVERYTHING = "every linear"
 # transformers 5.3 has other modules in these, or runs them otherwise.
 CHANGED = frozenset(
     "DeepSeek-V2, Mamba, Falcon-Mamba, Granite 4 hybrid, Jamba, Nemotron-H, Zamba2, RecurrentGemma, ViT".split(", ")
@@ -65,6 +66,11 @@ def config(name: str, target_modules, **fields) -> SMTConfig:
     return SMTConfig(target_modules=target_modules, smt_warmup_steps=1, **fields)
 
 
+def linears(model: nn.Module) -> list[str]:
+    """Name all linears and matrices of experts but the output embeddings."""
+    return [name for name, one in named_targets(model).items() if not is_convolution(one) and name != "lm_head"]
+
+
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copy all parameters and buffers, also those outside the state dict."""
     return {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -84,7 +90,7 @@ def cases() -> list:
     found = []
     for name, family in FAMILIES.items():
         found.append(pytest.param(name, "all-linear", id=f"{name}-all-linear"))
-        cells = zip(TARGET_KEYWORDS[:-1], ROWS[name].split(" | ")[1:], strict=False)
+        cells = zip(LINEAR_KEYWORDS[:-1], ROWS[name].split(" | ")[1:], strict=False)
         others = [keyword for keyword, cell in cells if cell not in (NONE, UNTUNABLE)]
         for other in [*others, *([EVERYTHING] if family.is_composite else [])]:
             found.append(pytest.param(name, other, id=f"{name}-{other}", marks=pytest.mark.slow))
@@ -94,12 +100,14 @@ def cases() -> list:
 @pytest.mark.parametrize(("name", "target_modules"), cases())
 def test_a_step_moves_the_chosen_blocks_and_nothing_else(name, target_modules):
     model, family = perturbed(name).train(), FAMILIES[name]
+    reaches_all = target_modules == EVERYTHING
+    target_modules = linears(model) if reaches_all else target_modules
     targets = find_targets(model, config(name, target_modules))
     inputs, plain = family.inputs(model), copy.deepcopy(model)
     scores = BlockScores.of(model, config(name, target_modules, score="grad_signed"), [inputs])
     tiny.assert_same(tensors(model), tensors(plain))
     unreached = list(scores.unreached)
-    if target_modules == EVERYTHING:
+    if reaches_all:
         # Some towers have layers whose output nothing uses.
         assert all("vision" in module for module in unreached)
     else:
@@ -148,7 +156,7 @@ def test_weights_that_are_only_read_are_refused_in_the_first_step_without_a_warm
 def test_keywords_mean_the_language_model_and_say_so(name, warnings):
     model = FAMILIES[name].build()
     inner = find_language_model(model)
-    for keyword in TARGET_KEYWORDS:
+    for keyword in LINEAR_KEYWORDS:
         if keyword != "experts":
             found = find_targets(model, SMTConfig(target_modules=keyword))
             assert found and all(target.startswith(f"{inner}.") for target in found)
@@ -165,7 +173,7 @@ def test_keywords_mean_the_language_model_and_say_so(name, warnings):
 def test_names_reach_what_lies_beside_the_language_model(name, warnings):
     model = FAMILIES[name].build()
     inner = find_language_model(model)
-    others = [target for target in named_targets(model) if not target.startswith(inner) and target != "lm_head"]
+    others = [target for target in linears(model) if not target.startswith(inner)]
     for wanted in (others, "|".join(map(re.escape, others))):
         found = find_targets(model, SMTConfig(target_modules=wanted))
         # nn.MultiheadAttention reads the weight of its output projection.
@@ -189,9 +197,8 @@ def test_merging_gives_the_trained_model(name, tmp_path):
     kind = type(family.build())
     family.build().save_pretrained(base)
     model = kind.from_pretrained(base)
-    fields = {"score": "random", "exclude_modules": ["lm_head"]}
-    target_modules = EVERYTHING if family.is_composite else "all-linear"
-    convert_to_smt(model, tiny.choose(model, config(name, target_modules, **fields)))
+    target_modules = linears(model) if family.is_composite else "all-linear"
+    convert_to_smt(model, tiny.choose(model, config(name, target_modules, score="random")))
     tiny.disturb(model)
     Delta.of(model).save(delta)
     merge_checkpoint(base, delta, merged)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from smt_trainer.config import TARGET_KEYWORDS
-from smt_trainer.model.groups import in_group, is_meant
+from smt_trainer.model.groups import LINEAR_KEYWORDS, in_group, is_meant
 
 ATTENTION, QKV = {"attention", "all-linear"}, {"qkv", "attention", "all-linear"}
 MLP, EXPERTS, OTHER = {"mlp", "all-linear"}, {"experts", "mlp", "all-linear"}, {"all-linear"}
@@ -49,12 +48,12 @@ MLP, EXPERTS, OTHER = {"mlp", "all-linear"}, {"experts", "mlp", "all-linear"}, {
     ],
 )
 def test_a_keyword_means_a_weight(name, keywords):
-    assert {keyword for keyword in TARGET_KEYWORDS if is_meant(name, keyword)} == keywords
+    assert {keyword for keyword in LINEAR_KEYWORDS if is_meant(name, keyword)} == keywords
 
 
 def test_nothing_is_meant_apart():
     assert is_meant("visual.blocks.0.attn.qkv", "qkv")
-    assert not any(is_meant("visual.blocks.0.attn.qkv", keyword, {"visual"}) for keyword in TARGET_KEYWORDS)
+    assert not any(is_meant("visual.blocks.0.attn.qkv", keyword, {"visual"}) for keyword in LINEAR_KEYWORDS)
     assert is_meant("visual.blocks.0.attn.qkv", "qkv", {"visual.blocks.0.at", "vis"})
 
 
