@@ -72,10 +72,9 @@ class SMTConfig:
         Names(*TARGET_KEYWORDS),
         decides="targets",
         help="Linears to choose blocks from: 'qkv' (query, key and value projections, fused or not), 'attention' (qkv "
-        "and the output projection), 'mlp' (experts included), 'experts', 'all-linear' (all but output embeddings, "
-        "heads and routers), each in the language model alone where a model has other parts; 'all-conv' (the "
-        "convolutions instead), a list of module names or their endings, or a regular expression that the whole module "
-        "name must match; lists and expressions mean linears and convolutions.",
+        "and the output projection), 'mlp' (experts included), 'experts', 'all-linear' (all but heads and routers), of "
+        "a VLM in its language model; 'all-conv' (the convolutions instead), a list of module names or their endings, "
+        "or a regular expression that the whole module name must match; these two also mean convolutions.",
     )
     exclude_modules: ModuleNames | None = setting(
         None,
