@@ -23,11 +23,11 @@ from smt_trainer import (
     merge_checkpoint,
     verify_merge,
 )
-from smt_trainer.model.convolution import is_convolution
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.groups import LINEAR_KEYWORDS
 from smt_trainer.model.language_model import find_language_model
 from smt_trainer.model.names import by_projection
-from smt_trainer.model.targets import find_targets, named_targets
+from smt_trainer.model.targets import find_targets, is_linear, named_targets
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 
@@ -68,7 +68,8 @@ def config(name: str, target_modules, **fields) -> SMTConfig:
 
 def linears(model: nn.Module) -> list[str]:
     """Name all linears and matrices of experts but the output embeddings."""
-    return [name for name, one in named_targets(model).items() if not is_convolution(one) and name != "lm_head"]
+    found = {name for name, one in named_targets(model).items() if is_linear(one) or isinstance(one, ExpertMatrix)}
+    return sorted(found - {"lm_head"})
 
 
 def tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,11 +14,11 @@ from families import FAMILIES, SKIPPED, Family
 from torch import nn
 
 from smt_trainer import SMTConfig, SMTError
-from smt_trainer.model.convolution import is_convolution
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.groups import LINEAR_KEYWORDS
 from smt_trainer.model.language_model import find_language_model
 from smt_trainer.model.names import by_projection
-from smt_trainer.model.targets import count_parameters, find_targets, named_targets, weight_shape
+from smt_trainer.model.targets import count_parameters, find_targets, is_linear, named_targets, weight_shape
 
 TABLE = Path(__file__).parents[1] / "contracts" / "families.md"
 HEAD = """# Families of models
@@ -27,7 +27,7 @@ What the keywords of `target_modules` mean in each family, in transformers {vers
 share of the model that these are, in the tiny configurations of `tests/support/families.py`. A *+* stands for what the
 columns before it have. Names in a list or a regular expression reach everything, also what no keyword means; in a model
 of images and text, that is all beside its language model, too. Not tunable are weights that several modules share.
-Convolutions are left out.
+Only linears and experts are here.
 Forward reads the weights marked *(read)* without calling their linears, so the warm-up leaves them out.
 `tests/contracts/test_families.py` holds this table, and that a step moves the chosen blocks and nothing else.
 
@@ -54,7 +54,7 @@ def row(name: str, family: Family) -> str:
     rest = [
         name
         for name, target in named_targets(model).items()
-        if name not in everything and name.startswith(inner) and not is_convolution(target)
+        if name not in everything and name.startswith(inner) and (is_linear(target) or isinstance(target, ExpertMatrix))
     ]
     cells = [
         cell(model, found["qkv"]),
