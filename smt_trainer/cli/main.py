@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 
 from smt_trainer import __version__
 from smt_trainer.cli import (
+    completion,
     compose,
     diff,
     estimate,
@@ -21,6 +23,8 @@ from smt_trainer.cli import (
 )
 from smt_trainer.errors import SMTError, one_line
 
+# As argparse ends for a command line that it cannot parse.
+FAILED = 2
 # As a shell reports a process that SIGINT or SIGPIPE ended.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 COMMANDS = (
@@ -34,20 +38,15 @@ COMMANDS = (
     compose,
     export,
     estimate,
+    completion,
 )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `smt` with the given arguments (by default, those of the process); return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="smt",
-        description="Sparse Matrix Tuning: estimate, choose blocks; inspect, merge, verify, export, add up deltas.",
-    )
-    parser.add_argument("--version", action="version", version=f"smt_trainer {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("smt_trainer").setLevel(logging.INFO)
     try:
         status = arguments.run(arguments)
         sys.stdout.flush()
@@ -55,10 +54,29 @@ def main(argv: list[str] | None = None) -> int:
         print("smt: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has seen enough (`smt inspect delta | head`). Python flushes once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader has seen enough (`smt inspect delta | head`).
+        _write_no_more()
         return PIPE_CLOSED
     except (SMTError, OSError) as error:
         print(f"smt: {one_line(str(error))}", file=sys.stderr)
-        return 1
+        return FAILED
     return status or 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="smt",
+        description="Sparse Matrix Tuning: estimate, choose blocks; inspect, merge, verify, export, add up deltas.",
+        epilog="Exit status: 0 if it is done; 1 if the answer is no (smt verify); 2 for an error, in one line on "
+        "standard error; 130 if interrupted; 141 if the reader of its output has gone.",
+    )
+    parser.add_argument("--version", action="version", version=f"smt_trainer {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def _write_no_more() -> None:
+    """Let nothing come of what Python flushes once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -210,7 +210,7 @@ def token_of(byte):
 
 def test_select_chooses_again_from_scores_alone(scores, tmp_path):
     command = ["select", "--scores", str(scores), "--output", str(tmp_path / "out")]
-    assert main([*command, "--budget", "3", "--target-modules", "v_proj$", "q_proj", "--layer-cap", "2"]) == 1
+    assert main([*command, "--budget", "3", "--target-modules", "v_proj$", "q_proj", "--layer-cap", "2"]) == 2
     assert main([*command, "--budget", "3", "--target-modules", "v_proj", "q_proj", "--layer-cap", "2"]) == 0
     own = BlockScores.load(scores)
     config = replace(own.config, budget=3, target_modules=["v_proj", "q_proj"], layer_cap=2)
@@ -252,7 +252,7 @@ def test_a_text_is_learnt_with_its_end_token_and_a_long_one_is_cut(form, checkpo
 def test_data_that_cannot_be_learnt_from_are_refused(text, message, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").write_text(text)
-    assert main(["select", "checkpoint", "--data", "data", "--output", "out"]) == 1
+    assert main(["select", "checkpoint", "--data", "data", "--output", "out"]) == 2
     assert re.match(f"smt: {message}", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
@@ -270,9 +270,9 @@ def test_data_that_cannot_be_learnt_from_are_refused(text, message, checkpoint, 
         (["select", "--scores", "a", "--output", "out", "--budget", "mlp=x"], "smt: budget must be a count of blocks"),
     ],
 )
-def test_bad_input_gives_one_line_on_standard_error_and_status_1(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_gives_one_line_on_standard_error_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(message) and captured.err.count("\n") == 1 and not captured.out
     assert not list(tmp_path.iterdir())

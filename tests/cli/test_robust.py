@@ -17,14 +17,14 @@ SMT = [sys.executable, "-c", "import sys; from smt_trainer.cli import main; sys.
 
 
 def refused(arguments, capsys) -> str:
-    """Run `smt`, which refuses in one line with status 1, or with its usage and status 2; return what it says."""
+    """Run `smt`, which refuses in one line or with its usage, with status 2; return what it says."""
     try:
         status = main(arguments)
     except SystemExit as exit:
         assert exit.code == 2
         return capsys.readouterr().err
     said = capsys.readouterr().err
-    assert status == 1 and said.startswith("smt: ") and said.count("\n") == 1 and said[:-1].isprintable()
+    assert status == 2 and said.startswith("smt: ") and said.count("\n") == 1 and said[:-1].isprintable()
     return said
 
 
