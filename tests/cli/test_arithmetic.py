@@ -5,20 +5,10 @@ import subprocess
 import sys
 
 import arithmetic
-import pytest
 import tiny
 
 from smt_trainer import diff_deltas
 from smt_trainer.cli import main
-
-
-@pytest.fixture
-def folder(base, tmp_path):
-    """Train two deltas and merge the first; return the folder of all."""
-    for seed in range(2):
-        arithmetic.train(tiny.llama(), tmp_path / f"delta{seed}", seed, budget=30)
-    assert main(["merge", str(base), str(tmp_path / "delta0"), str(tmp_path / "merged")]) == 0
-    return tmp_path
 
 
 def smt(capsys, folder, *words):
