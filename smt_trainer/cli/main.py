@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -47,9 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("smt_trainer").setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without the letters of a name gets their escapes, as on standard error.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = arguments.run(arguments)
-        sys.stdout.flush()
+        # Without standard output (`smt inspect delta >&-`) there is nothing to flush.
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("smt: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -57,10 +63,18 @@ def main(argv: list[str] | None = None) -> int:
         # The reader has seen enough (`smt inspect delta | head`).
         _write_no_more()
         return PIPE_CLOSED
-    except (SMTError, OSError) as error:
-        print(f"smt: {one_line(str(error))}", file=sys.stderr)
+    except (SMTError, OSError, MemoryError) as error:
+        print(f"smt: {one_line(_said(error))}", file=sys.stderr)
         return FAILED
     return status or 0
+
+
+def _said(error: SMTError | OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"not enough memory. {error}"
+    if isinstance(error, SMTError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _parser() -> argparse.ArgumentParser:

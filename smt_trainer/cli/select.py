@@ -103,7 +103,11 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
     # On an H200, cuDNN's attention made every gradient NaN where padding on the left is masked.
     torch.backends.cuda.enable_cudnn_sdp(False)
     collate = functools.partial(pad, takes=inspect.signature(model.forward).parameters)
-    return SMTTrainer(model, training, collate, examples, smt_config=config).select()
+    try:
+        return SMTTrainer(model, training, collate, examples, smt_config=config).select()
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).partition("\n")[0]
+        raise SMTError(f"{first_line} Give a smaller --batch or --seq, or --checkpointing.") from error
 
 
 def _load(auto_class, name: str, **kwargs):
