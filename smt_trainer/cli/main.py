@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import os
@@ -57,16 +58,22 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("smt: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has seen enough (`smt inspect delta | head`).
         _write_no_more()
         return PIPE_CLOSED
     except (SMTError, OSError, MemoryError) as error:
-        print(f"smt: {one_line(_said(error))}", file=sys.stderr)
+        _complain(_said(error))
         return FAILED
     return status or 0
+
+
+def _complain(text: str) -> None:
+    # The disk under standard error may be full as well.
+    with contextlib.suppress(OSError):
+        print(f"smt: {one_line(text)}", file=sys.stderr)
 
 
 def _said(error: SMTError | OSError | MemoryError) -> str:

@@ -113,18 +113,18 @@ def fish(commands: list[Command]) -> str:
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
     def values(found: str | tuple[str, ...]) -> str:
-        kinds = {FILES: " -F", FOLDERS: " -a '(__fish_complete_directories)'"}
-        return kinds[found] if isinstance(found, str) else f" -a {quote(' '.join(found))}" * bool(found)
+        kinds = {FILES: "-rF", FOLDERS: "-xa '(__fish_complete_directories)'"}
+        return kinds[found] if isinstance(found, str) else f"-xa {quote(' '.join(found))}" if found else "-x"
 
     lines = ["complete -c smt -f"]
     lines += [f"complete -c smt -n __fish_use_subcommand -l {name.removeprefix('--')}" for name in GLOBAL]
     for command in commands:
         lines.append(f"complete -c smt -n __fish_use_subcommand -a {command.name} -d {quote(command.help)}")
         start = f"complete -c smt -n '__fish_seen_subcommand_from {command.name}'"
-        lines.append(f"{start}{values(command.values)}")
+        lines.append(f"{start} {values(command.values)}")
         for flag in command.flags:
             names = "".join(f" -{'l' if name[:2] == '--' else 's'} {name.lstrip('-')}" for name in flag.names)
-            lines.append(f"{start}{names}{' -r' + values(flag.values) if flag.takes else ''} -d {quote(flag.help)}")
+            lines.append(f"{start}{names}{f' {values(flag.values)}' * flag.takes} -d {quote(flag.help)}")
     return "\n".join(lines)
 
 

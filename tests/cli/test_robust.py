@@ -134,10 +134,12 @@ def test_a_closed_pipe_ends_quietly(delta):
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
-def test_a_full_disk_under_the_output_gives_one_line(delta):
+def test_a_full_disk_under_the_output_gives_one_line_and_status_2(delta):
+    command = [*SMT, "inspect", str(delta[0])]
     with open("/dev/full", "w") as full:
-        run = subprocess.run([*SMT, "inspect", str(delta[0])], stdout=full, stderr=subprocess.PIPE, text=True)
-    assert (run.returncode, run.stderr) == (2, "smt: No space left on device\n")
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (run.returncode, run.stderr) == (2, "smt: No space left on device\n")
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == 2
 
 
 def test_a_command_works_without_standard_output(base, delta, tmp_path):
