@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from smt_trainer.cli.options import DTYPES, add_base_and_delta, add_command, add_json, add_out, count
+from smt_trainer.cli.options import DTYPES, add_base_and_delta, add_command, add_json, add_onto, add_out, count
 from smt_trainer.cli.output import OUTPUT, write
 
 KEYS = {"output": OUTPUT}
@@ -23,6 +23,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--max-rank", type=count, default=512, help="largest rank to allow (default: 512, vLLM's largest)"
     )
+    add_onto(parser, "as in smt merge")
     add_json(parser, KEYS)
 
 
@@ -38,7 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.delta,
         arguments.out,
         revision=arguments.revision,
+        delta_revision=arguments.delta_revision,
         dtype=arguments.dtype,
         max_rank=arguments.max_rank,
+        onto=arguments.onto,
     )
     write(arguments, {"output": arguments.out}, [f"LoRA adapter in {arguments.out}"])

@@ -16,7 +16,7 @@ def add_parser(commands) -> None:
     parser = add_command(commands, "merge", run, "merge a delta into its base checkpoint")
     add_base_and_delta(parser)
     add_out(parser)
-    add_onto(parser, "its weights made dense, or the weights that it was made of")
+    add_onto(parser, "its dequantised weights, or the weights that it was made of")
     add_json(parser, KEYS)
 
 
@@ -27,5 +27,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from smt_trainer.delta.merge import merge_checkpoint
 
-    merge_checkpoint(arguments.base, arguments.delta, arguments.out, revision=arguments.revision, onto=arguments.onto)
+    merge_checkpoint(
+        arguments.base,
+        arguments.delta,
+        arguments.out,
+        revision=arguments.revision,
+        delta_revision=arguments.delta_revision,
+        onto=arguments.onto,
+    )
     write(arguments, {"output": arguments.out}, [f"merged checkpoint in {arguments.out}"])

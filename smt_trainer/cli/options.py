@@ -36,13 +36,14 @@ def add_command(commands, name: str, run: Callable, does: str, more: str | None 
 def add_base(parser: argparse.ArgumentParser) -> None:
     """Add the argument BASE and the flag --revision."""
     parser.add_argument("base", metavar="BASE", help="base checkpoint: a folder, or a name on the hub")
-    parser.add_argument("--revision", metavar="NAME", help="revision of a base on the hub")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a base on the hub")
 
 
 def add_base_and_delta(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments BASE and DELTA, and the flag --revision."""
+    """Add the arguments BASE and DELTA, and the flags of their revisions."""
     add_base(parser)
-    parser.add_argument("delta", metavar="DELTA", help="delta folder")
+    parser.add_argument("delta", metavar="DELTA", help="delta: a folder, or a name on the hub")
+    parser.add_argument("--delta-revision", metavar="NAME", help="the same of a delta on the hub")
 
 
 def add_merged(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
     from smt_trainer.delta.verify import verify_merge
 
     found = verify_merge(
-        arguments.base, arguments.delta, arguments.merged, revision=arguments.revision, onto=arguments.onto
+        arguments.base,
+        arguments.delta,
+        arguments.merged,
+        revision=arguments.revision,
+        delta_revision=arguments.delta_revision,
+        onto=arguments.onto,
     )
     problems, logits = found.problems, None
     if arguments.logits and not problems:
@@ -98,9 +103,15 @@ def _compare_logits(arguments: argparse.Namespace) -> Moved:
     from smt_trainer.delta.moved import moved_by_merging
     from smt_trainer.errors import SMTError
 
-    where = {} if arguments.revision is None else {"revision": arguments.revision}
     try:
-        trained = from_delta(arguments.delta, base=arguments.base, onto=arguments.onto, dtype="auto", **where).eval()
+        trained = from_delta(
+            arguments.delta,
+            revision=arguments.delta_revision,
+            base=arguments.base,
+            base_revision=arguments.revision,
+            onto=arguments.onto,
+            dtype="auto",
+        ).eval()
         found = moved_by_merging(trained, Path(arguments.merged))
     except SMTError:
         raise

@@ -8,13 +8,15 @@ model that was built from a configuration has no marks, and there is nothing to 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 from torch import nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.model.checkpoint import CONFIG, Checkpoint
+from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.hub import cached_folder
 from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.model.sharded import full_shape
 
@@ -48,7 +50,11 @@ def made_up(model: nn.Module) -> list[str]:
 
 def embeddings(model: nn.Module) -> list[str]:
     """Return the full names of the weights of a model's token embeddings and of the head that mirrors them."""
-    found = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        # A model of images may have none, and transformers then raises.
+        with contextlib.suppress(NotImplementedError):
+            found.append(getattr(model, get, lambda: None)())
     owned = {id(module) for module in found if isinstance(module, nn.Module)}
     return [
         plain_name(f"{path}.{name}")
@@ -66,12 +72,10 @@ def _checkpoint(model: nn.Module) -> Checkpoint | None:
         return None
     folder = Path(name)
     if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name, CONFIG, revision=getattr(config, "_commit_hash", None))
-        if not isinstance(cached, str):
+        cached = cached_folder(name, getattr(config, "_commit_hash", None))
+        if cached is None:
             return None
-        folder = Path(cached).parent
+        folder = cached
     try:
         return Checkpoint.open(folder)
     except SMTError:

@@ -129,4 +129,4 @@ def test_every_public_name_can_be_imported():
 def test_the_tests_mirror_the_package():
     tests = Path(__file__).parents[1]
     mirrored = {path.name for path in tests.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert mirrored == {*ORDER[1:], "support", "contracts", "runs", "recipes"}
+    assert mirrored == {*ORDER[1:], "support", "contracts", "runs", "recipes", "clients"}
