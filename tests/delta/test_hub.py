@@ -94,7 +94,7 @@ def test_the_command_line_merges_verifies_and_exports_by_names_and_revisions(tra
 )
 def test_a_delta_that_is_not_there_is_refused_in_a_line(name, revision, message, trained, tmp_path, capsys):
     given = [] if revision is None else ["--delta-revision", revision]
-    assert main(["merge", "someone/base", name, str(tmp_path / "out"), *given]) == 1
+    assert main(["merge", "someone/base", name, str(tmp_path / "out"), *given]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"smt: no delta at {name}: ") and message in line
     with pytest.raises(SMTError, match=f"^no delta at {name}: "):
