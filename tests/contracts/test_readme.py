@@ -55,7 +55,8 @@ def test_the_python_and_the_smt_commands_run_as_written(folder, base, capsys):
     for block in code("python"):
         exec(compile(block, "README.md", "exec"), names)
     commands = [words for words in command_lines() if words[0] == "smt"]
-    assert {words[1] for words in commands} == {"inspect", "merge", "verify", "export", "estimate", "select"}
+    verbs = {"compose", "estimate", "export", "extract", "inspect", "merge", "select", "verify"}
+    assert {words[1] for words in commands} == verbs
     for words in commands:
         assert main([str(base) if word == "BASE" else word for word in words[1:]]) == 0
     assert (folder / "merged" / "model.safetensors").read_bytes()
