@@ -74,8 +74,8 @@ class SMTConfig:
         help="Linears to choose blocks from: 'qkv' (query, key and value projections, fused or not), 'attention' (qkv "
         "and the output projection), 'mlp' (experts included), 'experts', 'all-linear' (all but output embeddings and "
         "heads), 'all-conv' (the convolutions instead), a list of module names or their endings, or a regular "
-        "expression that the whole module name must match; lists and expressions mean linears, "
-        "convolutions and embeddings, where a row is a token.",
+        "expression that the whole module name must match; lists and expressions mean linears, convolutions "
+        "and embeddings, where a row is a token.",
     )
     exclude_modules: ModuleNames | None = setting(
         None,
