@@ -36,10 +36,11 @@ class SMTEmbedding(BlockLinear, nn.Embedding):  # pyrefly: ignore[inconsistent-i
     heads: list[TiedHead]
 
     def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> None:
+        _, block_indices, _ = type(self).group(block_indices.cpu(), grid)
         super().hold(grid, block_indices, master_dtype)
-        places, within, self.rows_grid = place_tokens(self.block_indices, grid, self.padding_idx)
-        self.register_buffer("places", places, persistent=False)
-        self.register_buffer("within", within, persistent=False)
+        places, within, self.rows_grid = place_tokens(block_indices, grid, self.padding_idx)
+        self.register_buffer("places", places.to(self.weight.device), persistent=False)
+        self.register_buffer("within", within.to(self.weight.device), persistent=False)
         self.heads = []
 
     def product(self, input: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def place_tokens(block_indices: Tensor, grid: BlockGrid, padding: int | None) ->
     """Rename the tokens of an embedding.
 
     Args:
-        block_indices: [n, 2] (row, column) of the chosen blocks, in any order.
+        block_indices: [n, 2] (row, column) of the chosen blocks, in stored order.
         grid: the weight's grid.
         padding: token without a gradient.
 
@@ -34,9 +34,9 @@ def place_tokens(block_indices: Tensor, grid: BlockGrid, padding: int | None) ->
         rows; and the grid of these.
     """
     rows, row_of_block = block_indices[:, 0].long().unique(return_inverse=True)
-    tokens = (rows[:, None] * grid.block_rows + torch.arange(grid.block_rows, device=rows.device)).flatten()
-    places = torch.full((grid.out_features,), len(tokens), device=rows.device)
-    places[tokens] = torch.arange(len(tokens), device=rows.device)
+    tokens = (rows[:, None] * grid.block_rows + torch.arange(grid.block_rows)).flatten()
+    places = torch.full((grid.out_features,), len(tokens))
+    places[tokens] = torch.arange(len(tokens))
     if padding is not None:
         places[padding] = len(tokens)
     within = torch.stack([row_of_block, block_indices[:, 1].long()], dim=1)
@@ -55,8 +55,6 @@ class SparseEmbedding(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
-        if not ctx.needs_input_grad[2]:
-            return (None,) * 6
         ids, places, within = ctx.saved_tensors
         count = ctx.grid.out_features
         rows = torch.ops.aten.embedding_dense_backward(dy, places[ids], count + 1, count, False)[:count]
