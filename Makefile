@@ -7,7 +7,7 @@ VENV := .venv
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-deepspeed test-oldest quality style commonsense math bench clean
+.PHONY: help venv test test-slow test-deepspeed test-oldest test-clients quality style commonsense math bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,14 @@ test-oldest: .venv-oldest/.complete ## run the library's tests with the oldest s
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
 	@touch $@
 
+test-clients: .venv-clients/.complete ## run what loads a trained model elsewhere (lm-eval, PEFT, ...), in .venv-clients
+	.venv-clients/bin/python -m pytest tests/clients
+
+.venv-clients/.complete: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[clients]'
+	@touch $@
+
 quality: venv ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +69,4 @@ bench: venv ## measure step time and memory of SMT and other methods (SHAPE=, BA
 	$(if $(BASE),--base $(BASE)) $(ARGS)
 
 clean: ## remove the environment and caches
-	rm -rf $(VENV) .venv-oldest *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-clients *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ _HOME = {
     "save_delta": "delta.delta",
     "load_delta": "delta.load",
     "from_delta": "delta.load",
+    "push_delta": "delta.hub",
     "merge_checkpoint": "delta.merge",
     "applied": "delta.swap",
     "swap": "delta.swap",

@@ -123,7 +123,7 @@ class SMTConfig:
         "global",
         Choice("global", "per_module"),
         decides="choice",
-        help="'global': the best blocks of all targets together; 'per_module': the best of each module.",
+        help="Which blocks compete: those of all targets together ('global'), or those of each module ('per_module').",
     )
     score: str = setting(
         "grad_l1",
@@ -143,7 +143,7 @@ class SMTConfig:
         "block",
         Choice("block", "row", "column"),
         decides="scores",
-        help="'block' (SMT), 'row' (SPSFT: blocks of 1 x in_features) or 'column' (out_features x 1).",
+        help="Shape of a block: 'block' (SMT), 'row' (SPSFT: 1 x in_features) or 'column' (out_features x 1).",
     )
     train_dependents: bool = setting(
         False,

@@ -1,9 +1,16 @@
-"""Read and write files so that a crash never leaves half a file, and a damaged one raises nothing but `SMTError`."""
+"""Read and write files so that a crash never leaves half a file, and a damaged one raises nothing but `SMTError`.
+
+What is being written has a hidden name beside its own, `.NAME.XXXXXXXX.partial` for a file and `.NAME.partial` for a
+folder, and a lock that ends with the process. So the next process that writes NAME knows what a killed one left, and
+removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +27,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+logger = logging.getLogger(__name__)
+
+PARTIAL = ".partial"
 # What the content of a damaged file can raise, besides SMTError.
 DAMAGE = (
     *(AttributeError, LookupError, TypeError, ValueError, ArithmeticError),
@@ -34,19 +44,71 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         OSError: the file could not be written, for example to a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
+    _remove_left(path)
+    with _temporary(path) as temporary:
+        try:
+            write(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes files private; give them the mode that open() would.
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Make a new file beside `path` and yield its own path; it is locked as long as the context lasts."""
+    while True:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        if fcntl is None:
+            os.close(descriptor)
+            yield Path(name)
+            return
+        try:
+            # Before the lock, another process may have taken the file for one that was left.
+            if _lock(descriptor) is not False and _is_at(descriptor, Path(name)):
+                yield Path(name)
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the temporary files for `path` of processes that were killed; those of others are locked."""
+    if fcntl is None:
+        return
+    for file in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{PARTIAL}"):
+        # It may be another user's, or no file, and another process may be quicker.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                if _lock(descriptor) and _is_at(descriptor, file):
+                    file.unlink()
+                    logger.warning("%s, which a killed process left, is removed.", file)
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock what a descriptor stands for until it is closed; return whether it was free, None if that cannot be told."""
+    if fcntl is None:
+        return None
     try:
-        write(Path(temporary))
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files private; give them the mode that open() would.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None  # a file system without locks
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether a path still leads to what a descriptor stands for."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,8 +128,7 @@ def check_new(output: Path) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """Yield a hidden folder beside `output`, which becomes `output` if the context ends without an exception.
 
-    Its name follows from that of `output`. A lock tells a folder in use from one that a killed process left, which is
-    emptied and used again.
+    A folder that a killed process left is emptied and used again.
 
     Raises:
         SMTError: `output` is a link, or exists and is not an empty folder; or another process is writing it.
@@ -75,7 +136,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     check_new(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    stage = output.parent / f".{output.name}.partial"
+    stage = output.parent / f".{output.name}{PARTIAL}"
     with _locked(stage, output):
         try:
             _empty(stage)
@@ -101,23 +162,19 @@ def _locked(stage: Path, output: Path) -> Iterator[None]:
         return
     descriptor = os.open(stage, os.O_RDONLY)
     try:
-        in_use = SMTError(f"another process is writing {output}; wait for it, or give another folder.")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise in_use from error
-        except OSError:
-            pass  # a file system without locks
         # The other process may have finished in between: its folder is `output` now.
-        if not stage.exists() or not os.path.samestat(os.fstat(descriptor), stage.stat()):
-            raise in_use
+        if _lock(descriptor) is False or not _is_at(descriptor, stage):
+            raise SMTError(f"another process is writing {output}; wait for it, or give another folder.")
         yield
     finally:
         os.close(descriptor)
 
 
 def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
+    left = list(folder.iterdir())
+    if left:
+        logger.warning("What a killed process left in %s is removed.", folder)
+    for path in left:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -172,6 +172,8 @@ class Amount(Kind):
 class Path(Kind):
     """The path of a file, or what such a file holds."""
 
+    flag: Mapping[str, Any] = {"metavar": "FILE"}
+
     def __call__(self, name: str, value: Any) -> Any:
         return str(value) if hasattr(value, "__fspath__") else value
 

@@ -3,6 +3,7 @@
 import gc
 import logging
 
+import hub as hubs
 import pytest
 import tiny
 import torch
@@ -39,6 +40,13 @@ def warnings(caplog):
     """Return a function that gives the library's warnings so far."""
     caplog.set_level(logging.WARNING, logger="smt_trainer")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("smt_trainer")]
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Serve an empty hub to this process; return it (see `support/hub.py`)."""
+    with hubs.used(tmp_path / "hub-cache") as served:
+        yield served
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """Files are written whole or not at all."""
 
+import errno
+import fcntl
 import os
 import stat
 
 import pytest
 
-from smt_trainer import SMTError
+from smt_trainer import SMTError, files
 from smt_trainer.files import load_json, new_folder, write_atomically, write_text
 from smt_trainer.tensor_file import load_arrays
 
@@ -21,6 +23,52 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path
     with pytest.raises(OSError, match="disk full"):
         write_atomically(target, fail_halfway)
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+LEFT = ".file.txt.0a_z9b8c.partial"
+
+
+def test_the_next_write_removes_what_a_killed_process_left_and_nothing_else(tmp_path, warnings):
+    others = [".file.txt.0a_z9b8c", ".file.txt.partial", ".other.txt.0a_z9b8c.partial", "file.txt.0a_z9b8c.partial"]
+    for name in (LEFT, *others):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".file.txt.link_123.partial").symlink_to(others[0])
+    (tmp_path / ".file.txt.folder_1.partial").mkdir()
+    before = {path.name for path in tmp_path.iterdir()}
+    write_text(tmp_path / "file.txt", "text")
+    assert {path.name for path in tmp_path.iterdir()} == before - {LEFT} | {"file.txt"}
+    assert warnings() == [f"{tmp_path / LEFT}, which a killed process left, is removed."]
+
+
+def test_without_locks_nothing_is_taken_for_left(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / LEFT).write_text("half")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    write_text(tmp_path / "file.txt", "text")
+    assert {path.name for path in tmp_path.iterdir()} == {LEFT, "file.txt"}
+
+
+@pytest.mark.parametrize("unlinks_in_time", [True, False])
+def test_a_file_that_another_process_takes_for_left_before_it_is_locked_is_made_again(
+    unlinks_in_time, tmp_path, monkeypatch
+):
+    lock, lost = files._lock, []
+
+    def after_the_other(descriptor):
+        if lost:
+            return lock(descriptor)
+        lost.extend(tmp_path.iterdir())
+        if unlinks_in_time:
+            lost[0].unlink()
+            return lock(descriptor)
+        return False
+
+    monkeypatch.setattr(files, "_lock", after_the_other)
+    write_text(tmp_path / "file.txt", "text")
+    assert len(lost) == 1 and (tmp_path / "file.txt").read_text() == "text"
+    assert {*tmp_path.iterdir()} - {*lost} == {tmp_path / "file.txt"}
 
 
 def test_missing_parent_folders_are_made(tmp_path):

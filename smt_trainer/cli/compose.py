@@ -5,21 +5,34 @@ from __future__ import annotations
 import argparse
 import os
 
+from smt_trainer.cli.options import add_base, add_command, add_json, add_out
+from smt_trainer.cli.output import BLOCKS, OUTPUT, blocks, write
+
+KEYS = {
+    "output": OUTPUT,
+    "selection": BLOCKS,
+    "shared": "module -> number of its blocks that more than one delta trains",
+    "shared_whole": "tensors that more than one delta holds whole",
+}
+
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "compose",
-        help="add up what several deltas change in one base, as one delta",
-        epilog="Tokenizer, chat template and settings are those beside the first delta.",
+        run,
+        "add up what several deltas change in one base, as one delta",
+        "Tokenizer, chat template and settings are those beside the first delta.",
     )
-    parser.add_argument("base", help="base checkpoint of all deltas: a folder, or a name on the hub")
-    parser.add_argument("deltas", nargs="+", metavar="delta", help="delta folders")
-    parser.add_argument("out", help="folder for the composed delta; must be new or empty")
-    parser.add_argument("--weights", type=float, nargs="+", help="a factor for the changes of each delta (default: 1)")
+    add_base(parser)
+    parser.add_argument("deltas", nargs="+", metavar="DELTA", help="delta folders")
+    add_out(parser)
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="FACTOR", help="for the changes of each delta (default: 1)"
+    )
     parser.add_argument("--mean", action="store_true", help="divide the sum of changes by the number of deltas")
-    parser.add_argument("--revision", help="revision of a base on the hub")
-    parser.set_defaults(run=run)
+    add_json(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,4 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
         mean=arguments.mean,
         revision=arguments.revision,
     )
-    print(f"{found}\ndelta in {arguments.out}")
+    result = {
+        "output": arguments.out,
+        "selection": blocks(found.selection),
+        "shared": found.shared,
+        "shared_whole": found.shared_whole,
+    }
+    write(arguments, result, [*str(found).split("\n"), f"delta in {arguments.out}"])

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from smt_trainer.cli.options import add_config_flags, amount, count, given_fields
+from smt_trainer.cli.options import (
+    DTYPES,
+    add_command,
+    add_config_flags,
+    add_json,
+    add_model,
+    add_step_flags,
+    amount,
+    count,
+    given_fields,
+)
+from smt_trainer.cli.output import BLOCKS, blocks, fact, table, write
 from smt_trainer.config import SMTConfig
 
-DTYPES = ("float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from smt_trainer.estimation.estimate import Estimate
+
 FIELDS = [*SMTConfig.deciding("targets", "scores", "choice", "training", "run"), "accumulator_dtype"]
+KEYS = {
+    "selection": BLOCKS,
+    "smt": "cost of a step on each device, bytes and FLOPs",
+    "warmup": "the same of a step of the warm-up, or null",
+    "lora": "the same of LoRA",
+    "full": "the same of full fine-tuning",
+    "lora_rank": "rank at which LoRA trains as much",
+    "accumulators": "score -> bytes of its warm-up sums",
+    "write_back": "bytes read and written after each step",
+    "delta": "bytes on disk",
+    "peak": "bytes that warm-up or training needs on each device",
+    "fits": "whether that is at most --card",
+}
+STEPS = ("smt", "warmup", "lora", "full")
 ROWS = {
     "weights": "weights",
     "added": "added",
@@ -23,18 +53,18 @@ UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser("estimate", help="estimate what training a model takes, from its configuration alone")
-    parser.add_argument("model", help="causal language model: a folder with a config.json, or a name on the hub")
-    parser.add_argument("--batch", type=count, default=1, help="sequences that a device processes at a time")
-    parser.add_argument("--seq", type=count, default=512, help="tokens per sequence")
+    parser = add_command(
+        commands, "estimate", run, "estimate what training a model takes, from its configuration alone"
+    )
+    add_model(parser, "a folder with a config.json")
+    add_step_flags(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="quantise the base of SMT and LoRA: NF4 or LLM.int8")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
     parser.add_argument("--ranks", type=count, default=1, help="number of devices")
     parser.add_argument("--zero", type=int, choices=range(4), default=0, help="stage of ZeRO; 3 also for FSDP2")
     parser.add_argument("--card", type=amount, default=24.0, help="memory of a device in GiB")
     add_config_flags(parser, FIELDS)
-    parser.set_defaults(run=run)
+    add_json(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -54,21 +84,30 @@ def run(arguments: argparse.Namespace) -> None:
         ranks=arguments.ranks,
         zero_stage=arguments.zero,
     )
-    print(f"blocks       {found.selection.summary().partition(';')[0]}")
-    print(f"write-back   {_amount(found.write_back)} read and written after each step")
-    print(f"delta        {_amount(found.delta)} on disk")
-    print(f"warm-up sums {', '.join(f'{score} {_amount(size)}' for score, size in found.accumulators.items())}")
-
-    columns = {"SMT": found.smt, "warm-up": found.warmup, f"LoRA r={found.lora_rank}": found.lora, "full": found.full}
-    columns = {title: cost for title, cost in columns.items() if cost is not None}
-    print(f"\n{'each device':<16}" + "".join(f"{title:>12}" for title in columns))
-    for title, name in ROWS.items():
-        print(f"{title:<16}" + "".join(f"{_amount(getattr(cost, name)):>12}" for cost in columns.values()))
-    print(f"{'TFLOPs a step':<16}" + "".join(f"{cost.flops / 1e12:>12.4g}" for cost in columns.values()))
-
     spare = round(arguments.card * 2**30) - found.peak
+    result = {
+        "selection": blocks(found.selection),
+        **{name: cost and asdict(cost) for name in STEPS for cost in [getattr(found, name)]},
+        **{name: getattr(found, name) for name in ("lora_rank", "accumulators", "write_back", "delta", "peak")},
+        "fits": spare >= 0,
+    }
+    write(arguments, result, _lines(found, arguments.card, spare))
+
+
+def _lines(found: Estimate, card: float, spare: int) -> Iterator[str]:
+    yield fact("blocks", found.selection.summary().partition(";")[0])
+    yield fact("write-back", f"{_amount(found.write_back)} read and written after each step")
+    yield fact("delta", f"{_amount(found.delta)} on disk")
+    yield fact("warm-up sums", ", ".join(f"{score} {_amount(size)}" for score, size in found.accumulators.items()))
+    yield ""
+    columns = {"SMT": found.smt, "warm-up": found.warmup, f"LoRA r={found.lora_rank}": found.lora, "full": found.full}
+    costs = {title: cost for title, cost in columns.items() if cost is not None}
+    rows = {title: [_amount(getattr(cost, name)) for cost in costs.values()] for title, name in ROWS.items()}
+    rows["TFLOPs a step"] = [f"{cost.flops / 1e12:.4g}" for cost in costs.values()]
+    yield from table(["each device", *costs], rows)
+    yield ""
     verdict = f"yes, {_amount(spare)} to spare" if spare >= 0 else f"no, {_amount(-spare)} too much"
-    print(f"\nfits a {arguments.card:g} GB card: {verdict}")
+    yield f"fits a {card:g} GiB card: {verdict}"
 
 
 def _amount(size: float) -> str:

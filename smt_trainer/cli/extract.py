@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import argparse
 
-from smt_trainer.cli.options import add_config_flags, given_fields
+from smt_trainer.cli.options import add_base, add_command, add_config_flags, add_json, add_out, given_fields
+from smt_trainer.cli.output import BLOCKS, OUTPUT, blocks, write
 from smt_trainer.config import SMTConfig
 
 FIELDS = [*SMTConfig.deciding("targets", "choice"), "block_size", "granularity"]
+KEYS = {
+    "output": OUTPUT,
+    "selection": BLOCKS,
+    "whole": "tensors that the delta holds whole",
+    "is_exact": "whether merging gives FINETUNED bit for bit",
+    "left": "what is left of the change, from 0 to 1",
+    "left_of": "tensor -> what is left of its change",
+}
 
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "extract",
-        help="make a delta of two checkpoints, exactly or within a budget",
-        epilog="Without --budget the delta takes all that differs: blocks of --target-modules ('all-linear' if not "
-        "given), and other tensors whole; merging it gives FINETUNED bit for bit. With --budget it takes the blocks "
-        "that change most. With base and fine-tuned swapped, it is the way back: smt extract MERGED BASE back.",
+        run,
+        "make a delta of two checkpoints, exactly or within a budget",
+        "Without --budget the delta takes all that differs: blocks of --target-modules ('all-linear' if not given), "
+        "and other tensors whole; merging it gives FINETUNED bit for bit. With --budget it takes the blocks that "
+        "change most. With base and fine-tuned swapped, it is the way back: smt extract MERGED BASE back.",
     )
-    parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
-    parser.add_argument("finetuned", help="the same with other values: a folder, or a name on the hub")
-    parser.add_argument("out", help="folder for the delta; must be new or empty")
-    parser.add_argument("--revision", help="revision of a base on the hub")
+    add_base(parser)
+    parser.add_argument(
+        "finetuned", metavar="FINETUNED", help="the same with other values: a folder, or a name on the hub"
+    )
+    add_out(parser)
     add_config_flags(parser, FIELDS)
-    parser.set_defaults(run=run)
+    add_json(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,5 +45,13 @@ def run(arguments: argparse.Namespace) -> None:
 
     from smt_trainer.delta.extract import extract_delta
 
-    print(extract_delta(arguments.base, arguments.finetuned, arguments.out, revision=arguments.revision, **given))
-    print(f"delta in {arguments.out}")
+    found = extract_delta(arguments.base, arguments.finetuned, arguments.out, revision=arguments.revision, **given)
+    result = {
+        "output": arguments.out,
+        "selection": blocks(found.selection),
+        "whole": found.whole,
+        "is_exact": found.is_exact,
+        "left": found.left,
+        "left_of": found.left_of,
+    }
+    write(arguments, result, [*str(found).split("\n"), f"delta in {arguments.out}"])

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from smt_trainer.cli.options import add_command, add_json, meanings
+from smt_trainer.cli.output import BLOCKS, blocks, fact, table, write
 from smt_trainer.config import SMTConfig
 
 RANGES = 4
+KEYS = {
+    "kind": "delta, scores or selection",
+    "base": "name of the base, or null",
+    "selection": BLOCKS,
+    "config": "fields of SMTConfig",
+    "fingerprint": "of a delta's base",
+    "weight_dtype": "of a delta",
+    "quantization": "of a delta's base, or null",
+    "whole": "tensor that a delta holds whole -> its parameters",
+    "scores": "number, least and largest",
+    "pictures": "files drawn",
+}
+KEYS_OF_TWO = {
+    "total": "numbers of blocks in PATH (first), in OTHER (second) and in both (shared), Jaccard index and Spearman's "
+    "rank correlation of scores, or null",
+    "projections": "the same by projection",
+}
 
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser("inspect", help="show what a delta, a selection or a scores file holds")
+    parser = add_command(commands, "inspect", run, "show what a delta, a selection or a scores file holds")
     parser.add_argument(
-        "path", help="delta folder or checkpoint of SMTTrainer, selection (.json) or scores (.safetensors)"
+        "path",
+        metavar="PATH",
+        help="delta folder or checkpoint of SMTTrainer, selection (.json) or scores (.safetensors)",
     )
-    parser.add_argument("other", nargs="?", help="another one: show how much their blocks agree")
-    parser.add_argument("--plot", type=Path, help="folder for all pictures, each with its numbers as CSV")
-    parser.set_defaults(run=run)
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="another one: show how much their blocks agree")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FOLDER", help="folder for all pictures, each with its numbers as CSV"
+    )
+    add_json(parser, KEYS, f". With OTHER: {meanings(KEYS_OF_TWO)}")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -29,15 +54,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.other is not None:
         if arguments.plot:
             raise SMTError("--plot draws one artefact; inspect each of the two separately.")
-        _print_overlap(artefact, _load(arguments.other))
+        _compare(arguments, artefact, _load(arguments.other))
         return
-    selection = _describe(artefact)
-    _print_table(selection)
+    selection = _chosen(artefact)
+    pictures: list[Path] = []
     if arguments.plot is not None:
         from smt_trainer.plotting import plot_all
 
         pictures = plot_all(selection, arguments.plot, getattr(artefact, "scores", None))
-        print(f"\n{', '.join(picture.name for picture in pictures)} in {arguments.plot}")
+    result = _result(artefact, selection) | {"pictures": list(map(str, pictures))}
+    write(arguments, result, _lines(result, selection, arguments.plot))
 
 
 def _load(path: str):
@@ -50,43 +76,66 @@ def _load(path: str):
     return kinds.get(Path(path).suffix, Delta.load)(path)
 
 
-def _selection(artefact):
-    return getattr(artefact, "selection", artefact)
+def _chosen(artefact):
+    """Return the selection that an artefact holds or gives."""
+    from smt_trainer.selection.block_scores import BlockScores
+
+    return artefact.select() if isinstance(artefact, BlockScores) else getattr(artefact, "selection", artefact)
 
 
-def _describe(artefact):
-    """Print what an artefact is and how it was made; return the selection that it holds or gives."""
+def _result(artefact, selection) -> dict[str, Any]:
+    """Return what `KEYS` says but the pictures, with None for what this kind of artefact does not have."""
     from smt_trainer.delta.delta import Delta
     from smt_trainer.selection.block_scores import BlockScores
 
-    selection = artefact.select() if isinstance(artefact, BlockScores) else _selection(artefact)
-    config = selection.config
-    print(f"base         {selection.base_model or 'not recorded'}")
+    found: dict[str, Any] = dict.fromkeys(KEYS) | {
+        "kind": "selection",
+        "base": selection.base_model,
+        "selection": blocks(selection),
+        "config": selection.config.to_dict(),
+    }
     if isinstance(artefact, Delta):
-        print(f"fingerprint  {artefact.base.digest[:16]}, weights in {artefact.weight_dtype}")
-        if artefact.quantization is not None:
-            from smt_trainer.delta.onto import in_words
-
-            print(f"quantised    {in_words(artefact.quantization)}")
+        found |= {
+            "kind": "delta",
+            "fingerprint": artefact.base.digest,
+            "weight_dtype": artefact.weight_dtype,
+            "quantization": artefact.quantization,
+            "whole": {name: values.size for name, values in artefact.whole_arrays.items()},
+        }
     if isinstance(artefact, BlockScores):
-        found = [score for scores in artefact.scores.values() for score in (scores.min().item(), scores.max().item())]
-        count = sum(grid.num_blocks for grid in artefact.grids.values())
-        print(
-            f"scores       of {count:,} blocks, from {min(found):.4g} to {max(found):.4g}; chosen by their own budget"
-        )
+        ends = [score for scores in artefact.scores.values() for score in (scores.min().item(), scores.max().item())]
+        number = sum(grid.num_blocks for grid in artefact.grids.values())
+        found |= {"kind": "scores", "scores": {"number": number, "least": min(ends), "largest": max(ends)}}
+    return found
+
+
+def _lines(found: dict[str, Any], selection, plot: Path | None) -> Iterator[str]:
+    yield fact("base", found["base"] or "not recorded")
+    if found["kind"] == "delta":
+        yield fact("fingerprint", f"{found['fingerprint'][:16]}, weights in {found['weight_dtype']}")
+    if found["quantization"] is not None:
+        from smt_trainer.delta.onto import in_words
+
+        yield fact("quantised", in_words(found["quantization"]))
+    if scores := found["scores"]:
+        ends = f"{scores['least']:.4g} to {scores['largest']:.4g}"
+        yield fact("scores", f"of {scores['number']:,} blocks, from {ends}; chosen by their own budget")
     said = ["score", "scope", "budget"]
     others = ("budget_of", "layer_cap", "rank_cap")
-    said += [name for name in others if getattr(config, name) != getattr(SMTConfig, name)]
-    print(f"chosen by    {', '.join(f'{name}={getattr(config, name)}' for name in said)}")
-    print(f"blocks       {selection.summary()}")
-    if isinstance(artefact, Delta) and artefact.whole:
-        numel = sum(tensor.numel() for tensor in artefact.whole.values())
-        print(f"whole        {', '.join(artefact.whole)} ({numel:,} parameters)")
-    return selection
+    said += [name for name in others if found["config"][name] != getattr(SMTConfig, name)]
+    yield fact("chosen by", ", ".join(f"{name}={found['config'][name]}" for name in said))
+    yield fact("blocks", selection.summary())
+    if whole := found["whole"]:
+        yield fact("whole", f"{', '.join(whole)} ({sum(whole.values()):,} parameters)")
+    yield ""
+    yield from _table(selection)
+    if pictures := found["pictures"]:
+        yield ""
+        yield f"{', '.join(Path(picture).name for picture in pictures)} in {plot}"
 
 
-def _print_table(selection) -> None:
-    """Print each projection's chosen blocks, by layers from bottom to top and in all, and their share of its blocks."""
+def _table(selection) -> Iterator[str]:
+    """Yield each projection's chosen blocks, by layers from bottom to top and in all, and their share of its blocks."""
     from smt_trainer.model.names import by_projection, layer_index
 
     def chosen(name: str) -> int:
@@ -97,26 +146,29 @@ def _print_table(selection) -> None:
     ranges = [layers[start : start + length] for start in range(0, len(layers), length)]
     titles = [f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in ranges]
     titles = ["outside" if title == "-1" else title for title in titles]
-    rows = {
-        projection: [sum(chosen(name) for name in names if layer_index(name) in part) for part in ranges]
-        + [sum(map(chosen, names)), sum(selection.grids[name].num_blocks for name in names)]
-        for projection, names in {**by_projection(selection.grids), "all": list(selection.grids)}.items()
-    }
-    width = max(map(len, [*rows, "layers"]))
-    print(f"\n{'layers':<{width}}" + "".join(f"{title:>9}" for title in [*titles, "chosen", "of"]) + f"{'share':>10}")
-    for projection, row in rows.items():
-        print(f"{projection:<{width}}" + "".join(f"{count:>9,}" for count in row) + f"{row[-2] / row[-1]:>10.3%}")
+    rows = {}
+    for projection, names in {**by_projection(selection.grids), "all": list(selection.grids)}.items():
+        counts = [sum(chosen(name) for name in names if layer_index(name) in part) for part in ranges]
+        of, total = sum(selection.grids[name].num_blocks for name in names), sum(map(chosen, names))
+        rows[projection] = [*(f"{count:,}" for count in (*counts, total, of)), f"{total / of:.3%}"]
+    yield from table(["layers", *titles, "chosen", "of", "share"], rows)
 
 
-def _print_overlap(first, second) -> None:
+def _compare(arguments: argparse.Namespace, first, second) -> None:
     """Print shared blocks, Jaccard index and any rank correlation of scores (Spearman's), by projection and in all."""
     from smt_trainer.selection.overlap import Overlap
 
-    found = Overlap.of(_selection(first), _selection(second))
-    width = max(map(len, [*found.by_projection, "projection"]))
-    columns = "first second shared Jaccard".split() + (["Spearman"] if found.spearman is not None else [])
-    print(f"{'projection':<{width}}" + "".join(f"{title:>10}" for title in columns))
-    for projection, part in {**found.by_projection, "all": found}.items():
-        counts = "".join(f"{count:>10,}" for count in (part.first, part.second, part.shared))
-        rho = "" if part.spearman is None else f"{part.spearman:>10.3f}"
-        print(f"{projection:<{width}}{counts}{part.jaccard:>10.3f}{rho}")
+    def numbers(part: Overlap) -> dict[str, Any]:
+        return {name: getattr(part, name) for name in ("first", "second", "shared", "jaccard", "spearman")}
+
+    found = Overlap.of(*(getattr(artefact, "selection", artefact) for artefact in (first, second)))
+    parts = {projection: numbers(part) for projection, part in found.by_projection.items()}
+    titles = "projection first second shared Jaccard".split() + ["Spearman"] * (found.spearman is not None)
+    rows = {
+        projection: [
+            *(f"{part[name]:,}" for name in ("first", "second", "shared")),
+            *(f"{part[name]:.3f}" for name in ("jaccard", "spearman") if part[name] is not None),
+        ]
+        for projection, part in {**parts, "all": numbers(found)}.items()
+    }
+    write(arguments, {"total": numbers(found), "projections": parts}, table(titles, rows))

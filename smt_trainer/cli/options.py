@@ -1,47 +1,87 @@
-"""Fields of `SMTConfig` as flags of a command."""
+"""What the commands share on their command line: arguments, flags, and fields of `SMTConfig` as flags.
+
+A command names what it reads in the order BASE, DELTA, others, then OUT. The name that an argument has in the help also
+tells a shell how to complete it: see `completion.py`.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.settings import settings
 
 LARGEST = 2**31
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def count(text: str) -> int:
-    """Parse a whole number of at least 1, for argparse."""
-    return _within(int(text), 1, LARGEST)
+def add_command(commands, name: str, run: Callable, does: str, more: str | None = None) -> argparse.ArgumentParser:
+    """Add a command to the parser of `smt`, and return its own.
+
+    Args:
+        commands: the commands of `smt`.
+        name: of the command.
+        run: takes the parsed arguments; returns the exit status, or None for 0.
+        does: what the command does, in a few words.
+        more: what stands below the options in its help.
+    """
+    said = f"{does[0].upper()}{does[1:]}."
+    parser = commands.add_parser(name, help=does, description=said.replace("%", "%%"), epilog=more)
+    parser.set_defaults(run=run)
+    return parser
 
 
-def seed(text: str) -> int:
-    """Parse a seed, for argparse."""
-    return _within(int(text), 0, LARGEST)
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Add the argument BASE and the flag --revision."""
+    parser.add_argument("base", metavar="BASE", help="base checkpoint: a folder, or a name on the hub")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a base on the hub")
 
 
-def amount(text: str) -> float:
-    """Parse a number above 0, for argparse; not NaN or infinite."""
-    return _within(float(text), 2.0**-30, LARGEST)
+def add_base_and_delta(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments BASE and DELTA, and the flags of their revisions."""
+    add_base(parser)
+    parser.add_argument("delta", metavar="DELTA", help="delta: a folder, or a name on the hub")
+    parser.add_argument("--delta-revision", metavar="NAME", help="the same of a delta on the hub")
 
 
-def add_base_and_delta(parser: argparse.ArgumentParser, third: str, help: str) -> None:
-    """Add the arguments BASE and DELTA, a third one, and the flag --revision."""
-    parser.add_argument("base", help="base checkpoint: a folder, or a name on the hub")
-    parser.add_argument("delta", help="delta folder")
-    parser.add_argument(third, help=help)
-    parser.add_argument("--revision", help="revision of a base on the hub")
+def add_merged(parser: argparse.ArgumentParser) -> None:
+    """Add the argument MERGED."""
+    parser.add_argument("merged", metavar="MERGED", help="folder of the merged checkpoint")
 
 
-def add_onto(parser: argparse.ArgumentParser) -> None:
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """Add the argument OUT."""
+    parser.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
+
+
+def add_model(parser: argparse.ArgumentParser, help: str, **more: Any) -> None:
+    """Add the argument MODEL."""
+    parser.add_argument("model", metavar="MODEL", help=f"causal language model: {help}, or a name on the hub", **more)
+
+
+def add_step_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags --batch, --seq and --checkpointing of a training or warm-up step."""
+    parser.add_argument("--batch", type=count, default=1, help="sequences that a device processes at a time")
+    parser.add_argument("--seq", type=count, default=512, help="tokens per sequence; longer ones are cut")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
+
+
+def add_onto(parser: argparse.ArgumentParser, help: str) -> None:
     """Add the flag --onto."""
-    parser.add_argument(
-        "--onto",
-        choices=("dequantized", "original"),
-        help="for a delta of a quantised base: its dequantised weights, or the weights that it was made of",
-    )
+    parser.add_argument("--onto", choices=("dequantized", "original"), help=f"for a delta of a quantised base: {help}")
+
+
+def add_json(parser: argparse.ArgumentParser, keys: Mapping[str, str], more: str = "") -> None:
+    """Add the flag --json, with the keys of the result and what they hold in its help."""
+    text = f"print one JSON object instead. Its keys: {meanings(keys)}{more}."
+    parser.add_argument("--json", action="store_true", help=text.replace("%", "%%"))
+
+
+def meanings(keys: Mapping[str, str]) -> str:
+    """Return the keys of a result, each with what it holds."""
+    return "; ".join(f"{key} ({meaning})" for key, meaning in keys.items())
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
@@ -59,6 +99,21 @@ def given_fields(arguments: argparse.Namespace, names: Iterable[str]) -> dict[st
     """
     texts = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     return {name: settings(SMTConfig)[name].take(name, text) for name, text in texts.items()}
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 1, for argparse."""
+    return _within(int(text), 1, LARGEST)
+
+
+def seed(text: str) -> int:
+    """Parse a seed, for argparse."""
+    return _within(int(text), 0, LARGEST)
+
+
+def amount(text: str) -> float:
+    """Parse a number above 0, for argparse; not NaN or infinite."""
+    return _within(float(text), 2.0**-30, LARGEST)
 
 
 def _within(number, lowest, highest):

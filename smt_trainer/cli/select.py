@@ -8,31 +8,47 @@ import inspect
 from dataclasses import replace
 from pathlib import Path
 
-from smt_trainer.cli.options import add_config_flags, count, given_fields, seed
+from smt_trainer.cli.options import (
+    DTYPES,
+    add_command,
+    add_config_flags,
+    add_json,
+    add_model,
+    add_step_flags,
+    count,
+    given_fields,
+    seed,
+)
+from smt_trainer.cli.output import BLOCKS, OUTPUT, blocks, write
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 FIELDS = [*SMTConfig.deciding("targets", "scores", "warm-up", "choice"), "accumulator_device"]
+KEYS = {"output": OUTPUT, "selection": BLOCKS}
 
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser("select", help="choose the blocks of a model from data, or from saved scores")
-    parser.add_argument("model", nargs="?", help="causal language model: a folder, or a name on the hub")
+    parser = add_command(commands, "select", run, "choose the blocks of a model from data, or from saved scores")
+    add_model(parser, "a folder", nargs="?")
     parser.add_argument(
-        "--data", type=Path, help="JSON list or JSON lines; each record has a text, or a prompt and a completion"
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSON list or JSON lines; each record has a text, or a prompt and a completion",
     )
-    parser.add_argument("--scores", type=Path, help="choose from these scores, without model and data")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the selection and the scores")
-    parser.add_argument("--batch", type=count, default=1, help="sequences per forward pass")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="choose from these scores, without model and data")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", required=True, help="folder for the selection and the scores"
+    )
+    add_step_flags(parser)
     parser.add_argument("--accumulation", type=count, default=16, help="batches per warm-up step")
-    parser.add_argument("--seq", type=count, default=512, help="maximum tokens per sequence; longer ones are cut")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as saved")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute the activations of each layer")
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the weights; auto: as saved"
+    )
     parser.add_argument("--seed", type=seed, default=42, help="seed for the order of the data")
     add_config_flags(parser, FIELDS)
-    parser.set_defaults(run=run)
+    add_json(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -43,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise SMTError("give a model and --data to choose the blocks from, or the --scores of an earlier run.")
     given = given_fields(arguments, FIELDS)
     selection = _choose_again(arguments, given) if arguments.scores else _choose(arguments, SMTConfig(**given))
-    print(f"{selection.summary()}\nselection in {arguments.output}")
+    result = {"output": str(arguments.output), "selection": blocks(selection)}
+    write(arguments, result, [selection.summary(), f"selection in {arguments.output}"])
 
 
 def _choose_again(arguments: argparse.Namespace, given: dict):
@@ -86,7 +103,11 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
     # On an H200, cuDNN's attention made every gradient NaN where padding on the left is masked.
     torch.backends.cuda.enable_cudnn_sdp(False)
     collate = functools.partial(pad, takes=inspect.signature(model.forward).parameters)
-    return SMTTrainer(model, training, collate, examples, smt_config=config).select()
+    try:
+        return SMTTrainer(model, training, collate, examples, smt_config=config).select()
+    except torch.OutOfMemoryError as error:
+        first_line = str(error).partition("\n")[0]
+        raise SMTError(f"{first_line} Give a smaller --batch or --seq, or --checkpointing.") from error
 
 
 def _load(auto_class, name: str, **kwargs):

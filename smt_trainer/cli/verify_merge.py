@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smt_trainer.cli.options import add_base_and_delta
+from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, add_merged, add_onto
+from smt_trainer.cli.output import table, write
 
 if TYPE_CHECKING:
     from smt_trainer.delta.moved import Moved
-    from smt_trainer.delta.verify import Counts
+    from smt_trainer.delta.verify import Verification
 
 # Problems that are printed; --json has all.
 MOST_LINES = 20
+KEYS = {
+    "verified": "whether MERGED is BASE with DELTA",
+    "compared": "tensors of the base",
+    "tensors": "trained tensor -> numbers of values, of trained and of changed ones",
+    "problems": "where, and what the problem is",
+    "logits": "with --logits, how far they differ, or null",
+}
 
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "verify",
-        help="prove that a checkpoint is a base with a delta merged into it",
-        epilog="Exit status: 0 if the merge is proven; 1 if something differs, or if base or delta cannot be read; "
-        "2 if the command line cannot.",
+        run,
+        "prove that a checkpoint is a base with a delta merged into it",
+        "Exit status: 0 if the merge is proven; 1 if something differs; 2 if base or delta cannot be read.",
     )
-    add_base_and_delta(parser, "merged", "folder of the merged checkpoint")
-    parser.add_argument(
-        "--onto",
-        choices=("dequantized", "original"),
-        help="for a delta of a quantised base, as in smt merge; dequantized cannot be verified",
-    )
+    add_base_and_delta(parser)
+    add_merged(parser)
+    add_onto(parser, "as in smt merge; dequantized cannot be verified")
     parser.add_argument("--logits", action="store_true", help="also load both models, and compare their logits")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.set_defaults(run=run)
+    add_json(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,10 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from smt_trainer.delta.verify import verify_merge
-    from smt_trainer.errors import printable
 
     found = verify_merge(
-        arguments.base, arguments.delta, arguments.merged, revision=arguments.revision, onto=arguments.onto
+        arguments.base,
+        arguments.delta,
+        arguments.merged,
+        revision=arguments.revision,
+        delta_revision=arguments.delta_revision,
+        onto=arguments.onto,
     )
     problems, logits = found.problems, None
     if arguments.logits and not problems:
@@ -58,37 +67,34 @@ def run(arguments: argparse.Namespace) -> int:
         # Not for NaN either.
         if not logits.divergence == logits.largest == 0:
             problems = [("logits", f"are not those of base and delta {logits}")]
-    if arguments.json:
-        result = {
-            "verified": not problems,
-            "compared": found.compared,
-            "tensors": {name: counts._asdict() for name, counts in found.tensors.items()},
-            "problems": [{"where": where, "problem": problem} for where, problem in problems],
-            "logits": None if logits is None else logits._asdict(),
-        }
-        print(json.dumps(result, indent=2))
-        return int(bool(problems))
-    if found.tensors:
-        _print_table(found.tensors)
-        print(f"{found.compared - len(found.tensors)} other tensors are not trained\n")
-    if logits is not None:
-        print(f"{logits}\n")
-    for where, problem in problems[:MOST_LINES]:
-        print(f"{printable(where)} {printable(problem)}")
-    if len(problems) > MOST_LINES:
-        print(f"and {len(problems) - MOST_LINES} more; --json lists all")
-    said = "is not" if problems else "is"
-    print(f"{'NOT ' * bool(problems)}verified: {arguments.merged} {said} the base with the delta merged into it")
+    result = {
+        "verified": not problems,
+        "compared": found.compared,
+        "tensors": {name: counts._asdict() for name, counts in found.tensors.items()},
+        "problems": [{"where": where, "problem": problem} for where, problem in problems],
+        "logits": None if logits is None else logits._asdict(),
+    }
+    write(arguments, result, _lines(found, problems, logits, arguments.merged))
     return int(bool(problems))
 
 
-def _print_table(tensors: dict[str, Counts]) -> None:
-    from smt_trainer.errors import printable
-
-    width = max(map(len, tensors))
-    print(f"{'tensor':<{width}}{'values':>15}{'trained':>15}{'changed':>15}")
-    for name, counts in [*tensors.items(), ("all", map(sum, zip(*tensors.values(), strict=True)))]:
-        print(f"{printable(name):<{width}}" + "".join(f"{count:>15,}" for count in counts))
+def _lines(found: Verification, problems: list[tuple[str, str]], logits: Moved | None, merged: str) -> Iterator[str]:
+    if found.tensors:
+        counts: dict[str, Iterable[int]] = {**found.tensors}
+        counts["all"] = map(sum, zip(*found.tensors.values(), strict=True))
+        rows = {name: [f"{count:,}" for count in row] for name, row in counts.items()}
+        yield from table(["tensor", "values", "trained", "changed"], rows)
+        yield f"{found.compared - len(found.tensors)} other tensors are not trained"
+        yield ""
+    if logits is not None:
+        yield str(logits)
+        yield ""
+    for where, problem in problems[:MOST_LINES]:
+        yield f"{where} {problem}"
+    if len(problems) > MOST_LINES:
+        yield f"and {len(problems) - MOST_LINES} more; --json lists all"
+    said = "is not" if problems else "is"
+    yield f"{'NOT ' * bool(problems)}verified: {merged} {said} the base with the delta merged into it"
 
 
 def _compare_logits(arguments: argparse.Namespace) -> Moved:
@@ -97,9 +103,15 @@ def _compare_logits(arguments: argparse.Namespace) -> Moved:
     from smt_trainer.delta.moved import moved_by_merging
     from smt_trainer.errors import SMTError
 
-    where = {} if arguments.revision is None else {"revision": arguments.revision}
     try:
-        trained = from_delta(arguments.delta, base=arguments.base, onto=arguments.onto, dtype="auto", **where).eval()
+        trained = from_delta(
+            arguments.delta,
+            revision=arguments.delta_revision,
+            base=arguments.base,
+            base_revision=arguments.revision,
+            onto=arguments.onto,
+            dtype="auto",
+        ).eval()
         found = moved_by_merging(trained, Path(arguments.merged))
     except SMTError:
         raise

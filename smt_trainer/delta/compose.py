@@ -12,7 +12,8 @@ from pathlib import Path
 
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import copy_to_delta
-from smt_trainer.delta.merge import check_outside, open_base
+from smt_trainer.delta.hub import find_delta
+from smt_trainer.delta.merge import check_outside, open_both
 from smt_trainer.delta.onto import check_onto, in_words
 from smt_trainer.delta.parts import Part
 from smt_trainer.delta.placement import Placement, find_parts, find_sites, find_tensors
@@ -65,7 +66,7 @@ def compose_deltas(
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
-        delta_folders: delta folders, one or more.
+        delta_folders: folders or hub names of deltas, one or more.
         output: folder to make; it appears whole or not at all.
         weights: a factor for the changes of each delta; 1 by default.
         mean: divide the sum by the number of deltas.
@@ -80,9 +81,9 @@ def compose_deltas(
             rows than in the base, would need a change; or the weights are not as many finite numbers. Nothing is
             written.
     """
-    folders, output = [Path(folder) for folder in delta_folders], Path(output)
-    factors = _checked(weights, len(folders))
-    checkpoint = open_base(base, folders[0], output, revision)
+    factors, output = _checked(weights, len(delta_folders)), Path(output)
+    folders = [find_delta(folder) for folder in delta_folders]
+    checkpoint, _ = open_both(base, folders[0], output, revision, None)
     check_outside(output, *folders)
     deltas = [Delta.load(folder) for folder in folders]
     _check_alike(deltas, folders, checkpoint)

@@ -107,11 +107,11 @@ class Delta:
         statistics = changed_statistics(model)
         stored = stored_whole(model, [*state.whole, *statistics])
         whole = {name: as_array(full_tensor(tensor)) for name, tensor in stored.items()}
-        # FSDP2 puts a class of its own, with a prefix, on top.
-        architecture = next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
         unnamed = sorted((state.made_up | statistics) & whole.keys())
         dtype = str(state.weight_dtype).removeprefix("torch.")
-        return cls(state.selection, blocks, whole, state.base, dtype, architecture, unnamed, state.quantization)
+        return cls(
+            state.selection, blocks, whole, state.base, dtype, architecture_of(model), unnamed, state.quantization
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the delta to a folder; make the folder if needed, and replace an older delta in one step.
@@ -173,6 +173,11 @@ class Delta:
             check_finite(delta)
             check_whole(delta)
             return delta
+
+
+def architecture_of(model: nn.Module) -> str:
+    """Return the name of a model's class; FSDP2 puts one of its own, with a prefix, on top."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
 def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) -> None:

@@ -134,12 +134,11 @@ def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) 
 
 
 def _files_of_training(checkpoint: Checkpoint, delta_folder: Path) -> dict[PurePath, Path | str]:
-    names = [name for name in files_beside_weights(delta_folder) if _fits(name, OF_TRAINING)]
     return {
         name: _with_code_of_base(delta_folder / name, checkpoint.folder / name)
         if name.suffix == ".json"
         else delta_folder / name
-        for name in names
+        for name in files_of_training(delta_folder)
     }
 
 
@@ -162,6 +161,11 @@ def _with_code_of_base(path: Path, of_base: Path) -> Path | str:
     del values[CODE]
     values |= {CODE: known[CODE]} if isinstance(known, dict) and CODE in known else {}
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def files_of_training(delta_folder: Path) -> Iterator[PurePath]:
+    """Yield the files of a delta's folder that are tokenizer, templates, processor and generation settings."""
+    return (name for name in files_beside_weights(delta_folder) if _fits(name, OF_TRAINING))
 
 
 def files_beside_weights(folder: Path, without: Path | None = None) -> Iterator[PurePath]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import GENERATION_CONFIG_FILE, load_config
+from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED, WAYS, check_onto, check_same_quantisation, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.manifest import refusing_damage
@@ -39,18 +40,28 @@ from smt_trainer.sparse.fingerprint import sample, saved_tensors
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 
+# What of the arguments of from_pretrained says how the hub is read.
+ACCESS = ("token", "cache_dir", "local_files_only")
 # What of a configuration training decides.
 LABELS = ("id2label", "label2id", "problem_type")
 SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
-def load_delta(model: Model, folder: str | Path, *, merge: bool = False, onto: str | None = None) -> Model:
+def load_delta(
+    model: Model,
+    delta: str | Path,
+    *,
+    revision: str | None = None,
+    merge: bool = False,
+    onto: str | None = None,
+) -> Model:
     """Put a delta into a model, in place.
 
     Args:
         model: the plain base model, which is rewritten and can be trained further; or a model that already trains
             the same blocks.
-        folder: a delta folder or a checkpoint of SMTTrainer.
+        delta: a folder, also a checkpoint of SMTTrainer; or a name on the hub.
+        revision: branch, tag or commit of a delta on the hub.
         merge: make the model plain again with the trained values in its weights.
         onto: for a delta of a quantised base, "original" to put it into plain weights, which that base was made of;
             "dequantized" with `merge` into quantised ones, which become dense (see `delta/onto.py`).
@@ -62,10 +73,10 @@ def load_delta(model: Model, folder: str | Path, *, merge: bool = False, onto: s
         SMTError: the delta is damaged, or belongs to another base or other blocks; or `onto` is left open. The model
             stays unchanged.
     """
-    delta = Delta.load(folder)
-    if merge and onto is None and quantization_of(model) is not None and quantised_names(delta):
+    loaded = Delta.load(find_delta(delta, revision))
+    if merge and onto is None and quantization_of(model) is not None and quantised_names(loaded):
         raise SMTError(f"the quantised weights of this model cannot hold the trained blocks. {WAYS}")
-    put_delta(model, delta, onto=onto)
+    put_delta(model, loaded, onto=onto)
     return merge_and_unload(model, onto=onto if onto == DEQUANTIZED else None) if merge else model
 
 
@@ -113,10 +124,12 @@ def put_blocks(model: nn.Module, blocks: Mapping[str, Tensor]) -> None:
 
 
 def from_delta(
-    folder: str | Path,
+    delta: str | Path,
     auto_class: Any = None,
     *,
+    revision: str | None = None,
     base: str | None = None,
+    base_revision: str | None = None,
     merge: bool = True,
     onto: str | None = None,
     **kwargs,
@@ -124,47 +137,52 @@ def from_delta(
     """Load a delta's base model and put the delta into it: weights, labels, special tokens and generation config.
 
     Args:
-        folder: a delta folder.
+        delta: folder or hub name of the delta.
         auto_class: the class to load the base with; by default the class that was trained.
+        revision: branch, tag or commit of a delta on the hub.
         base: hub name or path of the base; by default the name that the delta records.
+        base_revision: revision of a base on the hub; without `base`, by default the commit that the delta records.
         merge: return a plain model. Blocks in quantised weights stay beside them, unless `onto` says otherwise.
         onto: for a delta of a quantised base that is loaded without `quantization_config`: "dequantized" or "original"
             (see `delta/onto.py`).
-        kwargs: passed to `auto_class.from_pretrained`; `dtype` defaults to that of training. With the
-            `quantization_config` of training, the model is exactly the trained one.
+        kwargs: passed to `auto_class.from_pretrained`; `token`, `cache_dir` and `local_files_only` count for the delta
+            as well. `dtype` defaults to that of training. With the `quantization_config` of training, the model is
+            exactly the trained one.
 
     Raises:
         SMTError: as in `load_delta`; or `base` is not given, and the delta records none or `trust_remote_code` would
             run the code of the one that it names.
     """
-    delta = Delta.load(folder)
+    folder = find_delta(delta, revision, **{key: kwargs[key] for key in ACCESS if key in kwargs})
+    loaded = Delta.load(folder)
     if base is None:
-        base, _, revision = (delta.selection.base_model or "").partition("@")
-        if revision:
-            kwargs.setdefault("revision", revision)
+        base, _, commit = (loaded.selection.base_model or "").partition("@")
+        base_revision = base_revision or commit or None
         if base and kwargs.get("trust_remote_code"):
             raise SMTError(
-                f"trust_remote_code=True runs code of the base, and the delta in {folder} names {base!r} as its base: "
+                f"trust_remote_code=True runs code of the base, and the delta in {delta} names {base!r} as its base: "
                 "its author would decide whose code runs. Say base= yourself."
             )
     if not base:
-        raise SMTError(f"the delta in {folder} records no base model; pass base=<hub name or path>.")
+        raise SMTError(f"the delta in {delta} records no base model; pass base=<hub name or path>.")
+    if base_revision is not None:
+        kwargs["revision"] = base_revision
     trained = load_config(folder)
     # With a configuration, from_pretrained takes no field of it.
     labels = {key: trained[key] for key in LABELS if key in trained and "config" not in kwargs}
-    with refusing_damage(f"configuration beside the delta in {folder}"):
+    with refusing_damage(f"configuration beside the delta in {delta}"):
         if "id2label" in labels:
             labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
-    if delta.quantization is not None and "quantization_config" not in kwargs:
+    if loaded.quantization is not None and "quantization_config" not in kwargs:
         stored = _is_quantised(base, kwargs)
-        check_onto(delta, onto, is_quantised=stored)
+        check_onto(loaded, onto, is_quantised=stored)
         if onto == DEQUANTIZED and not stored:
-            kwargs["quantization_config"] = as_config(delta.quantization)
-    dtype = delta.weight_dtype if delta.quantization is None else delta.base.dtype
-    model = (auto_class or trained_class(delta)).from_pretrained(
+            kwargs["quantization_config"] = as_config(loaded.quantization)
+    dtype = loaded.weight_dtype if loaded.quantization is None else loaded.base.dtype
+    model = (auto_class or trained_class(loaded)).from_pretrained(
         base, **{"dtype": getattr(torch, dtype)} | labels | kwargs
     )
-    put_delta(model, delta, onto=onto)
+    put_delta(model, loaded, onto=onto)
     for key in SPECIAL_TOKENS & trained.keys():
         setattr(model.config, key, trained[key])
     if Path(folder, GENERATION_CONFIG_FILE).is_file():

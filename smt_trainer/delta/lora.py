@@ -27,7 +27,7 @@ from smt_trainer.delta.adapter_config import ADAPTER_CONFIG, adapter_config
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import DELTA_FILE, copy_trained
 from smt_trainer.delta.lora_onto import advice, check_lora_onto, quantised_values
-from smt_trainer.delta.merge import open_base
+from smt_trainer.delta.merge import open_both
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.delta.placement import Placement, find_sites, find_tensors
 from smt_trainer.delta.saved_modules import saved_modules
@@ -50,10 +50,11 @@ MAX_RANK = 512
 
 def export_lora(
     base: str | Path,
-    delta_folder: str | Path,
+    delta: str | Path,
     output: str | Path,
     *,
     revision: str | None = None,
+    delta_revision: str | None = None,
     dtype: str = "float32",
     max_rank: int = MAX_RANK,
     onto: str | None = None,
@@ -66,9 +67,10 @@ def export_lora(
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
-        delta_folder: a delta folder.
+        delta: folder or hub name of the delta.
         output: folder to make; it appears whole or not at all.
         revision: revision of a base on the hub.
+        delta_revision: revision of a delta on the hub.
         dtype: of the factors, "float32", "bfloat16" or "float16"; the last two round the change.
         max_rank: the largest rank that is allowed.
         onto: for a delta of a quantised base, "dequantized" for an adapter that goes onto that base, or "original" for
@@ -86,30 +88,30 @@ def export_lora(
             f"dtype must be one of {', '.join(DTYPES_OF_FACTORS)} and max_rank an int >= 1, got {dtype!r} and "
             f"{max_rank!r}."
         )
-    delta_folder, output = Path(delta_folder), Path(output)
-    checkpoint = open_base(base, delta_folder, output, revision)
-    delta = Delta.load(delta_folder)
-    check_lora_onto(delta, onto, checkpoint)
-    _refuse_experts(delta)
-    ranks = _ranks(delta, max_rank)
-    keys = find_tensors(delta, checkpoint)
-    placement = Placement.at(keys, find_sites(delta, checkpoint), delta, delta_folder, checkpoint)
+    output = Path(output)
+    checkpoint, delta_folder = open_both(base, delta, output, revision, delta_revision)
+    loaded = Delta.load(delta_folder)
+    check_lora_onto(loaded, onto, checkpoint)
+    _refuse_experts(loaded)
+    ranks = _ranks(loaded, max_rank)
+    keys = find_tensors(loaded, checkpoint)
+    placement = Placement.at(keys, find_sites(loaded, checkpoint), loaded, delta_folder, checkpoint)
     for stored in placement.other_dtypes if onto != DEQUANTIZED else ():
         logger.warning(
             "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
             stored,
-            *[delta.weight_dtype] * 2,
+            *[loaded.weight_dtype] * 2,
         )
     saved = saved_modules(placement, keys, checkpoint)
-    quantised = quantised_values(delta, delta_folder, onto, checkpoint)
+    quantised = quantised_values(loaded, delta_folder, onto, checkpoint)
     arrays, error = _factors_of_all(placement, checkpoint, dtype, quantised)
-    arrays |= {f"{PREFIX}{name}": values for name, values in delta.whole_arrays.items()}
+    arrays |= {f"{PREFIX}{name}": values for name, values in loaded.whole_arrays.items()}
     with new_folder(output) as stage:
         save_arrays(arrays, stage / ADAPTER_FILE, {"format": "pt"})
-        config = adapter_config(delta, ranks, saved, base, revision)
+        config = adapter_config(loaded, ranks, saved, base, revision)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_trained(checkpoint, delta_folder, stage)
-    _log(ranks, saved, error, dtype, [output / ADAPTER_FILE, delta_folder / DELTA_FILE], advice(delta, onto))
+    _log(ranks, saved, error, dtype, [output / ADAPTER_FILE, delta_folder / DELTA_FILE], advice(loaded, onto))
     return output
 
 

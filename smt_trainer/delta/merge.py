@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from smt_trainer.delta.folder import DELTA_FILE, copy_others
+from smt_trainer.delta.folder import copy_others
+from smt_trainer.delta.hub import find_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, new_folder
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
@@ -27,10 +28,11 @@ CHUNK = 2**28
 
 def merge_checkpoint(
     base: str | Path,
-    delta_folder: str | Path,
+    delta: str | Path,
     output: str | Path,
     *,
     revision: str | None = None,
+    delta_revision: str | None = None,
     onto: str | None = None,
 ) -> Path:
     """Write base plus delta as a plain checkpoint, with the sharding, metadata and dtype of the base.
@@ -40,9 +42,10 @@ def merge_checkpoint(
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
-        delta_folder: a delta folder.
+        delta: folder or hub name of the delta.
         output: folder to make; it appears whole or not at all.
         revision: revision of a base on the hub.
+        delta_revision: revision of a delta on the hub.
         onto: for a delta of a quantised base, "original" or "dequantized" (see `delta/onto.py`). Either loads base and
             result to log how far the result is from the trained model.
 
@@ -54,8 +57,8 @@ def merge_checkpoint(
             process; the delta is damaged or belongs to another base; the base is not a safetensors checkpoint; or
             `onto` is left open. Nothing is written.
     """
-    delta_folder, output = Path(delta_folder), Path(output)
-    checkpoint = open_base(base, delta_folder, output, revision)
+    output = Path(output)
+    checkpoint, delta_folder = open_both(base, delta, output, revision, delta_revision)
     with new_folder(output) as stage:
         if onto is None:
             _patch(checkpoint, delta_folder, stage, onto)
@@ -64,19 +67,20 @@ def merge_checkpoint(
     return output
 
 
-def open_base(base: str | Path, delta_folder: Path, output: Path, revision: str | None) -> Checkpoint:
-    """Find a base on disk or on the hub, and check that there is a delta and a place for what is made of both.
+def open_both(
+    base: str | Path, delta: str | Path, output: Path, revision: str | None, delta_revision: str | None
+) -> tuple[Checkpoint, Path]:
+    """Find a base and the folder of a delta, on disk or on the hub, and check the place for what is made of both.
 
     Raises:
         SMTError: there is no delta, the output exists and is not empty, is a link or lies in one of them, or the base
             is not a safetensors checkpoint.
     """
-    if not (delta_folder / DELTA_FILE).is_file():
-        raise SMTError(f"no delta at {delta_folder}: {DELTA_FILE} is missing. Check the path.")
     check_new(output)
+    delta_folder = find_delta(delta, delta_revision)
     folder = find_checkpoint(base, revision)
     check_outside(output, folder, delta_folder)
-    return Checkpoint.open(folder)
+    return Checkpoint.open(folder), delta_folder
 
 
 def check_outside(output: Path, *folders: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from smt_trainer.arrays import as_tensor, cast
+from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.delta.placement import Placement
 from smt_trainer.delta.weight_patch import (
@@ -32,9 +33,10 @@ from smt_trainer.sparse.linear import smt_linears
 
 def delta_patches(
     base: str | Path,
-    delta_folder: str | Path,
+    delta: str | Path,
     *,
     revision: str | None = None,
+    delta_revision: str | None = None,
     onto: str | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[WeightPatch]:
@@ -45,8 +47,9 @@ def delta_patches(
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
-        delta_folder: a delta folder.
+        delta: folder or hub name of the delta.
         revision: revision of a base on the hub.
+        delta_revision: revision of a delta on the hub.
         onto: "original" for a delta of a quantised base that is put into the weights that it was made of.
         max_bytes: bound on the bytes of values and indices of a patch; a tensor is cut into as many as it needs.
 
@@ -64,7 +67,7 @@ def delta_patches(
             "and load the merged checkpoint."
         )
     checkpoint = Checkpoint.open(find_checkpoint(base, revision))
-    placement = Placement.of(Path(delta_folder), checkpoint, onto)
+    placement = Placement.of(find_delta(delta, delta_revision), checkpoint, onto)
     if placement.is_resized:
         raise SMTError(
             "the delta has another vocabulary than its base, and a patch cannot change the shape of a tensor. Merge, "

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from smt_trainer.delta.folder import copy_of_base
-from smt_trainer.delta.merge import check_outside, copying, open_base
+from smt_trainer.delta.merge import check_outside, copying, open_both
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.delta.placement import Placement
 from smt_trainer.delta.verify import MERGED, compare_tensors
@@ -47,7 +47,7 @@ def unmerge(
 
     Args:
         merged: folder of the merged checkpoint.
-        delta_folder: a delta folder.
+        delta_folder: folder or hub name of the delta.
         output: folder to make; it appears whole or not at all.
         base: folder or hub name of the base, which holds the values that the delta replaced.
         revision: revision of a base on the hub.
@@ -66,7 +66,7 @@ def unmerge(
             "a merge onto='dequantized' replaced every quantised weight, so nothing of the base is left in it. "
             "Use the base itself."
         )
-    checkpoint = open_base(base, delta_folder, output, revision)
+    checkpoint, delta_folder = open_both(base, delta_folder, output, revision, None)
     check_outside(output, merged)
     found = Checkpoint.open(merged, MERGED)
     placement = Placement.of(delta_folder, checkpoint, onto)

@@ -28,6 +28,7 @@ import numpy as np
 
 from smt_trainer.arrays import bits, cast
 from smt_trainer.delta.folder import files_beside_weights, other_files
+from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.delta.placement import Placement
 from smt_trainer.errors import SMTError
@@ -65,19 +66,21 @@ class Verification:
 
 def verify_merge(
     base: str | Path,
-    delta_folder: str | Path,
+    delta: str | Path,
     merged: str | Path,
     *,
     revision: str | None = None,
+    delta_revision: str | None = None,
     onto: str | None = None,
 ) -> Verification:
     """Compare a merged checkpoint with what `merge_checkpoint` makes of the same base and delta.
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
-        delta_folder: a delta folder.
+        delta: folder or hub name of the delta.
         merged: folder of the merged checkpoint.
         revision: revision of a base on the hub.
+        delta_revision: revision of a delta on the hub.
         onto: "original" if a delta of a quantised base was merged onto the weights that it was made of.
 
     Returns:
@@ -87,7 +90,7 @@ def verify_merge(
         SMTError: the delta is damaged or belongs to another base; the base is damaged; there is no merged folder; or
             `onto` is left open, or is "dequantized": no file holds the weights that such a merge starts from.
     """
-    delta_folder, merged = Path(delta_folder), Path(merged)
+    merged = Path(merged)
     if onto == DEQUANTIZED:
         raise SMTError(
             "a merge onto='dequantized' cannot be verified: no file holds the dequantised weights to compare with. "
@@ -96,6 +99,7 @@ def verify_merge(
         )
     if not merged.is_dir():
         raise SMTError(f"no {MERGED} at {merged}: expected a folder. Check the path.")
+    delta_folder = find_delta(delta, delta_revision)
     checkpoint = Checkpoint.open(find_checkpoint(base, revision))
     placement = Placement.of(delta_folder, checkpoint, onto)
     try:

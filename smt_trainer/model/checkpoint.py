@@ -11,6 +11,7 @@ from typing import Any
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
+from smt_trainer.model.hub import fetch, is_folder
 from smt_trainer.tensor_header import Place, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -20,7 +21,8 @@ CONFIG = "config.json"
 BASE = "base"
 # The key of config.json that names the file of the weights.
 EXPLICIT = "transformers_weights"
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+# What is fetched from the hub before the weights.
+BESIDE_WEIGHTS = "*.json *.txt *.model *.bpe *.codes *.jinja *.py".split()
 CHUNK = 2**22
 
 
@@ -95,20 +97,20 @@ class Checkpoint:
             return all(len({file.read(length) for file in files}) == 1 for length in lengths)
 
 
-def find_checkpoint(base: str | Path, revision: str | None, what: str = f"{BASE} checkpoint") -> Path:
-    """Return the folder of a base, or `what` it should be: itself, or its download from the hub. Raise `SMTError` if
-    there is none."""
-    if Path(base).is_dir():
+def find_checkpoint(base: str | Path, revision: str | None, what: str = BASE) -> Path:
+    """Return the folder of a base, or `what` it should be: itself, or its download from the hub, of whose weights only
+    those are fetched that transformers would read. Raise `SMTError` if there is none."""
+    if is_folder(base, revision):
         return Path(base)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(base), revision=revision, allow_patterns=HUB_PATTERNS))
-    except Exception as error:
-        raise SMTError(
-            f"{base} is not a folder and could not be fetched from the hub ({error}). Give the folder of the {what}, "
-            "or connect and give its hub name."
-        ) from error
+    folder = fetch(what, base, revision, BESIDE_WEIGHTS)
+    config = load_json(folder / CONFIG, f"configuration of the {what}") if (folder / CONFIG).is_file() else {}
+    explicit = config.get(EXPLICIT) if isinstance(config, dict) else None
+    # The folder is called as the commit, so all is of one.
+    fetch(what, base, folder.name, [str(explicit or SINGLE_FILE), INDEX_FILE])
+    name = _weights_file(folder, {EXPLICIT: explicit}, what)
+    if name.endswith(".json"):
+        fetch(what, base, folder.name, sorted(set(_read_index(folder / name, what).values())))
+    return folder
 
 
 def _weights_file(folder: Path, config: dict[str, Any], what: str) -> str:

@@ -146,8 +146,9 @@ def _start(leaf: str, observe: Observer, experts: nn.Module, inputs: tuple) -> N
 
 def _end(leaf: str, experts: nn.Module, inputs: tuple, output: Any) -> None:
     watched = vars(experts).pop(leaf, None)
+    has_tokens = not inputs or inputs[0].numel() > 0
     # After an exception there is no output.
-    if watched is not None and output is not None and not watched.role.reported and inputs[0].numel():
+    if watched is not None and output is not None and has_tokens and not watched.role.reported:
         raise SMTError(
             f"the forward of {type(experts).__name__} took no matrix product of `{leaf}` that can be followed (a fused "
             "kernel?). Load the model with experts_implementation='eager', 'batched_mm' or 'grouped_mm'."

@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.model.checkpoint import CONFIG, Checkpoint
+from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.hub import cached_folder
 from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.model.sharded import full_shape
 
@@ -71,12 +72,10 @@ def _checkpoint(model: nn.Module) -> Checkpoint | None:
         return None
     folder = Path(name)
     if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name, CONFIG, revision=getattr(config, "_commit_hash", None))
-        if not isinstance(cached, str):
+        cached = cached_folder(name, getattr(config, "_commit_hash", None))
+        if cached is None:
             return None
-        folder = Path(cached).parent
+        folder = cached
     try:
         return Checkpoint.open(folder)
     except SMTError:

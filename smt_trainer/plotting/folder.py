@@ -50,8 +50,7 @@ def plot_all(
         return picture
 
     pictures = []
-    others = _without_experts(selection)
-    if others.block_indices:
+    if (others := _without_experts(selection)) is not None:
         pictures.append(draw("selection", plot_selection, selection_rows, others))
     pictures.append(draw("layers", plot_layers, layer_rows, selection))
     pictures.append(draw("shares", plot_shares, share_rows, selection))
@@ -62,7 +61,8 @@ def plot_all(
     return pictures
 
 
-def _without_experts(selection: BlockSelection) -> BlockSelection:
+def _without_experts(selection: BlockSelection) -> BlockSelection | None:
+    """Return the other blocks of a selection; None if there are none."""
     grids = {name: grid for name, grid in selection.grids.items() if expert_index(name) < 0}
     block_indices = {name: found for name, found in selection.block_indices.items() if name in grids}
-    return replace(selection, grids=grids, block_indices=block_indices)
+    return replace(selection, grids=grids, block_indices=block_indices) if block_indices else None

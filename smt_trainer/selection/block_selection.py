@@ -15,6 +15,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_text
 from smt_trainer.manifest import check_format, check_keys, read_base, read_config, refusing_damage, sealed, unsealed
 from smt_trainer.model.grid import BlockGrid, read_grids
+from smt_trainer.model.hub import cached_commit
 from smt_trainer.model.names import by_projection
 from smt_trainer.settings import is_int
 
@@ -165,5 +166,5 @@ def base_name(model: nn.Module) -> str | None:
         return None
     if Path(name).exists():
         return Path(name).resolve().name
-    revision = getattr(config, "_commit_hash", None)
+    revision = getattr(config, "_commit_hash", None) or cached_commit(name)
     return f"{name}@{revision}" if revision else name

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.delta import Delta, architecture_of
 from smt_trainer.delta.dequantise import save_dequantised
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS
 from smt_trainer.delta.load import load_delta, put_delta
-from smt_trainer.delta.model_card import delta_section, without_pipeline
+from smt_trainer.delta.model_card import delta_card
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, write_text
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
@@ -149,10 +149,10 @@ class SavesDelta(Trainer):
         if self.is_world_process_zero() and is_smt_model(self.model):
             repository = self.hub_model_id or self._output_folder.name
             card = self._output_folder / "README.md"
-            text = without_pipeline(card.read_text(encoding="utf-8"))
-            state = get_state(self.model)
-            section = delta_section(state.selection, repository, state.quantization)
-            card.write_text(text + section, encoding="utf-8")
+            state, architecture = get_state(self.model), architecture_of(self.model)
+            text = card.read_text(encoding="utf-8")
+            text = delta_card(text, state.selection, architecture, self._output_folder, repository, state.quantization)
+            card.write_text(text, encoding="utf-8")
 
     def merge_and_save(self, output_dir: str | Path, *, onto: str | None = None) -> None:
         """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.

@@ -48,7 +48,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_sharded_states(trainer)
     _refuse_sharded_weights(trainer.model, needs_warmup)
     _refuse_sharded_quantised(trainer)
-    _refuse_sharded_experts(trainer)
+    _refuse_unfollowed_experts(trainer)
     _refuse_hidden_weights(trainer.accelerator)
     _refuse_copies_by_name(trainer.args)
     _refuse_vllm(trainer, needs_warmup)
@@ -110,17 +110,22 @@ def _refuse_sharded_quantised(trainer) -> None:
         )
 
 
-def _refuse_sharded_experts(trainer) -> None:
+def _refuse_unfollowed_experts(trainer) -> None:
+    """Raise `SMTError` if matrices of experts are targets and their products cannot be followed exactly."""
     model, config = trainer.model, trainer.smt_config
     if model is None or is_smt_model(model):
         return
     names = [name for stack in expert_stacks(model) for name in matrices_of(*stack)]
-    asked = (
-        [name for name in names if name in config.selection.grids]
-        if isinstance(config.selection, BlockSelection)
-        else narrow(names, config)
-    )
-    if asked and is_sharding(trainer.accelerator):
+    given = config.selection if isinstance(config.selection, BlockSelection) else None
+    asked = narrow(names, config) if given is None else [name for name in names if name in given.grids]
+    if not asked:
+        return
+    if trainer.args.torch_compile:
+        raise SMTError(
+            f"`{asked[0]}` is the matrix of an expert, whose products are followed as Python runs them, and "
+            "torch_compile=True leaves no Python to run. Leave it out, or the experts: target_modules='attention'."
+        )
+    if is_sharding(trainer.accelerator):
         raise SMTError(
             f"`{asked[0]}` lies in a parameter with all experts, and blocks in a part of one are not known to be exact "
             "under FSDP2 and DeepSpeed. Use DDP, or leave the experts out: target_modules='attention'."

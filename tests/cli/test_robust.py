@@ -1,6 +1,7 @@
 """The command line under odd files, odd values, signals and closed pipes: one line, never a traceback."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,14 +18,14 @@ SMT = [sys.executable, "-c", "import sys; from smt_trainer.cli import main; sys.
 
 
 def refused(arguments, capsys) -> str:
-    """Run `smt`, which refuses in one line with status 1, or with its usage and status 2; return what it says."""
+    """Run `smt`, which refuses in one line or with its usage, with status 2; return what it says."""
     try:
         status = main(arguments)
     except SystemExit as exit:
         assert exit.code == 2
         return capsys.readouterr().err
     said = capsys.readouterr().err
-    assert status == 1 and said.startswith("smt: ") and said.count("\n") == 1 and said[:-1].isprintable()
+    assert status == 2 and said.startswith("smt: ") and said.count("\n") == 1 and said[:-1].isprintable()
     return said
 
 
@@ -131,6 +132,43 @@ def test_a_closed_pipe_ends_quietly(delta):
     process = subprocess.Popen([*SMT, "inspect", str(delta[0])], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def test_a_full_disk_under_the_output_gives_one_line_and_status_2(delta):
+    command = [*SMT, "inspect", str(delta[0])]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (run.returncode, run.stderr) == (2, "smt: No space left on device\n")
+        assert subprocess.run(command, stdout=full, stderr=full).returncode == 2
+
+
+def test_a_command_works_without_standard_output(base, delta, tmp_path):
+    command = [*SMT, "merge", str(base), str(delta[0]), str(tmp_path / "merged")]
+    run = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stderr and (tmp_path / "merged").is_dir()
+
+
+def test_a_terminal_without_the_letters_of_a_name_gets_their_escapes(base, delta, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [*SMT, "merge", str(base), str(delta[0]), str(tmp_path / "mé")]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0 and run.stdout.endswith(r"m\xe9" + "\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "folder/file"), "smt: folder/file: Permission denied"),
+        (OSError("folder could not be written: no space"), "smt: folder could not be written: no space"),
+        (MemoryError("Unable to allocate 9 GiB"), "smt: not enough memory. Unable to allocate 9 GiB"),
+    ],
+)
+def test_errors_of_the_system_are_one_line(error, said, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("smt_trainer.delta.delta.Delta.load", fail)
+    assert said in refused(["inspect", "delta"], capsys)
 
 
 # ---- what a file asks for ----

@@ -78,9 +78,9 @@ def test_a_merged_folder_without_weights_is_not_verified(command, tmp_path, caps
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])
-def test_a_folder_that_is_missing_gives_one_line_and_status_1(place, command, tmp_path, capsys):
+def test_a_folder_that_is_missing_gives_one_line_and_status_2(place, command, tmp_path, capsys):
     command[place] = str(tmp_path / "nowhere")
-    assert main(command) == 1
+    assert main(command) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("smt: ") and captured.err.count("\n") == 1 and not captured.out
 
@@ -94,7 +94,7 @@ def test_logits_of_a_classifier_are_refused_in_one_line(tmp_path, capsys):
     command = ["verify", *(str(tmp_path / name) for name in ("base", "delta", "merged"))]
     assert main(command) == 0
     capsys.readouterr()
-    assert main([*command, "--logits"]) == 1
+    assert main([*command, "--logits"]) == 2
     assert "no logits over a vocabulary; leave out --logits" in capsys.readouterr().err
 
 

@@ -100,6 +100,25 @@ def test_importing_loads_no_more_than_it_needs(statement, heavy):
     assert loaded_by(statement) == heavy
 
 
+def test_help_loads_nothing_heavy():
+    script = """import contextlib, io, sys
+from smt_trainer.cli import main
+from smt_trainer.cli.main import COMMANDS
+heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'matplotlib', 'huggingface_hub', 'tqdm'}
+def help_of(*command):
+    with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
+        main([*command, '--help'])
+    print(command, *heavy & {*sys.modules})
+    return output.getvalue()
+names = [line.split()[0] for line in help_of().splitlines() if line.startswith('    ') and line[4] != ' ']
+assert len(names) == len(COMMANDS), names
+for name in names:
+    assert f'usage: smt {name}' in help_of(name)"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) > 10 and all(line.endswith(")") for line in run.stdout.splitlines()), run.stdout
+
+
 def test_every_public_name_can_be_imported():
     assert all(getattr(smt_trainer, name).__name__ == name for name in smt_trainer.__all__)
     assert set(smt_trainer.__all__) <= set(dir(smt_trainer))
@@ -110,4 +129,4 @@ def test_every_public_name_can_be_imported():
 def test_the_tests_mirror_the_package():
     tests = Path(__file__).parents[1]
     mirrored = {path.name for path in tests.iterdir() if path.is_dir() and path.name != "__pycache__"}
-    assert mirrored == {*ORDER[1:], "support", "contracts", "runs", "recipes"}
+    assert mirrored == {*ORDER[1:], "support", "contracts", "runs", "recipes", "clients"}

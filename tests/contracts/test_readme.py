@@ -168,6 +168,11 @@ def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
     )
     assert "LoRA learned more than SMT" in text and "LoRA forgot more" in text
     assert f"| -{numbers} |" in row and f"| +{general} |" in row
+    row = next(line for line in report.splitlines() if line.startswith("| random blocks, 0.84 % | +"))
+    _, _, numbers, templates, general, _ = (
+        cell.strip() for cell in row.removeprefix("| random blocks").split(" | ")[1:]
+    )
+    assert all(figure.startswith("-") and figure.removeprefix("-") in text for figure in (numbers, templates, general))
 
 
 def test_the_figures_of_the_study_are_those_of_the_committed_run():

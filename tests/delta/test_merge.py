@@ -181,7 +181,7 @@ def test_a_base_that_does_not_fit_is_refused_and_nothing_written(damage, base, d
 
 def test_a_base_that_is_neither_a_folder_nor_on_the_hub_is_refused(delta, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SMTError, match="is not a folder and could not be fetched from the hub"):
+    with pytest.raises(SMTError, match="it is not a folder, and could not be fetched"):
         merge_checkpoint("someone/nothing", delta[0], tmp_path / "merged")
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, merge_checkpoint, save_delta
 from smt_trainer.cli import main
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.model_card import delta_section
+from smt_trainer.delta.model_card import delta_card
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.sparse.convert import get_state
@@ -222,10 +222,11 @@ def test_inspect_says_how_the_base_was_quantised(base, tmp_path, capsys):
 
 def test_a_model_card_says_how_to_load_a_delta_of_a_quantised_base(base, tmp_path):
     state = get_state(trained(base, "fp4", tmp_path / "delta"))
-    card = delta_section(state.selection, "me/mine", state.quantization)
+    given = "# card", state.selection, "LlamaForCausalLM", tmp_path, "me/mine"
+    card = delta_card(*given, state.quantization)
     assert "| trained over a quantised base | bitsandbytes, 4 bits, fp4; `quantization_config=` instead" in card
-    assert 'from_delta(snapshot_download("me/mine"), onto="dequantized")' in card
-    assert "quantised" not in delta_section(state.selection, "me/mine")
+    assert 'base="path/to/base", onto="dequantized")' in card
+    assert "quantised" not in delta_card(*given)
 
 
 def test_a_quantised_module_is_not_trained_whole(base):

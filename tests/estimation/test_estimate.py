@@ -263,7 +263,7 @@ def test_the_command_reads_the_configuration_alone(base, capsys):
     output = capsys.readouterr().out
     assert "12 blocks of 16x16 (3,072 parameters)" in output
     assert "delta        12.09 KiB on disk" in output
-    assert "fits a 24 GB card: yes, 24.00 GiB to spare" in output
+    assert "fits a 24 GiB card: yes, 24.00 GiB to spare" in output
     columns = next(line for line in output.splitlines() if line.startswith("each device"))
     assert columns.split() == ["each", "device", "SMT", "warm-up", "LoRA", "r=7", "full"]
 
@@ -271,13 +271,13 @@ def test_the_command_reads_the_configuration_alone(base, capsys):
 def test_the_command_says_how_much_memory_a_card_lacks(base, capsys):
     assert main(["estimate", str(base), "--budget", "0.05", "--score", "random", "--card", "0.0001"]) == 0
     output = capsys.readouterr().out
-    assert "fits a 0.0001 GB card: no, " in output and "too much" in output
+    assert "fits a 0.0001 GiB card: no, " in output and "too much" in output
     assert "warm-up  " not in output
 
 
 def test_the_command_refuses_in_one_line(tmp_path, capsys):
-    assert main(["estimate", str(tmp_path)]) == 1
-    assert main(["estimate", str(tmp_path), "--budget", "much"]) == 1
+    assert main(["estimate", str(tmp_path)]) == 2
+    assert main(["estimate", str(tmp_path), "--budget", "much"]) == 2
     errors = capsys.readouterr().err.splitlines()
     assert errors[0].startswith(f"smt: no causal language model can be built from {tmp_path}")
     assert errors[1].startswith("smt: budget must be a count of blocks")

@@ -1,9 +1,7 @@
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+from texts import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -17,14 +15,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def tokenizer():
     """A lossless tokenizer with one token for each byte, which puts BOS before a text; it needs no file."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *alphabet))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    bos, eos, pad = SPECIAL_TOKENS
-    backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, vocabulary[bos])])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, pad_token=pad)
+    return byte_tokenizer()
 
 
 @pytest.fixture

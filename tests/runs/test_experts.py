@@ -7,6 +7,7 @@ import training_script
 from mixtures import mixture
 
 from smt_trainer import SMTError, from_delta, merge_checkpoint
+from smt_trainer.training import refusals
 
 CONFIG = {"target_modules": "mlp", "budget": {"experts": 24}, "block_size": 16}
 
@@ -61,3 +62,15 @@ def test_classes_of_tokens_are_refused(tmp_path):
     trainer = tiny.smt_trainer(mixture(), tmp_path, tiny.config(**CONFIG, score="qm_taylor"))
     with pytest.raises(SMTError, match="the router sends single tokens to"):
         trainer.train()
+
+
+def test_compiling_is_refused(tmp_path):
+    with pytest.raises(SMTError, match="torch_compile=True leaves no Python to run"):
+        tiny.smt_trainer(mixture(), tmp_path, tiny.config(**CONFIG), torch_compile=True)
+    tiny.smt_trainer(mixture(), tmp_path, tiny.config(), torch_compile=True)
+
+
+def test_sharding_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(refusals, "is_sharding", lambda accelerator: True)
+    with pytest.raises(SMTError, match=r"experts.gate_up_proj.0` lies in a parameter with all experts"):
+        tiny.smt_trainer(mixture(), tmp_path, tiny.config(**CONFIG))

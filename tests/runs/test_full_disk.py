@@ -143,6 +143,6 @@ def test_merge_and_save_leaves_no_partial_checkpoint(tmp_path):
 def test_smt_merge_reports_the_error_and_leaves_no_partial_output(base, delta, tmp_path, capsys):
     before = contents(tmp_path)
     with full_disk(ROOM):
-        assert main(["merge", str(base), str(delta[0]), str(tmp_path / "merged")]) == 1
+        assert main(["merge", str(base), str(delta[0]), str(tmp_path / "merged")]) == 2
     assert "merged could not be written" in capsys.readouterr().err
     assert contents(tmp_path) == before

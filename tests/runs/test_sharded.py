@@ -20,11 +20,12 @@ from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
 
 CONFIGURATIONS = Path(__file__).parents[2] / "recipes" / "accelerate"
 QUICK = ["fsdp", "fsdp-one-rank-loads", "fsdp-checkpointing"]
-SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK]
+HYBRID = ["fsdp-hybrid"]
+SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK + HYBRID]
 ZERO = [name for name in CASES if "zero" in name]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'")
-MARKS = dict.fromkeys(SLOW, pytest.mark.slow) | dict.fromkeys(ZERO, needs_deepspeed)
+MARKS = dict.fromkeys(SLOW + HYBRID, pytest.mark.slow) | dict.fromkeys(ZERO, needs_deepspeed)
 # With ACCELERATE_USE_CPU, accelerate leaves DeepSpeed out; DeepSpeed has its own variable.
 ENVIRONMENT = {"fsdp": {"ACCELERATE_USE_CPU": "true"}, "zero": {"DS_ACCELERATOR": "cpu"}}
 
@@ -38,10 +39,11 @@ def folder_of(tmp_path_factory):
     folders = {}
 
     def folder(name):
-        group = next(group for group in (QUICK, SLOW, ZERO) if name in group)
+        group = next(group for group in (QUICK, SLOW, HYBRID, ZERO) if name in group)
         if name not in folders:
             where = tmp_path_factory.mktemp("sharded")
-            torchrun(sharded_script.__file__, 2, where, *group, **ENVIRONMENT["zero" if group is ZERO else "fsdp"])
+            ranks = 4 if group is HYBRID else 2
+            torchrun(sharded_script.__file__, ranks, where, *group, **ENVIRONMENT["zero" if group is ZERO else "fsdp"])
             folders.update({name: where / name for name in group})
         return folders[name]
 

@@ -19,7 +19,7 @@ import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from smt_trainer import SMTConfig, SMTTrainer
@@ -53,6 +53,11 @@ CASES = {
     "fsdp-whole-module": {"fsdp": FSDP, "smt": {"modules_to_save": ["lm_head"]}},
     "fsdp-tied": {"fsdp": FSDP | {"cpu_ram_efficient_loading": True}, "model": "tied"},
     "fsdp-compiled": {"fsdp": FSDP, "arguments": {"torch_compile": True, "torch_compile_backend": "aot_eager"}},
+    # On four ranks: two copies of the model, each sharded over two.
+    "fsdp-hybrid": {
+        "fsdp": FSDP,
+        "ranks": {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},
+    },
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "zero2-grad_signed": {"zero": 2, "smt": {"score": "grad_signed"}},
@@ -100,6 +105,7 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
         # Older versions of transformers need this spelling; newer ones take True.
         wrapped = "auto_wrap_policy" not in case["fsdp"]
         how |= {"fsdp": "full_shard auto_wrap" if wrapped else "full_shard", "fsdp_config": dict(case["fsdp"])}
+    how |= case.get("ranks", {}) if processes > 1 else {}
     if processes > 1 and "zero" in case and "launched" not in case:
         bf16 = {"bf16": {"enabled": True}} if "bf16" in case.get("arguments", ()) else {}
         how = {"deepspeed": ZERO | bf16 | {"zero_optimization": {"stage": case["zero"]}}}

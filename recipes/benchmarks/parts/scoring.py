@@ -9,13 +9,13 @@ from smt_trainer.scores import make_scorer
 
 
 class Scoring:
-    """A frozen model and a scorer of its query, key and value projections with the default blocks."""
+    """A frozen model and a scorer of its targets with the default blocks."""
 
-    def __init__(self, model: nn.Module, score: str) -> None:
+    def __init__(self, model: nn.Module, score: str, targets: str) -> None:
         self.model = model.requires_grad_(False)
-        config = SMTConfig(score=score)
-        targets = find_targets(model, config)
-        self.scorer = make_scorer(targets, target_grids(targets, config), config)
+        config = SMTConfig(score=score, target_modules=targets)
+        found = find_targets(model, config)
+        self.scorer = make_scorer(found, target_grids(found, config), config)
 
     def step(self, tokens: Tensor) -> None:
         """Run forward, and backward if the score needs it. The class of a sequence is its first token."""
@@ -33,4 +33,4 @@ class Scoring:
 
 def start(score: str, model: nn.Module, setting: Setting) -> Scoring:
     """Make a `Scoring`, with the arguments in the order that `functools.partial(start, score)` needs."""
-    return Scoring(model, score)
+    return Scoring(model, score, setting.targets)

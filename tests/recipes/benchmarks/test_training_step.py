@@ -10,7 +10,7 @@ import torch
 from recipes.benchmarks import training_step
 from recipes.benchmarks.parts.memory import account
 from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, ROWS, SECOND_FLOOR, SMT, Variant
-from recipes.benchmarks.parts.models import tiny
+from recipes.benchmarks.parts.models import Mixture, tiny
 from recipes.benchmarks.parts.setting import SHAPES, Setting
 from recipes.benchmarks.parts.timing import Seconds, ratios
 from recipes.benchmarks.parts.training import Training, copy_for
@@ -167,3 +167,16 @@ def test_full_fine_tuning_saves_and_computes_more_than_smt_and_smt_about_what_th
     for what in ("flops", "saved_bytes", "live_bytes"):
         assert counts[FLOOR][what] * 0.9 < counts[SMT][what] < counts[FULL][what]
     assert counts[SMT]["flops"] < 1.1 * counts[FLOOR]["flops"]
+
+
+def test_experts_are_measured_beside_what_can_train_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "qwen3-moe", Mixture(2, 64, 4, 2, 16, 32, 8, 2, 64))
+    options = ["--shape", "qwen3-moe", "--rounds", "1", "--curve-rounds", "0", "--batch", "1", "--length", "8"]
+    training_step.main(["--output", str(tmp_path), *options, "--budgets", "0.05"])
+    results = json.loads((tmp_path / "step-qwen3-moe-fp32.json").read_text())
+    rows = {row["method"]: row for row in results["methods"]}
+    assert list(rows) == [FLOOR, SECOND_FLOOR, FULL, "LoRA", ROWS, SMT]
+    for method in ("LoRA", ROWS, SMT):
+        assert rows[method]["trainable"] == pytest.approx(0.05 * results["parameters"], rel=0.1)
+    assert rows[SMT]["saved_bytes"] < rows["LoRA"]["saved_bytes"]
+    assert "All methods train the matrices of the experts" in (tmp_path / "step-qwen3-moe-fp32.md").read_text()

@@ -6,7 +6,8 @@ import pytest
 
 from recipes.benchmarks import warmup
 from recipes.benchmarks.parts.methods import FLOOR, SMT
-from recipes.benchmarks.parts.models import MODELS, tiny
+from recipes.benchmarks.parts.models import Mixture, tiny
+from recipes.benchmarks.parts.setting import SHAPES
 from smt_trainer.config import SCORES
 
 LAYERS = 8
@@ -16,7 +17,7 @@ LAYERS = 8
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("warmup")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, warmup.SHAPE, tiny(LAYERS))
+        patch.setitem(SHAPES, "smollm2-135m", tiny(LAYERS))
         warmup.main(["--output", str(folder), "--rounds", "2", "--batch", "2", "--length", "8"])
     return folder
 
@@ -50,3 +51,14 @@ def test_lora_has_rank_8(folder):
     trained = warmup.Variant("LoRA", budget).make_trainable(model, 0, "qkv")
     ranks = {parameter.shape[0] for name, parameter in trained.named_parameters() if "lora_A" in name}
     assert ranks == {8}
+
+
+def test_the_experts_of_a_mixture_are_scored(tmp_path, monkeypatch):
+    monkeypatch.setitem(SHAPES, "qwen3-moe", Mixture(2, 64, 4, 2, 16, 32, 8, 2, 64))
+    options = ["--shape", "qwen3-moe", "--rounds", "1", "--batch", "1", "--length", "8"]
+    warmup.main(["--output", str(tmp_path), *options])
+    rows = {row["step"]: row for row in json.loads((tmp_path / "warmup-experts.json").read_text())["steps"]}
+    assert "qm_taylor" not in rows
+    # Two layers of eight experts, with matrices of 64x64 and 64x32.
+    assert rows["grad_l1"]["accumulator_bytes"] == 4 * 2 * 8 * (64 * 64 + 64 * 32)
+    assert "the matrices of the experts" in (tmp_path / "warmup-experts.md").read_text()

@@ -1,0 +1,75 @@
+"""Folders by their path, or by their name on the Hugging Face hub. Imports huggingface_hub only to fetch one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from smt_trainer.errors import SMTError
+
+
+def is_folder(name: str | Path, revision: str | None) -> bool:
+    """Return whether a base or delta lies in a folder. Raise `SMTError` if it does, and a revision is given."""
+    found = Path(name).is_dir()
+    if found and revision is not None:
+        raise SMTError(
+            f"{name} is a folder, which has no revision {revision!r}. Leave it out, or give a name on the hub."
+        )
+    return found
+
+
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """Return the folder in the hub's cache with a commit of a repository; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # a folder that is no longer there
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def cached_commit(name: str) -> str | None:
+    """Return the commit of the main branch that the hub's cache holds, if no other commit there has other weights.
+
+    So it is the one that a model was loaded from, which transformers 5.23 no longer says.
+    """
+    folder = cached_folder(name)
+    if folder is None:
+        return None
+    weights = {frozenset(path.resolve() for path in each.glob("*.safetensors")) for each in folder.parent.iterdir()}
+    return folder.name if len(weights - {frozenset()}) < 2 else None
+
+
+def fetch(what: str, name: str | Path, revision: str | None, patterns: Iterable[str], **access: Any) -> Path:
+    """Return the folder in the hub's cache with those files of a repository that match one of the patterns.
+
+    Args:
+        what: the repository should hold, for messages.
+        name: of the repository, such as "user/model".
+        revision: branch, tag or commit; by default the newest commit of the main branch.
+        patterns: of file names, such as "*.json".
+        access: `token`, `cache_dir` and `local_files_only` of huggingface_hub.
+
+    Raises:
+        SMTError: there is no such repository or revision, it may not be read, or the hub cannot be reached and the
+            cache lacks a file.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    reasons = {
+        errors.HFValidationError: "it is not a folder, and cannot be a name on the hub. Check the path.",
+        errors.GatedRepoError: "its owner lets in whom they choose. Ask on its page, and log in (hf auth login).",
+        errors.RepositoryNotFoundError: "it is not a folder, and the hub shows no repository of this name. Check the "
+        "name; if it is private, log in (hf auth login).",
+        errors.RevisionNotFoundError: f"it has no revision {revision!r}. Its page lists branches, tags and commits.",
+        errors.LocalEntryNotFoundError: "it is not a folder, and could not be fetched: the hub cannot be reached, or "
+        "HF_HUB_OFFLINE is set. Connect, or give the folder of a download.",
+    }
+    try:
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=[*patterns], **access))
+    except Exception as error:
+        reason = next((reason for kind, reason in reasons.items() if isinstance(error, kind)), error)
+        raise SMTError(f"no {what} at {name}: {reason}") from error
