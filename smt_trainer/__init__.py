@@ -13,6 +13,7 @@ _HOME = {
     "BlockSelection": "selection.block_selection",
     "BlockScores": "selection.block_scores",
     "Overlap": "selection.overlap",
+    "select_tokens": "selection.tokens",
     "convert_to_smt": "sparse.convert",
     "merge_and_unload": "sparse.convert",
     "Delta": "delta.delta",

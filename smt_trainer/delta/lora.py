@@ -178,12 +178,14 @@ def _refuse_experts(delta: Delta) -> None:
 
 
 def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:
-    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`, or a module is a convolution."""
+    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`, or a module is no linear."""
     indices = delta.selection.block_indices
-    convolution = next((name for name in indices if delta.selection.grids[name].kernel), None)
-    if convolution is not None:
+    grids = delta.selection.grids
+    other = next((name for name in indices if grids[name].kernel or grids[name].embedding), None)
+    if other is not None:
+        kind = "an embedding" if grids[other].embedding else "a convolution"
         raise SMTError(
-            f"`{convolution}` is a convolution, and an adapter is written for linears only. Merge the delta instead "
+            f"`{other}` is {kind}, and an adapter is written for linears only. Merge the delta instead "
             "(smt merge), or load it with from_delta."
         )
     touched = {name: delta.selection.grids[name].touched(found) for name, found in indices.items() if len(found)}

@@ -75,6 +75,9 @@ class Placement:
                 dtype,
             )
         whole, sites = placement.whole, placement.sites
+        for key, (first, *_) in list(sites.items()):
+            for copy in tied_copies(key, checkpoint, {*sites, *whole}) if first.grid.embedding else ():
+                sites[copy], placement.places[copy] = sites[key], checkpoint.places[copy]
         for key, values in list(whole.items()):
             for copy in tied_copies(key, checkpoint, {*sites, *whole}):
                 placement.whole[copy], placement.places[copy] = values, checkpoint.places[copy]

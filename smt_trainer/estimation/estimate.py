@@ -175,7 +175,7 @@ def estimate(
     plain = build()
     base = QuantisedBase.of(plain, bits)
     selection = _choose(plain, config, build)
-    _refuse_convolutions(selection)
+    _refuse_other_kinds(selection)
     whole = find_whole(plain, config, selection.block_indices)
     base.refuse_whole(whole)
     rank = _equal_rank(selection)
@@ -283,12 +283,12 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
 
 
-def _refuse_convolutions(selection: BlockSelection) -> None:
-    name = next((name for name, grid in selection.grids.items() if grid.kernel), None)
+def _refuse_other_kinds(selection: BlockSelection) -> None:
+    name = next((name for name, grid in selection.grids.items() if grid.kernel or grid.embedding), None)
     if name is not None:
         raise SMTError(
-            f"`{name}` is a convolution, and what a step with blocks in convolutions takes is not estimated. Leave "
-            "them out of target_modules."
+            f"`{name}` is {'an embedding' if selection.grids[name].embedding else 'a convolution'}, and what a step "
+            "with blocks in such modules takes is not estimated. Leave them out of target_modules."
         )
 
 

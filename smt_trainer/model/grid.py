@@ -6,7 +6,7 @@ sub-matrices have br = bc = 256; an SPSFT row is a block of 1 x I, an SPSFT colu
 
 GPT-2's `Conv1D` stores W^T [I, O]. Its grid is `transposed` and cuts the view W of that parameter, so everywhere else
 rows are out features and columns are in features. A convolution stores [O, I/g, *kernel], which is cut as a matrix
-(`convolution.py`). Imports no torch.
+(`convolution.py`). An embedding's weight is [V, H], tokens x features. Imports no torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ MOST_PARAMETERS, LONGEST_NAME = 10**14, 1000
 class BlockGrid:
     """The grid of one [out_features, in_features] weight; `transposed` if the weight is stored as [in, out].
 
-    The weight of a convolution with this `kernel` and these `groups` is stored as [O, I/g, *kernel].
+    The weight of a convolution with this `kernel` and these `groups` is stored as [O, I/g, *kernel]. That of an
+    `embedding` has tokens for out features.
 
     Raises:
         SMTError: the block does not divide the weight, or the kernel or the groups do not.
@@ -48,6 +49,7 @@ class BlockGrid:
     transposed: bool = False
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -70,6 +72,9 @@ class BlockGrid:
                 f"a weight of {self.out_features}x{self.in_features} is none of a convolution with a kernel of "
                 f"{list(self.kernel)} in {self.groups} groups."
             )
+
+        if self.embedding and (self.transposed or self.kernel):
+            raise SMTError("a weight is that of an embedding, of a Conv1D or of a convolution, and not two of these.")
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -126,24 +131,29 @@ class BlockGrid:
             "block_shape": list(self.block_shape),
             "transposed": self.transposed,
         }
-        return values | ({"kernel": list(self.kernel), "groups": self.groups} if self.kernel else {})
+        if self.kernel:
+            values |= {"kernel": list(self.kernel), "groups": self.groups}
+        return values | ({"embedding": True} if self.embedding else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockGrid:
         """Inverse of `to_dict`; ignores other keys. Raises `SMTError` for anything but whole numbers."""
         sizes, transposed = [*values["weight_shape"], *values["block_shape"]], values.get("transposed", False)
         kernel, groups = values.get("kernel", []), values.get("groups", 1)
+        embedding = values.get("embedding", False)
         if len(sizes) != 4 or not all(is_int(size) for size in sizes) or not isinstance(transposed, bool):
             raise SMTError(
                 f"a grid must have four whole numbers and be transposed or not, got {sizes} and {transposed!r}. The "
                 "file is damaged; create it again."
             )
+        if not isinstance(embedding, bool):
+            raise SMTError(f"a grid is that of an embedding or not, got {embedding!r}. The file is damaged.")
         if not isinstance(kernel, list) or len(kernel) > 3 or not all(is_int(size) for size in [*kernel, groups]):
             raise SMTError(
                 f"the kernel of a grid must be up to three whole numbers and its groups one, got {kernel!r} and "
                 f"{groups!r}. The file is damaged; create it again."
             )
-        return cls(*sizes, transposed=transposed, kernel=tuple(kernel), groups=groups)
+        return cls(*sizes, transposed=transposed, kernel=tuple(kernel), groups=groups, embedding=embedding)
 
     def split(self, weight: Any) -> Any:
         """Return a view [R, C, br, bc] of a weight of `stored_shape`, which is a tensor or a numpy array; writing to

@@ -1,10 +1,10 @@
 """Find the weights of a model that are targets, and say why the others are not.
 
-A target is a linear, a convolution or the matrix of one expert. A linear is an `nn.Linear` with weight W [O, I], or
-GPT-2's `Conv1D`, which stores W^T [I, O]. It computes just x W^T + b, since the rewritten linear does; a subclass with
-a `forward` of its own may compute something else. The same holds for convolutions (`convolution.py`). The matrices of
-experts lie together in 3-D parameters (`experts.py`). Of the keywords only 'all-conv' means convolutions; names and
-patterns mean all.
+A target is a linear, a convolution, an embedding or the matrix of one expert. A linear is an `nn.Linear` with weight W
+[O, I], or GPT-2's `Conv1D`, which stores W^T [I, O]. It computes just x W^T + b, since the rewritten linear does; a
+subclass with a `forward` of its own may compute something else. The same holds for convolutions (`convolution.py`). The
+matrices of experts lie together in 3-D parameters (`experts.py`). Of the keywords only 'all-conv' means convolutions,
+and none means embeddings (`embedding.py`); names and patterns mean all.
 
 A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
 all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned. Nor does
@@ -34,6 +34,7 @@ from smt_trainer.model.convolution import (
     is_transposed_convolution,
     matrix_shape,
 )
+from smt_trainer.model.embedding import has_lookup_forward, is_embedding, sharing, unusual_option
 from smt_trainer.model.experts import ExpertMatrix, expert_stacks, is_known, matrices_of
 from smt_trainer.model.grid import BlockGrid, make_grids
 from smt_trainer.model.groups import LINEAR_KEYWORDS, is_meant, with_stack
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from smt_trainer.model.convolution import Convolution
 
     Linear = nn.Linear | Conv1D | Convolution
-    Target = Linear | ExpertMatrix
+    Target = Linear | nn.Embedding | ExpertMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
 
     Leave out, with a warning, a matching weight that cannot be tuned: it is frozen, shared (tied) or neither a plain
     matrix of floats nor quantised by bitsandbytes, or the `forward` of its module is its own, is replaced on the
-    instance (offloading hooks) or is never called; or it is that of a transposed convolution. Also warn about linears
-    of other kinds.
+    instance (offloading hooks) or is never called; or it is that of a transposed convolution. An embedding may share
+    its weight with linears, and is then the target for both. Also warn about linears of other kinds.
 
     Raises:
         SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
@@ -87,7 +88,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
         apart |= _beside_language_model(model, everything.keys() - apart, config)
     matching = _matching(model, everything, config, apart)
     shared = _shared_weights(model)
-    reasons = {name: _why_not(target, shared) for name, target in matching.items()}
+    reasons = {name: _why_not(model, target, shared) for name, target in matching.items()}
     targets = {name: target for name, target in matching.items() if reasons[name] is None}
     for reason, count in Counter(reason for reason in reasons.values() if reason is not None).items():
         first = next(name for name in reasons if reasons[name] == reason)
@@ -120,7 +121,7 @@ def target_grids(targets: Mapping[str, Target], config: SMTConfig) -> dict[str, 
 def _as_stored(grid: BlockGrid, target: Target, config: SMTConfig) -> BlockGrid:
     if is_convolution(target):
         return as_convolution(grid, target, config.granularity)
-    return replace(grid, transposed=stores_transpose(target))
+    return replace(grid, transposed=stores_transpose(target), embedding=is_embedding(target))
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -160,13 +161,13 @@ def _is_frozen(target: Target) -> bool:
 
 
 def named_targets(model: nn.Module) -> dict[str, Target]:
-    """Return all linears, convolutions and matrices of experts of a model by full name, in the model's order."""
+    """Return all linears, convolutions, embeddings and matrices of experts of a model by full name, in its order."""
     found: dict[str, Target] = {}
     stacks: dict[nn.Module, list[tuple[str, str]]] = {}
     for name, module, leaf in expert_stacks(model):
         stacks.setdefault(module, []).append((name, leaf))
     for name, module in model.named_modules():
-        if is_linear(module) or is_convolution(module):
+        if is_linear(module) or is_convolution(module) or is_embedding(module):
             found[name] = module
         for stack, leaf in stacks.get(module, ()):
             found |= matrices_of(stack, module, leaf)
@@ -191,17 +192,21 @@ def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
 def is_layer_of(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
     """Return whether a grid may be that of a target: whether it is stored so, and a convolution moves so."""
     if isinstance(target, ExpertMatrix):
-        return not grid.kernel and target.is_transposed == grid.transposed
+        return not (grid.kernel or grid.embedding) and target.is_transposed == grid.transposed
     if is_convolution(target):
         return (tuple(target.kernel_size), target.groups) == (grid.kernel, grid.groups)
+    if is_embedding(target) or grid.embedding:
+        return is_embedding(target) and grid.embedding
     return is_linear(target) and not grid.kernel and is_transposed(target) == grid.transposed
 
 
 def kind_of(grid: BlockGrid) -> str:
-    """Return what a grid cuts the weight of, for a message."""
+    """Return what a grid cuts the weight of, with its article, for a message."""
     if grid.kernel:
-        return f"convolution of {grid.groups} groups" if grid.groups > 1 else "convolution"
-    return "Conv1D" if grid.transposed else "linear"
+        return f"a convolution of {grid.groups} groups" if grid.groups > 1 else "a convolution"
+    if grid.embedding:
+        return "an embedding"
+    return "a Conv1D" if grid.transposed else "a linear"
 
 
 def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
@@ -222,11 +227,13 @@ def has_linear_forward(linear: nn.Module) -> bool:
     """Return whether the class of a linear computes x W^T + b; its `forward` may be inherited, but not its own."""
     if is_convolution(linear):
         return has_plain_forward(linear)
+    if is_embedding(linear):
+        return has_lookup_forward(linear)
     forward = type(linear).forward
     return (forward.__module__, forward.__qualname__) in LINEAR_FORWARDS
 
 
-def has_plain_weight(linear: Linear) -> bool:
+def has_plain_weight(linear: Linear | nn.Embedding) -> bool:
     """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
     shape, weight = weight_shape(linear), linear.weight
     if is_transposed(linear):
@@ -260,6 +267,8 @@ def weight_shape(target: Target) -> tuple[int, int]:
         return target.weight_shape
     if is_convolution(target):
         return matrix_shape(target)
+    if is_embedding(target):
+        return target.num_embeddings, target.embedding_dim
     return (target.nf, target.nx) if is_transposed(target) else (target.out_features, target.in_features)
 
 
@@ -305,7 +314,7 @@ def _matching(
     model: nn.Module, everything: Mapping[str, Target], config: SMTConfig, apart: set[str]
 ) -> dict[str, Target]:
     """Return the targets, and the transposed convolutions, that the configuration asks for."""
-    of_convolutions = None if config.target_modules in TARGET_KEYWORDS else config
+    of_convolutions = of_embeddings = None if config.target_modules in TARGET_KEYWORDS else config
     if config.target_modules == ALL_CONVOLUTIONS:
         of_convolutions = replace(config, target_modules="all-linear")
     transposed: dict[str, Any] = {
@@ -314,6 +323,7 @@ def _matching(
     found = {}
     for name, target in (*everything.items(), *transposed.items()):
         asked = of_convolutions if name in transposed or is_convolution(target) else config
+        asked = of_embeddings if is_embedding(target) else asked
         if asked is not None and _is_wanted(_names_of(name, target), asked, apart):
             found[name] = target
     return found
@@ -324,8 +334,30 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return {identity for identity, count in counts.items() if count > 1}
 
 
-def _why_not(target: Target, shared: set[int]) -> str | None:
+def _why_not(model: nn.Module, target: Target, shared: set[int]) -> str | None:
+    if is_embedding(target):
+        return why_no_embedding(model, target)
     return _why_no_expert(target, shared) if isinstance(target, ExpertMatrix) else _why_no_linear(target, shared)
+
+
+def why_no_embedding(model: nn.Module, embedding: nn.Embedding) -> str | None:
+    """Return why blocks of an embedding of a model cannot be trained; None if they can."""
+    weight, option = embedding.weight, unusual_option(embedding)
+    if option is not None:
+        return f"it has {option}, with which other rows change or the gradient is not that of the looked up rows"
+    if not has_plain_weight(embedding):
+        return f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype}"
+    if not has_lookup_forward(embedding):
+        return f"its class, {type(embedding).__name__}, has a forward of its own, which does more than look rows up"
+    others = sharing(model, embedding)
+    if any("forward" in vars(module) for module in (embedding, *others)):
+        return "its forward, or that of a tied head, is replaced on the instance (a device map or an offloading hook)"
+    strange = next((module for module in others if not (type(module) is nn.Linear and module.weight is weight)), None)
+    if strange is not None:
+        return (
+            f"its weight is shared with another {type(strange).__name__}, and only an nn.Linear is known as a tied head"
+        )
+    return None
 
 
 def _why_no_expert(matrix: ExpertMatrix, shared: set[int]) -> str | None:
@@ -404,7 +436,7 @@ def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching:
         if value
     )
     return (
-        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears and "
-        f"convolutions are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them in "
-        "target_modules."
+        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears, "
+        f"convolutions and embeddings are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them "
+        "in target_modules."
     )

@@ -43,12 +43,17 @@ def find_whole(
         found = _find_named(model, config.modules_to_save)
     found += _made_up(model, config, found)
     _refuse_quantised(model, found)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained_whole = {id(parameters[name]): whole for name in parameters for whole in found if _lies_in(name, whole)}
     for linear in linears:
-        whole = next((name for name in found if f"{linear}.".startswith(f"{name}.")), None)
+        whole = next((name for name in found if _lies_in(linear, name)), None)
+        if whole is None:
+            # A head may be tied to it.
+            whole = trained_whole.get(id(parameters.get(f"{linear}.weight")))
         if whole is not None:
             raise SMTError(
-                f"`{linear}` is a target but lies in `{whole}`, which modules_to_save trains whole. Add the target "
-                "to exclude_modules, or remove the module from modules_to_save."
+                f"`{linear}` is a target but lies in `{whole}`, or shares its weight, which modules_to_save trains "
+                "whole. Add the target to exclude_modules, or remove the module from modules_to_save."
             )
     if config.train_norm:
         norms = [name for name in _norms(model, config.lowest_layer) if name in trained]
@@ -58,6 +63,10 @@ def find_whole(
         biases = [name for name in biases if name in trained]
         found += _expect(biases, "train_bias=True, but none of the linears with blocks has a bias, or all are frozen")
     return tuple(dict.fromkeys(found))
+
+
+def _lies_in(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
 
 
 def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:

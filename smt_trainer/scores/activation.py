@@ -7,6 +7,9 @@ Let x [T, I] be the inputs of a linear over all T warm-up tokens, padding includ
 A convolution reads x once for each weight of its kernel, where it moves, and each group its own channels: there the sum
 is over all that the weights of a column multiply, and over rows of several groups their mean is taken.
 
+An embedding multiplies its rows by ones and zeros: there the sum is how often the tokens of a block row occur, the
+padding token left out.
+
 All blocks of a block column get the same score, and so do q, k and v, which share their input. Module order breaks
 ties, then row order. Ranks average the sums of squares, which scales all scores alike.
 """
@@ -18,10 +21,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smt_trainer.model.calls import watching_calls
 from smt_trainer.model.convolution import is_convolution, squared_inputs
+from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.scores.scorer import Scorer
 
@@ -37,8 +41,7 @@ class Activation(Scorer):
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
         self.sums = {
-            name: torch.zeros(grid.groups, grid.shape[1], device=targets[name].weight.device)
-            for name, grid in grids.items()
+            name: torch.zeros(_sums_shape(grid), device=targets[name].weight.device) for name, grid in grids.items()
         }
 
     @contextlib.contextmanager
@@ -48,6 +51,9 @@ class Activation(Scorer):
             yield
 
     def _add(self, name: str, target: Target, x: Tensor) -> None:
+        if is_embedding(target):
+            self.sums[name] += _occurrences(target, x).unflatten(0, (-1, self.grids[name].block_rows)).sum(1, True)
+            return
         if is_convolution(target):
             squares = squared_inputs(target, x)
         else:
@@ -61,8 +67,22 @@ class Activation(Scorer):
         return {name: _of_rows(total, self.grids[name]).sqrt().cpu() for name, total in self.sums.items()}
 
 
+def _sums_shape(grid: BlockGrid) -> tuple[int, int]:
+    return (grid.shape[0], 1) if grid.embedding else (grid.groups, grid.shape[1])
+
+
+def _occurrences(embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """Return [V] in float32: how often each token occurs, 0 for the padding token."""
+    counts = torch.bincount(ids.flatten(), minlength=embedding.num_embeddings).float()
+    if embedding.padding_idx is not None:
+        counts[embedding.padding_idx] = 0
+    return counts
+
+
 def _of_rows(sums: Tensor, grid: BlockGrid) -> Tensor:
     """Return [R, C]: the mean over the rows of each block, where a row has the sums [g, C] of its group."""
+    if grid.embedding:
+        return sums.repeat(1, grid.shape[1])
     if grid.groups == 1:
         return sums.repeat(grid.shape[0], 1)
     of_rows = sums.repeat_interleave(grid.out_features // grid.groups, 0)

@@ -10,8 +10,9 @@ neighbouring features of one block row or column,
     mean over block (r, c) of G_t = sum over tokens of p(dy)[:, r] * p(x)[:, c]
 
 so `grad_signed` needs no weight gradient, only one product of pooled activations; but a convolution's, whose weights
-multiply many places, is formed. The other two scores form one weight gradient at a time, reduce it to one number per
-block and drop it. Since <W, G> = sum over t of <W, G_t>, `taylor` needs no sum of gradients either.
+multiply many places, is formed, and so is an embedding's, to which a tied head may add. The other two scores form one
+weight gradient at a time, reduce it to one number per block and drop it. Since <W, G> = sum over t of <W, G_t>,
+`taylor` needs no sum of gradients either.
 
 Where FSDP2 shards a weight over n ranks, each rank reduces its own rows and multiplies the result by n. All sums are
 averaged over ranks, which then gives the sum over the whole block.
@@ -29,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smt_trainer.model.convolution import is_convolution
+from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import dense_weight, is_quantised
 from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
@@ -76,9 +78,9 @@ class GradSigned(BlockSums):
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
-        linears = {name: layer for name, layer in self.targets.items() if not is_convolution(layer)}
-        convolutions = {name: layer for name, layer in self.targets.items() if is_convolution(layer)}
-        with output_gradients(linears, self._observe), weight_gradients(convolutions, self._add):
+        formed = {name: one for name, one in self.targets.items() if is_convolution(one) or is_embedding(one)}
+        linears = {name: one for name, one in self.targets.items() if name not in formed}
+        with output_gradients(linears, self._observe), weight_gradients(formed, self._add):
             yield
 
     def _add(self, name: str, gradient: Tensor) -> None:

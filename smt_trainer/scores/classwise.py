@@ -29,6 +29,7 @@ from torch import Tensor
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution, weight_gradient
+from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.quantised import dense_weight
 from smt_trainer.model.targets import stores_transpose
@@ -99,6 +100,11 @@ class QMTaylor(BlockSums):
             raise SMTError(
                 f"'qm_taylor' tells examples apart, and the router sends single tokens to `{name}`. Use 'taylor', or "
                 "leave the experts out."
+            )
+        if is_embedding(linear):
+            raise SMTError(
+                f"'qm_taylor' tells examples apart, and a head tied to `{name}` may not. Use 'taylor', or leave the "
+                "embeddings out."
             )
         if x.shape[0] != len(self.classes):
             raise SMTError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution
+from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix, find_expert
 from smt_trainer.model.made_up import made_up
 from smt_trainer.model.names import plain_name, unwrapped
@@ -24,11 +25,13 @@ from smt_trainer.model.targets import (
     is_linear,
     kind_of,
     refuse_adapters,
+    why_no_embedding,
 )
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.conv import block_conv_of
 from smt_trainer.sparse.dequantise import dequantise
+from smt_trainer.sparse.embedding import hold_tokens
 from smt_trainer.sparse.experts import hold_blocks
 from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
@@ -195,6 +198,9 @@ def rewrite(
             hold_blocks(expert, grid, torch.from_numpy(block_indices), master_dtype)
             continue
         linear: Any = model.get_submodule(name)
+        if grid.embedding:
+            hold_tokens(model, linear, grid, torch.from_numpy(block_indices), master_dtype)
+            continue
         kind: type[BlockLinear] = SMTConv1D if grid.transposed else SMTLinear
         if grid.kernel:
             kind = block_conv_of(linear)
@@ -264,12 +270,14 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Targe
     keep_differentiable(model)
     modules = dict(model.named_modules())
     return {
-        name: _expect_target(modules.get(name) or find_expert(model, name), name, selection)
+        name: _expect_target(model, modules.get(name) or find_expert(model, name), name, selection)
         for name in selection.block_indices
     }
 
 
-def _expect_target(linear: nn.Module | ExpertMatrix | None, name: str, selection: BlockSelection) -> Target:
+def _expect_target(
+    model: nn.Module, linear: nn.Module | ExpertMatrix | None, name: str, selection: BlockSelection
+) -> Target:
     grid = selection.grids[name]
     if linear is None:
         found = "no such module"
@@ -277,17 +285,23 @@ def _expect_target(linear: nn.Module | ExpertMatrix | None, name: str, selection
         if (linear.weight_shape, linear.is_transposed) == (grid.weight_shape, grid.transposed):
             return linear
         found = f"an expert's of {'x'.join(map(str, linear.weight.shape))}"
-    elif not (is_linear(linear) or is_convolution(linear)) or not is_layer_of(linear, grid):
+    elif not (is_linear(linear) or is_convolution(linear) or is_embedding(linear)) or not is_layer_of(linear, grid):
         found = f"a {type(linear).__name__}"
     elif not is_quantised(linear) and not has_linear_forward(linear):
         found = f"a {type(linear).__name__}, which has a forward of its own"
+    elif (
+        is_embedding(linear)
+        and full_shape(linear.weight) == grid.stored_shape
+        and (why := why_no_embedding(model, linear))
+    ):
+        found = f"one that cannot be trained: {why}"
     elif full_shape(linear.weight) != grid.stored_shape or not (is_quantised(linear) or has_plain_weight(linear)):
         weight = linear.weight
         found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
     else:
         return linear
     raise SMTError(
-        f"the blocks of `{name}` lie in a {kind_of(grid)} with a weight of "
+        f"the blocks of `{name}` lie in {kind_of(grid)} with a weight of "
         f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
         f"{selection.base_model or 'another model'}. Load that model, or choose the blocks again."
     )

@@ -81,15 +81,17 @@ def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: boo
         del accelerator.backward
 
 
-def refuse_sharded_convolutions(accelerator: Accelerator, grids: Mapping[str, BlockGrid]) -> None:
-    """Raise `SMTError` if weights are sharded over ranks, by FSDP2 or ZeRO-3, and some are those of convolutions."""
-    name = next((name for name, grid in grids.items() if grid.kernel), None)
+def refuse_sharded_kinds(accelerator: Accelerator, grids: Mapping[str, BlockGrid]) -> None:
+    """Raise `SMTError` if weights are sharded over ranks, by FSDP2 or ZeRO-3, and some are those of convolutions or
+    embeddings."""
+    name = next((name for name, grid in grids.items() if grid.kernel or grid.embedding), None)
     if name is None:
         return
     plugin = accelerator.state.deepspeed_plugin
     if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
+        kind = "an embedding" if grids[name].embedding else "a convolution"
         raise SMTError(
-            f"`{name}` is a convolution, whose blocks cannot be trained in weights that FSDP2 or ZeRO-3 shards over "
+            f"`{name}` is {kind}, whose blocks cannot be trained in weights that FSDP2 or ZeRO-3 shards over "
             "ranks. Use DDP or ZeRO-1 or 2, or leave it out of target_modules."
         )
 

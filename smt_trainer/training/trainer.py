@@ -46,7 +46,7 @@ from smt_trainer.training.distributed import (
     bare_autocast,
     is_sharding,
     prepare_for_sharding,
-    refuse_sharded_convolutions,
+    refuse_sharded_kinds,
 )
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
@@ -191,7 +191,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         else:
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
             self._expect_gradients()
-        refuse_sharded_convolutions(self.accelerator, self.smt_selection.grids)
+        refuse_sharded_kinds(self.accelerator, self.smt_selection.grids)
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
@@ -246,7 +246,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             if model() is self.model and unchanged:
                 return candidates
         candidates = find_candidates(self.model, self.smt_config)
-        refuse_sharded_convolutions(self.accelerator, candidates.grids)
+        refuse_sharded_kinds(self.accelerator, candidates.grids)
         self._found = weakref.ref(self.model), flags, candidates
         return candidates
 

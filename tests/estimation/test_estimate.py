@@ -326,3 +326,8 @@ def test_blocks_in_convolutions_are_refused():
     model = tiny.build("MambaForCausalLM", state_size=4, time_step_rank=4)
     with pytest.raises(SMTError, match=r"`backbone.layers.0.mixer.conv1d` is a convolution, and what a step"):
         guess(model, tiny.config(target_modules="all-conv", granularity="row", block_size="auto", budget=4))
+
+
+def test_blocks_in_embeddings_are_refused():
+    with pytest.raises(SMTError, match=r"`model.embed_tokens` is an embedding, and what a step"):
+        guess(tiny.llama(), tiny.config(target_modules=["embed_tokens"], granularity="row", block_size="auto"))
