@@ -55,8 +55,9 @@ from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
 from smt_trainer.model.experts import ExpertMatrix
+from smt_trainer.model.kinds import is_linear, named_targets
 from smt_trainer.model.names import layer_index
-from smt_trainer.model.targets import find_targets, is_linear, named_targets
+from smt_trainer.model.targets import find_targets
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import Scorer, make_scorer
 from smt_trainer.scores.collect import frozen
@@ -69,7 +70,7 @@ from smt_trainer.sparse.convert import find_linears, rewrite
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 META = torch.device("meta")
 STEP_COUNT_BYTES = 4

@@ -33,13 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.model.targets import is_transposed, named_linears
+from smt_trainer.model.kinds import is_transposed, named_linears
 from smt_trainer.sparse.linear import BlockLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from smt_trainer.model.targets import Linear
+    from smt_trainer.model.kinds import Linear
 
 NF4, INT8 = 4, 8
 BITS = (NF4, INT8)

@@ -18,7 +18,7 @@ from smt_trainer.model.experts import ExpertMatrix, watching_products
 from smt_trainer.model.products import Observer, Routing
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 # Takes name, target and x of a call; returns what takes dy, or None.
 Observe = Callable[[str, "Target", Tensor], Callable[[Tensor], None] | None]

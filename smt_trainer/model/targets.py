@@ -1,10 +1,6 @@
-"""Find the weights of a model that are targets, and say why the others are not.
+"""Find the weights of a model that are targets (`kinds.py`), and say why the others are not (`untunable.py`).
 
-A target is a linear, a convolution, an embedding or the matrix of one expert. A linear is an `nn.Linear` with weight W
-[O, I], or GPT-2's `Conv1D`, which stores W^T [I, O]. It computes just x W^T + b, since the rewritten linear does; a
-subclass with a `forward` of its own may compute something else. The same holds for convolutions (`convolution.py`). The
-matrices of experts lie together in 3-D parameters (`experts.py`). Of the keywords only 'all-conv' means convolutions,
-and none means embeddings (`embedding.py`); names and patterns mean all.
+Of the keywords only 'all-conv' means convolutions, and none means embeddings; names and patterns mean all.
 
 A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
 all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned. Nor does
@@ -20,51 +16,33 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from smt_trainer.arrays import WEIGHTS
 from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import (
     as_convolution,
-    has_plain_forward,
     is_convolution,
     is_transposed_convolution,
-    matrix_shape,
 )
-from smt_trainer.model.embedding import has_lookup_forward, is_embedding, sharing, unusual_option
-from smt_trainer.model.experts import ExpertMatrix, expert_stacks, is_known, matrices_of
+from smt_trainer.model.embedding import is_embedding
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.grid import BlockGrid, make_grids
 from smt_trainer.model.groups import LINEAR_KEYWORDS, is_meant, with_stack
+from smt_trainer.model.kinds import is_linear, named_targets, stores_transpose, weight_shape
 from smt_trainer.model.language_model import find_language_model, modules_beside
 from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
+from smt_trainer.model.untunable import HOW_TO_LOAD, shared_weights, why_not
 
 if TYPE_CHECKING:
-    from transformers.pytorch_utils import Conv1D
-    from typing_extensions import TypeIs
-
-    from smt_trainer.model.convolution import Convolution
-
-    Linear = nn.Linear | Conv1D | Convolution
-    Target = Linear | nn.Embedding | ExpertMatrix
+    from smt_trainer.model.kinds import Target
 
 logger = logging.getLogger(__name__)
 
 ALL_CONVOLUTIONS = "all-conv"
 HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
-CONV1D = ("transformers.pytorch_utils", "Conv1D")
-# The forwards that compute x W^T + b and nothing else.
-LINEAR_FORWARDS = {
-    ("torch.nn.modules.linear", "Linear.forward"),
-    ("transformers.pytorch_utils", "Conv1D.forward"),
-    ("transformers.models.falcon.modeling_falcon", "FalconLinear.forward"),
-}
-WEIGHT_DTYPES = tuple(getattr(torch, name) for name in WEIGHTS)
-HOW_TO_LOAD = "load it unquantised, or quantised by bitsandbytes (BitsAndBytesConfig)"
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
@@ -87,8 +65,8 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     if apart and config.target_modules in LINEAR_KEYWORDS:
         apart |= _beside_language_model(model, everything.keys() - apart, config)
     matching = _matching(model, everything, config, apart)
-    shared = _shared_weights(model)
-    reasons = {name: _why_not(model, target, shared) for name, target in matching.items()}
+    shared = shared_weights(model)
+    reasons = {name: why_not(model, target, shared) for name, target in matching.items()}
     targets = {name: target for name, target in matching.items() if reasons[name] is None}
     for reason, count in Counter(reason for reason in reasons.values() if reason is not None).items():
         first = next(name for name in reasons if reasons[name] == reason)
@@ -160,89 +138,6 @@ def _is_frozen(target: Target) -> bool:
     return not target.weight.requires_grad and not is_quantised(target)
 
 
-def named_targets(model: nn.Module) -> dict[str, Target]:
-    """Return all linears, convolutions, embeddings and matrices of experts of a model by full name, in its order."""
-    found: dict[str, Target] = {}
-    stacks: dict[nn.Module, list[tuple[str, str]]] = {}
-    for name, module, leaf in expert_stacks(model):
-        stacks.setdefault(module, []).append((name, leaf))
-    for name, module in model.named_modules():
-        if is_linear(module) or is_convolution(module) or is_embedding(module):
-            found[name] = module
-        for stack, leaf in stacks.get(module, ()):
-            found |= matrices_of(stack, module, leaf)
-    return found
-
-
-def named_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Return all linears of a model by full name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if is_linear(module)}
-
-
-def named_layers(model: nn.Module) -> dict[str, Linear]:
-    """Return all linears and convolutions of a model by full name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if is_linear(module) or is_convolution(module)}
-
-
-def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
-    """Return whether a module is an `nn.Linear` or a `Conv1D`."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
-
-
-def is_layer_of(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
-    """Return whether a grid may be that of a target: whether it is stored so, and a convolution moves so."""
-    if isinstance(target, ExpertMatrix):
-        return not (grid.kernel or grid.embedding) and target.is_transposed == grid.transposed
-    if is_convolution(target):
-        return (tuple(target.kernel_size), target.groups) == (grid.kernel, grid.groups)
-    if is_embedding(target) or grid.embedding:
-        return is_embedding(target) and grid.embedding
-    return is_linear(target) and not grid.kernel and is_transposed(target) == grid.transposed
-
-
-def kind_of(grid: BlockGrid) -> str:
-    """Return what a grid cuts the weight of, with its article, for a message."""
-    if grid.kernel:
-        return f"a convolution of {grid.groups} groups" if grid.groups > 1 else "a convolution"
-    if grid.embedding:
-        return "an embedding"
-    return "a Conv1D" if grid.transposed else "a linear"
-
-
-def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
-    """Return whether a module is a `Conv1D`; compare names, since importing transformers takes seconds."""
-    return _is_conv1d(type(module))
-
-
-def _is_conv1d(kind: type) -> bool:
-    return any((base.__module__, base.__name__) == CONV1D for base in kind.__mro__)
-
-
-def stores_transpose(target: Target) -> bool:
-    """Return whether a target's parameter holds W^T [I, O]."""
-    return target.is_transposed if isinstance(target, ExpertMatrix) else is_transposed(target)
-
-
-def has_linear_forward(linear: nn.Module) -> bool:
-    """Return whether the class of a linear computes x W^T + b; its `forward` may be inherited, but not its own."""
-    if is_convolution(linear):
-        return has_plain_forward(linear)
-    if is_embedding(linear):
-        return has_lookup_forward(linear)
-    forward = type(linear).forward
-    return (forward.__module__, forward.__qualname__) in LINEAR_FORWARDS
-
-
-def has_plain_weight(linear: Linear | nn.Embedding) -> bool:
-    """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
-    shape, weight = weight_shape(linear), linear.weight
-    if is_transposed(linear):
-        shape = shape[::-1]
-    elif is_convolution(linear):
-        shape = (shape[0], linear.in_channels // linear.groups, *linear.kernel_size)
-    return type(weight) is nn.Parameter and weight.dtype in WEIGHT_DTYPES and full_shape(weight) == shape
-
-
 def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
     """Keep the names of targets that this configuration also asks for."""
     return [name for name in names if _is_wanted(with_stack(name), config, apart=set())]
@@ -259,17 +154,6 @@ def head_names(model: nn.Module) -> list[str]:
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters, tied weights once: the denominator of the papers' `#Params%`."""
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
-
-
-def weight_shape(target: Target) -> tuple[int, int]:
-    """Return (O, I) of a target's weight W; of a convolution's as a matrix (O, K)."""
-    if isinstance(target, ExpertMatrix):
-        return target.weight_shape
-    if is_convolution(target):
-        return matrix_shape(target)
-    if is_embedding(target):
-        return target.num_embeddings, target.embedding_dim
-    return (target.nf, target.nx) if is_transposed(target) else (target.out_features, target.in_features)
 
 
 def _names_of(name: str, target: Target) -> list[str]:
@@ -327,72 +211,6 @@ def _matching(
         if asked is not None and _is_wanted(_names_of(name, target), asked, apart):
             found[name] = target
     return found
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {identity for identity, count in counts.items() if count > 1}
-
-
-def _why_not(model: nn.Module, target: Target, shared: set[int]) -> str | None:
-    if is_embedding(target):
-        return why_no_embedding(model, target)
-    return _why_no_expert(target, shared) if isinstance(target, ExpertMatrix) else _why_no_linear(target, shared)
-
-
-def why_no_embedding(model: nn.Module, embedding: nn.Embedding) -> str | None:
-    """Return why blocks of an embedding of a model cannot be trained; None if they can."""
-    weight, option = embedding.weight, unusual_option(embedding)
-    if option is not None:
-        return f"it has {option}, with which other rows change or the gradient is not that of the looked up rows"
-    if not has_plain_weight(embedding):
-        return f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype}"
-    if not has_lookup_forward(embedding):
-        return f"its class, {type(embedding).__name__}, has a forward of its own, which does more than look rows up"
-    others = sharing(model, embedding)
-    if any("forward" in vars(module) for module in (embedding, *others)):
-        return "its forward, or that of a tied head, is replaced on the instance (a device map or an offloading hook)"
-    strange = next((module for module in others if not (type(module) is nn.Linear and module.weight is weight)), None)
-    if strange is not None:
-        return (
-            f"its weight is shared with another {type(strange).__name__}, and only an nn.Linear is known as a tied head"
-        )
-    return None
-
-
-def _why_no_expert(matrix: ExpertMatrix, shared: set[int]) -> str | None:
-    experts, stack = matrix.experts, matrix.stack
-    if id(stack) in shared:
-        return "its parameter is shared with another module"
-    if type(stack) is not nn.Parameter or stack.dtype not in WEIGHT_DTYPES:
-        return f"its parameter is not a plain tensor of floats but a {type(stack).__name__} of {stack.dtype}"
-    if not is_known(experts):
-        return f"it is not known which way round a {type(experts).__name__} keeps the matrices of its experts"
-    if "forward" in vars(experts):
-        return "the forward of its module is replaced on the instance (a device map or an offloading hook)"
-    return None
-
-
-def _why_no_linear(linear: Linear, shared: set[int]) -> str | None:
-    weight = linear.weight
-    if is_transposed_convolution(linear):
-        return f"it is a {type(linear).__name__}, and the rows of its weight compute no output channel"
-    if id(weight) in shared:
-        return "its weight is shared with another module"
-    if is_quantised(linear):
-        if _is_conv1d(getattr(linear, "source_cls", nn.Linear)):
-            return "it was a Conv1D, and its weight was transposed when it was quantised"
-    elif not has_plain_weight(linear):
-        return (
-            f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype}; {HOW_TO_LOAD}"
-        )
-    elif not has_linear_forward(linear):
-        return f"its class, {type(linear).__name__}, has a forward of its own, which the rewritten linear would replace"
-    if "forward" in vars(linear):
-        return "its forward is replaced on the instance (a device map or an offloading hook)"
-    if isinstance(linear, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight without calling it"
-    return None
 
 
 def _about_frozen(frozen: Collection[str], count: int) -> str:

@@ -32,7 +32,7 @@ from smt_trainer.scores.scorer import Scorer
 from smt_trainer.scores.weights import Magnitude, Random
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 __all__ = ["SCORERS", "Scorer", "make_scorer"]
 

@@ -25,7 +25,7 @@ from smt_trainer.model.sharded import full_shape, gather_like, is_sharded, local
 from smt_trainer.scores.scorer import Scorer, weight_gradients
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 COPIES_UNDER_WAY = 2
 

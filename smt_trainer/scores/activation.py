@@ -30,7 +30,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.scores.scorer import Scorer
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 
 class Activation(Scorer):

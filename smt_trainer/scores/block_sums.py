@@ -37,7 +37,7 @@ from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
 from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 
 class BlockSums(Scorer):

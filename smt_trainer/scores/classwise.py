@@ -31,14 +31,14 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution, weight_gradient
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
+from smt_trainer.model.kinds import stores_transpose
 from smt_trainer.model.quantised import dense_weight
-from smt_trainer.model.targets import stores_transpose
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
 from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
 from smt_trainer.scores.scorer import keep_for_backward, output_gradients
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 QUANTILES = np.linspace(0, 1, 11)
 

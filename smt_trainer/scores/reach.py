@@ -22,7 +22,7 @@ from smt_trainer.model.calls import watching_calls
 from smt_trainer.model.names import count_projections
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import is_quantised
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 
 class Scorer(ABC):

@@ -35,9 +35,10 @@ from smt_trainer.manifest import (
     sealed,
 )
 from smt_trainer.model.grid import BlockGrid, read_grids
+from smt_trainer.model.kinds import is_layer_of, named_targets
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import count_parameters, find_targets, is_layer_of, named_targets, narrow
+from smt_trainer.model.targets import count_parameters, find_targets, narrow
 from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import collect_scores
 from smt_trainer.selection.block_selection import BlockSelection, base_name

@@ -38,9 +38,10 @@ from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution, padded
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.kinds import named_layers, named_targets
 from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import ALL_CONVOLUTIONS, find_targets, named_layers, named_targets, target_grids
+from smt_trainer.model.targets import ALL_CONVOLUTIONS, find_targets, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
 
 logger = logging.getLogger(__name__)

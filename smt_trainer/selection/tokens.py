@@ -10,7 +10,8 @@ from torch import nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.model.targets import count_parameters, find_targets, named_targets, target_grids
+from smt_trainer.model.kinds import named_targets
+from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.settings import is_int
 

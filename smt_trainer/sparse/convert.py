@@ -14,19 +14,13 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix, find_expert
+from smt_trainer.model.kinds import has_linear_forward, has_plain_weight, is_layer_of, is_linear, kind_of
 from smt_trainer.model.made_up import made_up
 from smt_trainer.model.names import plain_name, unwrapped
 from smt_trainer.model.quantised import floating_dtype, is_quantised, keep_differentiable, quantization_of
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
-from smt_trainer.model.targets import (
-    has_linear_forward,
-    has_plain_weight,
-    is_layer_of,
-    is_linear,
-    kind_of,
-    refuse_adapters,
-    why_no_embedding,
-)
+from smt_trainer.model.targets import refuse_adapters
+from smt_trainer.model.untunable import why_no_embedding
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.conv import block_conv_of
@@ -37,7 +31,7 @@ from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
 
 if TYPE_CHECKING:
-    from smt_trainer.model.targets import Target
+    from smt_trainer.model.kinds import Target
 
 Model = TypeVar("Model", bound=nn.Module)
 

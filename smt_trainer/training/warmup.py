@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.kinds import named_targets
 from smt_trainer.model.names import plain_name
-from smt_trainer.model.targets import named_targets
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
 from smt_trainer.scores.collect import LossScale, frozen, reached_scores, statistics_preserved
 from smt_trainer.scores.reach import Reach

@@ -25,9 +25,10 @@ from smt_trainer import (
 )
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.groups import LINEAR_KEYWORDS
+from smt_trainer.model.kinds import is_linear, named_targets
 from smt_trainer.model.language_model import find_language_model
 from smt_trainer.model.names import by_projection
-from smt_trainer.model.targets import find_targets, is_linear, named_targets
+from smt_trainer.model.targets import find_targets
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 

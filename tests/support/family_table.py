@@ -16,9 +16,10 @@ from torch import nn
 from smt_trainer import SMTConfig, SMTError
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.groups import LINEAR_KEYWORDS
+from smt_trainer.model.kinds import is_linear, named_targets, weight_shape
 from smt_trainer.model.language_model import find_language_model
 from smt_trainer.model.names import by_projection
-from smt_trainer.model.targets import count_parameters, find_targets, is_linear, named_targets, weight_shape
+from smt_trainer.model.targets import count_parameters, find_targets
 
 TABLE = Path(__file__).parents[1] / "contracts" / "families.md"
 HEAD = """# Families of models

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from recipes.parts.quantisation import quantisation
+from smt_trainer.model.kinds import named_linears
 from smt_trainer.model.quantised import bits_of, is_quantised, keep_differentiable
-from smt_trainer.model.targets import named_linears
 
 # Base -> the bits of a weight, and its name in a report.
 BITS = {"nf4": 4, "int8": 8}
