@@ -50,7 +50,7 @@ SCORES = (
 # The names of scores in the authors' released code. Its `mean_abs` takes the absolute value of the mean. Its `L1` sums
 # where `grad_l1` takes the mean, which ranks blocks of one size alike.
 SCORE_ALIASES = {"mean_abs": "grad_signed", "abs_mean": "grad_l1", "L1": "grad_l1", "L2": "grad_l2"}
-TARGET_KEYWORDS = ("qkv", "attention", "mlp", "experts", "all-linear")
+TARGET_KEYWORDS = ("qkv", "attention", "mlp", "experts", "all-linear", "all-conv")
 
 
 @dataclass
@@ -73,8 +73,8 @@ class SMTConfig:
         decides="targets",
         help="Linears to choose blocks from: 'qkv' (query, key and value projections, fused or not), 'attention' (qkv "
         "and the output projection), 'mlp' (experts included), 'experts', 'all-linear' (all but output embeddings and "
-        "heads), a list of module names or their endings, or a regular expression that the whole module name must "
-        "match.",
+        "heads), 'all-conv' (the convolutions instead), a list of module names or their endings, or a regular "
+        "expression that the whole module name must match; lists and expressions mean linears and convolutions.",
     )
     exclude_modules: ModuleNames | None = setting(
         None,
@@ -197,7 +197,8 @@ class SMTConfig:
         False,
         Flag(),
         decides="training",
-        help="Also train the normalisation layers whole: those from lowest_layer on, and those outside the layers.",
+        help="Also train the normalisation layers whole: those from lowest_layer on, and those outside the layers. The "
+        "running statistics of batch normalisation change in training in any case, and are stored in the delta.",
     )
     train_bias: bool = setting(
         False, Flag(), decides="training", help="Also train the biases of the linears that have blocks."

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from recipes.benchmarks.parts.charts import draw
 from recipes.benchmarks.parts.memory import account, peaks
-from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, SECOND_FLOOR, SMT, UNABLE, Variant
+from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, OF_EXPERTS, SECOND_FLOOR, SMT, UNABLE, Variant
 from recipes.benchmarks.parts.own_work import own_work
 from recipes.benchmarks.parts.quantised import BITS
 from recipes.benchmarks.parts.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
@@ -104,6 +104,8 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
     )
     load = os.getloadavg()[0]
     methods = [method for method in arguments.methods if method not in UNABLE.get(base, ())]
+    if setting.targets == "experts":
+        methods = [method for method in methods if method in OF_EXPERTS]
     results = compare(setting, methods, arguments.budgets, arguments.rounds)
     if arguments.curve_rounds:
         results["curves"] = curves(setting, arguments.curve_rounds)

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 
-from smt_trainer.cli.options import add_base_and_delta, count
+from smt_trainer.cli.options import add_base_and_delta, add_onto, count
 
 
 def add_parser(commands) -> None:
@@ -23,6 +23,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--max-rank", type=count, default=512, help="largest rank to allow (default: 512, vLLM's largest)"
     )
+    add_onto(parser)
     parser.set_defaults(run=run)
 
 
@@ -42,5 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
         revision=arguments.revision,
         dtype=arguments.dtype,
         max_rank=arguments.max_rank,
+        onto=arguments.onto,
     )
     print(f"LoRA adapter in {arguments.out}")

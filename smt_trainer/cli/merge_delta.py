@@ -6,18 +6,14 @@ import argparse
 import logging
 import os
 
-from smt_trainer.cli.options import add_base_and_delta
+from smt_trainer.cli.options import add_base_and_delta, add_onto
 
 
 def add_parser(commands) -> None:
     """Add the command to the parser of `smt`."""
     parser = commands.add_parser("merge", help="merge a delta into its base checkpoint")
     add_base_and_delta(parser, "out", "folder to write; must be new or empty")
-    parser.add_argument(
-        "--onto",
-        choices=("dequantized", "original"),
-        help="for a delta of a quantised base: its weights made dense, or the weights that it was made of",
-    )
+    add_onto(parser)
     parser.set_defaults(run=run)
 
 

@@ -35,6 +35,15 @@ def add_base_and_delta(parser: argparse.ArgumentParser, third: str, help: str) -
     parser.add_argument("--revision", help="revision of a base on the hub")
 
 
+def add_onto(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --onto."""
+    parser.add_argument(
+        "--onto",
+        choices=("dequantized", "original"),
+        help="for a delta of a quantised base: its dequantised weights, or the weights that it was made of",
+    )
+
+
 def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """Add a flag for each of the named fields, with the field's help."""
     for name, field in settings(SMTConfig).items():

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smt_trainer.arrays import as_array
 from smt_trainer.delta.folder import copy_others
 from smt_trainer.delta.load import as_config, from_delta
 from smt_trainer.delta.moved import moved_by_merging
 from smt_trainer.model.checkpoint import CONFIG, Checkpoint
 from smt_trainer.model.quantised import floating_dtype
 from smt_trainer.sparse.dequantise import dense_state_dict
+from smt_trainer.sparse.linear import smt_linears
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from smt_trainer.delta.delta import Delta
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +59,15 @@ def save_dequantised(model: Any, folder: Path) -> None:
         plain = type(model)(config).to(floating_dtype(model))
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder, state_dict=dense_state_dict(model))
+
+
+def values_under_blocks(trained: Any, delta: Delta, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return module -> the dequantised values [n, br, bc] of a trained model's base under the blocks of a delta."""
+    linears, found = dict(smt_linears(trained)), {}
+    for name in names:
+        indices = torch.from_numpy(delta.selection.block_indices[name])
+        found[name] = as_array(linears[name].grid.gather(linears[name].base_weight(), indices))
+    return found
 
 
 def log_difference(trained: Any, merged: Path) -> None:

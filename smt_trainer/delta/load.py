@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         onto: as in `load_delta`.
     """
     if is_smt_model(model):
-        _check_same_blocks(model, delta)
+        check_same_blocks(model, delta)
         destinations = whole_destinations(model, delta)
     else:
         quantization = quantization_of(model)
@@ -100,10 +100,15 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
         state = SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed))
         rewrite_as(model, replace(state, quantization=quantization))
-    for name, linear in smt_linears(model):
-        assign(linear.blocks, delta.blocks[name][linear.row_major_order().argsort()])
+    put_blocks(model, delta.blocks)
     for name, tensor in delta.whole.items():
         assign(destinations[name], tensor)
+
+
+def put_blocks(model: nn.Module, blocks: Mapping[str, Tensor]) -> None:
+    """Set the blocks of a rewritten model, in the order of selections, and write them into its weights."""
+    for name, linear in smt_linears(model):
+        assign(linear.blocks, blocks[name][linear.row_major_order().argsort()])
     write_back(linear for _, linear in smt_linears(model))
 
 
@@ -235,7 +240,8 @@ def _refuse_lost(model: nn.Module, delta: Delta) -> None:
         )
 
 
-def _check_same_blocks(model: nn.Module, delta: Delta) -> None:
+def check_same_blocks(model: nn.Module, delta: Delta) -> None:
+    """Raise `SMTError` unless a delta is of the blocks that a rewritten model trains, and of its base."""
     state = get_state(model)
     ours, theirs = state.selection.block_indices, delta.selection.block_indices
     same = ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)

@@ -5,11 +5,12 @@ A [r, I] be these rows of D, and B [O, r] zero but for B[i_k, k] = 1; then D = B
 j_1 ... j_r than rows, let B [O, r] be these columns of D, and A [r, I] zero but for A[k, j_k] = 1. LoRA adds
 lora_alpha / r B A to W, so with lora_alpha = r it adds D: nothing is approximated, and no rank chosen.
 
-W is the base in the dtype of training, and W' what training left there. D is computed in float64 and stored in float32,
-which holds the difference of two bfloat16 (float16) values exactly unless one of them is over 2^15 (2^12) times the
-other. The largest |stored - D| of all weights is logged. Where D is exact, PEFT's `merge_and_unload()` gives just W' on
-a base in 16 bits, though not with `safe_merge=True`, which rounds D; in float32 it rounds the sum W + D. Only the
-trained blocks of the base are read; nothing imports torch.
+W is the base in the dtype of training (of a quantised one, see `lora_onto.py`), and W' what training left there. D is
+computed in float64 and stored in float32, which holds the difference of two bfloat16 (float16) values exactly unless
+one of them is over 2^15 (2^12) times the other. The largest |stored - D| of all weights is logged. Where D is exact,
+PEFT's `merge_and_unload()` gives just W' on a base in 16 bits, though not with `safe_merge=True`, which rounds D; in
+float32 it rounds the sum W + D. Only the trained blocks of the base are read, and nothing imports torch, but for an
+adapter that goes onto a quantised base.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from smt_trainer.arrays import cast
 from smt_trainer.delta.adapter_config import ADAPTER_CONFIG, adapter_config
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import DELTA_FILE, copy_trained
+from smt_trainer.delta.lora_onto import advice, check_lora_onto, quantised_values
 from smt_trainer.delta.merge import open_base
-from smt_trainer.delta.onto import check_onto, in_words
+from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.delta.placement import Placement, find_sites, find_tensors
 from smt_trainer.delta.saved_modules import saved_modules
 from smt_trainer.errors import SMTError
@@ -54,6 +56,7 @@ def export_lora(
     revision: str | None = None,
     dtype: str = "float32",
     max_rank: int = MAX_RANK,
+    onto: str | None = None,
 ) -> Path:
     """Write a delta as a LoRA adapter in PEFT's format, for `PeftModel.from_pretrained(base_model, output)`.
 
@@ -68,13 +71,15 @@ def export_lora(
         revision: revision of a base on the hub.
         dtype: of the factors, "float32", "bfloat16" or "float16"; the last two round the change.
         max_rank: the largest rank that is allowed.
+        onto: for a delta of a quantised base, "dequantized" for an adapter that goes onto that base, or "original" for
+            one that goes onto the weights that it was made of (see `delta/lora_onto.py`).
 
     Returns:
         The output folder.
 
     Raises:
         SMTError: as in `merge_checkpoint`; or a module's rank is above `max_rank`, the delta holds whole what PEFT
-            cannot, its base was quantised, or a change does not fit the dtype. Nothing is written.
+            cannot, a change does not fit the dtype, or the base is stored quantised. Nothing is written.
     """
     if dtype not in DTYPES_OF_FACTORS or not is_int(max_rank) or max_rank < 1:
         raise SMTError(
@@ -84,31 +89,27 @@ def export_lora(
     delta_folder, output = Path(delta_folder), Path(output)
     checkpoint = open_base(base, delta_folder, output, revision)
     delta = Delta.load(delta_folder)
-    if delta.quantization is not None:
-        raise SMTError(
-            f"the delta was trained on a quantised base ({in_words(delta.quantization)}), and only quantising that "
-            "again tells what training changed. Use from_delta, or smt merge --onto dequantized."
-        )
-    check_onto(delta, None, is_quantised=checkpoint.is_quantised)
+    check_lora_onto(delta, onto, checkpoint)
+    _refuse_experts(delta)
     ranks = _ranks(delta, max_rank)
     keys = find_tensors(delta, checkpoint)
     placement = Placement.at(keys, find_sites(delta, checkpoint), delta, delta_folder, checkpoint)
-    _refuse_experts(placement)
-    for stored in placement.other_dtypes:
+    for stored in placement.other_dtypes if onto != DEQUANTIZED else ():
         logger.warning(
             "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
             stored,
             *[delta.weight_dtype] * 2,
         )
     saved = saved_modules(placement, keys, checkpoint)
-    arrays, error = _factors_of_all(placement, checkpoint, dtype)
+    quantised = quantised_values(delta, delta_folder, onto, checkpoint)
+    arrays, error = _factors_of_all(placement, checkpoint, dtype, quantised)
     arrays |= {f"{PREFIX}{name}": values for name, values in delta.whole_arrays.items()}
     with new_folder(output) as stage:
         save_arrays(arrays, stage / ADAPTER_FILE, {"format": "pt"})
         config = adapter_config(delta, ranks, saved, base, revision)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_trained(checkpoint, delta_folder, stage)
-    _log(ranks, saved, error, dtype, [output / ADAPTER_FILE, delta_folder / DELTA_FILE])
+    _log(ranks, saved, error, dtype, [output / ADAPTER_FILE, delta_folder / DELTA_FILE], advice(delta, onto))
     return output
 
 
@@ -138,13 +139,20 @@ def _by_rows(grid: BlockGrid, block_indices: np.ndarray, blocks: np.ndarray) -> 
     return b, a.reshape(rank, grid.in_features)
 
 
-def _factors_of_all(placement: Placement, checkpoint: Checkpoint, dtype: str) -> tuple[dict[str, np.ndarray], float]:
-    """Return the factors of all modules under PEFT's names, and the largest |stored - D|."""
+def _factors_of_all(
+    placement: Placement, checkpoint: Checkpoint, dtype: str, quantised: Mapping[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], float]:
+    """Return the factors of all modules under PEFT's names, and the largest |stored - D|.
+
+    `quantised` has what training had in place of the checkpoint's values under the blocks.
+    """
     arrays, largest = {}, 0.0
     for key, (site,) in placement.sites.items():
         place, name = placement.places[key], site.name
-        weight = open_array(checkpoint.folder / place.file, place, writable=False)
-        before = cast(site.take(weight), placement.delta.weight_dtype)
+        before = quantised.get(name)
+        if before is None:
+            weight = open_array(checkpoint.folder / place.file, place, writable=False)
+            before = cast(site.take(weight), placement.delta.weight_dtype)
         change = cast(cast(site.blocks, placement.delta.weight_dtype), "float64") - cast(before, "float64")
         # Of the dtype, but in numbers that numpy knows.
         stored = cast(cast(change, dtype), "float32")
@@ -156,19 +164,26 @@ def _factors_of_all(placement: Placement, checkpoint: Checkpoint, dtype: str) ->
     return arrays, largest
 
 
-def _refuse_experts(placement: Placement) -> None:
+def _refuse_experts(delta: Delta) -> None:
     """Raise `SMTError` if a delta has blocks in matrices of experts, which are no modules that PEFT could adapt."""
-    for sites in placement.sites.values():
-        if sites[0].name.rpartition(".")[2].isdecimal():
-            raise SMTError(
-                f"`{sites[0].name}` is the matrix of an expert, and an adapter has one rank for all experts of a "
-                "module, which few servers take. Merge instead (smt merge), or patch the server (delta_patches)."
-            )
+    modules = delta.base.checksums | delta.base.codes
+    experts = [name for name in delta.block_arrays if f"{name}.weight" not in modules]
+    if experts:
+        raise SMTError(
+            f"`{experts[0]}` is the matrix of an expert, and an adapter has one rank for all experts of a module, "
+            "which few servers take. Merge instead (smt merge), or patch the server (delta_patches)."
+        )
 
 
 def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:
-    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`."""
+    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`, or a module is a convolution."""
     indices = delta.selection.block_indices
+    convolution = next((name for name in indices if delta.selection.grids[name].kernel), None)
+    if convolution is not None:
+        raise SMTError(
+            f"`{convolution}` is a convolution, and an adapter is written for linears only. Merge the delta instead "
+            "(smt merge), or load it with from_delta."
+        )
     touched = {name: delta.selection.grids[name].touched(found) for name, found in indices.items() if len(found)}
     ranks = {name: min(lines) for name, lines in touched.items()}
     over = [name for name in ranks if ranks[name] > max_rank]
@@ -183,15 +198,16 @@ def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:
     return ranks
 
 
-def _log(ranks: Mapping[str, int], saved: list[str], error: float, dtype: str, files: list[Path]) -> None:
+def _log(ranks: Mapping[str, int], saved: list[str], error: float, dtype: str, files: list[Path], advice: str) -> None:
     least, most = min(ranks.values()), max(ranks.values())
     spread = f"rank {most}" if least == most else f"ranks {least} to {most}"
     sizes = [path.stat().st_size / 2**20 for path in files]
     logger.info(
-        "LoRA of %d modules with %s: %.1f MiB, the delta %.1f MiB. %s%s",
+        "LoRA of %d modules with %s: %.1f MiB, the delta %.1f MiB. %s%s%s",
         len(ranks),
         spread,
         *sizes,
         f"{dtype} rounds the change of a weight by at most {error:.2g}." if error else "The change is exact.",
         f" Whole, as modules_to_save, which some servers do not take: {', '.join(saved)}." if saved else "",
+        advice,
     )

@@ -4,7 +4,13 @@ A delta changes n blocks of m weights in fixed places P, and some tensors whole.
 the blocks there; swapping it out writes W[P] back. Both copy n m weights and nothing else, so the model runs as fast as
 without, and afterwards it is bit for bit what it was.
 
-It changes the one copy of the weights: no forward may run meanwhile, in this thread or another.
+A model that trains blocks has lost the base's values under them. So it takes only deltas of the same blocks, such as an
+earlier step of its run: its blocks, in their master dtype, change places with those of the delta, and so do the weights
+under them. Swapped out, it can be trained on as if nothing had been.
+
+It changes the one copy of the weights and takes no lock, so it is not thread-safe: no forward, optimizer step or other
+swap may run meanwhile, in this thread or another. What serves requests of many deltas at once needs a lock around each
+swap and the forwards that follow it.
 """
 
 from __future__ import annotations
@@ -19,12 +25,14 @@ from torch import Tensor, nn
 
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.load import differences, whole_destinations
+from smt_trainer.delta.load import check_same_blocks, differences, put_blocks, whole_destinations
 from smt_trainer.errors import SMTError
+from smt_trainer.model.experts import stored_weight
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.selection.block_selection import base_name
-from smt_trainer.sparse.convert import find_linears, is_smt_model
+from smt_trainer.sparse.convert import changed_statistics, find_linears, get_state, is_smt_model, stored_whole
 from smt_trainer.sparse.fingerprint import Fingerprint
+from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import one_by_one
 
 # The attribute of a model that says what is swapped in.
@@ -40,38 +48,48 @@ class Swapped:
         before: full name of a linear, or of a whole tensor -> the values that these replaced.
         base: checksums of the model without them.
         was_merged: whether the model already had no base by name.
+        trains: whether the model trains blocks.
     """
 
     delta: Delta
     before: dict[str, Tensor]
     base: Fingerprint
     was_merged: bool
+    trains: bool
 
 
 def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
-    """Put the values of a delta into a plain model, in place of those of the delta that it has, if any.
+    """Put the values of a delta into a model, in place of those of the delta that it has, if any.
 
-    The first delta is compared with the base, the others with the first: all must be of one base.
+    The first delta is compared with the base, the others with the first: all must be of one base. Not thread-safe: let
+    no forward run meanwhile.
 
     Args:
-        model: the plain base, or a model that already has a delta swapped in. It stays plain, and can be saved.
-        delta: in memory, or its folder; None takes out what is in, and leaves the base.
+        model: the plain base, which stays plain and can be saved; or a model that trains blocks, the same as the
+            delta's. Either may have a delta swapped in. Train only without one: what training changes goes with it.
+        delta: in memory, or its folder; None takes out what is in, and leaves what was there before.
 
     Raises:
-        SMTError: the delta is damaged, belongs to another base or has another vocabulary; or the model trains blocks,
-            or holds quantised weights. The model stays unchanged.
+        SMTError: the delta is damaged, belongs to another base, has another vocabulary, or other blocks than the model
+            trains; the model is plain and holds quantised weights; or it was rewritten or merged since a delta was
+            swapped in. The model stays unchanged.
     """
     new = delta if isinstance(delta, Delta | None) else Delta.load(delta)
+    current: Swapped | None = getattr(model, ATTRIBUTE, None)
+    if current is not None and current.trains != is_smt_model(model):
+        raise SMTError(
+            "the model was rewritten or merged while a delta was swapped in, so nothing can take that out. Load the "
+            "base again, and call swap(model, None) first."
+        )
     if new is not None:
         _check(model, new)
-    current: Swapped | None = getattr(model, ATTRIBUTE, None)
     if current is not None:
         _write(model, current.delta, current.before)
         vars(model).pop(ATTRIBUTE)
         vars(model)["smt_merged"] = current.was_merged
     if new is not None:
         was_merged = getattr(model, "smt_merged", False)
-        vars(model)[ATTRIBUTE] = Swapped(new, _read(model, new), new.base, was_merged)
+        vars(model)[ATTRIBUTE] = Swapped(new, _read(model, new), new.base, was_merged, is_smt_model(model))
         _write(model, new, {**new.blocks, **new.whole})
         # Its values are no longer those of the base that it was loaded from.
         vars(model)["smt_merged"] = True
@@ -95,7 +113,8 @@ def applied(model: nn.Module, delta: Delta | str | Path) -> Iterator[nn.Module]:
 def _check(model: nn.Module, delta: Delta) -> None:
     """Raise `SMTError` unless a delta fits into a model as it is."""
     if is_smt_model(model):
-        raise SMTError("this model trains blocks. Use load_delta for a delta of the same blocks, or a plain model.")
+        _check_trained(model, delta)
+        return
     if quantization_of(model) is not None or delta.quantization is not None:
         raise SMTError("deltas are swapped in plain weights, not over a quantised base. Use from_delta or load_delta.")
     find_linears(model, delta.selection)
@@ -110,30 +129,47 @@ def _check(model: nn.Module, delta: Delta) -> None:
         )
 
 
+def _check_trained(model: nn.Module, delta: Delta) -> None:
+    """Raise `SMTError` unless a delta holds just what a rewritten model trains."""
+    check_same_blocks(model, delta)
+    whole_destinations(model, delta)
+    differing = sorted(stored_whole(model, [*get_state(model).whole, *changed_statistics(model)]).keys() ^ delta.whole)
+    if differing:
+        raise SMTError(
+            f"the delta or this model, which trains the same blocks, holds `{differing[0]}` alone, such as statistics "
+            "that forward has changed. Swap deltas into a plain base."
+        )
+
+
 @torch.no_grad()
 def _read(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
     """Return copies of the values of a model in the places of a delta."""
-    found = {}
+    destinations = whole_destinations(model, delta) if delta.whole else {}
+    found = {name: destinations[name].detach().clone() for name in delta.whole}
+    if is_smt_model(model):
+        return found | {name: linear.blocks.detach()[linear.row_major_order()] for name, linear in smt_linears(model)}
     for name, indices in delta.selection.block_indices.items():
-        weight, grid = model.get_submodule(name).get_parameter("weight").data, delta.selection.grids[name]
+        weight, grid = stored_weight(model, name), delta.selection.grids[name]
         if one_by_one(grid, weight):
             found[name] = weight.new_empty(len(indices), *grid.block_shape)
             torch._foreach_copy_(found[name].unbind(0), grid.views(weight, indices.tolist()))
         else:
             found[name] = grid.gather(weight, torch.from_numpy(indices))
-    destinations = whole_destinations(model, delta) if delta.whole else {}
-    return found | {name: destinations[name].detach().clone() for name in delta.whole}
+    return found
 
 
 @torch.no_grad()
 def _write(model: nn.Module, delta: Delta, values: dict[str, Tensor]) -> None:
     """Write values in the places of a delta."""
+    destinations = whole_destinations(model, delta) if delta.whole else {}
+    for name in delta.whole:
+        destinations[name].data.copy_(values[name])
+    if is_smt_model(model):
+        put_blocks(model, values)
+        return
     for name, indices in delta.selection.block_indices.items():
-        weight, grid = model.get_submodule(name).get_parameter("weight").data, delta.selection.grids[name]
+        weight, grid = stored_weight(model, name), delta.selection.grids[name]
         if one_by_one(grid, weight):
             torch._foreach_copy_(grid.views(weight, indices.tolist()), values[name].unbind(0))
         else:
             grid.scatter_(weight, torch.from_numpy(indices), values[name])
-    destinations = whole_destinations(model, delta) if delta.whole else {}
-    for name in delta.whole:
-        destinations[name].data.copy_(values[name])

@@ -12,8 +12,7 @@ from (r br + j) I + c bc on. A transposed weight [I, O] holds columns so: the br
 Sorting the runs sorts the indices.
 
 This is the format of vLLM's loader of patches in checkpoint coordinates (vLLM #50723, #53751), which marks unchanged
-values with NaN. So NaN is no value here, and a sparse patch holds floats. Its `CheckpointWeightPatch` has the fields of
-`WeightPatch`, with these names; it takes sparse patches and dense ones in separate calls.
+values with NaN. So NaN is no value here, and a sparse patch holds floats. `vllm_patches.py` makes vLLM's classes of it.
 """
 
 from __future__ import annotations

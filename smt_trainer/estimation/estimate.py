@@ -40,7 +40,7 @@ CPU. It leaves out the memory of the device's runtime and kernels, and what the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +54,7 @@ from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
+from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.names import layer_index
 from smt_trainer.model.targets import find_targets, is_linear, named_targets
 from smt_trainer.model.whole import find_whole, get_whole
@@ -67,6 +68,8 @@ from smt_trainer.sparse.convert import find_linears, rewrite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from smt_trainer.model.targets import Target
 
 META = torch.device("meta")
 STEP_COUNT_BYTES = 4
@@ -158,7 +161,8 @@ def estimate(
         bits: 4 or 8 hold the frozen base of SMT and LoRA in NF4 or LLM.int8; None: in `dtype`.
 
     Raises:
-        SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it.
+        SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it or
+            chooses from convolutions.
     """
     for name, value in {"batch": batch, "seq": seq, "ranks": ranks}.items():
         if value < 1:
@@ -171,12 +175,14 @@ def estimate(
     plain = build()
     base = QuantisedBase.of(plain, bits)
     selection = _choose(plain, config, build)
+    _refuse_convolutions(selection)
     whole = find_whole(plain, config, selection.block_indices)
     base.refuse_whole(whole)
     rank = _equal_rank(selection)
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, base, dense=_bytes(_tensors(plain)))
     everything = named_targets(plain)
     targets = {name: everything[name] for name in selection.grids}
+    _refuse_experts(targets)
     scorers = {
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
         for score in SCORES
@@ -277,6 +283,15 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
 
 
+def _refuse_convolutions(selection: BlockSelection) -> None:
+    name = next((name for name, grid in selection.grids.items() if grid.kernel), None)
+    if name is not None:
+        raise SMTError(
+            f"`{name}` is a convolution, and what a step with blocks in convolutions takes is not estimated. Leave "
+            "them out of target_modules."
+        )
+
+
 def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
     """Build the model with values, except for the weights of its linears: the search for dependencies ignores them."""
     with init_empty_weights(include_buffers=False):
@@ -286,6 +301,16 @@ def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
             for name, parameter in module.named_parameters(recurse=False):
                 setattr(module, name, nn.Parameter(torch.rand_like(parameter, device="cpu") + 0.5))
     return model
+
+
+def _refuse_experts(targets: Mapping[str, Target]) -> None:
+    """Raise `SMTError` if matrices of experts are targets."""
+    expert = next((name for name, target in targets.items() if isinstance(target, ExpertMatrix)), None)
+    if expert is not None:
+        raise SMTError(
+            f"`{expert}` gets as many tokens as a router sends to it, which no model without values can tell. Estimate "
+            "the attention alone, target_modules='attention'; experts add their blocks, gradients and optimizer state."
+        )
 
 
 def _equal_rank(selection: BlockSelection) -> int:

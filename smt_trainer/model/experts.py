@@ -99,6 +99,12 @@ def find_expert(model: nn.Module, name: str) -> ExpertMatrix | None:
     return None
 
 
+def stored_weight(model: nn.Module, name: str) -> Tensor:
+    """Return the weight of a target of a plain model as it is stored, outside of autograd."""
+    expert = find_expert(model, name)
+    return model.get_submodule(name).get_parameter("weight").data if expert is None else expert.stack.data[expert.index]
+
+
 @contextlib.contextmanager
 def watching_products(
     matrices: Mapping[str, ExpertMatrix], observer: Callable[[str, dict[int, str]], Observer]

@@ -5,7 +5,8 @@ R = O / br block rows and C = I / bc block columns; block (r, c) is W[r*br:(r+1)
 sub-matrices have br = bc = 256; an SPSFT row is a block of 1 x I, an SPSFT column a block of O x 1.
 
 GPT-2's `Conv1D` stores W^T [I, O]. Its grid is `transposed` and cuts the view W of that parameter, so everywhere else
-rows are out features and columns are in features. Imports no torch.
+rows are out features and columns are in features. A convolution stores [O, I/g, *kernel], which is cut as a matrix
+(`convolution.py`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ MOST_PARAMETERS, LONGEST_NAME = 10**14, 1000
 class BlockGrid:
     """The grid of one [out_features, in_features] weight; `transposed` if the weight is stored as [in, out].
 
+    The weight of a convolution with this `kernel` and these `groups` is stored as [O, I/g, *kernel].
+
     Raises:
-        SMTError: the block does not divide the weight.
+        SMTError: the block does not divide the weight, or the kernel or the groups do not.
     """
 
     out_features: int
@@ -43,6 +46,8 @@ class BlockGrid:
     block_rows: int
     block_columns: int
     transposed: bool = False
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if (
@@ -54,6 +59,17 @@ class BlockGrid:
                 f"a block of {self.block_rows}x{self.block_columns} does not divide a weight of "
                 f"{self.out_features}x{self.in_features}."
             )
+        if (
+            min((*self.kernel, self.groups)) < 1
+            or (self.groups > 1 and not self.kernel)
+            or (self.transposed and self.kernel)
+            or self.out_features % self.groups
+            or self.in_features % math.prod(self.kernel)
+        ):
+            raise SMTError(
+                f"a weight of {self.out_features}x{self.in_features} is none of a convolution with a kernel of "
+                f"{list(self.kernel)} in {self.groups} groups."
+            )
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -61,14 +77,21 @@ class BlockGrid:
         return self.out_features, self.in_features
 
     @property
-    def stored_shape(self) -> tuple[int, int]:
-        """Shape of the parameter that holds the weight: (O, I), or (I, O) where transposed."""
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the parameter that holds the weight: (O, I), (I, O) where transposed, or (O, I/g, *kernel)."""
+        if self.kernel:
+            return self.out_features, self.in_features // math.prod(self.kernel), *self.kernel
         return self.weight_shape[::-1] if self.transposed else self.weight_shape
 
     @property
     def block_shape(self) -> tuple[int, int]:
         """(br, bc)."""
         return self.block_rows, self.block_columns
+
+    @property
+    def column_shape(self) -> tuple[int, int]:
+        """Shape of the block that reads one input feature or channel: (O, 1), or (O/g, weights in a kernel)."""
+        return self.out_features // self.groups, math.prod(self.kernel)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -98,26 +121,33 @@ class BlockGrid:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types that `from_dict` reads back."""
-        return {
+        values: dict[str, Any] = {
             "weight_shape": list(self.weight_shape),
             "block_shape": list(self.block_shape),
             "transposed": self.transposed,
         }
+        return values | ({"kernel": list(self.kernel), "groups": self.groups} if self.kernel else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BlockGrid:
         """Inverse of `to_dict`; ignores other keys. Raises `SMTError` for anything but whole numbers."""
         sizes, transposed = [*values["weight_shape"], *values["block_shape"]], values.get("transposed", False)
+        kernel, groups = values.get("kernel", []), values.get("groups", 1)
         if len(sizes) != 4 or not all(is_int(size) for size in sizes) or not isinstance(transposed, bool):
             raise SMTError(
                 f"a grid must have four whole numbers and be transposed or not, got {sizes} and {transposed!r}. The "
                 "file is damaged; create it again."
             )
-        return cls(*sizes, transposed=transposed)
+        if not isinstance(kernel, list) or len(kernel) > 3 or not all(is_int(size) for size in [*kernel, groups]):
+            raise SMTError(
+                f"the kernel of a grid must be up to three whole numbers and its groups one, got {kernel!r} and "
+                f"{groups!r}. The file is damaged; create it again."
+            )
+        return cls(*sizes, transposed=transposed, kernel=tuple(kernel), groups=groups)
 
     def split(self, weight: Any) -> Any:
         """Return a view [R, C, br, bc] of a weight of `stored_shape`, which is a tensor or a numpy array; writing to
-        the view writes to the weight."""
+        the view writes to the weight, unless it is that of a convolution and not contiguous."""
         rows, columns = self.shape
         weight = weight.T if self.transposed else weight
         return weight.reshape(rows, self.block_rows, columns, self.block_columns).swapaxes(1, 2)
@@ -135,7 +165,11 @@ class BlockGrid:
     def scatter_(self, weight: Tensor, block_indices: Tensor, blocks: Tensor) -> None:
         """Write `blocks` [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`, in its dtype."""
         rows, columns = block_indices.to(weight.device).long().unbind(1)
-        self.split(weight)[rows, columns] = blocks.to(weight.device, weight.dtype)
+        # That of a convolution may be laid out with its channels last.
+        whole = weight.contiguous() if self.kernel else weight
+        self.split(whole)[rows, columns] = blocks.to(weight.device, weight.dtype)
+        if whole is not weight:
+            weight.copy_(whole)
 
     def check_indices(self, block_indices: np.ndarray, module: str) -> None:
         """Raise `SMTError` unless `block_indices` is an integer array [n, 2] of distinct blocks of this grid."""

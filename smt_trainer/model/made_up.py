@@ -8,6 +8,7 @@ model that was built from a configuration has no marks, and there is nothing to 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -48,7 +49,11 @@ def made_up(model: nn.Module) -> list[str]:
 
 def embeddings(model: nn.Module) -> list[str]:
     """Return the full names of the weights of a model's token embeddings and of the head that mirrors them."""
-    found = [getattr(model, get, lambda: None)() for get in ("get_input_embeddings", "get_output_embeddings")]
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        # A model of images may have none, and transformers then raises.
+        with contextlib.suppress(NotImplementedError):
+            found.append(getattr(model, get, lambda: None)())
     owned = {id(module) for module in found if isinstance(module, nn.Module)}
     return [
         plain_name(f"{path}.{name}")

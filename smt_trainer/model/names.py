@@ -59,6 +59,13 @@ def layer_index(name: str) -> int:
     return int(layer_path(name).rpartition(".")[2] or -1)
 
 
+def expert_index(name: str) -> int:
+    """The number of an expert (`mlp.experts.gate_up_proj.7`, `mlp.experts.7.w1` -> 7); -1 for other modules."""
+    path = name.split(".")
+    place = next((place for place, part in enumerate(path) if "experts" in part.lower()), len(path))
+    return next((int(part) for part in path[place:] if _is_number(part)), -1)
+
+
 def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
     """Projection -> its modules, in order.
 

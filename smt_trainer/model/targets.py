@@ -1,8 +1,10 @@
 """Find the weights of a model that are targets, and say why the others are not.
 
-A target is a linear or the matrix of one expert. A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`,
-which stores W^T [I, O]. It computes just x W^T + b, since the rewritten linear does; a subclass with a `forward` of its
-own may compute something else. The matrices of experts lie together in 3-D parameters (`experts.py`).
+A target is a linear, a convolution or the matrix of one expert. A linear is an `nn.Linear` with weight W [O, I], or
+GPT-2's `Conv1D`, which stores W^T [I, O]. It computes just x W^T + b, since the rewritten linear does; a subclass with
+a `forward` of its own may compute something else. The same holds for convolutions (`convolution.py`). The matrices of
+experts lie together in 3-D parameters (`experts.py`). Of the keywords only 'all-conv' means convolutions; names and
+patterns mean all.
 
 A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
 all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned. Nor does
@@ -16,18 +18,25 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from smt_trainer.arrays import WEIGHTS
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.convolution import (
+    as_convolution,
+    has_plain_forward,
+    is_convolution,
+    is_transposed_convolution,
+    matrix_shape,
+)
 from smt_trainer.model.experts import ExpertMatrix, expert_stacks, is_known, matrices_of
 from smt_trainer.model.grid import BlockGrid, make_grids
-from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
+from smt_trainer.model.names import by_projection, expert_index, layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
 
@@ -35,7 +44,9 @@ if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
     from typing_extensions import TypeIs
 
-    Linear = nn.Linear | Conv1D
+    from smt_trainer.model.convolution import Convolution
+
+    Linear = nn.Linear | Conv1D | Convolution
     Target = Linear | ExpertMatrix
 
 logger = logging.getLogger(__name__)
@@ -49,6 +60,7 @@ QKV_NAMES = frozenset(
 )
 ROUTER_NAMES = frozenset("gate router shared_expert_gate".split())
 GROUPS = ("qkv", "attention", "mlp", "experts")
+ALL_CONVOLUTIONS = "all-conv"
 HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
 # The forwards that compute x W^T + b and nothing else.
@@ -66,7 +78,8 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
 
     Leave out, with a warning, a matching weight that cannot be tuned: it is frozen, shared (tied) or neither a plain
     matrix of floats nor quantised by bitsandbytes, or the `forward` of its module is its own, is replaced on the
-    instance (offloading hooks) or is never called. Also warn about linears of other kinds.
+    instance (offloading hooks) or is never called; or it is that of a transposed convolution. Also warn about linears
+    of other kinds.
 
     Raises:
         SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
@@ -76,9 +89,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     refuse_wrappers(model)
     everything = named_targets(model)
     heads = _heads(model)
-    matching = {
-        name: target for name, target in everything.items() if _is_wanted(_names_of(name, target), config, heads)
-    }
+    matching = _matching(model, everything, config, heads)
     shared = _shared_weights(model)
     reasons = {name: _why_not(target, shared) for name, target in matching.items()}
     targets = {name: target for name, target in matching.items() if reasons[name] is None}
@@ -107,7 +118,13 @@ def target_grids(targets: Mapping[str, Target], config: SMTConfig) -> dict[str, 
         SMTError: as in `make_grids`.
     """
     grids = make_grids({name: weight_shape(target) for name, target in targets.items()}, config)
-    return {name: replace(grid, transposed=stores_transpose(targets[name])) for name, grid in grids.items()}
+    return {name: _as_stored(grid, targets[name], config) for name, grid in grids.items()}
+
+
+def _as_stored(grid: BlockGrid, target: Target, config: SMTConfig) -> BlockGrid:
+    if is_convolution(target):
+        return as_convolution(grid, target, config.granularity)
+    return replace(grid, transposed=stores_transpose(target))
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -147,27 +164,48 @@ def _is_frozen(target: Target) -> bool:
 
 
 def named_targets(model: nn.Module) -> dict[str, Target]:
-    """Return all linears and all matrices of experts of a model by full name, in the model's order."""
+    """Return all linears, convolutions and matrices of experts of a model by full name, in the model's order."""
     found: dict[str, Target] = {}
     stacks: dict[nn.Module, list[tuple[str, str]]] = {}
     for name, module, leaf in expert_stacks(model):
         stacks.setdefault(module, []).append((name, leaf))
     for name, module in model.named_modules():
-        if is_linear(module):
+        if is_linear(module) or is_convolution(module):
             found[name] = module
         for stack, leaf in stacks.get(module, ()):
             found |= matrices_of(stack, module, leaf)
     return found
 
 
-def named_linears(model: nn.Module) -> dict[str, Linear]:
+def named_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Return all linears of a model by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
-def is_linear(module: nn.Module) -> TypeIs[Linear]:
+def named_layers(model: nn.Module) -> dict[str, Linear]:
+    """Return all linears and convolutions of a model by full name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if is_linear(module) or is_convolution(module)}
+
+
+def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
     """Return whether a module is an `nn.Linear` or a `Conv1D`."""
     return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_layer_of(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
+    """Return whether a grid may be that of a target: whether it is stored so, and a convolution moves so."""
+    if isinstance(target, ExpertMatrix):
+        return not grid.kernel and target.is_transposed == grid.transposed
+    if is_convolution(target):
+        return (tuple(target.kernel_size), target.groups) == (grid.kernel, grid.groups)
+    return is_linear(target) and not grid.kernel and is_transposed(target) == grid.transposed
+
+
+def kind_of(grid: BlockGrid) -> str:
+    """Return what a grid cuts the weight of, for a message."""
+    if grid.kernel:
+        return f"convolution of {grid.groups} groups" if grid.groups > 1 else "convolution"
+    return "Conv1D" if grid.transposed else "linear"
 
 
 def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
@@ -186,14 +224,19 @@ def stores_transpose(target: Target) -> bool:
 
 def has_linear_forward(linear: nn.Module) -> bool:
     """Return whether the class of a linear computes x W^T + b; its `forward` may be inherited, but not its own."""
+    if is_convolution(linear):
+        return has_plain_forward(linear)
     forward = type(linear).forward
     return (forward.__module__, forward.__qualname__) in LINEAR_FORWARDS
 
 
 def has_plain_weight(linear: Linear) -> bool:
     """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
-    shape = weight_shape(linear)[::-1] if is_transposed(linear) else weight_shape(linear)
-    weight = linear.weight
+    shape, weight = weight_shape(linear), linear.weight
+    if is_transposed(linear):
+        shape = shape[::-1]
+    elif is_convolution(linear):
+        shape = (shape[0], linear.in_channels // linear.groups, *linear.kernel_size)
     return type(weight) is nn.Parameter and weight.dtype in WEIGHT_DTYPES and full_shape(weight) == shape
 
 
@@ -224,9 +267,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def weight_shape(target: Target) -> tuple[int, int]:
-    """Return (O, I) of a target's weight W."""
+    """Return (O, I) of a target's weight W; of a convolution's as a matrix (O, K)."""
     if isinstance(target, ExpertMatrix):
         return target.weight_shape
+    if is_convolution(target):
+        return matrix_shape(target)
     return (target.nf, target.nx) if is_transposed(target) else (target.out_features, target.in_features)
 
 
@@ -236,9 +281,9 @@ def _names_of(name: str, target: Target) -> list[str]:
 
 
 def _with_stack(name: str) -> list[str]:
-    """Return the name of a target; for one that ends in a number, an expert's, also those of parameter and module."""
+    """Return the name of a target; for an expert's that ends in its number, also those of parameter and module."""
     stack, _, index = name.rpartition(".")
-    return [name, stack, stack.rpartition(".")[0]] if index.isdecimal() else [name]
+    return [name, stack, stack.rpartition(".")[0]] if index == str(expert_index(name)) else [name]
 
 
 def _heads(model: nn.Module) -> set[str]:
@@ -254,6 +299,24 @@ def _is_wanted(names: list[str], config: SMTConfig, heads: set[str]) -> bool:
         and not (config.exclude_modules and any(matches(name, config.exclude_modules) for name in names))
         and (config.lowest_layer == 0 or layer_index(names[0]) >= config.lowest_layer)
     )
+
+
+def _matching(
+    model: nn.Module, everything: Mapping[str, Target], config: SMTConfig, heads: set[str]
+) -> dict[str, Target]:
+    """Return the targets, and the transposed convolutions, that the configuration asks for."""
+    of_convolutions = None if config.target_modules in TARGET_KEYWORDS else config
+    if config.target_modules == ALL_CONVOLUTIONS:
+        of_convolutions = replace(config, target_modules="all-linear")
+    transposed: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if is_transposed_convolution(module)
+    }
+    found = {}
+    for name, target in (*everything.items(), *transposed.items()):
+        asked = of_convolutions if name in transposed or is_convolution(target) else config
+        if asked is not None and _is_wanted(_names_of(name, target), asked, heads):
+            found[name] = target
+    return found
 
 
 def _is_target(name: str, target_modules: str | list[str], heads: set[str]) -> bool:
@@ -299,6 +362,8 @@ def _why_no_expert(matrix: ExpertMatrix, shared: set[int]) -> str | None:
 
 def _why_no_linear(linear: Linear, shared: set[int]) -> str | None:
     weight = linear.weight
+    if is_transposed_convolution(linear):
+        return f"it is a {type(linear).__name__}, and the rows of its weight compute no output channel"
     if id(weight) in shared:
         return "its weight is shared with another module"
     if is_quantised(linear):
@@ -358,6 +423,7 @@ def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching:
         if value
     )
     return (
-        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears are: "
-        f"{listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them in target_modules."
+        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears and "
+        f"convolutions are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them in "
+        "target_modules."
     )

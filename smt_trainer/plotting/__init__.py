@@ -1,6 +1,7 @@
 """Pictures of selections and scores (matplotlib, from the extra `plot`), and their numbers as rows for CSV."""
 
 from smt_trainer.plotting.block_map import plot_selection
+from smt_trainer.plotting.experts import plot_experts
 from smt_trainer.plotting.folder import plot_all
 from smt_trainer.plotting.histogram import ScoreRow, score_rows
 from smt_trainer.plotting.layers import plot_layers
@@ -8,10 +9,12 @@ from smt_trainer.plotting.overlap import plot_overlap
 from smt_trainer.plotting.scores import plot_scores
 from smt_trainer.plotting.shares import plot_shares
 from smt_trainer.plotting.tables import (
+    ExpertRow,
     LayerRow,
     OverlapPoint,
     SelectionRow,
     ShareRow,
+    expert_rows,
     layer_rows,
     selection_rows,
     share_rows,
@@ -19,13 +22,16 @@ from smt_trainer.plotting.tables import (
 )
 
 __all__ = [
+    "ExpertRow",
     "LayerRow",
     "OverlapPoint",
     "ScoreRow",
     "SelectionRow",
     "ShareRow",
+    "expert_rows",
     "layer_rows",
     "plot_all",
+    "plot_experts",
     "plot_layers",
     "plot_overlap",
     "plot_scores",

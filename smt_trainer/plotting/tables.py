@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_text
-from smt_trainer.model.names import by_projection, layer_index
+from smt_trainer.model.names import by_projection, expert_index, layer_index
 from smt_trainer.selection.block_selection import BlockSelection
 
 
@@ -29,6 +29,16 @@ class LayerRow(NamedTuple):
 
     projection: str
     layer: int
+    trained: int
+    blocks: int
+
+
+class ExpertRow(NamedTuple):
+    """One projection of one expert in one layer: its trained blocks and all its blocks."""
+
+    projection: str
+    layer: int
+    expert: int
     trained: int
     blocks: int
 
@@ -87,6 +97,16 @@ def layer_rows(selection: BlockSelection) -> list[LayerRow]:
             layers.setdefault(layer_index(name), []).append(name)
         rows += [LayerRow(projection, layer, *_blocks(selection, group)) for layer, group in sorted(layers.items())]
     return rows
+
+
+def expert_rows(selection: BlockSelection) -> list[ExpertRow]:
+    """Count the trained blocks of each expert's matrices; none where there are no experts."""
+    return [
+        ExpertRow(projection, layer_index(name), expert_index(name), *_blocks(selection, [name]))
+        for projection, names in by_projection(selection.grids).items()
+        for name in names
+        if expert_index(name) >= 0
+    ]
 
 
 def share_rows(selection: BlockSelection) -> list[ShareRow]:

@@ -4,6 +4,9 @@ Let x [T, I] be the inputs of a linear over all T warm-up tokens, padding includ
 
     activation   root of the sum over tokens and columns of x[:, c]^2
 
+A convolution reads x once for each weight of its kernel, where it moves, and each group its own channels: there the sum
+is over all that the weights of a column multiply, and over rows of several groups their mean is taken.
+
 All blocks of a block column get the same score, and so do q, k and v, which share their input. Module order breaks
 ties, then row order. Ranks average the sums of squares, which scales all scores alike.
 """
@@ -18,6 +21,8 @@ import torch
 from torch import Tensor
 
 from smt_trainer.model.calls import watching_calls
+from smt_trainer.model.convolution import is_convolution, squared_inputs
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.scores.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -32,7 +37,8 @@ class Activation(Scorer):
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
         self.sums = {
-            name: torch.zeros(grids[name].shape[1], device=linear.weight.device) for name, linear in targets.items()
+            name: torch.zeros(grid.groups, grid.shape[1], device=targets[name].weight.device)
+            for name, grid in grids.items()
         }
 
     @contextlib.contextmanager
@@ -42,11 +48,22 @@ class Activation(Scorer):
             yield
 
     def _add(self, name: str, target: Target, x: Tensor) -> None:
-        squares = x.reshape(-1, x.shape[-1]).float().square().sum(0)
-        self.sums[name] += squares.unflatten(0, (len(self.sums[name]), -1)).sum(1)
+        if is_convolution(target):
+            squares = squared_inputs(target, x)
+        else:
+            squares = x.reshape(-1, x.shape[-1]).float().square().sum(0, keepdim=True)
+        self.sums[name] += squares.unflatten(1, (self.grids[name].shape[1], -1)).sum(2)
 
     def statistics(self) -> Iterator[Tensor]:
         yield from self.sums.values()
 
     def scores(self) -> dict[str, Tensor]:
-        return {name: total.sqrt().cpu().repeat(self.grids[name].shape[0], 1) for name, total in self.sums.items()}
+        return {name: _of_rows(total, self.grids[name]).sqrt().cpu() for name, total in self.sums.items()}
+
+
+def _of_rows(sums: Tensor, grid: BlockGrid) -> Tensor:
+    """Return [R, C]: the mean over the rows of each block, where a row has the sums [g, C] of its group."""
+    if grid.groups == 1:
+        return sums.repeat(grid.shape[0], 1)
+    of_rows = sums.repeat_interleave(grid.out_features // grid.groups, 0)
+    return of_rows.unflatten(0, (-1, grid.block_rows)).mean(1)

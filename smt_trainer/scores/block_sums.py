@@ -9,9 +9,9 @@ neighbouring features of one block row or column,
 
     mean over block (r, c) of G_t = sum over tokens of p(dy)[:, r] * p(x)[:, c]
 
-so `grad_signed` needs no weight gradient, only one product of pooled activations. The other two scores form one weight
-gradient at a time, reduce it to one number per block and drop it. Since <W, G> = sum over t of <W, G_t>, `taylor` needs
-no sum of gradients either.
+so `grad_signed` needs no weight gradient, only one product of pooled activations; but a convolution's, whose weights
+multiply many places, is formed. The other two scores form one weight gradient at a time, reduce it to one number per
+block and drop it. Since <W, G> = sum over t of <W, G_t>, `taylor` needs no sum of gradients either.
 
 Where FSDP2 shards a weight over n ranks, each rank reduces its own rows and multiplies the result by n. All sums are
 averaged over ranks, which then gives the sum over the whole block.
@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import dense_weight, is_quantised
 from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
@@ -73,8 +74,16 @@ class BlockSums(Scorer):
 class GradSigned(BlockSums):
     """`grad_signed`: |mean over the block of G|, what the authors' released code ranks by."""
 
-    def observing(self) -> contextlib.AbstractContextManager[None]:
-        return output_gradients(self.targets, self._observe)
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        linears = {name: layer for name, layer in self.targets.items() if not is_convolution(layer)}
+        convolutions = {name: layer for name, layer in self.targets.items() if is_convolution(layer)}
+        with output_gradients(linears, self._observe), weight_gradients(convolutions, self._add):
+            yield
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        grid = self.grids[name]
+        add_block_sums(self.step_sums[name], grid, gradient.float() / grid.block_numel)
 
     def _observe(self, name: str, linear: Target, x: Tensor) -> Callable[[Tensor], None]:
         rows, columns = self.grids[name].shape
@@ -122,7 +131,13 @@ class GradAbs(Reduced):
 
 
 class Taylor(Reduced):
-    """`taylor`: |<W, G>|, to first order the change in loss if the block is removed (SPSFT, section 3.2, eq. 6)."""
+    """`taylor`: |<W, G>|, to first order the change in loss if the block is removed (SPSFT, section 3.2, eq. 6).
+
+    Under the statistics of its batch, batch normalisation takes back any factor of a row before it: <W, G> of the row
+    would be 0 but for rounding, whatever the row does. So the running statistics are used.
+    """
+
+    needs_running_statistics = True
 
     @staticmethod
     def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -136,7 +151,7 @@ def add_block_sums(total: Tensor, grid: BlockGrid, values: Tensor, first_row: in
         values: rows of a tensor of the grid's `stored_shape`, from `first_row` on; may begin and end inside a block.
     """
     height, width = grid.block_shape[::-1] if grid.transposed else grid.block_shape
-    sums = values.unflatten(1, (-1, width)).sum(2)
+    sums = values.flatten(1).unflatten(1, (-1, width)).sum(2)
     sums = F.pad(sums, (0, 0, first_row % height, -(first_row + len(sums)) % height)).unflatten(0, (-1, height)).sum(1)
     total = total.t() if grid.transposed else total
     total[first_row // height :][: len(sums)].add_(sums, alpha=factor)

@@ -11,7 +11,8 @@ Quantiles between two classes are interpolated linearly. With a single class, th
 
 One backward gives all G^c, since the gradient dy of a linear's output keeps the examples apart: G^c = dy[c]^T x[c],
 where x[c] and dy[c] hold the tokens of class c's examples. Together these products take as many FLOPs as G; each is
-reduced to one number per block and dropped. Examples must not affect each other, as they do in batch normalisation.
+reduced to one number per block and dropped. Examples must not affect each other, as they would in batch normalisation;
+it uses its running statistics.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.convolution import is_convolution, weight_gradient
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.quantised import dense_weight
+from smt_trainer.model.targets import stores_transpose
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
 from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
 from smt_trainer.scores.scorer import keep_for_backward, output_gradients
@@ -44,6 +47,8 @@ class QMTaylor(BlockSums):
 
     Keeps one number per block and class. `begin_batch` must read the classes of the examples before each forward.
     """
+
+    needs_running_statistics = True
 
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
@@ -110,8 +115,7 @@ class QMTaylor(BlockSums):
         for label in present[present != NO_LABEL].tolist():
             examples = (self.classes == label).nonzero().flatten().to(x.device)
             mine = (x, dy) if len(present) == 1 else (x[examples], dy[examples])
-            into, out = (part.reshape(-1, part.shape[-1]) for part in mine)
-            gradient = into.t() @ out if grid.transposed else out.t() @ into
+            gradient = _gradient(linear, *mine)
             add_block_sums(self.step_sums[name][self.places[label]], grid, weight.float() * gradient.float())
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
@@ -135,6 +139,14 @@ class QMTaylor(BlockSums):
         seen = self.counts > 0
         weights = (self.counts.sum() / self.counts[seen]).view(-1, 1, 1)
         return {name: _quantile_mean(weights * total.cpu()[seen].abs()) for name, total in self.sums.items()}
+
+
+def _gradient(layer: Target, x: Tensor, dy: Tensor) -> Tensor:
+    """Return the weight gradient of examples x with the gradient dy of their outputs, shaped as the weight."""
+    if is_convolution(layer):
+        return weight_gradient(layer, x, dy)
+    into, out = (part.reshape(-1, part.shape[-1]) for part in (x, dy))
+    return into.t() @ out if stores_transpose(layer) else out.t() @ into
 
 
 def _extended(tensor: Tensor, size: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from smt_trainer.errors import SMTError
 from smt_trainer.scores.reach import Reach
@@ -43,7 +44,7 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
     if scorer.needs_warmup:
         device, count = next(model.parameters()).device, 0
         reach = Reach(scorer.targets, scorer.needs_backward)
-        with frozen(model), buffers_preserved(model), scorer.attached(), reach.watching():
+        with frozen(model), statistics_preserved(model, scorer), scorer.attached(), reach.watching():
             for batch in batches:
                 inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
                 scorer.begin_batch(inputs)
@@ -116,6 +117,23 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def statistics_preserved(model: nn.Module, scorer: Scorer) -> Iterator[None]:
+    """Restore on exit the buffers of a model; within, let batch normalisation use its running statistics if the scorer
+    needs them, also where the model is in training."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and scorer.needs_running_statistics]
+    were_training = [norm.training for norm in norms]
+    # A trainer sets the mode of the whole model before each step.
+    handles = [norm.register_forward_pre_hook(lambda norm, _: norm.train(False) and None) for norm in norms]
+    try:
+        with buffers_preserved(model):
+            yield
+    finally:
+        for norm, handle, was_training in zip(norms, handles, were_training, strict=True):
+            handle.remove()
+            norm.train(was_training)
 
 
 @contextlib.contextmanager

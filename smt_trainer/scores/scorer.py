@@ -27,6 +27,7 @@ class Scorer(ABC):
     Attributes:
         needs_warmup: whether the scorer needs batches.
         needs_backward: whether a warm-up step runs backward; if not, forward runs without a graph.
+        needs_running_statistics: whether batch normalisation must use its running statistics, as in evaluation.
 
     Args:
         targets: name -> linear or expert's matrix, in the model's order.
@@ -37,6 +38,7 @@ class Scorer(ABC):
 
     needs_warmup: ClassVar[bool] = True
     needs_backward: ClassVar[bool] = True
+    needs_running_statistics: ClassVar[bool] = False
 
     @classmethod
     def class_column(cls, config: SMTConfig) -> str | None:

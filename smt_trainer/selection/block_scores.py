@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.arrays import as_array, as_tensor
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
 from smt_trainer.manifest import (
@@ -37,7 +37,7 @@ from smt_trainer.manifest import (
 from smt_trainer.model.grid import BlockGrid, read_grids
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import count_parameters, find_targets, named_targets, narrow, stores_transpose
+from smt_trainer.model.targets import count_parameters, find_targets, is_layer_of, named_targets, narrow
 from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import collect_scores
 from smt_trainer.selection.block_selection import BlockSelection, base_name
@@ -160,7 +160,7 @@ class BlockScores:
         for name, grid in self.grids.items():
             target = everything.get(name)
             shape = None if target is None else full_shape(target.weight)
-            if target is None or shape != grid.stored_shape or stores_transpose(target) != grid.transposed:
+            if target is None or shape != grid.stored_shape or not is_layer_of(target, grid):
                 wanted, found = ("x".join(map(str, size)) for size in (grid.stored_shape, shape or ["no such module"]))
                 raise SMTError(
                     f"the scores of `{name}` are of a weight of {wanted}; this model has {found}. They were computed "
@@ -224,7 +224,7 @@ class BlockScores:
         for one in self.dependencies:
             source, pairs = self.grids.get(one.source), one.pairs
             fits = source is not None and pairs.dtype == torch.int32 and pairs.ndim == 2 and pairs.shape[1] == 2
-            column = one.grid.block_shape == (one.grid.out_features, 1)
+            column = one.grid.block_shape == one.grid.column_shape
             if not fits or not column or (pairs < 0).any() or (pairs >= torch.tensor(_limits(source, one))).any():
                 raise SMTError(
                     f"the columns of `{one.reader}` that depend on rows of `{one.source}` do not lie in their grids. "
@@ -292,7 +292,7 @@ def resolve_selection(
 
 
 def _limits(source: BlockGrid | None, one: Dependency) -> tuple[int, int]:
-    return (source.shape[0] if source else 0), one.grid.in_features
+    return (source.shape[0] if source else 0), one.grid.num_blocks
 
 
 def _targets(config: SMTConfig) -> str:
@@ -306,7 +306,7 @@ def _narrows(ours: str | list[str], theirs: str | list[str], names: Mapping[str,
         return True
     if isinstance(ours, list):
         return all(any(matches(name, [pattern]) for name in names) for pattern in ours)
-    return theirs in WIDER[ours] if ours in WIDER else ours != "all-linear"
+    return theirs in WIDER[ours] if ours in WIDER else ours not in TARGET_KEYWORDS
 
 
 def _excludes_as_much(ours: str | list[str] | None, theirs: str | list[str] | None) -> bool:

@@ -7,12 +7,17 @@ Llama, row i of `gate_proj` and of `up_proj` go with column i of `down_proj`, an
 of `o_proj` for each query head of its group. A row of `q_proj` or `k_proj` affects all columns of its head but
 determines none. The residual stream adds other outputs to a row's output, so it determines no column there.
 
-The search runs the model itself; the weights of its linears do not matter. In a forward pass, all linears output noise,
-except that the outputs in a set S are 0. The columns that are then 0 everywhere depend on a member of S. Let S_b hold
-the outputs whose index has bit b set, and T_b the others. A column with one row turns 0 under exactly one of S_b and
-T_b for each b, which spells the row's index. A column with several rows, as behind a fused gate and up projection,
-turns 0 under both for some b; the search repeats for it in each half of the outputs. So 2 log2 n passes suffice for the
-n outputs of the linears of one kind in all layers.
+Convolutions have channels in place of features, and positions in place of tokens. What reads an input channel is a
+column of theirs (`model/convolution.py`). A batch normalisation shifts its channels apart, so the search goes by as if
+it was not there: in a ResNet, channel i of the first convolution of a bottleneck goes with input channel i of the
+second. The norm's own two numbers a channel are not added; `train_norm` trains them.
+
+The search runs the model itself, on one token repeated or on images of noise; the weights of its layers do not matter.
+In a forward pass, they all output noise, except that the outputs in a set S are 0. The columns that are then 0
+everywhere depend on a member of S. Let S_b hold the outputs whose index has bit b set, and T_b the others. A column
+with one row turns 0 under exactly one of S_b and T_b for each b, which spells the row's index. A column with several
+rows, as behind a fused gate and up projection, turns 0 under both for some b; the search repeats for it in each half of
+the outputs. So 2 log2 n passes suffice for the n outputs of the linears of one kind in all layers.
 """
 
 from __future__ import annotations
@@ -23,23 +28,28 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.config import SMTConfig
+from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.convolution import is_convolution, padded
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import matches
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import GROUPS, find_targets, named_linears, target_grids
+from smt_trainer.model.targets import ALL_CONVOLUTIONS, find_targets, named_layers, named_targets, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
 
 logger = logging.getLogger(__name__)
 
 # A ReLU hides a column if it sets the noise to 0 at all tokens; the chance is 1 in 2**TOKENS.
 TOKENS = 32
+
+# Edge of an image where the model does not name one.
+IMAGE_SIZE = 32
 
 # Cached by model: a trainer asks when it is constructed, to refuse what does not fit, and again when it trains.
 _found: weakref.WeakKeyDictionary[nn.Module, list[Dependency]] = weakref.WeakKeyDictionary()
@@ -70,7 +80,7 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
     says so, as a warning if `target_modules` names modules.
 
     Args:
-        model: a plain model that takes token ids.
+        model: a plain model that takes token ids or pixels.
         config: columns of the modules that it excludes are not trained.
         targets: names of the linears to choose rows from.
 
@@ -78,16 +88,18 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
         The dependencies by source and reader, in the model's order. No reader is a source.
 
     Raises:
-        SMTError: the model takes no token ids or is sharded over ranks, or no column depends on the targets.
+        SMTError: the model takes neither or is sharded over ranks, or no column depends on the targets.
     """
     _refuse_unsuited(model)
     targets, kept = set(targets), []
     sources, readers = set(), set()
-    tunable = find_targets(model, replace(config, target_modules="all-linear"))
+    everything = named_targets(model)
+    keywords = {ALL_CONVOLUTIONS if is_convolution(everything[name]) else "all-linear" for name in targets}
+    tunable = {name for word in keywords for name in find_targets(model, replace(config, target_modules=word))}
     if model not in _found:
         _found[model] = _all_dependencies(model)
     for one in _found[model]:
-        if one.source in targets - readers and one.reader in tunable.keys() - sources:
+        if one.source in targets - readers and one.reader in tunable - sources:
             sources.add(one.source)
             readers.add(one.reader)
             kept.append(one)
@@ -98,7 +110,7 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
         )
     both = sorted({name.rpartition(".")[2] for name in targets & readers})
     if both:
-        level = logging.INFO if config.target_modules in (*GROUPS, "all-linear") else logging.WARNING
+        level = logging.INFO if config.target_modules in TARGET_KEYWORDS else logging.WARNING
         message = "%s: only columns that depend on rows of other targets are trained, and no rows (train_dependents)."
         logger.log(level, message, ", ".join(both))
     return kept
@@ -122,16 +134,16 @@ def add_columns(
     for name, parts in columns.items():
         chosen = np.unique(np.concatenate(parts))
         if len(chosen):
-            block_indices[name] = np.stack([np.zeros_like(chosen), chosen], axis=1)
+            block_indices[name] = np.stack(np.unravel_index(chosen, grids[name].shape), axis=1)
     return replace(selection, grids=grids, block_indices=block_indices)
 
 
 def _refuse_unsuited(model: nn.Module) -> None:
     takes = getattr(model, "main_input_name", "input_ids")
-    if takes != "input_ids":
+    if takes not in ("input_ids", "pixel_values"):
         raise SMTError(
-            f"train_dependents=True runs the model on token ids, but {type(model).__name__} takes {takes}. Leave it at "
-            "False."
+            f"train_dependents=True runs the model on token ids or pixels, but {type(model).__name__} takes {takes}. "
+            "Leave it at False."
         )
     if any(full_shape(parameter) != tuple(parameter.shape) for parameter in model.parameters()):
         raise SMTError(
@@ -141,8 +153,8 @@ def _refuse_unsuited(model: nn.Module) -> None:
 
 
 def _all_dependencies(model: nn.Module) -> list[Dependency]:
-    """Find the dependencies between any two linears of a model, by source and reader in the model's order."""
-    linears = named_linears(model)
+    """Find the dependencies between any two layers of a model, by source and reader in the model's order."""
+    linears = named_layers(model)
     grids = target_grids(linears, SMTConfig(granularity="column"))
     kinds: dict[str, list[str]] = {}
     for name in linears:
@@ -205,7 +217,7 @@ def _join(found: list[tuple[str, str, Tensor]], grids: Mapping[str, BlockGrid]) 
     joined = []
     for source, reader in sorted(parts, key=lambda ends: [names[end] for end in ends]):
         pairs = torch.cat(parts[source, reader])
-        pairs = pairs[(pairs[:, 0] * grids[reader].in_features + pairs[:, 1]).argsort()]
+        pairs = pairs[(pairs[:, 0] * grids[reader].num_blocks + pairs[:, 1]).argsort()]
         joined.append(Dependency(source, reader, pairs.int(), grids[reader]))
     return joined
 
@@ -217,7 +229,7 @@ def _noise_for_linears(
     """Make the linears output noise within this context.
 
     Yields a function from the outputs that are set to 0 (module name -> [O] bool) to the inputs that are then 0 at all
-    tokens (module name -> [I] bool, for modules that some token reached).
+    tokens or positions (module name -> [I] bool, for modules that some token reached).
     """
     generator = torch.Generator().manual_seed(0)
     zeros: dict[str, Tensor] = {}
@@ -228,11 +240,22 @@ def _noise_for_linears(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     def forward(name: str, input: Tensor) -> Tensor:
+        # The dimensions of space come after the channels.
+        space = len(grids[name].kernel)
         if input.numel():
-            zero = (input == 0).flatten(0, -2).all(0)
+            zero = (input == 0).movedim(-1 - space, -1).flatten(0, -2).all(0)
             is_zero[name] = zero & is_zero.get(name, zero)
-        output = noise(name, (*input.shape[:-1], grids[name].out_features), input.device, input.dtype)
-        return output.masked_fill(zeros[name].to(output.device), 0) if name in zeros else output
+        shape = output_shape(name, input) if space else (*input.shape[:-1], grids[name].out_features)
+        output = noise(name, shape, input.device, input.dtype)
+        if name not in zeros:
+            return output
+        return output.masked_fill(zeros[name].to(output.device).view(-1, *[1] * space), 0)
+
+    def output_shape(name: str, input: Tensor) -> tuple[int, ...]:
+        conv: Any = linears[name]
+        x, geometry = padded(conv, input.to("meta"))
+        y = geometry.product(x, conv.weight.to("meta", x.dtype), None)
+        return tuple(y.shape[y.ndim - input.ndim :])
 
     @torch.no_grad()
     def zero_columns(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -244,20 +267,41 @@ def _noise_for_linears(
 
     # Run without the head, which may need particular tokens.
     body = getattr(model, "base_model", model)
-    inputs = {"input_ids": torch.ones(1, TOKENS, dtype=torch.long, device=next(model.parameters()).device)}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = inputs["input_ids"]
+    inputs = _inputs(model, generator)
     training = [module for module in model.modules() if module.training]
-    replaced = {name: vars(linear)["forward"] for name, linear in linears.items() if "forward" in vars(linear)}
+    forwards = {linear: functools.partial(forward, name) for name, linear in linears.items()}
+    forwards |= {module: _pass for module in model.modules() if "BatchNorm" in type(module).__name__}
+    replaced = {module: vars(module)["forward"] for module in forwards if "forward" in vars(module)}
     model.eval()
-    for name, linear in linears.items():
-        linear.forward = functools.partial(forward, name)
+    for module, replacement in forwards.items():
+        module.forward = replacement
     try:
         yield zero_columns
     finally:
-        for name, linear in linears.items():
-            del linear.forward
-            if name in replaced:
-                linear.forward = replaced[name]
+        for module in forwards:
+            del module.forward
+            if module in replaced:
+                module.forward = replaced[module]
         for module in training:
             module.training = True
+
+
+def _pass(input: Tensor, *args, **kwargs) -> Tensor:
+    return input
+
+
+def _inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return what to run a model on: `TOKENS` equal tokens, or as many images of the size that it was made for."""
+    first, config = next(model.parameters()), getattr(model, "config", None)
+    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
+        size = getattr(config, "image_size", None) or IMAGE_SIZE
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = next(module.in_channels for module in model.modules() if is_convolution(module))
+        # Few images where a patch is a token.
+        count = TOKENS if height * width <= IMAGE_SIZE**2 else 1
+        pixels = torch.randn(count, channels, height, width, generator=generator)
+        return {"pixel_values": pixels.to(first.device, first.dtype)}
+    inputs = {"input_ids": torch.ones(1, TOKENS, dtype=torch.long, device=first.device)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs

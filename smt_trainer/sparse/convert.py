@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.experts import ExpertMatrix, find_expert
 from smt_trainer.model.made_up import made_up
 from smt_trainer.model.names import plain_name, unwrapped
@@ -19,12 +20,14 @@ from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import (
     has_linear_forward,
     has_plain_weight,
+    is_layer_of,
     is_linear,
-    is_transposed,
+    kind_of,
     refuse_adapters,
 )
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.sparse.conv import block_conv_of
 from smt_trainer.sparse.dequantise import dequantise
 from smt_trainer.sparse.experts import hold_blocks
 from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
@@ -193,6 +196,8 @@ def rewrite(
             continue
         linear: Any = model.get_submodule(name)
         kind: type[BlockLinear] = SMTConv1D if grid.transposed else SMTLinear
+        if grid.kernel:
+            kind = block_conv_of(linear)
         if is_quantised(linear):
             from smt_trainer.sparse.quantised_linear import block_linear_of
 
@@ -272,7 +277,7 @@ def _expect_target(linear: nn.Module | ExpertMatrix | None, name: str, selection
         if (linear.weight_shape, linear.is_transposed) == (grid.weight_shape, grid.transposed):
             return linear
         found = f"an expert's of {'x'.join(map(str, linear.weight.shape))}"
-    elif not is_linear(linear) or is_transposed(linear) != grid.transposed:
+    elif not (is_linear(linear) or is_convolution(linear)) or not is_layer_of(linear, grid):
         found = f"a {type(linear).__name__}"
     elif not is_quantised(linear) and not has_linear_forward(linear):
         found = f"a {type(linear).__name__}, which has a forward of its own"
@@ -282,7 +287,7 @@ def _expect_target(linear: nn.Module | ExpertMatrix | None, name: str, selection
     else:
         return linear
     raise SMTError(
-        f"the blocks of `{name}` lie in a {'Conv1D' if grid.transposed else 'linear'} with a weight of "
+        f"the blocks of `{name}` lie in a {kind_of(grid)} with a weight of "
         f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
         f"{selection.base_model or 'another model'}. Load that model, or choose the blocks again."
     )

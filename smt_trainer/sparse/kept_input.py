@@ -6,7 +6,8 @@ The frozen module before it often keeps tensors for its own backward from which 
     LayerNorm    x = (h - mean) * rstd * w + b      keeps h, mean, rstd, w and b
     gated MLP    x = act(g) * u                     keeps act(g) and u
 
-with h, x [..., I], mean and rstd [..., 1], w and b [I]. The graph that autograd has just built shows which tensors
+with h, x [..., I], mean and rstd [..., 1], w and b [I]. Experts get some of its rows, x[tokens], for which the
+selection keeps `tokens`. The graph that autograd has just built shows which tensors
 exist (`_saved_*` of its nodes), so the architecture does not matter. The sparse linear refers to these tensors, which
 takes no memory. Its backward recomputes x from them, but only the columns that have blocks.
 
@@ -21,6 +22,7 @@ of attention). If not, it takes the memory of x once, however many linears share
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +30,17 @@ from torch import Tensor
 
 from smt_trainer.model.sharded import is_partitioned
 
+VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+
 
 class KeptInput(NamedTuple):
     """An input x [..., I] as kept tensors and the elementwise steps that make x of them; x itself without steps.
 
     Attributes:
         tensors: each [..., I], [..., 1], [I] or a scalar.
-        steps: applied in order to the first tensor. A dtype casts, "mul" and "sub" take the next tensor, and "affine"
-            multiplies by the next tensor and adds the one after.
+        steps: applied in order to the first tensor. A dtype casts, "mul" and "sub" take the next tensor, "affine"
+            multiplies by the next tensor and adds the one after. Last may come "rows", which selects the tokens that
+            the last tensor numbers.
     """
 
     tensors: tuple[Tensor, ...]
@@ -52,12 +57,25 @@ class KeptInput(NamedTuple):
             elif step == "affine":
                 weight, bias = others.pop(0), others.pop(0)
                 x = torch.addcmul(bias, x, weight)
+            elif step == "rows":
+                x = x[self.tensors[-1]]
             else:
                 x = x.to(step)
         return x
 
+    def some(self, take: Callable[[Tensor], Tensor]) -> KeptInput:
+        """Return the input of some tokens; `take` picks their rows from a tensor with a row for each token."""
+        if self.steps[-1:] != ("rows",):
+            return KeptInput(tuple(take(tensor) if tensor.ndim > 1 else tensor for tensor in self.tensors), self.steps)
+        *tensors, rows = self.tensors
+        mine = take(rows[:, None]).flatten()
+        picked = (tensor.flatten(0, -2)[mine] if tensor.ndim > 1 else tensor for tensor in tensors)
+        return KeptInput(tuple(picked), self.steps[:-1])
+
 
 def _columns(tensor: Tensor, start: int, length: int) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor
     return flat if flat.ndim == 0 or flat.shape[-1] == 1 else flat.narrow(-1, start, length)
 
@@ -66,11 +84,27 @@ def find_origin(x: Tensor) -> KeptInput | None:
     """Find tensors that autograd keeps anyway and from which x can be recomputed; None if there are none."""
     if torch.compiler.is_compiling() or x.grad_fn is None or _saved_tensors_are_hooked():
         return None
-    origin = _trace(x.grad_fn)
-    # ZeRO-3 empties its parameters between uses.
-    if origin is None or not all(_is_aligned(each, x) and not is_partitioned(each) for each in origin.tensors):
+    rows, node = _selection(x)
+    origin = _trace(node)
+    if origin is None:
         return None
-    return origin
+    shape = x.shape if rows is None else torch.Size(node._input_metadata[0].shape)
+    # ZeRO-3 empties its parameters between uses.
+    if not all(_is_aligned(each, shape) and not is_partitioned(each) for each in origin.tensors):
+        return None
+    return origin if rows is None else KeptInput((*origin.tensors, rows), (*origin.steps, "rows"))
+
+
+def _selection(x: Tensor) -> tuple[Tensor | None, Any]:
+    """Return the tokens that x selects from another input, in which they lie in rows, and the node that made this."""
+    node: Any = x.grad_fn
+    if type(node).__name__ != "IndexBackward0" or x.ndim != 2:
+        return None, node
+    rows, node = node._saved_indices, node.next_functions[0][0]
+    while type(node).__name__ in VIEWS:
+        node = node.next_functions[0][0]
+    is_plain = len(rows) == 1 and rows[0] is not None and rows[0].dtype == torch.int64 and rows[0].ndim == 1
+    return (rows[0], node) if is_plain else (None, x.grad_fn)
 
 
 def _trace(node: Any) -> KeptInput | None:
@@ -100,11 +134,11 @@ def _layer_norm(node: Any) -> KeptInput | None:
     return KeptInput((h, mean, rstd, weight, bias), ("sub", "mul", "affine", node._input_metadata[0].dtype))
 
 
-def _is_aligned(tensor: Tensor, x: Tensor) -> bool:
+def _is_aligned(tensor: Tensor, shape: torch.Size) -> bool:
     """Return whether a tensor matches x [..., I] token by token: it is [..., I], [..., 1], [I] or a scalar."""
     if tensor.ndim <= 1:
-        return tensor.ndim == 0 or tensor.shape[0] in (1, x.shape[-1])
-    return tensor.shape[:-1] == x.shape[:-1] and tensor.shape[-1] in (1, x.shape[-1])
+        return tensor.ndim == 0 or tensor.shape[0] in (1, shape[-1])
+    return tensor.shape[:-1] == shape[:-1] and tensor.shape[-1] in (1, shape[-1])
 
 
 def _saved_tensors_are_hooked() -> bool:

@@ -8,8 +8,8 @@ so forward uses exactly the values that a merge writes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import Part, assign, full_tensor, is_sharded, local_parts
-from smt_trainer.sparse.sparse_linear import Plan, group_blocks, sparse_linear
+from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
 from smt_trainer.sparse.write_back import follow, write_back
 
 
@@ -40,8 +40,9 @@ class BlockLinear(nn.Module):
     block_indices: Tensor
     grid: BlockGrid
     positions: Tensor
-    plan: Plan
+    plan: Any
     linear_class: type[nn.Module]
+    group: ClassVar[Callable[[Tensor, BlockGrid], tuple[Any, Tensor, Tensor]]] = staticmethod(group_blocks)
     # Whether the weight holds the values of the blocks; a quantised one cannot.
     is_written: ClassVar[bool] = True
     # Of an expert's matrix, its place among those in one parameter, and their number.
@@ -62,7 +63,7 @@ class BlockLinear(nn.Module):
     def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> None:
         """Take the chosen blocks out of the weight, and write them back after each step of an optimizer."""
         self.grid = grid
-        self.plan, block_indices, positions = group_blocks(block_indices.cpu(), grid)
+        self.plan, block_indices, positions = type(self).group(block_indices.cpu(), grid)
         blocks = grid.gather(self.base_weight(), block_indices).to(master_dtype)
         self.blocks = nn.Parameter(blocks.contiguous())
         self.mark_written()
@@ -100,19 +101,23 @@ class BlockLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and self.is_stale():
             write_back([self])
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """Return y of x, with a backward that forms only the chosen blocks of the weight's gradient."""
         return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
 
     def train(self, mode: bool = True) -> BlockLinear:
         """Set the mode. Before evaluation, write the blocks: an averaging callback may have changed them."""
         if not mode:
-            self._write_if_whole()
+            self.write_if_whole()
         return super().train(mode)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        self._write_if_whole()
+        self.write_if_whole()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _write_if_whole(self) -> None:
+    def write_if_whole(self) -> None:
         """Write the blocks, unless that is a collective or there are no values."""
         if not (is_sharded(self.blocks) or is_sharded(self.weight) or self.weight.is_meta):
             write_back([self])

@@ -11,6 +11,7 @@ Let x_e and dy_e [T_e, .] be the rows that belong to expert e. Its blocks get, a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -46,12 +47,10 @@ class _WithGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
-        gradients, saved = [], ctx.saved_tensors
+        gradients, kept = [], KeptInput(ctx.saved_tensors, ctx.steps)
         for (expert, plan, positions), dtype in zip(ctx.parts, ctx.master_dtypes, strict=True):
-            # Tensors of fewer dimensions belong to all tokens.
-            kept = (ctx.routing.rows(expert, one) if one.ndim > 1 else one for one in saved)
-            x = KeptInput(tuple(kept), ctx.steps)
-            gradients.append(block_gradients(ctx.routing.rows(expert, dy), x, plan, positions).to(dtype))
+            rows = functools.partial(ctx.routing.rows, expert)
+            gradients.append(block_gradients(rows(dy), kept.some(rows), plan, positions).to(dtype))
         return dy, None, None, None, *gradients
 
 

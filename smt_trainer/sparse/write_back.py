@@ -60,8 +60,9 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
 
 
 def one_by_one(grid: BlockGrid, values: Tensor) -> bool:
-    """Return whether blocks are best copied one by one, through views of their weight."""
-    return grid.block_numel >= LARGE_BLOCK and values.device.type == "cpu"
+    """Return whether blocks are best copied one by one, through views of their weight, which a convolution's may not
+    have."""
+    return not grid.kernel and grid.block_numel >= LARGE_BLOCK and values.device.type == "cpu"
 
 
 def follow(linear: BlockLinear) -> None:

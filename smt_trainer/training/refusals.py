@@ -22,6 +22,7 @@ from smt_trainer.training.class_column import refuse_missing_column
 from smt_trainer.training.distributed import is_sharding
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.read_once import refuse_data_read_once
+from smt_trainer.training.vllm_weights import knows_sync
 
 OPTIMIZERS_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_bnb")
 # Optimizers that keep their own map of the model's matrices, or swap weights outside forward.
@@ -50,6 +51,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_sharded_experts(trainer)
     _refuse_hidden_weights(trainer.accelerator)
     _refuse_copies_by_name(trainer.args)
+    _refuse_vllm(trainer, needs_warmup)
     if needs_warmup:
         refuse_data_read_once(trainer.train_dataset)
         with rng_preserved():
@@ -110,7 +112,7 @@ def _refuse_sharded_quantised(trainer) -> None:
 
 def _refuse_sharded_experts(trainer) -> None:
     model, config = trainer.model, trainer.smt_config
-    if model is None or is_smt_model(model) or not is_sharding(trainer.accelerator):
+    if model is None or is_smt_model(model):
         return
     names = [name for stack in expert_stacks(model) for name in matrices_of(*stack)]
     asked = (
@@ -118,10 +120,10 @@ def _refuse_sharded_experts(trainer) -> None:
         if isinstance(config.selection, BlockSelection)
         else narrow(names, config)
     )
-    if asked:
+    if asked and is_sharding(trainer.accelerator):
         raise SMTError(
-            f"`{asked[0]}` lies in a parameter with all experts, which FSDP2 and DeepSpeed cut between experts and "
-            "gather in places that are not tested here. Use DDP, or leave the experts out: target_modules='attention'."
+            f"`{asked[0]}` lies in a parameter with all experts, and blocks in a part of one are not known to be exact "
+            "under FSDP2 and DeepSpeed. Use DDP, or leave the experts out: target_modules='attention'."
         )
 
 
@@ -206,7 +208,31 @@ def _refuse_hidden_weights(accelerator: Accelerator) -> None:
 
 
 def _refuse_copies_by_name(args) -> None:
-    """Refuse TRL's options that copy the parameters into another model, which has no blocks."""
-    for name, remedy in (("sync_ref_model", "keep the reference as it is"), ("use_vllm", "generate without vLLM")):
-        if getattr(args, name, False):
-            raise SMTError(f"{name}=True copies parameters into a model that has no blocks; {remedy}.")
+    """Refuse TRL's option that copies the parameters into another model, which has no blocks."""
+    if getattr(args, "sync_ref_model", False):
+        raise SMTError(
+            "sync_ref_model=True copies parameters into a model that has no blocks; keep the reference as it is."
+        )
+
+
+def _refuse_vllm(trainer, needs_warmup: bool) -> None:
+    """Refuse to hand weights over to vLLM where these would not be the merged model's."""
+    # TRL's asynchronous trainer has no use_vllm: it always sends.
+    if not (getattr(trainer.args, "use_vllm", False) or hasattr(trainer, "_sync_weight")):
+        return
+    if not knows_sync(trainer):
+        raise SMTError(
+            f"{type(trainer).__name__} hands weights over to vLLM in another way than by vllm_generation.sync_weights "
+            "or _move_model_to_vllm, so the blocks would get lost. Generate without vLLM (use_vllm=False), or use "
+            "GRPOTrainer, RLOOTrainer or OnlineDPOTrainer."
+        )
+    if trainer.model is not None and quantization_of(trainer.model) is not None:
+        raise SMTError(
+            "use_vllm=True hands weights over, and the quantised ones of this model cannot hold the trained blocks. "
+            "Load the base without quantization_config, or generate without vLLM."
+        )
+    if needs_warmup and trainer.accelerator.distributed_type == DistributedType.FSDP:
+        raise SMTError(
+            "use_vllm=True with FSDP2 hands weights over as sharded ones, and in the warm-up they are whole. Choose "
+            "the blocks in a run before and pass its smt_selection.json as SMTConfig(selection=...)."
+        )

@@ -12,7 +12,8 @@ of the model (`checkpoints.py`).
 
 Private methods of Trainer that this folder relies on. Overridden: `_inner_training_loop`, `_save`,
 `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
-`_push_from_checkpoint`. Called: `_get_output_dir` and `_set_signature_columns_if_needed`.
+`_push_from_checkpoint`. Called: `_get_output_dir` and `_set_signature_columns_if_needed`. Of TRL's trainers:
+`_move_model_to_vllm` (`vllm_weights.py`).
 """
 
 from __future__ import annotations
@@ -41,7 +42,12 @@ from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
-from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
+from smt_trainer.training.distributed import (
+    bare_autocast,
+    is_sharding,
+    prepare_for_sharding,
+    refuse_sharded_convolutions,
+)
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
 from smt_trainer.training.reference import match_reference
@@ -51,6 +57,7 @@ from smt_trainer.training.refusals import (
     refuse_other_blocks,
     refuse_unusable,
 )
+from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
 
 logger = logging.getLogger(__name__)
@@ -67,7 +74,7 @@ def uncompiled(model):
     return model._orig_mod
 
 
-class SMTTrainerMixin(SavesDelta):
+class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     """Goes in front of `Trainer` or any subclass of it: `class MyTrainer(SMTTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -109,6 +116,7 @@ class SMTTrainerMixin(SavesDelta):
         if smt_config is None and is_smt_model(self.model):
             self.smt_config = get_state(self.model).selection.config
         refuse_unusable(self)
+        self._follow_vllm()
         refuse_full_model(self._output_folder)
         if is_smt_model(self.model):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
@@ -183,6 +191,7 @@ class SMTTrainerMixin(SavesDelta):
         else:
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
             self._expect_gradients()
+        refuse_sharded_convolutions(self.accelerator, self.smt_selection.grids)
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
@@ -237,6 +246,7 @@ class SMTTrainerMixin(SavesDelta):
             if model() is self.model and unchanged:
                 return candidates
         candidates = find_candidates(self.model, self.smt_config)
+        refuse_sharded_convolutions(self.accelerator, candidates.grids)
         self._found = weakref.ref(self.model), flags, candidates
         return candidates
 

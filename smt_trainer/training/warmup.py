@@ -20,7 +20,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.targets import named_targets
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.scores.collect import LossScale, buffers_preserved, frozen, reached_scores
+from smt_trainer.scores.collect import LossScale, frozen, reached_scores, statistics_preserved
 from smt_trainer.scores.reach import Reach
 from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
@@ -66,7 +66,7 @@ class Warmup:
             with (
                 self.as_in_training() as batches,
                 frozen(model),
-                buffers_preserved(model),
+                statistics_preserved(model, scorer),
                 scorer.attached(hold=self.scale is not None),
                 reach.watching(),
             ):

@@ -5,7 +5,7 @@ import tiny
 import torch
 from architectures import EXPERTS, GROUPED
 
-from smt_trainer import Delta, SMTError, compose_deltas, from_delta, merge_checkpoint, unmerge, verify_merge
+from smt_trainer import Delta, SMTError, applied, compose_deltas, from_delta, merge_checkpoint, unmerge, verify_merge
 from smt_trainer.delta.lora import export_lora
 from smt_trainer.delta.patches import delta_patches, model_patches
 from smt_trainer.delta.weight_patch import apply_patches
@@ -124,3 +124,12 @@ def test_what_is_composed_and_taken_out_again_is_exact(trained):
     unmerge(folder / "merged", folder / "delta", folder / "unmerged", base=folder / "base")
     for name in ("as before", "unmerged"):
         tiny.assert_same(tiny.saved_tensors(folder / name), tiny.saved_tensors(folder / "base"))
+
+
+def test_a_delta_is_swapped_in_and_out(trained):
+    model, folder = trained
+    base = type(model).from_pretrained(folder / "base")
+    before = tiny.weights(base)
+    with applied(base, folder / "delta"):
+        assert torch.equal(tiny.logits(base), tiny.logits(model))
+    tiny.assert_same(tiny.weights(base), before)

@@ -4,9 +4,11 @@ import json
 import logging
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
+import quantised
 import tiny
 import torch
 from architectures import ARCHITECTURES, inputs_of
@@ -14,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from smt_trainer import Delta, SMTError, convert_to_smt, export_lora, merge_and_unload, save_delta
+from smt_trainer import Delta, SMTError, convert_to_smt, export_lora, merge_and_unload, merge_checkpoint, save_delta
 from smt_trainer.delta.lora import ADAPTER_FILE, factors
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.quantised import dequantised, is_quantised, keep_differentiable
 from smt_trainer.sparse.linear import smt_linears
 
 
@@ -353,22 +356,111 @@ def statistics(base, delta):
     return r"no place for `extra\.running_mean`, which forward changes"
 
 
-def quantised(base, delta):
-    tiny.llama().save_pretrained(base)
-    changed(tiny.llama(), delta)
-    replace(Delta.load(delta), quantization={"quant_method": "bitsandbytes", "load_in_8bit": True}).save(delta)
-    return r"trained on a quantised base \(bitsandbytes, 8 bits\).* Use from_delta, or smt merge --onto dequantized"
-
-
-@pytest.mark.parametrize(
-    "case", [biases, tied_embeddings, another_vocabulary, an_ending_of_others, statistics, quantised]
-)
+@pytest.mark.parametrize("case", [biases, tied_embeddings, another_vocabulary, an_ending_of_others, statistics])
 def test_what_peft_cannot_hold_is_refused_by_name(case, folders):
     base, delta, adapter = folders
     message = case(base, delta)
     with pytest.raises(SMTError, match=message):
         export_lora(base, delta, adapter)
     assert not adapter.exists()
+
+
+# ---- a delta of a quantised base ----
+
+
+class OverQuantised(NamedTuple):
+    kind: str
+    dtype: torch.dtype
+    load: Callable
+    trained: torch.nn.Module
+
+
+CASES_OF_QUANTISED = {
+    "nf4": ("nf4", torch.bfloat16, {"bnb_4bit_compute_dtype": torch.bfloat16}),
+    "nf4 in float32": ("nf4", torch.float32, {"bnb_4bit_compute_dtype": torch.float32}),
+    "fp4": ("fp4", torch.bfloat16, {"bnb_4bit_compute_dtype": torch.bfloat16}),
+    "int8": ("int8", torch.bfloat16, {}),
+    "nf4 in part": ("nf4", torch.bfloat16, {"llm_int8_skip_modules": ["v_proj", "up_proj", "lm_head"]}),
+}
+
+
+@pytest.fixture(params=CASES_OF_QUANTISED)
+def over_quantised(request, folders):
+    """Return what is known of a delta of a quantised base: how to load that, and the trained model."""
+    pytest.importorskip("bitsandbytes")
+    kind, dtype, more = CASES_OF_QUANTISED[request.param]
+    base, delta, _ = folders
+    tiny.llama().save_pretrained(base)
+
+    def load():
+        config = quantised.config(kind, **more)
+        return AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=dtype)
+
+    return OverQuantised(kind, dtype, load, changed(load(), delta, target_modules="all-linear"))
+
+
+# Of logits up to 0.5: one rounding to bfloat16, and what inputs of 8 bits do.
+NEAR = {("nf4", torch.float32): 1e-6, ("int8", torch.bfloat16): 1e-2}
+
+
+def test_the_quantised_base_with_the_adapter_is_the_trained_model(over_quantised, folders, caplog):
+    kind, dtype, load, trained = over_quantised
+    caplog.set_level(logging.INFO, "smt_trainer.delta.lora")
+    export_lora(*folders, onto="dequantized")
+    message = caplog.messages[-1]
+    rounded = "float32 twice more, each time by at most 6e-08" if dtype == torch.float32 else "at most 0.0039"
+    assert rounded in message and ("quantises their inputs to 8 bits" in message) == (kind == "int8")
+    plain = load()
+    keep_differentiable(plain)
+    untrained, expected = tiny.logits(plain), tiny.logits(trained)
+    found = tiny.logits(PeftModel.from_pretrained(plain, folders[2]))
+    near = NEAR.get((kind, dtype), 2**-8)
+    torch.testing.assert_close(found, expected, rtol=0, atol=near)
+    assert (untrained - expected).abs().max() > 20 * near
+
+
+def test_its_change_is_the_difference_to_the_dequantised_weights(over_quantised, folders):
+    export_lora(*folders, onto="dequantized")
+    tensors, linears = load_file(folders[2] / ADAPTER_FILE), dict(smt_linears(over_quantised.trained))
+    assert len(tensors) == 2 * len(linears)
+    plain, dtype = over_quantised.load(), over_quantised.dtype
+    for name, linear in linears.items():
+        a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"].double() for part in "AB")
+        before = plain.get_submodule(name)
+        before = dequantised(before, dtype) if is_quantised(before) else before.weight.detach()
+        change = linear.merged_weight().double() - before.double()
+        rounding = 0 if dtype == torch.bfloat16 else 2**-24
+        torch.testing.assert_close(b @ a, change, rtol=rounding, atol=0)
+
+
+def test_onto_original_it_is_the_merge_onto_the_original(over_quantised, folders, tmp_path, caplog):
+    base, delta, adapter = folders
+    caplog.set_level(logging.INFO, "smt_trainer.delta.lora")
+    export_lora(base, delta, adapter, onto="original")
+    assert "a model that was never trained as a whole" in caplog.messages[-1]
+    merge_checkpoint(base, delta, tmp_path / "merged", onto="original")
+    plain, expected = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=over_quantised.dtype)
+        for folder in (base, tmp_path / "merged")
+    )
+    found = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    rounding = 0 if over_quantised.dtype == torch.bfloat16 else 1e-7
+    torch.testing.assert_close(tiny.weights(found), tiny.weights(expected), rtol=0, atol=rounding)
+
+
+def test_what_an_adapter_goes_onto_has_to_be_said(over_quantised, folders, tmp_path):
+    base, delta, adapter = folders
+    with pytest.raises(SMTError, match=r"Say what the adapter goes onto: onto='dequantized' \(smt export --onto"):
+        export_lora(base, delta, adapter)
+    over_quantised.load().save_pretrained(tmp_path / "stored")
+    with pytest.raises(SMTError, match=r"is stored quantised, and an adapter is made from the checkpoint"):
+        export_lora(tmp_path / "stored", delta, adapter, onto="dequantized")
+    assert not adapter.exists()
+
+
+def test_onto_is_said_in_vain_for_a_plain_base(base, delta, tmp_path):
+    with pytest.raises(SMTError, match="onto='original' is for deltas of a quantised base"):
+        export_lora(base, delta[0], tmp_path / "adapter", onto="original")
 
 
 # ---- command line ----

@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import Delta, SMTError, applied, convert_to_smt, from_delta, save_delta, swap
+from smt_trainer import Delta, SMTError, applied, convert_to_smt, from_delta, merge_and_unload, save_delta, swap
 from smt_trainer.selection.block_selection import base_name
 
 KINDS = {
@@ -109,15 +109,106 @@ def test_a_delta_of_another_base_is_refused_first_and_later(model, base, tmp_pat
         tiny.assert_same(dict(model.state_dict()), merged(ours, base))
 
 
+def training(model, seed=0, **fields):
+    """Return a copy of a plain model that trains blocks, after a step, and its optimizer."""
+    model = copy.deepcopy(model)
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", **fields), seed))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+    step(model, optimizer)
+    return model, optimizer
+
+
+def step(model, optimizer) -> None:
+    model.train()(**tiny.batch(), use_cache=False).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_earlier_step_is_swapped_into_a_model_in_training(kind, dtype, llama, tmp_path):
+    base = tmp_path / "base"
+    llama.to(dtype).save_pretrained(base)
+    model, optimizer = training(AutoModelForCausalLM.from_pretrained(base), **KINDS[kind])
+    untouched, its_optimizer = training(AutoModelForCausalLM.from_pretrained(base), **KINDS[kind])
+    save_delta(model, tmp_path / "delta")
+    step(model, optimizer)
+    step(untouched, its_optimizer)
+    with applied(model, tmp_path / "delta"):
+        # Evaluation and saving write the blocks into the weights.
+        found = tiny.weights(model.eval())
+        tiny.assert_same(
+            {name: found[name] for name in merged(tmp_path / "delta", base)}, merged(tmp_path / "delta", base)
+        )
+        tiny.assert_same(tiny.logits(model), tiny.logits(from_delta(tmp_path / "delta", base=base)))
+    tiny.assert_same(tiny.weights(model), tiny.weights(untouched))
+    # The masters are those of before, too: training goes on as if nothing had been.
+    step(model, optimizer)
+    step(untouched, its_optimizer)
+    tiny.assert_same(tiny.weights(model), tiny.weights(untouched))
+
+
+def test_deltas_follow_each_other_in_a_model_in_training(model, base, tmp_path):
+    model, optimizer = training(model)
+    for folder in ("first", "second"):
+        save_delta(model, tmp_path / folder, master=folder == "second")
+        step(model, optimizer)
+    before = tiny.weights(model)
+    for folder in ("first", "second", "second", "first", None):
+        swap(model, folder and tmp_path / folder)
+        expected = merged(tmp_path / folder, base) if folder else before
+        tiny.assert_same({name: tiny.weights(model)[name] for name in expected}, expected)
+    tiny.assert_same(tiny.weights(model), before)
+
+
+@pytest.mark.parametrize("kind", quantised.KINDS)
+def test_blocks_beside_quantised_weights_are_swapped(kind, base, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = quantised.load(base, kind)
+    convert_to_smt(model, tiny.choose(model))
+    found = {}
+    for folder in ("first", "second"):
+        tiny.disturb(model)
+        save_delta(model, tmp_path / folder)
+        found[folder] = tiny.logits(model)
+    with applied(model, tmp_path / "first"):
+        tiny.assert_same(tiny.logits(model), found["first"])
+    tiny.assert_same(tiny.logits(model), found["second"])
+    assert not torch.equal(found["first"], found["second"])
+
+
 def test_what_cannot_be_swapped_into_is_refused(model, base, tmp_path):
     delta = tune(model, tmp_path / "delta", 1)
-    rewritten = AutoModelForCausalLM.from_pretrained(base)
-    convert_to_smt(rewritten, tiny.choose(rewritten))
-    with pytest.raises(SMTError, match=r"this model trains blocks\. Use load_delta"):
+    rewritten, _ = training(model)
+    before = tiny.weights(rewritten)
+    with pytest.raises(SMTError, match="the delta holds other blocks than this model trains"):
         swap(rewritten, delta)
+    tiny.assert_same(tiny.weights(rewritten), before)
     pytest.importorskip("bitsandbytes")
     with pytest.raises(SMTError, match="not over a quantised base"):
         swap(quantised.load(base, "nf4"), delta)
+
+
+def test_statistics_that_only_the_model_has_are_not_left_in(model, tmp_path):
+    model.model.layers[0].extra = torch.nn.BatchNorm1d(4)
+    convert_to_smt(model, tiny.choose(model))
+    save_delta(model, tmp_path / "delta")
+    model.model.layers[0].extra(torch.randn(8, 4))
+    with pytest.raises(SMTError, match=r"holds `model.layers.0.extra.num_batches_tracked` alone"):
+        swap(model, tmp_path / "delta")
+
+
+def test_a_model_that_was_rewritten_or_merged_meanwhile_is_refused(model, base, tmp_path):
+    delta = tune(model, tmp_path / "delta", 1)
+    swap(model, delta)
+    convert_to_smt(model, tiny.choose(model))
+    with pytest.raises(SMTError, match=r"rewritten or merged while a delta was swapped in.*swap\(model, None\)"):
+        swap(model, None)
+    rewritten, _ = training(AutoModelForCausalLM.from_pretrained(base))
+    save_delta(rewritten, tmp_path / "own")
+    swap(rewritten, tmp_path / "own")
+    with pytest.raises(SMTError, match="rewritten or merged while a delta was swapped in"):
+        swap(merge_and_unload(rewritten), None)
 
 
 def test_other_rows_of_the_vocabulary_are_refused(model, tmp_path):

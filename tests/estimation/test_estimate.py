@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from mixtures import mixture
 from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, T5Config
@@ -240,6 +241,10 @@ def test_torch_is_left_as_it_was(llama, monkeypatch):
         ({"model": T5Config()}, "no causal language model can be built from T5Config"),
         ({"config": SMTConfig(budget=10**6)}, "more than the targets hold"),
         ({"config": SMTConfig(target_modules=["experts"])}, "matches no linear"),
+        (
+            {"model": mixture().config, "config": SMTConfig(target_modules="experts", block_size=16)},
+            "`model.layers.0.mlp.experts.gate_up_proj.0` gets as many tokens as a router sends",
+        ),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"ranks": -1}, "ranks must be at least 1, got -1"),
         ({"zero_stage": 4}, "zero_stage must be 0, 1, 2 or 3, got 4"),
@@ -315,3 +320,9 @@ def test_columns_that_depend_on_rows_are_counted_as_training_counts_them(tmp_pat
     found = guess(model, config)
     assert found.smt.trainable == trained.smt_selection.trainable_parameters > 8 * 64
     assert found.selection.grids == trained.smt_selection.grids
+
+
+def test_blocks_in_convolutions_are_refused():
+    model = tiny.build("MambaForCausalLM", state_size=4, time_step_rank=4)
+    with pytest.raises(SMTError, match=r"`backbone.layers.0.mixer.conv1d` is a convolution, and what a step"):
+        guess(model, tiny.config(target_modules="all-conv", granularity="row", block_size="auto", budget=4))

@@ -10,12 +10,31 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mixtures import mixture
 from reference import cell_shares
 
-from smt_trainer import BlockSelection, SMTError, plot_layers, plot_overlap, plot_scores, plot_selection, plot_shares
+from smt_trainer import (
+    BlockSelection,
+    SMTError,
+    plot_experts,
+    plot_layers,
+    plot_overlap,
+    plot_scores,
+    plot_selection,
+    plot_shares,
+)
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import by_projection
-from smt_trainer.plotting import OverlapPoint, layer_rows, score_rows, selection_rows, share_rows, write_csv
+from smt_trainer.plotting import (
+    OverlapPoint,
+    expert_rows,
+    layer_rows,
+    plot_all,
+    score_rows,
+    selection_rows,
+    share_rows,
+    write_csv,
+)
 from smt_trainer.plotting.block_map import trained_share
 from smt_trainer.plotting.histogram import cut
 from smt_trainer.plotting.style import strips
@@ -287,3 +306,28 @@ def test_rows_are_read_back_from_their_csv(selection, tmp_path):
     assert [float(row["share_of_trained"]) for row in read] == [row.share_of_trained for row in rows]
     with pytest.raises(SMTError, match="no rows to write"):
         write_csv([], tmp_path / "empty.csv")
+
+
+# ---- experts ----
+
+
+def test_each_expert_has_a_cell_with_the_share_of_its_blocks(tmp_path):
+    selection = tiny.choose(mixture(), tiny.config(target_modules=["experts", "v_proj"], budget=60, score="random"))
+    figure = plot_experts(selection)
+    names = [name for name in selection.grids if "experts" in name]
+    rows = expert_rows(selection)
+    assert len(rows) == len(names) == 2 * 2 * 8
+    assert sum(row.trained for row in rows) == sum(len(selection.block_indices.get(name, ())) for name in names)
+    for axis, projection in zip(figure.axes, ("gate_up_proj", "down_proj"), strict=False):
+        shares = np.asarray(axis.collections[0].get_array()).reshape(2, 8)
+        for row in (row for row in rows if row.projection == projection):
+            assert shares[row.layer, row.expert] == row.trained / row.blocks
+    written = plot_all(selection, tmp_path)
+    assert [path.stem for path in written] == ["selection", "layers", "shares", "experts"]
+    drawn = (tmp_path / "selection.csv").read_text()
+    assert "v_proj" in drawn and "experts" not in drawn
+
+
+def test_where_all_targets_are_experts_there_is_no_block_map(tmp_path):
+    selection = tiny.choose(mixture(), tiny.config(target_modules="experts", budget=60, score="random"))
+    assert [path.stem for path in plot_all(selection, tmp_path)] == ["layers", "shares", "experts"]

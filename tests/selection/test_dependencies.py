@@ -2,10 +2,12 @@
 
 import logging
 
+import images
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from reference import block_mask, recorded_inputs, with_row
 
 from smt_trainer import BlockScores, BlockSelection, SMTConfig, SMTError, from_delta
@@ -150,8 +152,53 @@ def test_a_target_that_gives_columns_gives_no_rows_and_the_log_says_so(target_mo
 def test_no_dependent_columns_are_refused(llama):
     with pytest.raises(SMTError, match="no column depends on the rows"):
         dependencies_of(llama, target_modules=["q_proj", "k_proj", "o_proj", "down_proj"])
-    llama.main_input_name = "pixel_values"
-    with pytest.raises(SMTError, match="LlamaForCausalLM takes pixel_values"):
+    llama.main_input_name = "input_features"
+    with pytest.raises(SMTError, match="LlamaForCausalLM takes input_features"):
         dependencies_of(llama)
     with pytest.raises(SMTError, match="needs granularity='row', got 'block'"):
         SMTConfig(train_dependents=True)
+
+
+def test_a_channel_of_a_convolution_goes_with_what_reads_it_through_batch_normalisation():
+    model = images.ResNeXt()
+    config = images.config(train_dependents=True, exclude_modules=["stem", "conv3"])
+    found = find_dependencies(model, config, find_targets(model, config))
+    pairs = {(one.source, one.reader): one.pairs.tolist() for one in found}
+    each = [[channel, channel] for channel in range(8)]
+    assert pairs == {(f"blocks.{block}.conv1", f"blocks.{block}.conv2"): each for block in range(2)}
+    # In groups, only the rows of a channel's own group read it.
+    assert [one.grid.block_shape for one in found] == [(4, 9), (1, 9)]
+
+
+def test_the_columns_of_a_chosen_channel_are_all_that_removing_it_frees():
+    model = images.ResNeXt().double()
+    config = images.config(train_dependents=True, score="random", budget=8, exclude_modules=["stem"])
+    dependencies = find_dependencies(model, config, find_targets(model, config))
+    selection = BlockScores.of(model, config, []).select()
+    assert dependencies
+    chosen = dict(selection.block_indices)
+    for one in dependencies:
+        rows = chosen[one.source][:, 0].tolist() if one.source in chosen else []
+        reader = model.get_submodule(one.reader)
+        x = torch.randn(2, reader.in_channels, 6, 6, dtype=torch.float64)
+        only, y = torch.zeros_like(x), reader(x)
+        channels = [column for row, column in one.pairs.tolist() if row in rows]
+        only[:, channels] = x[:, channels]
+        weight = reader.weight.detach().clone()
+        if one.reader in chosen:
+            indices = torch.from_numpy(chosen[one.reader])
+            one.grid.scatter_(reader.weight.data, indices, torch.zeros(len(indices), *one.grid.block_shape))
+        torch.testing.assert_close(y - reader(x), F.conv2d(only, weight, padding=reader.padding, groups=reader.groups))
+
+
+def test_a_resnet_is_searched_without_a_trace():
+    model = images.resnet().train()
+    before, config = tiny.weights(model), images.config(train_dependents=True)
+    found = find_dependencies(model, config, find_targets(model, config))
+    stages = {(one.source.partition("stages.")[2], one.reader.partition("stages.")[2]) for one in found}
+    assert ("1.layers.1.layer.0.convolution", "1.layers.1.layer.1.convolution") in stages
+    assert ("", "0.layers.0.shortcut.convolution") in stages
+    # The residual stream adds the outputs of others.
+    assert not any(source.endswith("layer.2.convolution") for source, _ in stages)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all("forward" not in vars(module) and module.training for module in model.modules())

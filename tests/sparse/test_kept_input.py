@@ -3,11 +3,12 @@
 import pytest
 import tiny
 import torch
+from mixtures import mixture
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from smt_trainer import convert_to_smt
-from smt_trainer.sparse import sparse_linear
+from smt_trainer.sparse import sparse_experts, sparse_linear
 from smt_trainer.sparse.kept_input import KeptInput, find_origin
 from smt_trainer.sparse.linear import smt_linears
 
@@ -71,7 +72,9 @@ def kept(node):
             continue
         seen.add(node)
         tensors = list(getattr(node, "saved_tensors", ()))
-        tensors += [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+        for name in dir(node):
+            value = getattr(node, name) if name.startswith("_saved_") else None
+            tensors += value if isinstance(value, (list, tuple)) else [value]
         for tensor in tensors:
             if torch.is_tensor(tensor):
                 found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -161,3 +164,34 @@ def test_torch_still_has_what_the_trace_reads():
     assert type(node).__name__ == "ToCopyBackward0"
     assert type(node.next_functions[0][0]).__name__ == "MulBackward0"
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_experts_keep_what_the_frozen_model_keeps(implementation):
+    model = mixture("Qwen3MoeForCausalLM", implementation).requires_grad_(False)
+    model.enable_input_require_grads()
+    batch = tiny.batch(2)
+
+    def activations():
+        own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+        found = kept(model(**batch).loss.grad_fn)
+        return sum(size for address, size in found.items() if address not in own)
+
+    floor = activations()
+    convert_to_smt(model, tiny.choose(model, tiny.config(target_modules="experts", budget=100, score="random")))
+    assert activations() == floor
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+def test_gradients_of_experts_are_those_of_a_kept_input_bit_for_bit(implementation, monkeypatch):
+    smt_config = tiny.config(target_modules="experts", budget=100, score="random")
+
+    def gradients():
+        model = mixture("Qwen3MoeForCausalLM", implementation)
+        convert_to_smt(model, tiny.choose(model, smt_config))
+        model(**tiny.batch(2)).loss.backward()
+        return {name: linear.blocks.grad for name, linear in smt_linears(model)}
+
+    ours = gradients()
+    monkeypatch.setattr(sparse_experts, "find_origin", lambda x: None)
+    tiny.assert_same(ours, gradients())

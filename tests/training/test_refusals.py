@@ -18,14 +18,16 @@ from smt_trainer import SMTError, SMTTrainerMixin
 
 @pytest.fixture
 def construct(tmp_path):
-    """Return a function that makes a trainer which sees other arguments or another state of accelerate."""
+    """Return a function that makes a trainer which sees other arguments or another state of accelerate, or has more
+    attributes."""
 
-    def construct(model=None, smt_config=None, state=None, arguments=None):
+    def construct(model=None, smt_config=None, state=None, arguments=None, attributes=None):
         class Elsewhere(transformers.Trainer):
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 self.accelerator.state = SimpleNamespace(**state or {})
                 vars(self.args).update(arguments or {})
+                vars(self).update(attributes or {})
 
         class SMTTrainer(SMTTrainerMixin, Elsewhere):
             pass
@@ -94,9 +96,32 @@ def test_weights_sharded_on_loading_are_refused(construct, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_generating_with_another_engine_is_refused(construct):
-    with pytest.raises(SMTError, match="use_vllm"):
+def test_handing_weights_over_in_an_unknown_way_is_refused(construct):
+    message = r"hands weights over to vLLM in another way than .*use_vllm=False"
+    with pytest.raises(SMTError, match=message):
         construct(arguments={"use_vllm": True})
+    with pytest.raises(SMTError, match=message):
+        construct(attributes={"_sync_weight": lambda: None})
+
+
+class Generation:
+    """Hands weights over as TRL's does."""
+
+    def sync_weights(self) -> None:
+        """Send nothing."""
+
+
+def test_handing_over_weights_that_are_not_the_merged_ones_is_refused(construct, base):
+    vllm = {"arguments": {"use_vllm": True}, "attributes": {"vllm_generation": Generation()}}
+    sharded = {"distributed_type": DistributedType.FSDP}
+    with pytest.raises(SMTError, match=r"use_vllm=True with FSDP2.*SMTConfig\(selection=...\)"):
+        construct(state=sharded, **vllm)
+    construct(state=sharded, smt_config=tiny.config(score="magnitude"), **vllm)
+    single = {"distributed_type": DistributedType.NO}
+    construct(state=single, **vllm)
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(SMTError, match=r"use_vllm=True hands weights over.*without quantization_config"):
+        construct(model=quantised.load(base, "nf4"), state=single, **vllm)
 
 
 @pytest.mark.parametrize("sharding", [DistributedType.FSDP, DistributedType.DEEPSPEED])

@@ -1,8 +1,8 @@
-"""The measured models: Llama, given by its dimensions."""
+"""The measured models, given by their dimensions: Llama, and a mixture of experts."""
 
 from typing import NamedTuple
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 
 class Shape(NamedTuple):
@@ -19,6 +19,24 @@ class Shape(NamedTuple):
     def build(self) -> LlamaForCausalLM:
         """Build the model on the current default device."""
         return LlamaForCausalLM(LlamaConfig(**self._asdict()))
+
+
+class Mixture(NamedTuple):
+    """The fields of `Qwen3MoeConfig` that decide how many weights there are and where."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    vocab_size: int
+
+    def build(self) -> Qwen3MoeForCausalLM:
+        """Build the model on the current default device."""
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**self._asdict()))
 
 
 MODELS = {

@@ -16,12 +16,13 @@ from tqdm import tqdm
 from recipes.benchmarks.parts.timing import Seconds, quartiles, timed
 from recipes.benchmarks.parts.training import Training
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse import sparse_linear, write_back
+from smt_trainer.sparse import sparse_experts, sparse_linear, write_back
 
 PARTS = {
     "block gradients": (sparse_linear, "block_gradients"),
     "finding what is kept": (sparse_linear, "find_origin"),
 }
+PARTS_OF_EXPERTS = {part: (sparse_experts, name) for part, (_, name) in PARTS.items()}
 OPTIMIZER, WRITE_BACK = "optimizer", "write-back"
 PARTS_OF_PLAIN = PARTS | {WRITE_BACK: (write_back, "write_back")}
 # Blocks are not written into a quantised weight, but into the dense copy that each product makes of it anyway.
@@ -31,6 +32,8 @@ PARTS_OF_QUANTISED = PARTS | {"putting blocks in": (BlockGrid, "scatter_")}
 def own_work(training: Training, tokens: Tensor, rounds: int) -> dict[str, dict]:
     """Return part -> timer -> quartiles of its share of a step."""
     parts = PARTS_OF_QUANTISED if training.setting.base else PARTS_OF_PLAIN
+    if training.setting.targets == "experts":
+        parts = parts | PARTS_OF_EXPERTS
     shares: dict[str, list[Seconds]] = {part: [] for part in (*parts, OPTIMIZER)}
     for _ in tqdm(range(rounds), "own work"):
         with watched(training, parts) as spent:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.models import MODELS, Mixture, Shape
 from recipes.benchmarks.parts.quantised import quantise
 from recipes.parts.reporting import command, hardware, versions
 from smt_trainer.model.targets import count_parameters
@@ -18,6 +18,8 @@ GPU_SHAPES = ("llama-3.2-3b", "llama-2-7b", "llama-3-8b")
 SHAPES = {name.lower(): MODELS[name] for name in ("SmolLM2-135M", "Llama-3.2-3B", "Llama-2-7B", "Llama-3-8B")}
 # Two layers of LLaMA-7B, with its embeddings.
 SHAPES["wide"] = MODELS["Llama-2-7B"]._replace(num_hidden_layers=2)
+# A twelfth of Qwen3-30B-A3B's layers, at a quarter of its width, with a quarter of its experts.
+SHAPES["qwen3-moe"] = Mixture(4, 512, 8, 2, 64, 192, 32, 8, 8192)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -36,7 +38,7 @@ class Setting:
         base: how bitsandbytes quantises the linears (`quantised.BITS`); None: not at all.
     """
 
-    shape: Shape
+    shape: Shape | Mixture
     dtype: str = "fp32"
     batch: int = 2
     length: int = 256
@@ -59,6 +61,11 @@ class Setting:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
 
+    @property
+    def targets(self) -> str:
+        """What is trained, as `target_modules` of SMTConfig."""
+        return "experts" if isinstance(self.shape, Mixture) else "qkv"
+
     def parameters(self) -> int:
         """Count the model's parameters, tied weights once."""
         with torch.device("meta"):
@@ -71,7 +78,7 @@ class Setting:
 
     def to_dict(self) -> dict:
         """Return the fields as JSON types."""
-        return asdict(self) | {"shape": self.shape._asdict()}
+        return asdict(self) | {"shape": self.shape._asdict(), "targets": self.targets}
 
     def circumstances(self, module: str, load: float) -> dict:
         """Return how and where a result was measured.

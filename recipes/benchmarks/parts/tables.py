@@ -4,6 +4,8 @@ from recipes.benchmarks.parts.methods import UNABLE
 from recipes.benchmarks.parts.quantised import NAMES
 from recipes.parts.markdown import circumstances, mib, percent, spread, table
 
+TRAINED = {"qkv": "the query, key and value projections", "experts": "the matrices of the experts"}
+
 
 def markdown(results: dict, chart: str) -> str:
     """Return the text of the report. `chart` is the file name of its picture."""
@@ -18,8 +20,8 @@ def markdown(results: dict, chart: str) -> str:
         f"{setting['batch']} x {setting['length']} random tokens, activation checkpointing "
         f"{'on' if setting['checkpointing'] else 'off'}, loss "
         f"{'in chunks of tokens' if setting['chunked_loss'] else 'of all tokens at once'}, "
-        "`torch.optim.AdamW(fused=True)`. All methods train the query, key and value projections. SMT blocks and rows "
-        "are random. Adapters are PEFT's, with the rank that comes closest to the budget.\n",
+        f"`torch.optim.AdamW(fused=True)`. All methods train {TRAINED[setting.get('targets', 'qkv')]}. SMT blocks and "
+        "rows are random. Adapters are PEFT's, with the rank that comes closest to the budget.\n",
         *([_about_base(setting["base"])] if setting["base"] else []),
         f"![Time and memory]({chart})\n",
         "## In short\n",

@@ -17,7 +17,7 @@ class Training:
 
     def __init__(self, model: nn.Module, variant: Variant, setting: Setting) -> None:
         self.setting = setting
-        self.model = variant.make_trainable(model, setting.seed).train()
+        self.model = variant.make_trainable(model, setting.seed, setting.targets).train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = None
         if self.parameters:

@@ -47,6 +47,6 @@ def test_lora_has_rank_8(folder):
     assert results["setting"]["shape"] == setting.to_dict()["shape"]
     model = setting.build()
     budget = warmup._budget_of_rank(setting, 8)
-    trained = warmup.Variant("LoRA", budget).make_trainable(model, 0)
+    trained = warmup.Variant("LoRA", budget).make_trainable(model, 0, "qkv")
     ranks = {parameter.shape[0] for name, parameter in trained.named_parameters() if "lora_A" in name}
     assert ranks == {8}

@@ -1,0 +1,77 @@
+"""Models of images in tiny sizes, and data for them."""
+
+import tiny
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from smt_trainer import SMTConfig
+
+EDGE, LABELS = 16, 3
+
+
+def resnet(seed: int = 0, num_labels: int = LABELS) -> nn.Module:
+    """Build two stages of two bottlenecks each, with batch normalisation."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = transformers.ResNetConfig(**sizes, num_labels=num_labels)
+        return transformers.ResNetForImageClassification(config).eval()
+
+
+class Bottleneck(nn.Module):
+    """A bottleneck of ResNeXt: 1x1, a grouped 3x3 and 1x1 beside the residual stream."""
+
+    def __init__(self, width: int, inner: int, groups: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, inner, 1, bias=False), nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3, self.bn3 = nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x)).relu()
+        y = self.bn2(self.conv2(y)).relu()
+        return (x + self.bn3(self.conv3(y))).relu()
+
+
+class ResNeXt(nn.Module):
+    """Two bottlenecks in groups, the second depthwise; a stem with a bias that pads in circles."""
+
+    main_input_name = "pixel_values"
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = nn.Conv2d(3, 16, 3, stride=2, padding=1, padding_mode="circular")
+            self.blocks = nn.ModuleList([Bottleneck(16, 8, 2), Bottleneck(16, 8, 8)])
+            self.head = nn.Linear(16, LABELS)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        x = self.stem(pixel_values).relu()
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x.mean((2, 3)))
+        return ImageClassifierOutput(None if labels is None else F.cross_entropy(logits, labels), logits)
+
+
+def batch(count: int = 4, seed: int = 1) -> dict[str, Tensor]:
+    """Make images of noise with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, EDGE, EDGE, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.arange(count) % LABELS}
+
+
+def examples(count: int = 16) -> list[dict[str, Tensor]]:
+    """Make a data set of images."""
+    images = batch(count)
+    return [{name: values[place] for name, values in images.items()} for place in range(count)]
+
+
+def config(**overrides) -> SMTConfig:
+    """Make a configuration that suits the sizes here: 12 rows of all convolutions."""
+    fields = {"target_modules": "all-conv", "granularity": "row", "block_size": "auto", "budget": 12}
+    return tiny.config(**fields | overrides)
