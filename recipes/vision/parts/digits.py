@@ -14,6 +14,11 @@ EDGE = 28
 FEATURES = {"pixel_values": Array3D((1, EDGE, EDGE), "float32")}
 
 
+def class_label(which: range) -> ClassLabel:
+    """Return the classes of some digits."""
+    return ClassLabel(names=[str(digit) for digit in which])
+
+
 def read_digits(which: range) -> Dataset:
     """Return the images of some digits, with `pixel_values` [1, 28, 28] in [-1, 1] and `labels`.
 
@@ -25,7 +30,7 @@ def read_digits(which: range) -> Dataset:
     rows = np.loadtxt(io.StringIO(text), delimiter=",", dtype=np.int64)
     rows = rows[np.isin(rows[:, -1], which)]
     pixels = (rows[:, :-1] / 127.5 - 1).astype(np.float32).reshape(-1, 1, EDGE, EDGE)
-    features = Features(FEATURES | {"labels": ClassLabel(names=[str(digit) for digit in which])})
+    features = Features(FEATURES | {"labels": class_label(which)})
     return Dataset.from_dict({"pixel_values": pixels, "labels": rows[:, -1] - which.start}, features).with_format(
         "torch"
     )
