@@ -145,6 +145,7 @@ def main() -> None:
         outcomes=outcomes,
         seed=training.seed,
         total_seconds=time.perf_counter() - started,
+        processor_seconds=time.process_time(),
     )
     write_report(report, comparison.output)
 

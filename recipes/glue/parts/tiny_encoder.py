@@ -13,8 +13,8 @@ from recipes.parts.model import made_once
 logger = logging.getLogger(__name__)
 
 TINY_BERT = "tiny-bert"
-OF_EACH, WORDS, LONGEST = 400, 2000, 64
-STEPS, BATCH, RATE, SEED = 300, 32, 2e-3, 1234
+OF_EACH, WORDS, LONGEST = 400, 2000, 32
+STEPS, BATCH, RATE, SEED = 300, 32, 1e-3, 1234
 SPECIAL_TOKENS = ("[PAD]", "[CLS]", "[SEP]")
 
 
@@ -25,7 +25,13 @@ def resolve_tiny() -> str:
 
 def build(words: int, labels: int) -> BertForSequenceClassification:
     """Build the encoder with random weights: two layers of width 64."""
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "initializer_range": 0.1,
+    }
     config = BertConfig(vocab_size=words, max_position_embeddings=LONGEST, num_labels=labels, pad_token_id=0, **sizes)
     return BertForSequenceClassification(config)
 
