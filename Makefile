@@ -7,7 +7,8 @@ VENV := .venv
 BIN  := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-deepspeed test-oldest test-clients quality style commonsense math bench clean
+.PHONY: help venv test test-slow test-deepspeed test-oldest test-clients quality style commonsense math glue vision
+.PHONY: bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +64,15 @@ commonsense: venv ## fine-tune and evaluate on commonsense questions (PROFILE=, 
 
 math: venv ## fine-tune and evaluate on math word problems (as above)
 	$(FINETUNE)
+
+CLASSIFY = $(BIN)/python -m recipes.classify --profile recipes/$@/$(PROFILE).args --output_dir "$(OUT)" \
+	$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
+
+glue: venv ## fine-tune a classifier of texts in several ways and compare (as above)
+	$(CLASSIFY)
+
+vision: venv ## fine-tune a classifier of images in several ways and compare (as above; PROFILE=resnet)
+	$(CLASSIFY)
 
 bench: venv ## measure step time and memory of SMT and other methods (SHAPE=, BASE=, OUT=, ARGS=)
 	$(BIN)/python -m recipes.benchmarks.training_step --output "$(OUT)" $(if $(SHAPE),--shape $(SHAPE)) \

@@ -4,7 +4,7 @@ import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -66,12 +66,19 @@ class RecipeArguments:
 
 
 def parse_arguments() -> tuple[RecipeArguments, Decoding, SMTConfig, TrainingArguments]:
-    """Parse the command line. `--profile FILE` reads flags from a file; flags on the command line override them."""
+    """Parse the command line; see `parsed`."""
+    return parsed((RecipeArguments, Decoding, SMTConfig, TrainingArguments))
+
+
+def parsed(kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    """Parse the command line into data classes.
+
+    `--profile FILE` reads flags from a file; flags on the command line override them.
+    """
     for flag, profile in itertools.pairwise(sys.argv):
         if flag == "--profile" and not Path(profile).is_file():
             sys.exit(f"no profile at {profile}; each task's folder in recipes has some, such as default.args.")
-    parser = HfArgumentParser((RecipeArguments, Decoding, SMTConfig, TrainingArguments))
-    return parser.parse_args_into_dataclasses(args_file_flag="--profile")
+    return HfArgumentParser(kinds).parse_args_into_dataclasses(args_file_flag="--profile")
 
 
 def resumed_from(training: TrainingArguments) -> str | bool | None:

