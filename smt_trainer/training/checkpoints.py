@@ -166,15 +166,17 @@ class SavesDelta(Trainer):
         """
         refuse_open_merge(self.model, onto)
         state = plain_state_dict(self.model, keep=self.args.should_save) if onto is None else {}
+        # FSDP2 leaves the compiled model in the place of the model.
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save:
             with new_folder(Path(output_dir)) as folder:
                 if onto is not None:
                     save_dequantised(self.model, folder)
-                elif isinstance(self.model, PreTrainedModel):
-                    self.model.save_pretrained(folder, state_dict=state)
+                elif isinstance(model, PreTrainedModel):
+                    model.save_pretrained(folder, state_dict=state)
                 else:
                     # A model of another library saves its parts by itself, plain and up to date.
-                    self.model.save_pretrained(folder)
+                    model.save_pretrained(folder)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
