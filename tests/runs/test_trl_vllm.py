@@ -54,6 +54,15 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """TRL sets these variables for a vLLM in its own process, and leaves them: later trainers would be distributed."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        # Undone at the end, whatever happened to it meanwhile.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def make(tokenizer, tmp_path, monkeypatch):
     """Return a function that makes a trainer of TRL's with blocks, on a stand-in for vLLM."""
