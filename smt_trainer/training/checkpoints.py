@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
@@ -167,7 +167,7 @@ class SavesDelta(Trainer):
         refuse_open_merge(self.model, onto)
         state = plain_state_dict(self.model, keep=self.args.should_save) if onto is None else {}
         # FSDP2 leaves the compiled model in the place of the model.
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save:
             with new_folder(Path(output_dir)) as folder:
                 if onto is not None:
