@@ -16,7 +16,7 @@ from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.merge import check_outside, open_both
 from smt_trainer.delta.onto import check_onto, in_words
 from smt_trainer.delta.parts import Part
-from smt_trainer.delta.placement import Placement, find_parts, find_sites, find_tensors
+from smt_trainer.delta.placement import Placement
 from smt_trainer.delta.refine import on_one_grid
 from smt_trainer.delta.weighted_sum import Terms
 from smt_trainer.errors import SMTError
@@ -90,10 +90,9 @@ def compose_deltas(
     places: dict[str, Place] = {}
     parts: dict[str, list[Part]] = {}
     for delta, folder in zip(deltas, folders, strict=True):
-        sites, keys = find_sites(delta, checkpoint), find_tensors(delta, checkpoint)
-        placement = Placement.at(keys, sites, delta, folder, checkpoint)
-        places |= {name: placement.places[key] for name, key in keys.items()}
-        parts |= find_parts(delta, checkpoint)
+        placement = Placement.at(delta, folder, checkpoint)
+        places |= {name: placement.places[key] for name, key in placement.keys.items()}
+        parts |= placement.parts
     terms = Terms(on_one_grid(deltas), factors, len(deltas) if mean else 1, checkpoint, places, parts)
     composed, shared, shared_whole = terms.compose()
     with new_folder(output) as stage:

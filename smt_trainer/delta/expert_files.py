@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from smt_trainer.delta.conversion import as_loaded
 from smt_trainer.delta.parts import Part
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint
@@ -57,28 +58,22 @@ def _converted(checkpoint: Checkpoint) -> dict[tuple[str, int], list[tuple[int, 
     """Return (name of a 3-D parameter, expert) -> the tensors that loading puts on top of each other, numbered in this
     order."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     transforms: list[Any] = []
     config = checkpoint.config or {}
     for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
         transforms += get_checkpoint_conversion_mapping(str(part.get("model_type"))) or []
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    of_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     found: dict[tuple[str, int], list[tuple[int, str]]] = {}
-    for key in checkpoint.places:
-        stack, pattern = rename_source_key(key, renamings, converters)
-        if pattern is None:
+    for key, stack, converter, place in as_loaded(checkpoint, transforms):
+        if converter is None:
             continue
-        converter = of_pattern[pattern]
         if not _only_stacks(converter):
             raise SMTError(
                 f"loading {checkpoint.folder} changes `{key}` by {converter.operations} into `{stack}`, so the trained "
                 f"blocks have no place in it; {IN_MEMORY}."
             )
         numbers = [int(part) for part in key.split(".") if part.isdecimal()]
-        found.setdefault((stack, numbers[-1]), []).append((converter.source_patterns.index(pattern), key))
+        found.setdefault((stack, numbers[-1]), []).append((place, key))
     return found
 
 

@@ -29,7 +29,7 @@ from smt_trainer.delta.folder import DELTA_FILE, copy_trained
 from smt_trainer.delta.lora_onto import advice, check_lora_onto, quantised_values
 from smt_trainer.delta.merge import open_both
 from smt_trainer.delta.onto import DEQUANTIZED
-from smt_trainer.delta.placement import Placement, find_sites, find_tensors
+from smt_trainer.delta.placement import Placement
 from smt_trainer.delta.saved_modules import saved_modules
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
@@ -94,15 +94,14 @@ def export_lora(
     check_lora_onto(loaded, onto, checkpoint)
     _refuse_experts(loaded)
     ranks = _ranks(loaded, max_rank)
-    sites, keys = find_sites(loaded, checkpoint), find_tensors(loaded, checkpoint)
-    placement = Placement.at(keys, sites, loaded, delta_folder, checkpoint)
+    placement = Placement.at(loaded, delta_folder, checkpoint)
     for stored in placement.other_dtypes if onto != DEQUANTIZED else ():
         logger.warning(
             "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
             stored,
             *[loaded.weight_dtype] * 2,
         )
-    saved = saved_modules(placement, keys, checkpoint)
+    saved = saved_modules(placement, checkpoint)
     quantised = quantised_values(loaded, delta_folder, onto, checkpoint)
     arrays, error = _factors_of_all(placement, checkpoint, dtype, quantised)
     arrays |= {f"{PREFIX}{name}": values for name, values in loaded.whole_arrays.items()}

@@ -40,6 +40,8 @@ class Placement:
 
     Attributes:
         delta: the trained values.
+        parts: module with blocks -> where its weight lies in the checkpoint.
+        keys: whole tensor of the delta -> its name in the checkpoint; without what is new in the model.
         sites: tensor name in the checkpoint -> the blocks that lie in it.
         whole: tensor name in the checkpoint -> the tensor that replaces it, with other rows if the vocabulary changed.
         places: tensor name -> where it lies, of all of these.
@@ -47,6 +49,8 @@ class Placement:
     """
 
     delta: Delta
+    parts: dict[str, list[Part]]
+    keys: dict[str, str]
     sites: dict[str, list[Site]]
     whole: dict[str, np.ndarray]
     places: dict[str, Place]
@@ -64,9 +68,8 @@ class Placement:
         check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
         if checkpoint.is_quantised and quantised_names(delta):
             raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
-        sites, keys = find_sites(delta, checkpoint), find_tensors(delta, checkpoint)
-        _refuse_missing([name for name in delta.whole_arrays if name not in keys], checkpoint.folder)
-        placement = cls.at(keys, sites, delta, delta_folder, checkpoint)
+        placement = cls.at(delta, delta_folder, checkpoint)
+        _refuse_missing([name for name in delta.whole_arrays if name not in placement.keys], checkpoint.folder)
         for dtype in placement.other_dtypes:
             logger.warning(
                 "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
@@ -84,25 +87,21 @@ class Placement:
         return placement
 
     @classmethod
-    def at(
-        cls,
-        keys: Mapping[str, str],
-        sites: dict[str, list[Site]],
-        delta: Delta,
-        delta_folder: Path,
-        checkpoint: Checkpoint,
-    ) -> Placement:
-        """Put the tensors of a delta at those of a checkpoint that `find_tensors` and `find_sites` found.
+    def at(cls, delta: Delta, delta_folder: Path, checkpoint: Checkpoint) -> Placement:
+        """Find the tensors of a delta in a checkpoint; a whole one that is new in the model is in none.
 
         Raises:
-            SMTError: the delta belongs to another base.
+            SMTError: the checkpoint lacks a weight that has blocks, or the delta belongs to another base.
         """
+        # Looking for the blocks also tells which tensors loading renames.
+        parts = _find_parts(delta, checkpoint)
+        keys, sites = _find_whole(delta, checkpoint), _sites(delta, parts, checkpoint)
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
         used = [(key, site.expert) for key, found in sites.items() for site in found]
         if len(whole) < len(keys) or len(set(used)) < len(used) or whole.keys() & sites.keys():
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
         places = {key: checkpoint.places[key] for key in [*sites, *whole]}
-        placement = cls(delta, sites, whole, places, vocabulary_sizes(load_config(delta_folder)))
+        placement = cls(delta, parts, keys, sites, whole, places, vocabulary_sizes(load_config(delta_folder)))
         placement._check(checkpoint)
         return placement
 
@@ -153,23 +152,15 @@ class Placement:
             _expect(key, place, place.shape[:1] + values.shape[1:] if is_resized else values.shape, alike, folder)
 
 
-def find_tensors(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the name in a checkpoint of each tensor that a delta replaces; what is new in the model is in none.
-
-    Names that loading changes are known once `find_sites` has looked for them.
-    """
+def _find_whole(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
     names = {key: key for key in checkpoint.places} | checkpoint.renamed
     return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
 
 
-def find_sites(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Site]]:
-    """Return the blocks of a delta by the names of the tensors in a checkpoint that they lie in.
-
-    Raises:
-        SMTError: the checkpoint lacks a weight that has blocks.
-    """
+def _sites(delta: Delta, parts: Mapping[str, list[Part]], checkpoint: Checkpoint) -> dict[str, list[Site]]:
+    """Return the blocks of a delta by the names of the tensors in a checkpoint that they lie in."""
     selection, sites = delta.selection, {}
-    for name, found in find_parts(delta, checkpoint).items():
+    for name, found in parts.items():
         grid, indices = selection.grids[name], selection.block_indices[name]
         whole = Site(name, grid, indices, delta.block_arrays[name], found[0].expert)
         for part in found:
@@ -180,12 +171,8 @@ def find_sites(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Site]]:
     return sites
 
 
-def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
-    """Return where the weights with blocks lie in a checkpoint, by the names of their modules.
-
-    Raises:
-        SMTError: the checkpoint lacks one of them.
-    """
+def _find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+    """Return where the weights with blocks lie in a checkpoint, by the names of their modules."""
     keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.places)
     parts = {name: [Part(keys[f"{name}.weight"])] for name in delta.block_arrays if f"{name}.weight" in keys}
     others = [name for name in delta.block_arrays if name not in parts]

@@ -10,9 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.site import cut_blocks
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 
@@ -53,21 +52,9 @@ def _common(name: str, first: BlockGrid, second: BlockGrid) -> BlockGrid:
 def _refined(delta: Delta, grids: dict[str, BlockGrid]) -> Delta:
     selection, indices, blocks = delta.selection, {}, {}
     for name, found in selection.block_indices.items():
-        indices[name], blocks[name] = _cut(selection.grids[name], grids[name], found, delta.block_arrays[name])
+        indices[name], blocks[name] = cut_blocks(selection.grids[name], grids[name], found, delta.block_arrays[name])
     in_order = {name: indices[name] for name in grids if name in indices}
     return replace(delta, selection=replace(selection, grids=dict(grids), block_indices=in_order), block_arrays=blocks)
-
-
-def _cut(grid: BlockGrid, fine: BlockGrid, indices: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions [m, 2], row by row, and values [m, br', bc'] of the blocks that make up coarser ones."""
-    if fine == grid:
-        return indices, blocks
-    down, across = grid.block_rows // fine.block_rows, grid.block_columns // fine.block_columns
-    inside = np.stack(np.meshgrid(np.arange(down), np.arange(across), indexing="ij"), axis=-1)
-    places = (indices[:, None, None] * (down, across) + inside).reshape(-1, 2)
-    values = blocks.reshape(-1, down, fine.block_rows, across, fine.block_columns).swapaxes(2, 3)
-    order = np.lexsort(places.T[::-1])
-    return places[order], values.reshape(-1, *fine.block_shape)[order]
 
 
 def _in_words(grid: BlockGrid) -> str:

@@ -7,6 +7,7 @@ all models in it. Class and renamings need torch, so this waits for a name that 
 
 from __future__ import annotations
 
+from smt_trainer.delta.conversion import as_loaded
 from smt_trainer.delta.parts import Part
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint
@@ -31,7 +32,6 @@ def find_renamed(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Par
 def _renamed(checkpoint: Checkpoint) -> dict[str, str]:
     """Return name in the model -> name in the checkpoint, of all tensors that loading renames and does not change."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     from smt_trainer.model.skeleton import skeleton
 
@@ -39,7 +39,5 @@ def _renamed(checkpoint: Checkpoint) -> dict[str, str]:
         transforms = get_model_conversion_mapping(skeleton(checkpoint))
     except SMTError:  # a class of the user's own, of which nothing is known
         return {}
-    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, WeightConverter)]
-    loaded = {key: rename_source_key(key, renamings, converters) for key in checkpoint.places}
-    return {name: key for key, (name, converter) in loaded.items() if converter is None and name != key}
+    loaded = as_loaded(checkpoint, transforms)
+    return {name: key for key, name, converter, _ in loaded if converter is None and name != key}

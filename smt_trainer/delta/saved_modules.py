@@ -7,7 +7,7 @@ linears), as PEFT itself would; but no list of modules, which nothing calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -18,19 +18,18 @@ from smt_trainer.model.checkpoint import Checkpoint
 INSTEAD = "Merge it instead (smt merge), or load it with from_delta."
 
 
-def saved_modules(placement: Placement, keys: Mapping[str, str], checkpoint: Checkpoint) -> list[str]:
+def saved_modules(placement: Placement, checkpoint: Checkpoint) -> list[str]:
     """Return the names of the modules that a delta's whole tensors make up, in the delta's order.
 
     Args:
         placement: of the delta, on the base.
-        keys: name of a tensor in the delta -> its name in the base; without what is new in the model.
         checkpoint: the base.
 
     Raises:
         SMTError: a tensor makes up no module, has other rows than in the base, may be tied to another one, or is a
             running statistic; or PEFT, which goes by endings, would take another module for one of these.
     """
-    delta = placement.delta
+    delta, keys = placement.delta, placement.keys
     whole, of_base = delta.whole_arrays, {**delta.base.checksums, **delta.base.codes}
     statistics = sorted({*delta.unnamed} & {*of_base})
     if statistics:

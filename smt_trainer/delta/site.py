@@ -8,12 +8,33 @@ reaches over the edge between two is cut at it: into as many blocks of fewer row
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from smt_trainer.model.grid import BlockGrid
+
+
+def cut_blocks(
+    grid: BlockGrid, fine: BlockGrid, indices: np.ndarray, blocks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions [m, 2], row by row, and values [m, br', bc'] of the finer blocks that make up coarser ones.
+
+    Args:
+        grid: of the blocks.
+        fine: the same with blocks of br' x bc', which divide those of `grid`.
+        indices: positions [n, 2] of the blocks.
+        blocks: their values [n, br, bc].
+    """
+    if fine == grid:
+        return indices, blocks
+    down, across = grid.block_rows // fine.block_rows, grid.block_columns // fine.block_columns
+    inside = np.stack(np.meshgrid(np.arange(down), np.arange(across), indexing="ij"), axis=-1)
+    places = (indices[:, None, None] * (down, across) + inside).reshape(-1, 2)
+    values = blocks.reshape(-1, down, fine.block_rows, across, fine.block_columns).swapaxes(2, 3)
+    order = np.lexsort(places.T[::-1])
+    return places[order], values.reshape(-1, *fine.block_shape)[order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +57,11 @@ class Site:
 
     def rows(self, first: int, count: int) -> Site:
         """Return the part of this site that lies in `count` rows of the matrix, from `first` on."""
-        grid, (br, bc) = self.grid, self.grid.block_shape
-        edge = math.gcd(br, first, count)
-        n, pieces = len(self.blocks), br // edge
-        row = self.block_indices[:, :1] * pieces + np.arange(pieces)
-        column = np.repeat(self.block_indices[:, 1:], pieces, axis=1)
-        indices = np.stack([row - first // edge, column], axis=2).reshape(n * pieces, 2)
-        blocks = self.blocks.reshape(n * pieces, edge, bc)
-        inside = (indices[:, 0] >= 0) & (indices[:, 0] < count // edge)
-        cut = BlockGrid(count, grid.in_features, edge, bc, grid.transposed)
-        return Site(self.name, cut, indices[inside], blocks[inside], self.expert)
+        fine = replace(self.grid, block_rows=math.gcd(self.grid.block_rows, first, count))
+        indices, blocks = cut_blocks(self.grid, fine, self.block_indices, self.blocks)
+        indices = indices - (first // fine.block_rows, 0)
+        inside = (indices[:, 0] >= 0) & (indices[:, 0] < count // fine.block_rows)
+        return Site(self.name, replace(fine, out_features=count), indices[inside], blocks[inside], self.expert)
 
     def matrix(self, tensor: Any) -> Any:
         """Return the matrix in a tensor, a view."""
