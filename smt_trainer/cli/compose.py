@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from smt_trainer.cli.options import add_base, add_command, add_json, add_out
+from smt_trainer.cli.options import add_base, add_command, add_json, add_out, leave_out_threads
 from smt_trainer.cli.output import BLOCKS, OUTPUT, blocks, write
 
 KEYS = {
@@ -37,7 +36,7 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the composed delta, and print its blocks and where the deltas touch; see `compose_deltas`."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    leave_out_threads()
 
     from smt_trainer.delta.compose import compose_deltas
 

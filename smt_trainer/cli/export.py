@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from smt_trainer.cli.options import DTYPES, add_base_and_delta, add_command, add_json, add_onto, add_out, count
+from smt_trainer.cli.options import (
+    DTYPES,
+    add_base_and_delta,
+    add_command,
+    add_json,
+    add_onto,
+    add_out,
+    count,
+    leave_out_threads,
+)
 from smt_trainer.cli.output import OUTPUT, write
 
 KEYS = {"output": OUTPUT}
@@ -29,8 +37,7 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the adapter, with a line on its ranks, size and rounding; see `export_lora`."""
-    # As for merging, numpy's BLAS has nothing to do.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    leave_out_threads()
 
     from smt_trainer.delta.lora import export_lora
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, add_onto, add_out
+from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, add_onto, add_out, leave_out_threads
 from smt_trainer.cli.output import OUTPUT, write
 
 KEYS = {"output": OUTPUT}
@@ -22,8 +21,7 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Merge the delta shard by shard, with a line for each; see `merge_checkpoint`."""
-    # The threads of numpy's BLAS, which nothing here uses, take as long to start as numpy itself.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    leave_out_threads()
 
     from smt_trainer.delta.merge import merge_checkpoint
 

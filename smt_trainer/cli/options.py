@@ -7,6 +7,7 @@ tells a shell how to complete it: see `completion.py`.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -82,6 +83,12 @@ def add_json(parser: argparse.ArgumentParser, keys: Mapping[str, str], more: str
 def meanings(keys: Mapping[str, str]) -> str:
     """Return the keys of a result, each with what it holds."""
     return "; ".join(f"{key} ({meaning})" for key, meaning in keys.items())
+
+
+def leave_out_threads() -> None:
+    """Keep numpy's BLAS from starting threads, for a command that multiplies nothing: they take as long to start as
+    numpy itself. Call it before numpy is imported."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from smt_trainer.cli.options import add_base, add_command, add_json, add_merged, add_onto, add_out
+from smt_trainer.cli.options import add_base, add_command, add_json, add_merged, add_onto, add_out, leave_out_threads
 from smt_trainer.cli.output import OUTPUT, write
 
 KEYS = {"output": OUTPUT}
@@ -32,7 +31,7 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the base shard by shard, with a line for each; see `unmerge`."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    leave_out_threads()
 
     from smt_trainer.delta.unmerge import unmerge
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, add_merged, add_onto
+from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, add_merged, add_onto, leave_out_threads
 from smt_trainer.cli.output import table, write
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     CI machine. `--logits` adds that transformers loads the folder and computes with it exactly what it does with base
     and delta; it takes the memory of both models, and is left out if bytes differ, since it could only repeat that.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    leave_out_threads()
 
     from smt_trainer.delta.verify import verify_merge
 

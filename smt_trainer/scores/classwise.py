@@ -31,11 +31,10 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution, weight_gradient
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
-from smt_trainer.model.kinds import stores_transpose
 from smt_trainer.model.quantised import dense_weight
 from smt_trainer.scores.block_sums import BlockSums, add_block_sums
 from smt_trainer.scores.classes import NO_LABEL, loss_terms, take_classes
-from smt_trainer.scores.scorer import keep_for_backward, output_gradients
+from smt_trainer.scores.scorer import keep_for_backward, output_gradients, product_gradient
 
 if TYPE_CHECKING:
     from smt_trainer.model.kinds import Target
@@ -121,7 +120,7 @@ class QMTaylor(BlockSums):
         for label in present[present != NO_LABEL].tolist():
             examples = (self.classes == label).nonzero().flatten().to(x.device)
             mine = (x, dy) if len(present) == 1 else (x[examples], dy[examples])
-            gradient = _gradient(linear, *mine)
+            gradient = weight_gradient(linear, *mine) if is_convolution(linear) else product_gradient(linear, *mine)
             add_block_sums(self.step_sums[name][self.places[label]], grid, weight.float() * gradient.float())
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
@@ -145,14 +144,6 @@ class QMTaylor(BlockSums):
         seen = self.counts > 0
         weights = (self.counts.sum() / self.counts[seen]).view(-1, 1, 1)
         return {name: _quantile_mean(weights * total.cpu()[seen].abs()) for name, total in self.sums.items()}
-
-
-def _gradient(layer: Target, x: Tensor, dy: Tensor) -> Tensor:
-    """Return the weight gradient of examples x with the gradient dy of their outputs, shaped as the weight."""
-    if is_convolution(layer):
-        return weight_gradient(layer, x, dy)
-    into, out = (part.reshape(-1, part.shape[-1]) for part in (x, dy))
-    return into.t() @ out if stores_transpose(layer) else out.t() @ into
 
 
 def _extended(tensor: Tensor, size: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.model.calls import watching_calls
-from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.kinds import stores_transpose
 from smt_trainer.model.quantised import is_quantised
 
 if TYPE_CHECKING:
@@ -117,11 +117,15 @@ def _multiply(consume: Callable[[str, Tensor], None], name: str, target: Target,
 
     def form(dy: Tensor) -> None:
         # It must not hold x itself.
-        into, out = kept().flatten(end_dim=-2).to(dy.dtype), dy.flatten(end_dim=-2)
-        is_transposed = isinstance(target, ExpertMatrix) and target.is_transposed
-        consume(name, into.t() @ out if is_transposed else out.t() @ into)
+        consume(name, product_gradient(target, kept().to(dy.dtype), dy))
 
     return form
+
+
+def product_gradient(target: Target, x: Tensor, dy: Tensor) -> Tensor:
+    """Return dy^T x of inputs x [..., I] and the gradients dy [..., O] of their outputs, shaped as the weight."""
+    into, out = (part.reshape(-1, part.shape[-1]) for part in (x, dy))
+    return into.t() @ out if stores_transpose(target) else out.t() @ into
 
 
 def keep_for_backward(tensor: Tensor) -> Callable[[], Tensor]:

@@ -35,13 +35,13 @@ class SMTEmbedding(BlockLinear, nn.Embedding):  # pyrefly: ignore[inconsistent-i
     rows_grid: BlockGrid
     heads: list[TiedHead]
 
-    def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> None:
-        _, block_indices, _ = type(self).group(block_indices.cpu(), grid)
-        super().hold(grid, block_indices, master_dtype)
-        places, within, self.rows_grid = place_tokens(block_indices, grid, self.padding_idx)
+    def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
+        stored = super().hold(grid, block_indices, master_dtype)
+        places, within, self.rows_grid = place_tokens(stored, grid, self.padding_idx)
         self.register_buffer("places", places.to(self.weight.device), persistent=False)
         self.register_buffer("within", within.to(self.weight.device), persistent=False)
         self.heads = []
+        return stored
 
     def product(self, input: Tensor) -> Tensor:
         """Return the rows of ids, with a backward that forms only the gradient of rows with chosen blocks."""

@@ -60,8 +60,12 @@ class BlockLinear(nn.Module):
         linear.hold(grid, block_indices, master_dtype)
         return linear
 
-    def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> None:
-        """Take the chosen blocks out of the weight, and write them back after each step of an optimizer."""
+    def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
+        """Take the chosen blocks out of the weight, and write them back after each step of an optimizer.
+
+        Returns:
+            Their positions [n, 2] in stored order, on the CPU.
+        """
         self.grid = grid
         self.plan, block_indices, positions = type(self).group(block_indices.cpu(), grid)
         blocks = grid.gather(self.base_weight(), block_indices).to(master_dtype)
@@ -71,6 +75,7 @@ class BlockLinear(nn.Module):
         device = self.weight.device
         self.register_buffer("block_indices", block_indices.to(device, torch.int32))
         self.register_buffer("positions", positions.to(device), persistent=False)
+        return block_indices
 
     def base_weight(self) -> Tensor:
         """Return the whole dense weight, in `weight_dtype`."""
