@@ -5,7 +5,7 @@ import functools
 import pytest
 import tiny
 import torch
-import training_script
+from ranks import assert_two_ranks_train_like_one_process
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -104,23 +104,11 @@ def test_rows_are_extracted_from_any_fine_tuning(base, tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_ranks_train_a_tied_pair_like_one_process(tmp_path):
-    outcomes = []
-    for processes in (1, 2):
-        run = {
-            "make": functools.partial(tiny.llama, tie_word_embeddings=True),
-            "smt_config": tiny.config(target_modules=["embed_tokens"], granularity="row", block_size="auto"),
-            "per_device_train_batch_size": 4 // processes,
-            "optim": "sgd",
-            "ddp_find_unused_parameters": False,
-        }
-        assert not any(training_script.launch(tmp_path / str(processes), processes, **run))
-        outcomes.append(training_script.outcomes(tmp_path / str(processes), processes))
-    (single,), (first, second) = outcomes
-    for key in ("block_indices", "blocks", "weights"):
-        tiny.assert_same(first[key], second[key])
-    tiny.assert_same(first["block_indices"], single["block_indices"])
-    torch.testing.assert_close(first["blocks"], single["blocks"], rtol=1e-4, atol=1e-5)
-    assert first["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert_two_ranks_train_like_one_process(
+        tmp_path,
+        make=functools.partial(tiny.llama, tie_word_embeddings=True),
+        smt_config=tiny.config(target_modules=["embed_tokens"], granularity="row", block_size="auto"),
+    )
 
 
 def test_a_tied_tensor_that_is_stored_twice_is_merged_and_patched_twice(tmp_path):

@@ -5,6 +5,7 @@ import tiny
 import torch
 import training_script
 from mixtures import mixture
+from ranks import assert_two_ranks_train_like_one_process
 
 from smt_trainer import SMTError, from_delta, merge_checkpoint
 from smt_trainer.training import refusals
@@ -37,25 +38,7 @@ def test_resuming_ends_where_the_uninterrupted_run_ended(tmp_path):
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 def test_two_ranks_train_like_one_process(tmp_path):
-    outcomes = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        run = {
-            "make": mixture,
-            "smt_config": tiny.config(**CONFIG),
-            "per_device_train_batch_size": 4 // processes,
-            "optim": "sgd",
-            "learning_rate": 0.1,
-            "ddp_find_unused_parameters": False,
-        }
-        assert not any(training_script.launch(folder, processes, **run))
-        outcomes.append(training_script.outcomes(folder, processes))
-    (single,), (first, second) = outcomes
-    for key in ("block_indices", "blocks", "weights"):
-        tiny.assert_same(first[key], second[key])
-    tiny.assert_same(first["block_indices"], single["block_indices"])
-    torch.testing.assert_close(first["blocks"], single["blocks"], rtol=1e-4, atol=1e-5)
-    assert first["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert_two_ranks_train_like_one_process(tmp_path, make=mixture, smt_config=tiny.config(**CONFIG), learning_rate=0.1)
 
 
 def test_classes_of_tokens_are_refused(tmp_path):

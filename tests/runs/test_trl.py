@@ -9,8 +9,8 @@ import torch
 import training_script
 from datasets import Dataset
 from reference import block_mask
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from texts import byte_tokenizer
+from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, SMTTrainerMixin, convert_to_smt, merge_and_unload
 from smt_trainer.sparse.convert import is_smt_model, plain_state_dict
@@ -72,12 +72,7 @@ STOCK = {
 @pytest.fixture(scope="module")
 def tokenizer():
     """Make a tokenizer with one token for each byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(("<pad>", "<bos>", "<eos>", *alphabet))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return byte_tokenizer(("<pad>", "<bos>", "<eos>"), begins=False)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import tiny
 import torch
 import vllm_stand_in
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from texts import byte_tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from smt_trainer import SMTTrainerMixin, merge_and_unload, model_patches
 from smt_trainer.delta.weight_patch import apply_patches
@@ -46,12 +46,7 @@ class Merged(TrainerCallback):
 
 @pytest.fixture
 def tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(("<pad>", "<bos>", "<eos>", *alphabet))}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return byte_tokenizer(("<pad>", "<bos>", "<eos>"), begins=False)
 
 
 @pytest.fixture(autouse=True)

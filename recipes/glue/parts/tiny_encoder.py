@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from recipes.glue.parts.categories import KNOWN, read_categories
 from recipes.parts.model import made_once
+from recipes.parts.tiny_training import train_steps
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +63,8 @@ def _train(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = build(len(tokenizer), len(KNOWN))
-        optimizer = torch.optim.AdamW(model.parameters(), RATE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
-        for _ in range(STEPS):
-            batch = torch.randint(len(labels), (BATCH,))
-            ids, mask = inputs["input_ids"][batch], inputs["attention_mask"][batch]
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels[batch]).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    logger.info("%s: loss %.3f at the last step", TINY_BERT, loss.item())
+        columns = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
+        loss = train_steps(model, columns, BATCH, STEPS, RATE)
+    logger.info("%s: loss %.3f at the last step", TINY_BERT, loss)
     model.base_model.save_pretrained(folder / "checkpoint")
     tokenizer.save_pretrained(folder / "checkpoint")

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from recipes.parts.model import made_once
+from recipes.parts.tiny_training import train_steps
 from recipes.vision.parts.digits import EDGE, read_digits
 
 logger = logging.getLogger(__name__)
@@ -44,14 +45,6 @@ def _train(name: str, folder: Path) -> None:
         torch.manual_seed(SEED)
         model = build(name, len(KNOWN))
         digits = read_digits(KNOWN)[:]
-        optimizer = torch.optim.AdamW(model.parameters(), RATE)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, STEPS)
-        for _ in range(STEPS):
-            batch = torch.randint(len(digits["labels"]), (BATCH,))
-            loss = model(**{name: values[batch] for name, values in digits.items()}).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    logger.info("%s: loss %.3f at the last step", name, loss.item())
+        loss = train_steps(model, digits, BATCH, STEPS, RATE)
+    logger.info("%s: loss %.3f at the last step", name, loss)
     model.base_model.save_pretrained(folder / "checkpoint")
