@@ -9,6 +9,8 @@ SMALL, LARGE = 0.0084, 0.05
 UNTUNED = Arm("untuned", "none")
 # Without masters, its weights must be in float32.
 FULL = Arm("full fine-tuning", "full", dtype="float32")
+RANDOM = Arm("random", "random", SMALL)
+EACH_MODULE = Arm("the best of each module", "smt", SMALL, fields={"scope": "per_module"})
 SMT = {budget: Arm(f"SMT, {100 * budget:g} %", "smt", budget) for budget in (SMALL, LARGE)}
 
 
@@ -86,11 +88,19 @@ ANATOMY = Study(
 
 SPREAD = Study(
     "spread",
-    "Should the blocks be the best of the whole model, or the best of each module?",
+    "Should the blocks be the best of the whole model, or the best of each module, and of which modules?",
     (
         SMT[SMALL],
-        Arm("the best of each module", "smt", SMALL, fields={"scope": "per_module"}),
-        Arm("random", "random", SMALL),
+        EACH_MODULE,
+        RANDOM,
+        Arm(
+            "the best of each module, all linears",
+            "smt-all",
+            SMALL,
+            fields={"scope": "per_module"},
+            rate_of=EACH_MODULE,
+        ),
+        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, rate_of=RANDOM),
     ),
 )
 
