@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoConfig, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback
 
 from recipes.parts.arguments import parse_arguments, resumed_from
+from recipes.parts.beside import Beside, train_beside, trained_parameters
 from recipes.parts.collator import CompletionCollator
 from recipes.parts.constant import constant_answers
 from recipes.parts.dtype import fastest_dtype
@@ -110,6 +111,14 @@ def main() -> None:
     logger.info("Evaluating the tuned model")
     after = evaluate_on_all_ranks(task, trainer, questions, decoding)
     log(after, "tuned")
+    beside = None
+    if recipe.beside:
+        logger.info("Training %s beside it", recipe.beside)
+        rate = recipe.beside_rate or training.learning_rate
+        other = load_model(base, recipe.dtype, recipe.trust_remote_code, **loading)
+        rival = train_beside(recipe.beside, rate, trainer, other)
+        result = evaluate_on_all_ranks(task, rival, questions, replace(decoding, generate=False))
+        beside = Beside(recipe.beside, rate, trained_parameters(rival), result)
 
     if trainer.is_world_process_zero():
         plot_selection(trainer.smt_selection, output / "selection.png")
@@ -128,6 +137,7 @@ def main() -> None:
             after=after,
             merged_onto=loading["onto"],
             merged=compare(task, trainer.model, merged, tokenizer, sample, decoding),
+            beside=beside,
             selection=trainer.smt_selection,
             steps=trainer.state.global_step,
             seconds_per_step=statistics.median(timer.seconds) if timer.seconds else None,
@@ -151,7 +161,7 @@ def first(records: Dataset, number: int) -> Dataset:
 
 
 def evaluate_on_all_ranks(
-    task: Task, trainer: SMTTrainer, questions: dict[str, Dataset], decoding: Decoding
+    task: Task, trainer: Trainer, questions: dict[str, Dataset], decoding: Decoding
 ) -> Evaluation:
     """Let each rank answer its share of the questions, and return the whole result on all ranks."""
     rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes

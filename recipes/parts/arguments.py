@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from recipes.parts.adapters import ADAPTERS
 from recipes.parts.model import DEFAULT_MODEL
 from recipes.parts.task import Decoding
 from smt_trainer import SMTConfig
@@ -49,6 +50,14 @@ class RecipeArguments:
     )
     check_per_set: int = field(
         default=8, metadata={"help": "Questions of each set on which to compare the merged checkpoint."}
+    )
+
+    beside: Literal[ADAPTERS] | None = field(
+        default=None,
+        metadata={"help": "Also train this method of PEFT, with as many parameters on the same records, and compare."},
+    )
+    beside_rate: float | None = field(
+        default=None, metadata={"help": "The learning rate of that method. Default: --learning_rate."}
     )
 
     def __post_init__(self) -> None:

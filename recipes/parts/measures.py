@@ -28,11 +28,14 @@ def table(evaluations: Mapping[str, Evaluation]) -> str:
     """Return the means as a Markdown table: a row for each question set, the last for their unweighted average.
 
     Args:
-        evaluations: what heads the columns ("untuned", "tuned") -> evaluation. All answer the same questions.
+        evaluations: what heads the columns ("untuned", "tuned") -> evaluation. All answer the same questions, the first
+            one by all measures.
     """
     some = next(iter(evaluations.values()))
     sizes = {name: len(values) for name, values in next(iter(some.values.values())).items()}
-    columns = [(label, measure) for measure in some.values for label in evaluations]
+    columns = [
+        (label, measure) for measure in some.values for label, each in evaluations.items() if measure in each.values
+    ]
     rows = []
     for name, size in sizes.items():
         means = (value_text(measure, evaluations[label].means(measure)[name]) for label, measure in columns)

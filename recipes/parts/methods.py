@@ -45,7 +45,7 @@ class Adapter:
 
     label: str
     method: str
-    target_modules: str = "qkv"
+    target_modules: str | list[str] = "qkv"
 
     def trainer(self, model: PreTrainedModel, budget: float, seed: int, fields: dict, **arguments) -> Trainer:
         """Return a Trainer of an adapter with `budget` times the model's parameters."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from recipes.parts.beside import Beside
 from recipes.parts.constant import constant_answers
 from recipes.parts.evaluation import Evaluation, paired_gain
 from recipes.parts.json_file import write_json
@@ -31,6 +32,7 @@ class Run:
         evaluated_on: the split of the questions.
         merged_onto: what of a quantised base the delta was merged onto; None if the base is not quantised.
         merged: the merged model beside the trained one.
+        beside: another method on the same records; None if none was asked for.
         seconds_per_step: median over the optimizer steps of training; None without steps.
         peak_memory_bytes: of this process up to the end of training (allocated on the GPU if there is one).
         total_seconds: from the start of the script, everything included.
@@ -45,6 +47,7 @@ class Run:
     after: Evaluation
     merged_onto: str | None
     merged: Comparison
+    beside: Beside | None
     selection: BlockSelection
     steps: int
     seconds_per_step: float | None
@@ -61,7 +64,8 @@ class Run:
             "dtype": self.dtype,
             "quantization": self.quantization,
             "evaluated_on": self.evaluated_on,
-            "measures": {measure: self._summary(measure) for measure in self.after.values},
+            "measures": {measure: summary(measure, self.before, self.after) for measure in self.after.values},
+            "beside": self._beside(),
             "merged_onto": self.merged_onto,
             "merged_equal": self.merged.equal,
             "merged_moved": self.merged.moved._asdict(),
@@ -80,15 +84,29 @@ class Run:
             "after": self.after.values,
         }
 
-    def _summary(self, measure: str) -> dict:
-        before, after = self.before, self.after
-        gain, half_width = paired_gain(before.values[measure], after.values[measure])
+    def _beside(self) -> dict | None:
+        """Return the contents of `results.json` about the other method; its gains are those over the untuned model."""
+        if self.beside is None:
+            return None
+        measures = {measure: summary(measure, self.before, self.beside.result) for measure in self.beside.result.values}
         return {
-            "before": {"average": before.average(measure), "sets": before.means(measure)},
-            "after": {"average": after.average(measure), "sets": after.means(measure)},
-            "gain": gain,
-            "half_width": half_width,
+            "method": self.beside.method,
+            "learning_rate": self.beside.rate,
+            "trained_parameters": self.beside.trained,
+            "measures": measures,
+            "values": self.beside.result.values,
         }
+
+
+def summary(measure: str, before: Evaluation, after: Evaluation) -> dict:
+    """Return the means of a measure in two evaluations, and the gain with the half width of its interval."""
+    gain, half_width = paired_gain(before.values[measure], after.values[measure])
+    return {
+        "before": {"average": before.average(measure), "sets": before.means(measure)},
+        "after": {"average": after.average(measure), "sets": after.means(measure)},
+        "gain": gain,
+        "half_width": half_width,
+    }
 
 
 def write_report(run: Run, output: Path) -> None:
@@ -103,6 +121,8 @@ def markdown(run: Run) -> str:
     """Return the text of `results.md`: the measures of each question set before and after training, then the cost."""
     results = run.to_dict()
     evaluations = {"untuned": run.before, "tuned": run.after}
+    if run.beside:
+        evaluations[run.beside.method] = run.beside.result
     measures = list(run.after.values)
     questions = sum(map(len, run.after.values[measures[0]].values()))
     lines = [
@@ -117,9 +137,19 @@ def markdown(run: Run) -> str:
         *(f"Warning: {line}.\n" for line in constant_answers(evaluations)),
         f"Gain: {', '.join(gain_text(measure, run.before, run.after) for measure in measures)} "
         "(paired 95 % interval).\n",
+        *_compared(run),
         markdown_table("|", [*_costs(results), *_merged(run), *provenance(results)]),
     ]
     return "\n".join(lines)
+
+
+def _compared(run: Run) -> list[str]:
+    """Return a paragraph about the other method, if there is one."""
+    if run.beside is None:
+        return []
+    gains = ", ".join(gain_text(measure, run.beside.result, run.after) for measure in run.beside.result.values)
+    setting = f"{run.beside.trained:,} parameters, rate {run.beside.rate:g}, the same records and steps"
+    return [f"Against {run.beside.method} ({setting}): {gains}.\n"]
 
 
 def _costs(results: dict) -> list[list[str]]:

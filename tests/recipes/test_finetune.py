@@ -8,11 +8,13 @@ import sys
 import pytest
 import quantised
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from recipes import finetune
 from recipes.commonsense.task import COMMONSENSE
 from recipes.parts.arguments import RecipeArguments, parse_arguments
+from recipes.parts.beside import trained_parameters
 from recipes.parts.task import Decoding
 from smt_trainer import SMTConfig, SMTError, SMTTrainer
 from smt_trainer.delta.delta import Delta
@@ -146,6 +148,29 @@ def test_the_results_before_training_are_logged_and_written_at_once(run, monkeyp
     assert "| set | questions | untuned, accuracy | untuned, accuracy by likelihood |" in caplog.text
     kept = json.loads((tmp_path / "out" / "before.json").read_text())
     assert {name: len(values) for name, values in kept["values"]["accuracy"].items()} == {"boolq": 4, "piqa": 4}
+
+
+def test_another_method_is_trained_beside_it_on_the_same_records(run, monkeypatch):
+    trainers = []
+
+    def train(trainer, *arguments, _train=Trainer.train, **keywords):
+        trainers.append(trainer)
+        return _train(trainer, *arguments, **keywords)
+
+    monkeypatch.setattr(Trainer, "train", train)
+    output = run("--beside", "LoRA", "--beside_rate", "0.02", "--budget", "0.05")
+    smt, lora = trainers
+    assert isinstance(smt, SMTTrainer) and isinstance(lora.model, PeftModel)
+    assert lora.train_dataset is smt.train_dataset and lora.args.learning_rate == 0.02 != smt.args.learning_rate
+    results = json.loads((output / "results.json").read_text())
+    found, measure = results["beside"], "accuracy by likelihood"
+    trained = trained_parameters(lora)
+    assert found["trained_parameters"] == trained
+    # The ranks of so small a model are coarse.
+    assert trained == pytest.approx(smt.smt_selection.trainable_parameters, rel=0.05)
+    assert list(found["measures"]) == [measure]
+    report = (output / "results.md").read_text()
+    assert f"LoRA, {measure}" in report and f"Against LoRA ({trained:,} parameters, rate 0.02, " in report
 
 
 def test_a_model_in_bfloat16_equals_its_merged_checkpoint(run):

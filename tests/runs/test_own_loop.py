@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from smt_trainer import BlockScores, SMTError, convert_to_smt, from_delta, save_delta
+from smt_trainer import BlockScores, SMTError, convert_to_smt, from_delta, merge_and_unload, save_delta
 from smt_trainer.sparse.linear import smt_linears
 
 
@@ -31,6 +31,26 @@ def test_six_lines_choose_train_and_save(base, llama, tmp_path):
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     trained = from_delta(tmp_path / "delta", base=str(base))
     assert torch.equal(tiny.logits(trained), tiny.logits(llama))
+
+
+def test_a_loop_may_hold_all_parameters_and_generate_in_between(llama):
+    """As PEFT's MetaMathQA harness does."""
+    before = tiny.weights(llama)
+    convert_to_smt(llama, tiny.choose(llama))
+    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(2):
+        llama.train()
+        optimizer.zero_grad()
+        llama(**tiny.batch()).loss.backward()
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        optimizer.step()
+        with torch.inference_mode():
+            found = llama.eval().generate(tiny.batch()["input_ids"][:1], max_new_tokens=2, do_sample=False)
+    trained = {f"{name}.weight": linear.blocks.numel() for name, linear in smt_linears(llama)}
+    plain = merge_and_unload(llama)
+    assert torch.equal(plain.generate(tiny.batch()["input_ids"][:1], max_new_tokens=2, do_sample=False), found)
+    for name, weight in plain.state_dict().items():
+        assert (weight != before[name]).sum() == trained.get(name, 0)
 
 
 def test_the_scores_are_those_of_the_trainers_warm_up(tmp_path):
