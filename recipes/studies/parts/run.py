@@ -33,7 +33,7 @@ from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
 
 LONGEST = 512
 """Most tokens of a training sequence."""
-BATCH_TOKENS = 65536 if torch.cuda.is_available() else 8192
+BATCH_TOKENS = 65536 if torch.cuda.is_available() else 2048
 """Most prompt tokens in a batch of questions."""
 FULL_WARM_UP_RATE = 3e-5
 """Learning rate of the steps that train all weights first."""
