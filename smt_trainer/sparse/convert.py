@@ -273,6 +273,8 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Targe
         for name in selection.block_indices
     }
     refuse_unfitting(found, selection.grids)
+    for name in (name for name, linear in found.items() if is_tensor_parallel(linear)):
+        style_of(model, name)
     return found
 
 

@@ -21,9 +21,9 @@ from smt_trainer.model.tensor_parallel import is_tensor_parallel
 from smt_trainer.scores import SCORERS
 from smt_trainer.training.distributed import is_sharding
 
-# Two processes on a CPU can show neither.
+# torch's ring attention and DeepSpeed's Ulysses, which run on several GPUs only.
 UNSHOWN = {"cp": "context parallelism (cp_size)", "sp": "sequence parallelism (sp_size)"}
-# Sizes of a `DistributedConfig` beside `tp_size`, and `ep_size` within it.
+# What a `DistributedConfig` may ask for beside `tp_size`, and `ep_size` over the same ranks.
 BESIDE = ("fsdp_size", "dp_replicate_size", "pp_size")
 
 
@@ -73,7 +73,12 @@ def refuse_unshown_parallelism(trainer) -> None:
     if not any(map(is_tensor_parallel, model.modules())):
         _refuse_uncut(model, max(getattr(sizes, "tp_size", 1), getattr(model, "tp_size", None) or 1))
         return
-    layout = model.config.distributed_config
+    layout: Any = getattr(getattr(model, "config", None), "distributed_config", None)
+    if layout is None:
+        raise SMTError(
+            f"tensor parallelism cuts a model inside the {type(model).__name__}, which has no plan of its own. Pass "
+            "the model that from_pretrained returned."
+        )
     beside = [f"{name}={getattr(layout, name)}" for name in BESIDE if getattr(layout, name) > 1]
     beside += ["FSDP or DeepSpeed"] if is_sharding(trainer.accelerator) else []
     beside += ["a quantised base"] if quantization_of(model) is not None else []

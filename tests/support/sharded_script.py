@@ -66,6 +66,8 @@ CASES = {
         "ranks": {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},
     },
     "tp": {"slices": SLICES, "smt": EVERYWHERE, "arguments": {"max_grad_norm": 0.1}},
+    # The slice of one rank holds none.
+    "tp-one-block": {"slices": SLICES, "smt": {"budget": 1}},
     "tp-rows": {"slices": SLICES, "smt": EVERYWHERE | {"granularity": "row", "block_size": "auto", "budget": 40}},
     "tp-biased": {"slices": SLICES, "smt": EVERYWHERE, "model": "biased"},
     "tp-experts": {

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import mixtures
 import pytest
 import tiny
+import torch
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import SMTError, SMTTrainer
+from smt_trainer import SMTError, SMTTrainer, convert_to_smt
 from smt_trainer.training.tensor_parallel import admitting_checkpoints, refuse_unshown_parallelism
 
 slices = pytest.importorskip("slices", reason="this transformers cuts models in another way", exc_type=ImportError)
@@ -72,6 +73,16 @@ def test_what_is_not_known_beside_tensor_parallelism_is_refused(beside, message,
         refuse_unshown_parallelism(trainer(model))
         with pytest.raises(SMTError, match=message):
             refuse_unshown_parallelism(trainer(model, **beside))
+
+
+def test_a_cut_model_inside_another_is_refused(load):
+    with slices.silent_ranks(2):
+        model = torch.nn.Sequential(load(tiny.llama(), tp_size=2))
+        with pytest.raises(SMTError, match=r"cuts a model inside the Sequential.*Pass the model that from_pretrained"):
+            refuse_unshown_parallelism(trainer(model))
+        with pytest.raises(SMTError, match=r"the tp_plan of the Sequential does not say how"):
+            convert_to_smt(model, tiny.choose(model))
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_quantised_base_that_is_cut_is_refused(load):
