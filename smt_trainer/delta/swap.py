@@ -29,6 +29,7 @@ from smt_trainer.delta.load import check_same_blocks, differences, put_blocks, w
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import stored_weight
 from smt_trainer.model.quantised import quantization_of
+from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import base_name
 from smt_trainer.sparse.convert import changed_statistics, find_linears, get_state, is_smt_model, stored_whole
 from smt_trainer.sparse.fingerprint import Fingerprint
@@ -117,6 +118,11 @@ def _check(model: nn.Module, delta: Delta) -> None:
         return
     if quantization_of(model) is not None or delta.quantization is not None:
         raise SMTError("deltas are swapped in plain weights, not over a quantised base. Use from_delta or load_delta.")
+    if any(map(is_sharded, model.parameters())):
+        raise SMTError(
+            "deltas are swapped in whole weights, and those of this model are spread over ranks. Load the base with "
+            "the delta in it: from_delta(delta, base=..., distributed_config=...)."
+        )
     find_linears(model, delta.selection)
     whole_destinations(model, delta)
     current: Swapped | None = getattr(model, ATTRIBUTE, None)

@@ -1,7 +1,8 @@
-"""Parameters that FSDP2 or DeepSpeed ZeRO-3 shards over ranks.
+"""Parameters that FSDP2, tensor parallelism or DeepSpeed ZeRO-3 shards over ranks.
 
-Each rank holds one run of a weight's values in row-major order. FSDP2 gives it whole rows (a DTensor sharded in
-dimension 0); ZeRO-3 gives it an equal share of the flat weight, which may begin and end inside a row (`ds_tensor`).
+FSDP2 gives each rank whole rows of a weight (a DTensor sharded in dimension 0), tensor parallelism rows or columns (in
+dimension 0 or 1); ZeRO-3 gives it an equal share of the flat weight, which may begin and end inside a row
+(`ds_tensor`).
 `full_tensor` gathers one whole value, `full_tensors` many. `local_parts` returns this rank's part as rectangles of the
 weight, which can be written in place.
 """
@@ -108,12 +109,12 @@ def _gather(parameters: list[DTensor]) -> Iterator[Tensor]:
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor that FSDP2 shards, and any other tensor unchanged."""
+    """Return this rank's part of a DTensor, and any other tensor unchanged."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def gather_like(local: Tensor, parameter: Tensor) -> Tensor:
-    """Gather a tensor from each rank's `local`, sharded like an FSDP2 `parameter`; for others, return `local`."""
+    """Gather a tensor from each rank's `local`, sharded like a DTensor `parameter`; for others, return `local`."""
     if not is_dtensor(parameter):
         return local
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -132,8 +133,9 @@ def assign(parameter: Tensor, value: Tensor) -> None:
     if is_partitioned(parameter):
         raise SMTError("values cannot be loaded into parameters that ZeRO-3 has partitioned; load before training.")
     if is_dtensor(parameter):
-        local, row = parameter.to_local(), _first_row(parameter)
-        local.copy_(value[row : row + len(local)])
+        local = parameter.to_local()
+        starts = zip(first_of(parameter), local.shape, strict=True)
+        local.copy_(value[tuple(slice(start, start + length) for start, length in starts)])
     else:
         parameter.copy_(value)
 
@@ -142,27 +144,36 @@ def local_parts(parameter: Tensor) -> list[Part]:
     """Return views of what this rank holds of a weight; writing to all of them writes to the weight.
 
     Raises:
-        SMTError: the weight is sharded, but not by rows (tensor parallelism).
+        SMTError: the weight is sharded over ranks in another way than by rows or columns.
     """
     if is_dtensor(parameter):
-        return [part for part in [Part(parameter.to_local().detach(), _first_row(parameter), 0)] if part.values.numel()]
+        row, column = first_of(parameter)[:2]
+        return [part for part in [Part(parameter.to_local().detach(), row, column)] if part.values.numel()]
     if is_partitioned(parameter):
         return _flat_parts(parameter)
     return [Part(parameter.detach(), 0, 0)]
 
 
-def _first_row(weight: DTensor) -> int:
+def first_of(weight: DTensor) -> list[int]:
+    """Return the index at which this rank's part of a weight begins.
+
+    Raises:
+        SMTError: the weight is sharded in more than one dimension, or not in equal runs (packed weights).
+    """
     from torch.distributed.tensor import Shard
 
-    row, rows = 0, weight.shape[0]
+    first, is_found = [0] * weight.ndim, False
     for dimension, placement in enumerate(weight.placements):
         if placement.is_replicate():
             continue
-        if placement != Shard(0) or rows != weight.shape[0]:
-            raise SMTError(f"blocks can be written back only to weights sharded by rows, got {weight.placements}.")
-        chunk = -(-rows // weight.device_mesh.size(dimension))
-        row = min(rows, chunk * weight.device_mesh.get_local_rank(dimension))
-    return row
+        if type(placement) is not Shard or is_found:
+            raise SMTError(
+                f"blocks can be written back only to weights sharded by rows or columns, got {weight.placements}."
+            )
+        is_found, length = True, weight.shape[placement.dim]
+        chunk = -(-length // weight.device_mesh.size(dimension))
+        first[placement.dim] = min(length, chunk * weight.device_mesh.get_local_rank(dimension))
+    return first
 
 
 def _flat_parts(weight: Partitioned) -> list[Part]:

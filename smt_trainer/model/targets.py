@@ -34,6 +34,7 @@ from smt_trainer.model.language_model import find_language_model, modules_beside
 from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
+from smt_trainer.model.tensor_parallel import refuse_unfitting
 from smt_trainer.model.untunable import HOW_TO_LOAD, shared_weights, why_not
 
 if TYPE_CHECKING:
@@ -90,9 +91,10 @@ def target_grids(targets: Mapping[str, Target], config: SMTConfig) -> dict[str, 
     """Make one grid per target from the config's `granularity` and `block_size`, transposed where the weight is.
 
     Raises:
-        SMTError: as in `make_grids`.
+        SMTError: as in `make_grids`; or tensor parallelism cuts a weight into slices that its blocks do not fit.
     """
     grids = make_grids({name: weight_shape(target) for name, target in targets.items()}, config)
+    refuse_unfitting(targets, grids)
     return {name: _as_stored(grid, targets[name], config) for name, grid in grids.items()}
 
 

@@ -13,6 +13,8 @@ from smt_trainer.model.embedding import has_lookup_forward, is_embedding, sharin
 from smt_trainer.model.experts import ExpertMatrix, is_known
 from smt_trainer.model.kinds import WEIGHT_DTYPES, has_linear_forward, has_plain_weight, is_conv1d
 from smt_trainer.model.quantised import is_quantised
+from smt_trainer.model.sharded import is_dtensor
+from smt_trainer.model.tensor_parallel import is_tensor_parallel, why_no_slice
 
 if TYPE_CHECKING:
     from smt_trainer.model.kinds import Linear, Target
@@ -57,6 +59,8 @@ def _why_no_expert(matrix: ExpertMatrix, shared: set[int]) -> str | None:
     experts, stack = matrix.experts, matrix.stack
     if id(stack) in shared:
         return "its parameter is shared with another module"
+    if is_dtensor(stack):
+        return "its parameter is cut over ranks, where products of experts are not known to be followed exactly"
     if type(stack) is not nn.Parameter or stack.dtype not in WEIGHT_DTYPES:
         return f"its parameter is not a plain tensor of floats but a {type(stack).__name__} of {stack.dtype}"
     if not is_known(experts):
@@ -72,6 +76,8 @@ def _why_no_linear(linear: Linear, shared: set[int]) -> str | None:
         return f"it is a {type(linear).__name__}, and the rows of its weight compute no output channel"
     if id(weight) in shared:
         return "its weight is shared with another module"
+    if is_tensor_parallel(linear):
+        return why_no_slice(linear)
     if is_quantised(linear):
         if is_conv1d(getattr(linear, "source_cls", nn.Linear)):
             return "it was a Conv1D, and its weight was transposed when it was quantised"

@@ -9,7 +9,7 @@ Whole parameters have no masters: they are trained in the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.quantised import is_quantised
+from smt_trainer.model.sharded import is_dtensor
 from smt_trainer.model.targets import head_names
 
 
@@ -62,6 +63,7 @@ def find_whole(
         biases = [f"{name}.bias" for name in linears if getattr(model.get_submodule(name), "bias", None) is not None]
         biases = [name for name in biases if name in trained]
         found += _expect(biases, "train_bias=True, but none of the linears with blocks has a bias, or all are frozen")
+    _refuse_sharded(parameters, found)
     return tuple(dict.fromkeys(found))
 
 
@@ -95,6 +97,18 @@ def _refuse_quantised(model: nn.Module, found: list[str]) -> None:
             raise SMTError(
                 f"modules_to_save trains `{whole}` whole, but the weight of `{name}` is quantised. Leave it out, or "
                 "load the model with that module in llm_int8_skip_modules."
+            )
+
+
+def _refuse_sharded(parameters: Mapping[str, Tensor], found: list[str]) -> None:
+    """Raise `SMTError` if tensor parallelism has cut a parameter to train whole. FSDP2 shards it only later."""
+    for name, parameter in parameters.items():
+        whole = next((one for one in found if _lies_in(name, one)), None)
+        if whole is not None and is_dtensor(parameter):
+            raise SMTError(
+                f"`{name}` is to be trained whole, and tensor parallelism cuts it over ranks. Leave `{whole}` out of "
+                "what is trained whole (modules_to_save, train_norm, train_bias), or load the model without a "
+                "distributed_config."
             )
 
 

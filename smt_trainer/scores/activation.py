@@ -37,6 +37,7 @@ class Activation(Scorer):
     """`activation`: L2 norm, over all tokens, of the inputs of the block's columns (SMT's selection by activations)."""
 
     needs_backward = False
+    needs_all_features = True
 
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)

@@ -14,8 +14,9 @@ multiply many places, is formed, and so is an embedding's, to which a tied head 
 weight gradient at a time, reduce it to one number per block and drop it. Since <W, G> = sum over t of <W, G_t>,
 `taylor` needs no sum of gradients either.
 
-Where FSDP2 shards a weight over n ranks, each rank reduces its own rows and multiplies the result by n. All sums are
-averaged over ranks, which then gives the sum over the whole block.
+Where FSDP2 or tensor parallelism shards a weight over n ranks, each rank reduces its own part and multiplies the result
+by n. All sums are averaged over ranks, which then gives the sum over the whole block. Under tensor parallelism
+`grad_signed` forms the weight gradient, too, since a rank sees some of the features only.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import dense_weight, is_quantised
 from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
+from smt_trainer.model.tensor_parallel import is_tensor_parallel
 from smt_trainer.scores.scorer import Scorer, output_gradients, weight_gradients
 
 if TYPE_CHECKING:
@@ -78,14 +80,16 @@ class GradSigned(BlockSums):
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
-        formed = {name: one for name, one in self.targets.items() if is_convolution(one) or is_embedding(one)}
+        formed = {name: one for name, one in self.targets.items() if _is_formed(one)}
         linears = {name: one for name, one in self.targets.items() if name not in formed}
         with output_gradients(linears, self._observe), weight_gradients(formed, self._add):
             yield
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        grid = self.grids[name]
-        add_block_sums(self.step_sums[name], grid, gradient.float() / grid.block_numel)
+        grid, weight = self.grids[name], self.targets[name].weight
+        for _, row, column in local_parts(weight):
+            values = local_tensor(gradient).float() / grid.block_numel
+            add_block_sums(self.step_sums[name], grid, values, row, column, _shards(weight))
 
     def _observe(self, name: str, linear: Target, x: Tensor) -> Callable[[Tensor], None]:
         rows, columns = self.grids[name].shape
@@ -95,6 +99,11 @@ class GradSigned(BlockSums):
             total.addmm_(_pool(dy, rows).t(), pooled_x)
 
         return add
+
+
+def _is_formed(target: Target) -> bool:
+    """Return whether `grad_signed` forms the gradient of a target's weight."""
+    return is_convolution(target) or is_embedding(target) or is_tensor_parallel(target)
 
 
 def _pool(features: Tensor, parts: int) -> Tensor:
@@ -111,8 +120,9 @@ class Reduced(BlockSums):
     def _add(self, name: str, gradient: Tensor) -> None:
         gradient, grid, linear = local_tensor(gradient), self.grids[name], self.targets[name]
         weight = dense_weight(linear) if is_quantised(linear) else linear.weight
-        for values, row, _ in local_parts(weight):
-            add_block_sums(self.step_sums[name], grid, self.terms(grid, values, gradient), row, _shards(weight))
+        for values, row, column in local_parts(weight):
+            terms = self.terms(grid, values, gradient)
+            add_block_sums(self.step_sums[name], grid, terms, row, column, _shards(weight))
 
     @staticmethod
     def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -146,21 +156,25 @@ class Taylor(Reduced):
         return weight.float() * gradient.float()
 
 
-def add_block_sums(total: Tensor, grid: BlockGrid, values: Tensor, first_row: int = 0, factor: int = 1) -> None:
+def add_block_sums(
+    total: Tensor, grid: BlockGrid, values: Tensor, row: int = 0, column: int = 0, factor: int = 1
+) -> None:
     """Add `factor` times the block sums of `values` to `total` [R, C].
 
     Args:
-        values: rows of a tensor of the grid's `stored_shape`, from `first_row` on; may begin and end inside a block.
+        values: a part of a tensor of the grid's `stored_shape`, from this row and column on. Its rows may begin and end
+            inside a block, its columns where they are fewer than those of a block.
     """
     height, width = grid.block_shape[::-1] if grid.transposed else grid.block_shape
-    sums = values.flatten(1).unflatten(1, (-1, width)).sum(2)
-    sums = F.pad(sums, (0, 0, first_row % height, -(first_row + len(sums)) % height)).unflatten(0, (-1, height)).sum(1)
+    values = values.flatten(1)
+    sums = values.unflatten(1, (-1, min(width, values.shape[1]))).sum(2)
+    sums = F.pad(sums, (0, 0, row % height, -(row + len(sums)) % height)).unflatten(0, (-1, height)).sum(1)
     total = total.t() if grid.transposed else total
-    total[first_row // height :][: len(sums)].add_(sums, alpha=factor)
+    total[row // height :, column // width :][: len(sums), : sums.shape[1]].add_(sums, alpha=factor)
 
 
 def _shards(weight: Tensor) -> int:
-    """Return the number of ranks over which FSDP2 shards a weight; replicas do not count."""
+    """Return the number of ranks over which a weight is sharded; replicas do not count."""
     if not is_dtensor(weight):
         return 1
     sizes = zip(weight.device_mesh.shape, weight.placements, strict=True)

@@ -49,6 +49,7 @@ class QMTaylor(BlockSums):
     """
 
     needs_running_statistics = True
+    needs_all_features = True
 
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)

@@ -28,6 +28,8 @@ class Scorer(ABC):
         needs_warmup: whether the scorer needs batches.
         needs_backward: whether a warm-up step runs backward; if not, forward runs without a graph.
         needs_running_statistics: whether batch normalisation must use its running statistics, as in evaluation.
+        needs_all_features: whether it reads inputs or outputs of linears, of which tensor parallelism gives a rank some
+            features only.
 
     Args:
         targets: name -> linear or expert's matrix, in the model's order.
@@ -39,6 +41,7 @@ class Scorer(ABC):
     needs_warmup: ClassVar[bool] = True
     needs_backward: ClassVar[bool] = True
     needs_running_statistics: ClassVar[bool] = False
+    needs_all_features: ClassVar[bool] = False
 
     @classmethod
     def class_column(cls, config: SMTConfig) -> str | None:

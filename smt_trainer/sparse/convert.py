@@ -20,6 +20,7 @@ from smt_trainer.model.names import plain_name, unwrapped
 from smt_trainer.model.quantised import floating_dtype, is_quantised, keep_differentiable, quantization_of
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import refuse_adapters
+from smt_trainer.model.tensor_parallel import is_tensor_parallel, refuse_unfitting, style_of, why_no_slice
 from smt_trainer.model.untunable import why_no_embedding
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
@@ -31,7 +32,7 @@ from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
 
 if TYPE_CHECKING:
-    from smt_trainer.model.kinds import Target
+    from smt_trainer.model.kinds import Linear, Target
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -203,6 +204,10 @@ def rewrite(
 
             kind = block_linear_of(linear)
             linear.dense_dtype = base_dtype(model, {name: linear})
+        if is_tensor_parallel(linear):
+            from smt_trainer.sparse.tensor_parallel import SlicedSMTLinear
+
+            kind, linear.style = SlicedSMTLinear, style_of(model, name)
         kind.from_linear(linear, grid, torch.from_numpy(block_indices), master_dtype)
     for name in whole:
         part = get_whole(model, name)
@@ -263,10 +268,14 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Targe
     refuse_adapters(model)
     keep_differentiable(model)
     modules = dict(model.named_modules())
-    return {
+    found = {
         name: _expect_target(model, modules.get(name) or find_expert(model, name), name, selection)
         for name in selection.block_indices
     }
+    refuse_unfitting(found, selection.grids)
+    for name in (name for name, linear in found.items() if is_tensor_parallel(linear)):
+        style_of(model, name)
+    return found
 
 
 def _expect_target(
@@ -289,7 +298,7 @@ def _expect_target(
         and (why := why_no_embedding(model, linear))
     ):
         found = f"one that cannot be trained: {why}"
-    elif full_shape(linear.weight) != grid.stored_shape or not (is_quantised(linear) or has_plain_weight(linear)):
+    elif full_shape(linear.weight) != grid.stored_shape or not _can_hold(linear):
         weight = linear.weight
         found = f"a weight of {'x'.join(map(str, weight.shape))} ({type(weight).__name__}, {weight.dtype})"
     else:
@@ -299,6 +308,13 @@ def _expect_target(
         f"{'x'.join(map(str, grid.stored_shape))}; this model has {found}. They were chosen in "
         f"{selection.base_model or 'another model'}. Load that model, or choose the blocks again."
     )
+
+
+def _can_hold(linear: Linear | nn.Embedding) -> bool:
+    """Return whether a weight can hold blocks: a plain one, a quantised one, or one cut in equal slices."""
+    if is_tensor_parallel(linear):
+        return why_no_slice(linear) is None
+    return is_quantised(linear) or has_plain_weight(linear)
 
 
 def changed_statistics(model: nn.Module) -> set[str]:

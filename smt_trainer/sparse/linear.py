@@ -145,10 +145,19 @@ class BlockLinear(nn.Module):
         written, version = self._written
         return written is self.blocks and version != written._version
 
+    @property
+    def is_divided(self) -> bool:
+        """Whether this rank holds only parts of the weight."""
+        return is_sharded(self.weight)
+
+    def local_parts(self) -> list[Part]:
+        """Return views of what this rank holds of the weight."""
+        return local_parts(self.weight)
+
     def cut(self, blocks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return views of this rank's part of the dense weight under the blocks, and the part of `blocks` [n, br, bc]
         that belongs in each view."""
-        parts = local_parts(self.weight)
+        parts = self.local_parts()
         addresses = [part.values.data_ptr() for part in parts]
         if vars(self).get("_views", (None,))[0] != addresses:
             self._views = (addresses, *self._cut(parts))
@@ -159,7 +168,7 @@ class BlockLinear(nn.Module):
     def _cut(self, parts: list[Part]) -> tuple[list[Tensor], list[tuple[int, slice, slice]] | None]:
         """Return views of the parts under the blocks, and the block, rows and columns of each; None: all whole."""
         indices = self.block_indices.tolist()
-        if not is_sharded(self.weight):
+        if not self.is_divided:
             return self.grid.views(parts[0].values, indices), None
         br, bc = self.grid.block_shape
         views, cuts = [], []

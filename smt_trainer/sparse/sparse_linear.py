@@ -107,7 +107,7 @@ def _runs(offsets: list[int]) -> tuple[tuple[int, int], ...]:
 def block_gradients(dy: Tensor, x: KeptInput, plan: Plan, positions: Tensor) -> Tensor:
     """Compute the chosen blocks [n, br, bc] of dy^T x, in stored order and dy's dtype, for dy [T, O] and x [T, I]."""
     br, bc = plan.grid.block_shape
-    blocks = dy.new_empty(plan.groups[-1].last, br, bc)
+    blocks = dy.new_empty(plan.groups[-1].last if plan.groups else 0, br, bc)
     gathered = dy if plan.by_column else x.columns(0, plan.grid.in_features).to(dy.dtype)
     for group in plan.groups:
         if plan.by_column:

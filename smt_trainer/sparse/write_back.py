@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from smt_trainer.model.sharded import full_tensors, is_sharded
+from smt_trainer.model.sharded import full_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
     linears = [linear for linear in linears if linear.is_written]
     views, values = [], []
     for linear, blocks in zip(linears, full_tensors([linear.blocks for linear in linears]), strict=True):
-        if one_by_one(linear.grid, blocks) or is_sharded(linear.weight):
+        if one_by_one(linear.grid, blocks) or linear.is_divided:
             linear_views, linear_values = linear.cut(blocks)
             views += linear_views
             values += linear_values

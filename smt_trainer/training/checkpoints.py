@@ -28,6 +28,7 @@ from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 from smt_trainer.training.distributed import has_weights, is_sharding, save_optimizer
+from smt_trainer.training.tensor_parallel import saving_gathered
 
 if TYPE_CHECKING:
     # To a type checker, the mixin is a subclass of the trainer that it goes in front of.
@@ -169,7 +170,7 @@ class SavesDelta(Trainer):
         # FSDP2 leaves the compiled model in the place of the model.
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save:
-            with new_folder(Path(output_dir)) as folder:
+            with new_folder(Path(output_dir)) as folder, saving_gathered(model):
                 if onto is not None:
                     save_dequantised(self.model, folder)
                 elif isinstance(model, PreTrainedModel):

@@ -6,7 +6,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 from smt_trainer.config import SMTConfig
@@ -22,6 +21,7 @@ from smt_trainer.training.class_column import refuse_missing_column
 from smt_trainer.training.distributed import is_sharding
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.read_once import refuse_data_read_once
+from smt_trainer.training.tensor_parallel import refuse_unshown_parallelism
 from smt_trainer.training.vllm_weights import knows_sync
 
 OPTIMIZERS_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_bnb")
@@ -43,10 +43,10 @@ def refuse_unusable(trainer) -> None:
     refuse_bound_optimizer(trainer)
     _refuse_optim(trainer.args)
     _refuse_data_parallel(trainer.args.n_gpu)
-    _refuse_model_parallelism(trainer.args.parallelism_config)
+    refuse_unshown_parallelism(trainer)
     _refuse_fsdp1(trainer.accelerator)
     _refuse_sharded_states(trainer)
-    _refuse_sharded_weights(trainer.model, needs_warmup)
+    _refuse_partitioned_weights(trainer.model, needs_warmup)
     _refuse_sharded_quantised(trainer)
     _refuse_unfollowed_experts(trainer)
     _refuse_hidden_weights(trainer.accelerator)
@@ -161,14 +161,6 @@ def _refuse_data_parallel(visible_gpus: int) -> None:
         )
 
 
-def _refuse_model_parallelism(config) -> None:
-    if any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp")):
-        raise SMTError(
-            "parallelism_config splits tensors or sequences (tp_size, cp_size or sp_size above 1); blocks can be "
-            "trained only with data parallelism. Use DDP, FSDP2 or ZeRO."
-        )
-
-
 def _refuse_fsdp1(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version == 1:
@@ -186,14 +178,8 @@ def _refuse_sharded_states(trainer) -> None:
         )
 
 
-def _refuse_sharded_weights(model: nn.Module | None, needs_warmup: bool) -> None:
-    parameters = () if model is None else list(model.parameters())
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
-        raise SMTError(
-            "the model's weights were sharded when it was loaded, before the blocks are chosen. Load it without a "
-            "tp_plan or distributed_config; accelerate shards it (FSDP2, ZeRO) after the rewrite."
-        )
-    if needs_warmup and any(map(is_partitioned, parameters)):
+def _refuse_partitioned_weights(model: nn.Module | None, needs_warmup: bool) -> None:
+    if needs_warmup and model is not None and any(map(is_partitioned, model.parameters())):
         raise SMTError(
             "ZeRO-3 has already partitioned the weights, but the warm-up needs the bare model. Choose the blocks in a "
             "run without ZeRO-3 (one process, DDP, FSDP2 or ZeRO-2) and pass its smt_selection.json as "

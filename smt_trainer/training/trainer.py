@@ -57,6 +57,7 @@ from smt_trainer.training.refusals import (
     refuse_other_blocks,
     refuse_unusable,
 )
+from smt_trainer.training.tensor_parallel import admitting_checkpoints
 from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
 
@@ -108,7 +109,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             args = (uncompiled(args[0]), *args[1:])
         if "model" in kwargs:
             kwargs["model"] = uncompiled(kwargs["model"])
-        with admitting_quantised(self, args[0] if args else kwargs.get("model")):
+        model = args[0] if args else kwargs.get("model")
+        with admitting_quantised(self, model), admitting_checkpoints(model, (*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         for part in (self.model, getattr(self, "ref_model", None)):
             if part is not None:

@@ -6,6 +6,8 @@ import pytest
 import quantised
 import tiny
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import Delta, SMTError, applied, convert_to_smt, from_delta, merge_and_unload, save_delta, swap
@@ -187,6 +189,18 @@ def test_what_cannot_be_swapped_into_is_refused(model, base, tmp_path):
     pytest.importorskip("bitsandbytes")
     with pytest.raises(SMTError, match="not over a quantised base"):
         swap(quantised.load(base, "nf4"), delta)
+
+
+def test_weights_that_are_spread_over_ranks_are_refused(model, tmp_path):
+    delta = tune(model, tmp_path / "delta", 1)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        weight = distribute_tensor(model.lm_head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        with pytest.raises(SMTError, match=r"spread over ranks.*from_delta\(delta, base=..., distributed_config=...\)"):
+            swap(model, delta)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_statistics_that_only_the_model_has_are_not_left_in(model, tmp_path):

@@ -1,4 +1,5 @@
-"""Models sharded over two ranks by FSDP2 and DeepSpeed ZeRO, compared with one process: gloo, on the CPU.
+"""Models sharded over two ranks by FSDP2, tensor parallelism and DeepSpeed ZeRO, compared with one process: gloo, on a
+CPU.
 
 `sharded_script.py` has the runs and the shims that the CPU needs.
 """
@@ -22,10 +23,15 @@ CONFIGURATIONS = Path(__file__).parents[2] / "recipes" / "accelerate"
 QUICK = ["fsdp", "fsdp-one-rank-loads", "fsdp-checkpointing"]
 HYBRID = ["fsdp-hybrid"]
 SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK + HYBRID]
+QUICK_SLICES = ["tp", "tp-one-block", "tp-rows", "tp-experts"]
+SLOW_SLICES = [name for name in CASES if "tp" in name and name not in QUICK_SLICES]
 ZERO = [name for name in CASES if "zero" in name]
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'")
+HAS_SLICES = importlib.util.find_spec("transformers.distributed.tensor_parallel") is not None
+needs_slices = pytest.mark.skipif(not HAS_SLICES, reason="this transformers cuts models in another way")
 MARKS = dict.fromkeys(SLOW + HYBRID, pytest.mark.slow) | dict.fromkeys(ZERO, needs_deepspeed)
+MARKS |= dict.fromkeys(QUICK_SLICES, needs_slices) | dict.fromkeys(SLOW_SLICES, (needs_slices, pytest.mark.slow))
 # With ACCELERATE_USE_CPU, accelerate leaves DeepSpeed out; DeepSpeed has its own variable.
 ENVIRONMENT = {"fsdp": {"ACCELERATE_USE_CPU": "true"}, "zero": {"DS_ACCELERATOR": "cpu"}}
 
@@ -39,7 +45,7 @@ def folder_of(tmp_path_factory):
     folders = {}
 
     def folder(name):
-        group = next(group for group in (QUICK, SLOW, HYBRID, ZERO) if name in group)
+        group = next(group for group in (QUICK, SLOW, HYBRID, QUICK_SLICES, SLOW_SLICES, ZERO) if name in group)
         if name not in folders:
             where = tmp_path_factory.mktemp("sharded")
             ranks = 4 if group is HYBRID else 2
@@ -94,7 +100,7 @@ def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of):
                 tiny.assert_same(weight[rows, columns], block)
                 assert changed[rows, columns].any()
                 changed[rows, columns] = False
-        whole = "whole-module" in name and module == "lm_head"
+        whole = module.rpartition(".")[2] in CASES[name].get("smt", {}).get("modules_to_save", ())
         assert changed.any() if whole else not changed.any()
 
 
@@ -119,6 +125,12 @@ def test_delta_and_merged_checkpoint_give_the_trained_weights(name, ranks_of, fo
     tiny.assert_same({key: weight.float() for key, weight in loaded.state_dict().items()}, expected)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     tiny.assert_same({key: weight.float() for key, weight in merged.state_dict().items()}, expected)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS[name]) for name in QUICK_SLICES + SLOW_SLICES])
+def test_a_delta_is_loaded_into_slices_of_the_base(name, ranks_of):
+    ours = ranks_of(name)[0]
+    tiny.assert_same(ours["loaded"], ours["trained"]["weights"])
 
 
 @every_case

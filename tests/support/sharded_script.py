@@ -1,12 +1,13 @@
-"""Training runs on ranks that shard the model (FSDP2) or its optimizer and weights (DeepSpeed ZeRO), on the CPU.
+"""Training runs on ranks that shard the model (FSDP2), its linears (tensor parallelism) or its optimizer and weights
+(DeepSpeed ZeRO), on the CPU.
 
     torchrun --nproc_per_node 2 sharded_script.py FOLDER CASE...
     accelerate launch --config_file recipes/accelerate/NAME.yaml ... sharded_script.py FOLDER launched NAME
 
-Writes the outcome of each case to `FOLDER/CASE/result-RANK.pt`. On the CPU, accelerate chooses neither: it silently
-runs DDP instead of FSDP, and starts DeepSpeed as one process. `choose_fsdp_on_cpu` and `choose_zero_on_cpu` override
-these two decisions. The rest is the real code of accelerate, torch and DeepSpeed, and each run asserts that its model
-was sharded.
+Writes the outcome of each case to `FOLDER/CASE/result-RANK.pt`. On the CPU, accelerate chooses none of them: it
+silently runs DDP instead of FSDP, refuses tensor parallelism, and starts DeepSpeed as one process.
+`choose_fsdp_on_cpu`, `choose_slices_on_cpu` and `choose_zero_on_cpu` override these decisions. The rest is the real
+code of accelerate, torch, transformers and DeepSpeed, and each run asserts that its model was sharded.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import os
 import sys
 from pathlib import Path
 
+import mixtures
 import tiny
 import torch
 import transformers
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, ParallelismConfig
-from transformers import LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.distributed import DistributedConfig
 
-from smt_trainer import SMTConfig, SMTTrainer
+from smt_trainer import SMTConfig, SMTTrainer, from_delta
 from smt_trainer.model.sharded import full_tensor, is_partitioned
 from smt_trainer.sparse.convert import plain_state_dict
 from smt_trainer.sparse.linear import smt_linears
@@ -34,6 +38,9 @@ ZERO = {
     "gradient_clipping": "auto",
     "zero_allow_untested_optimizer": True,
 }
+# Of a `DistributedConfig`.
+SLICES = {"tp_size": 2}
+EVERYWHERE = {"target_modules": "all-linear", "budget": 24}
 CASES = {
     "fsdp": {"fsdp": FSDP},
     "fsdp-grad_signed": {"fsdp": FSDP, "smt": {"score": "grad_signed"}},
@@ -58,6 +65,25 @@ CASES = {
         "fsdp": FSDP,
         "ranks": {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},
     },
+    "tp": {"slices": SLICES, "smt": EVERYWHERE, "arguments": {"max_grad_norm": 0.1}},
+    # The slice of one rank holds none.
+    "tp-one-block": {"slices": SLICES, "smt": {"budget": 1}},
+    "tp-rows": {"slices": SLICES, "smt": EVERYWHERE | {"granularity": "row", "block_size": "auto", "budget": 40}},
+    "tp-biased": {"slices": SLICES, "smt": EVERYWHERE, "model": "biased"},
+    "tp-experts": {
+        "slices": SLICES | {"ep_size": 2},
+        "smt": {"target_modules": "attention"},
+        "model": "mixture",
+    },
+    "tp-columns": {"slices": SLICES, "smt": EVERYWHERE | {"granularity": "column", "block_size": "auto", "budget": 40}},
+    "tp-grad_signed": {"slices": SLICES, "smt": EVERYWHERE | {"score": "grad_signed"}},
+    "tp-grad_l2": {"slices": SLICES, "smt": EVERYWHERE | {"score": "grad_l2", "accumulator_dtype": "bfloat16"}},
+    "tp-grad_abs": {"slices": SLICES, "smt": EVERYWHERE | {"score": "grad_abs"}},
+    "tp-taylor": {"slices": SLICES, "smt": EVERYWHERE | {"score": "taylor"}},
+    "tp-magnitude": {"slices": SLICES, "smt": EVERYWHERE | {"score": "magnitude"}},
+    "tp-checkpointing": {"slices": SLICES, "smt": EVERYWHERE, "arguments": {"gradient_checkpointing": True}},
+    "tp-bf16": {"slices": SLICES, "smt": EVERYWHERE, "arguments": {"bf16": True}},
+    "tp-whole-module": {"slices": SLICES, "smt": EVERYWHERE | {"modules_to_save": ["norm"]}},
     "zero1": {"zero": 1},
     "zero2": {"zero": 2},
     "zero2-grad_signed": {"zero": 2, "smt": {"score": "grad_signed"}},
@@ -92,6 +118,10 @@ def choose_fsdp_on_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
+def choose_slices_on_cpu() -> None:
+    Accelerator.multi_device = property(lambda self: self.num_processes > 1)
+
+
 def choose_zero_on_cpu() -> None:
     PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
     # TrainingArguments allows bf16 on the CPU only with `use_cpu`, which would turn DeepSpeed off.
@@ -99,7 +129,8 @@ def choose_zero_on_cpu() -> None:
 
 
 def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
-    """Make training arguments with the same global batch on any number of processes."""
+    """Make training arguments with the same global batch on any number of processes. Slices see all of it."""
+    batch = BATCH if "slices" in case else BATCH // processes
     how = {"use_cpu": not torch.cuda.is_available() and (processes == 1 or "zero" not in case)}
     if processes > 1 and "fsdp" in case and "launched" not in case:
         # Older versions of transformers need this spelling; newer ones take True.
@@ -111,8 +142,8 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
         how = {"deepspeed": ZERO | bf16 | {"zero_optimization": {"stage": case["zero"]}}}
     return TrainingArguments(
         str(folder),
-        per_device_train_batch_size=BATCH // processes,
-        per_device_eval_batch_size=BATCH // processes,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=batch,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
         # With this large epsilon, Adam's step is smooth in the gradient, so rounding errors stay small.
@@ -136,17 +167,31 @@ def base_model(case: dict, seed: int = 0):
     """Make the untrained model of a case."""
     if case.get("model") == "gpt2":
         return tiny.gpt2(seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    if case.get("model") == "mixture":
+        return mixtures.mixture()
+    if case.get("model") == "biased":
+        return with_biases(tiny.llama(attention_bias=True, mlp_bias=True))
     return tiny.llama(seed=seed, tie_word_embeddings=case.get("model") == "tied")
+
+
+def with_biases(model):
+    """Give each bias of a model values, which are 0 at first."""
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
+    return model
 
 
 def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
     rank, base = int(os.environ.get("RANK", 0)), folder / "base"
-    if case.get("partitioned") and rank == 0 and not base.exists():
-        tiny.llama().save_pretrained(base)
+    on_loading = case.get("partitioned") or ("slices" in case and processes > 1)
+    if on_loading and rank == 0 and not base.exists():
+        base_model(case).save_pretrained(base)
     training_arguments = arguments(folder / "run", case, processes)
     training_arguments.distributed_state.wait_for_everyone()
-    if case.get("partitioned"):
-        model = LlamaForCausalLM.from_pretrained(base)
+    if on_loading:
+        slices = {"distributed_config": DistributedConfig(**case["slices"])} if "slices" in case else {}
+        model = AutoModelForCausalLM.from_pretrained(base, **slices)
     else:
         one_loads = (case.get("fsdp") or {}).get("cpu_ram_efficient_loading")
         model = base_model(case, seed=rank if one_loads else 0)
@@ -178,7 +223,9 @@ def outcome(trainer: SMTTrainer) -> dict:
 
 def assert_sharded(trainer: SMTTrainer, case: dict) -> None:
     linears = [linear for _, linear in smt_linears(trainer.model)]
-    if "fsdp" in case:
+    if "slices" in case:
+        assert all(2 * linear.weight.to_local().numel() == linear.weight.numel() for linear in linears)
+    elif "fsdp" in case:
         assert all(linear.weight.to_local().numel() < linear.weight.numel() for linear in linears)
         assert any(linear.blocks.to_local().numel() < linear.blocks.numel() for linear in linears)
     else:
@@ -201,6 +248,10 @@ def run(folder: Path, case: dict, processes: int) -> dict:
     results["resumed"] = outcome(resumed)
     resumed.state.best_model_checkpoint = checkpoint
     resumed._load_best_model()
+    if "slices" in case and processes > 1:
+        slices = DistributedConfig(**case["slices"])
+        loaded = from_delta(folder / "delta", base=str(folder / "base"), distributed_config=slices)
+        results["loaded"] = {name: full_tensor(tensor).float() for name, tensor in loaded.state_dict().items()}
     return results | {"reloaded": outcome(resumed), "reevaluated": resumed.evaluate()["eval_loss"]}
 
 
@@ -209,11 +260,14 @@ def main(folder: str, *names: str) -> None:
     cases = {name: CASES[name] for name in names} if names[0] != "launched" else {names[1]: LAUNCHED[names[1]]}
     if not torch.cuda.is_available():
         choose_fsdp_on_cpu()
+        if any("slices" in case for case in cases.values()):
+            choose_slices_on_cpu()
         if any("zero" in case for case in cases.values()):
             choose_zero_on_cpu()
     for name, case in cases.items():
         result = run(Path(folder, name), case, int(os.environ["WORLD_SIZE"]))
         torch.save(result, Path(folder, name, f"result-{os.environ['RANK']}.pt"))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -53,10 +53,17 @@ def test_fsdp_1_is_refused(construct):
     construct(state={"fsdp_plugin": SimpleNamespace(fsdp_version=2)})
 
 
-@pytest.mark.parametrize("kind", ["tp", "cp", "sp"])
-def test_tensor_and_sequence_parallelism_are_refused(kind, construct):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cp", r"asks for context parallelism \(cp_size\).*not known to be exact"),
+        ("sp", r"asks for sequence parallelism \(sp_size\).*not known to be exact"),
+        ("tp", r"tp_size=2, but no linear of the model is cut.*distributed_config=DistributedConfig\(tp_size=2\)"),
+    ],
+)
+def test_parallelism_of_a_whole_model_is_refused(kind, message, construct):
     sizes = {"tp_size": 1, "cp_size": 1, "sp_size": 1, "dp_shard_size": 2}
-    with pytest.raises(SMTError, match="parallelism_config splits tensors or sequences"):
+    with pytest.raises(SMTError, match=message):
         construct(arguments={"parallelism_config": SimpleNamespace(**sizes | {f"{kind}_size": 2})})
     construct(arguments={"parallelism_config": SimpleNamespace(**sizes)})
 
@@ -90,7 +97,7 @@ def test_weights_sharded_on_loading_are_refused(construct, tmp_path):
         model = tiny.llama()
         weight = distribute_tensor(model.lm_head.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
         model.lm_head.weight = torch.nn.Parameter(weight)
-        with pytest.raises(SMTError, match="sharded when it was loaded"):
+        with pytest.raises(SMTError, match="sharded when it was loaded, but not by tensor parallelism"):
             construct(model=model)
     finally:
         torch.distributed.destroy_process_group()

@@ -1,0 +1,125 @@
+"""A linear with trainable blocks whose weight tensor parallelism cuts over ranks.
+
+Each rank holds its slice of W, and all blocks: these are few, so that optimizer, clipping, checkpoint and delta are
+those of one process. It writes what lies in its slice of the blocks into its slice of W, and computes there
+
+    y, dx    as the frozen slice does; transformers puts those of all ranks together
+    dB       of the parts of blocks in its slice, 0 elsewhere
+
+Slices do not overlap, so the sum of dB over the ranks has one term that is not 0 for each weight: it is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.sharded import Part, local_tensor
+from smt_trainer.model.tensor_parallel import Slice
+from smt_trainer.sparse.linear import SMTLinear
+from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
+from smt_trainer.sparse.write_back import write_back
+
+
+class SlicedSMTLinear(SMTLinear):
+    """An `nn.Linear` with trainable blocks, of which this rank holds a slice.
+
+    Attributes:
+        style: how transformers cuts it; makes the module's `forward`.
+        held: the slice.
+        mine: [m] int64, the blocks that the slice meets, in the order of `plan`, which is that of the slice's own grid.
+        within_block: the rows and the columns of a block that lie in the slice.
+    """
+
+    is_divided = True  # pyrefly: ignore[bad-override]  # for all, and not by the weight, which may be the slice alone
+    style: Any
+    held: Slice
+    mine: Tensor
+    within_block: tuple[slice, slice]
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
+    ) -> SlicedSMTLinear:
+        """As in `BlockLinear`; a collective. The linear has its `style`."""
+        rewritten = super().from_linear(linear, grid, block_indices, master_dtype)
+        assert isinstance(rewritten, cls)
+        _reinstall(rewritten, rewritten.style)
+        return rewritten
+
+    def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
+        assert isinstance(self.weight, DTensor)
+        self.held = Slice.of(self.weight)
+        block_indices = super().hold(grid, block_indices, master_dtype)
+        mine, places = self.held.locate(grid, block_indices.numpy())
+        numbers = dict(zip(map(tuple, places.tolist()), mine.tolist(), strict=True))
+        self.plan, stored, positions = group_blocks(torch.from_numpy(places), self.held.grid(grid))
+        order = np.array([numbers[tuple(place)] for place in stored.tolist()], np.int64)
+        self.within_block = self.held.within_block(grid)
+        self.positions = positions.to(self.blocks.device)
+        self.register_buffer("mine", torch.from_numpy(order).to(self.blocks.device), persistent=False)
+        return block_indices
+
+    def product(self, input: Tensor) -> Tensor:
+        if not isinstance(input, DTensor):
+            # Without a graph, transformers puts the slice in the place of the weight.
+            return F.linear(input, self.weight, self.bias)
+        mesh, by_rows = input.device_mesh, self.held.dimension == 0
+        x = input.to_local(grad_placements=[Partial()] if by_rows else input.placements)
+        parts = _Parts.apply(self.blocks, self.mine, self.within_block, mesh.get_group())
+        bias = None if self.bias is None or not by_rows else local_tensor(self.bias)
+        y = sparse_linear(x, local_tensor(self.weight), bias, parts, self.positions, self.plan)
+        whole = DTensor.from_local(y, mesh, [Shard(-1) if by_rows else Partial()], run_check=False)
+        if by_rows or self.bias is None:
+            return whole
+        return whole.redistribute(placements=[Replicate()]) + self.bias
+
+    def local_parts(self) -> list[Part]:
+        row, column = (self.held.first, 0) if self.held.dimension == 0 else (0, self.held.first)
+        return [Part(local_tensor(self.weight).detach(), row, column)]
+
+    def write_if_whole(self) -> None:
+        """Write the blocks into the slice, which is no collective."""
+        if not self.weight.is_meta:
+            write_back([self])
+
+    def _restore(self) -> nn.Module:
+        style = self.style
+        for name in ("style", "held", "mine", "within_block"):
+            delattr(self, name)
+        return _reinstall(super()._restore(), style)
+
+
+def _reinstall(linear: Any, style: Any) -> nn.Module:
+    """Let transformers' `forward` of a linear call that of its present class."""
+    del linear.forward
+    return style.install_forward(linear, linear.weight.device_mesh)
+
+
+class _Parts(torch.autograd.Function):
+    """The parts [m, br', bc'] of the blocks [n, br, bc] in this rank's slice, to receive their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx, blocks: Tensor, mine: Tensor, within_block: tuple[slice, slice], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.save_for_backward(mine)
+        ctx.within_block, ctx.group, ctx.shape = within_block, group, blocks.shape
+        return blocks.new_zeros(()).expand(len(mine), *blocks[(slice(0, 1), *within_block)].shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
+        (mine,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape)
+        whole[(mine, *ctx.within_block)] = gradient
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None, None, None
