@@ -44,6 +44,7 @@ SCORES = (
     "taylor",
     "qm_taylor",
     "activation",
+    "low_activation",
     "magnitude",
     "random",
 )

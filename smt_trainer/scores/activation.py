@@ -1,8 +1,13 @@
-"""`activation`: the score of the inputs, which needs no backward.
+"""Scores of the inputs, which need no backward.
 
 Let x [T, I] be the inputs of a linear over all T warm-up tokens, padding included, and c a block's columns:
 
-    activation   root of the sum over tokens and columns of x[:, c]^2
+    activation       root of the sum over tokens and columns of x[:, c]^2
+    low_activation   1 / activation; 0 where no input reaches the block, which could not learn
+
+`low_activation` chooses the weights that change the outputs least when they move. Adam moves a weight by about the
+learning rate whatever its gradient, so where inputs are large it moves the outputs far, also those of texts unlike the
+task's. The scale of inputs differs between modules: use it with scope="per_module".
 
 A convolution reads x once for each weight of its kernel, where it moves, and each group its own channels: there the sum
 is over all that the weights of a column multiply, and over rows of several groups their mean is taken.
@@ -66,6 +71,13 @@ class Activation(Scorer):
 
     def scores(self) -> dict[str, Tensor]:
         return {name: _of_rows(total, self.grids[name]).sqrt().cpu() for name, total in self.sums.items()}
+
+
+class LowActivation(Activation):
+    """`low_activation`: 1 / `activation`, and 0 for blocks that no input reaches."""
+
+    def scores(self) -> dict[str, Tensor]:
+        return {name: torch.where(norms > 0, 1 / norms, 0.0) for name, norms in super().scores().items()}
 
 
 def _sums_shape(grid: BlockGrid) -> tuple[int, int]:

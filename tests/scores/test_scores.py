@@ -31,7 +31,8 @@ OF_SUMMED_GRADIENT = {
 GRADIENT_SCORES = [*OF_SUMMED_GRADIENT, "grad_abs", "taylor", "qm_taylor"]
 # Scores that are the same for a batch and for its parts.
 LINEAR_SCORES = [*OF_SUMMED_GRADIENT, "taylor", "qm_taylor"]
-WARMUP_SCORES = [*GRADIENT_SCORES, "activation"]
+INPUT_SCORES = ["activation", "low_activation"]
+WARMUP_SCORES = [*GRADIENT_SCORES, *INPUT_SCORES]
 CLASSES = torch.tensor([5, 7, 5, 9])
 CUTS = {
     "squares": {},
@@ -80,14 +81,13 @@ def twin_scores(model, scorer, score, batches):
     if score == "grad_abs":
         each = [summed_gradients(model, grids, [inputs]) for inputs in batches]
         return {name: sum(block_scores(g[name], grids[name], lambda b: b.abs().mean()) for g in each) for name in grids}
-    if score == "activation":
-        seen = inputs_of_linears(model, grids, batches)
-        return {
-            name: torch.stack([part.norm() for part in seen[name].split(grid.block_columns, 1)]).repeat(
-                grid.shape[0], 1
-            )
+    if score in INPUT_SCORES:
+        seen, power = inputs_of_linears(model, grids, batches), 1 if score == "activation" else -1
+        norms = {
+            name: torch.stack([part.norm() for part in seen[name].split(grid.block_columns, 1)])
             for name, grid in grids.items()
         }
+        return {name: norms[name].pow(power).repeat(grid.shape[0], 1) for name, grid in grids.items()}
     weights = {name: linear.weight for name, linear in scorer.targets.items()}
     if score == "taylor":
         return {name: taylor(weights[name], gradients[name], grids[name]) for name in grids}
@@ -140,13 +140,20 @@ def test_scores_under_bfloat16_autocast_stay_within_bfloat16_of_float32(score, l
     torch.testing.assert_close(scores, expected, rtol=0, atol=largest * 2**-5)
 
 
-@pytest.mark.parametrize("score", [*LINEAR_SCORES, "activation"])
+@pytest.mark.parametrize("score", [*LINEAR_SCORES, *INPUT_SCORES])
 def test_a_batch_scores_like_its_halves_weighted_by_their_tokens(score):
     model = tiny.llama().double()
     (whole,), predicted = batches_of(model, 1), 4 * (tiny.LENGTH - 1)
     halves = [{key: value[part] for key, value in whole.items()} for part in (slice(2), slice(2, 4))]
     cut = observe(model, scorer_for(model, score), [half | {"num_items_in_batch": predicted} for half in halves])
     assert_close(cut, observe(model, scorer_for(model, score), [whole]), 1e-5)
+
+
+def test_a_block_that_no_input_reaches_could_not_learn_and_comes_last(llama):
+    with torch.no_grad():
+        llama.model.layers[0].input_layernorm.weight[:16] = 0
+    scores = observe(llama, scorer_for(llama, "low_activation"))["model.layers.0.self_attn.q_proj"]
+    assert (scores[:, 0] == 0).all() and (scores[:, 1:] > 0).all()
 
 
 def test_grad_abs_grows_as_a_batch_is_cut(llama):
@@ -285,7 +292,7 @@ def test_one_gradient_is_alive_at_a_time(score, llama):
     assert alive == [0] * len(weights)
 
 
-@pytest.mark.parametrize("score", ["grad_signed", "qm_taylor", "activation"])
+@pytest.mark.parametrize("score", ["grad_signed", "qm_taylor", *INPUT_SCORES])
 def test_no_weight_gradient_is_formed_by_autograd(score, llama):
     def refuse(gradient):
         raise AssertionError("a weight gradient was formed")
