@@ -88,19 +88,22 @@ ANATOMY = Study(
 
 SPREAD = Study(
     "spread",
-    "Should the blocks be the best of the whole model, or the best of each module, and of which modules?",
+    "Should the blocks be the best of the whole model, or the best of each module?",
+    (SMT[SMALL], EACH_MODULE, RANDOM),
+)
+
+INPUTS = Study(
+    "inputs",
+    "Should blocks be chosen where inputs are small, which moves the outputs least, and from all linears?",
     (
         SMT[SMALL],
-        EACH_MODULE,
+        Arm("small inputs, all linears", "smt-low-all", SMALL),
+        Arm("LoRA", "lora", SMALL),
+        Arm("LoRA, all linears", "lora-all", SMALL),
+        UNTUNED,
         RANDOM,
-        Arm(
-            "the best of each module, all linears",
-            "smt-all",
-            SMALL,
-            fields={"scope": "per_module"},
-            rate_of=EACH_MODULE,
-        ),
         Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, rate_of=RANDOM),
+        Arm("small inputs", "smt-low", SMALL),
     ),
 )
 
@@ -193,6 +196,7 @@ STUDIES = {
         PLATEAU,
         ANATOMY,
         SPREAD,
+        INPUTS,
         SCORES,
         WARMUP,
         DEPTH,

@@ -7,10 +7,14 @@ COMMON = {"block_size": 64, "smt_warmup_steps": 10}
 
 ROWS = COMMON | {"granularity": "row", "block_size": "auto"}
 
+LOW = COMMON | {"score": "low_activation", "scope": "per_module"}
+
 METHODS: dict[str, Full | Adapter | Sparse] = {
     "full": Full("full fine-tuning"),
     "smt": Sparse("SMT", COMMON),
     "random": Sparse("random blocks", COMMON | {"score": "random"}),
+    "smt-low": Sparse("SMT, small inputs", LOW),
+    "smt-low-all": Sparse("SMT, small inputs, all linears", LOW | {"target_modules": "all-linear"}),
     "lora": Adapter("LoRA", "LoRA"),
     "dora": Adapter("DoRA", "DoRA"),
     "rslora": Adapter("rsLoRA", "rsLoRA"),

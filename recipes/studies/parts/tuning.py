@@ -1,6 +1,7 @@
-"""The learning rate of each method: the same grid for all, judged on validation questions.
+"""The learning rate of each method, found by the same search for all, judged on validation questions.
 
-The grid starts at four rates. While the best rate lies at an edge of those tried, the next rate beyond it is tried too.
+The search begins with two rates of a grid spaced by about 3. It goes on until the best rate so far has neighbours on
+both sides that were tried too, and four rates or more were tried, further on the side that does better.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from recipes.studies.parts.run import Run
 from recipes.studies.parts.store import Store
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-FIRST, LAST = 4, 7
+START, LEAST = (1e-3, 3e-3), 4
 
 
 class Tuning(NamedTuple):
@@ -40,17 +41,23 @@ def tune(run_with: Callable[[float], Run], store: Store, objective: Callable[[di
         store: the results so far.
         objective: result of a tuning run -> what to minimise.
     """
-    first, last = FIRST, LAST
-    while True:
-        runs = {rate: run_with(rate) for rate in RATES[first : last + 1]}
-        losses = {rate: objective(store[run]) for rate, run in runs.items() if run in store}
-        missing = [run for rate, run in runs.items() if rate not in losses]
-        if missing:
-            return Tuning(losses, missing, None)
-        best = RATES.index(min(losses, key=losses.__getitem__))
-        if best == first > 0:
-            first -= 1
-        elif best == last < len(RATES) - 1:
-            last += 1
-        else:
-            return Tuning(losses, [], RATES[best])
+    runs = {rate: run_with(rate) for rate in RATES}
+    losses = {rate: objective(store[run]) for rate, run in runs.items() if run in store}
+    missing = [runs[rate] for rate in _wanted(losses) if rate not in losses]
+    return Tuning(losses, missing, None if missing else _best(losses))
+
+
+def _best(losses: dict[float, float]) -> float:
+    return min(losses, key=losses.__getitem__)
+
+
+def _wanted(losses: dict[float, float]) -> list[float]:
+    """Return the rates that the search needs, as far as the losses so far tell."""
+    if len(losses) < len(START):
+        return list(START)
+    first, best, last = (RATES.index(rate) for rate in (min(losses), _best(losses), max(losses)))
+    wanted = [RATES[place] for place in (best - 1, best + 1) if 0 <= place < len(RATES)]
+    if len(losses) < LEAST and all(rate in losses for rate in wanted):
+        lower = last + 1 == len(RATES) or (first > 0 and losses[RATES[first]] < losses[RATES[last]])
+        wanted.append(RATES[first - 1 if lower else last + 1])
+    return wanted
