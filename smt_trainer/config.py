@@ -191,8 +191,8 @@ class SMTConfig:
         None,
         NameList(),
         decides="training",
-        help="Modules to train whole and store in the delta. Default: the new head of a sequence or token "
-        "classification model, nothing otherwise. An empty list trains no module whole.",
+        help="Modules to train whole and store in the delta. Default: the new head of a model that classifies, chooses "
+        "or finds answers, nothing otherwise. An empty list trains no module whole.",
     )
     train_norm: bool = setting(
         False,

@@ -29,6 +29,7 @@ from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.grid import BlockGrid, make_grids
 from smt_trainer.model.groups import LINEAR_KEYWORDS, is_meant, with_stack
+from smt_trainer.model.heads import head_names
 from smt_trainer.model.kinds import is_linear, named_targets, stores_transpose, weight_shape
 from smt_trainer.model.language_model import find_language_model, modules_beside
 from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALL_CONVOLUTIONS = "all-conv"
-HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
@@ -143,14 +143,6 @@ def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
     return [name for name in names if _is_wanted(with_stack(name), config, apart=set())]
 
 
-def head_names(model: nn.Module) -> list[str]:
-    """Name the children of a sequence or token classification model that hold its new head, such as `score`."""
-    if not type(model).__name__.endswith(HEADED_CLASSES):
-        return []
-    base = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
-
-
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters, tied weights once: the denominator of the papers' `#Params%`."""
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
@@ -162,7 +154,7 @@ def _names_of(name: str, target: Target) -> list[str]:
 
 
 def _heads(model: nn.Module) -> set[str]:
-    """Name the modules that no keyword means: the output embeddings and a classification head."""
+    """Name the modules that no keyword means: the output embeddings and the head of a task."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
 

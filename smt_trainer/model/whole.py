@@ -1,8 +1,8 @@
 """Find what is trained whole beside the blocks and stored in the delta: the modules named in `modules_to_save`, or by
-default the new head of a classification model and every other parameter that loading made up; normalisation layers
-(`train_norm`); and biases of the linears with blocks (`train_bias`). What `modules_to_save` names is trained even if it
-is frozen (`requires_grad=False`). The others are groups, from which frozen parameters are left out, unless the whole
-model is frozen.
+default the new head (`heads.py`) and every other parameter that loading made up; normalisation layers (`train_norm`);
+and biases of the linears with blocks (`train_bias`). What `modules_to_save` names is trained even if it is frozen
+(`requires_grad=False`). The others are groups, from which frozen parameters are left out, unless the whole model is
+frozen.
 
 Whole parameters have no masters: they are trained in the model's dtype.
 """
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.heads import head_names
 from smt_trainer.model.made_up import embeddings, made_up
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.quantised import is_quantised
-from smt_trainer.model.targets import head_names
 
 
 def find_whole(
