@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.heads import head_names
-from smt_trainer.model.made_up import embeddings, made_up
+from smt_trainer.model.made_up import embeddings, made_up, new_rows
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.quantised import is_quantised
 
@@ -70,8 +70,11 @@ def _lies_in(name: str, module: str) -> bool:
 
 
 def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:
-    """Return the parameters that loading made up outside what was found; refuse those that must be named."""
+    """Return the parameters that loading made up outside what was found, but for new rows of the vocabulary; refuse
+    those that must be named."""
     left = [name for name in made_up(model) if not any(name.startswith(f"{module}.") for module in found)]
+    # Blocks hold these (`selection/tokens.py`).
+    left = [name for name in left if name not in new_rows(model)] if left else left
     resized = [name for name in left if name in embeddings(model)]
     if resized:
         raise SMTError(
