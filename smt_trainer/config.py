@@ -192,8 +192,9 @@ class SMTConfig:
         None,
         NameList(),
         decides="training",
-        help="Modules to train whole and store in the delta. Default: the new head of a sequence or token "
-        "classification model, nothing otherwise. An empty list trains no module whole.",
+        help="Modules to train whole and store in the delta. Default: the new head of a model that classifies, chooses "
+        "or finds answers, nothing otherwise. An empty list trains no module whole. Rows that a resized vocabulary has "
+        "more than the checkpoint are trained beside the budget, unless the embeddings are named here.",
     )
     train_norm: bool = setting(
         False,

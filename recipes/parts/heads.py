@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel
 
+from smt_trainer.model.heads import head_names
 from smt_trainer.model.made_up import made_up
 
 
@@ -10,9 +11,6 @@ def new_modules(model: PreTrainedModel) -> list[str]:
 
     A head counts as new even if the checkpoint has one for as many classes. Other models have no new modules.
     """
-    if "Classification" not in type(model).__name__:
-        return []
-    body = model.base_model_prefix
-    heads = [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
-    others = (name.rpartition(".")[0] for name in made_up(model))
+    heads = head_names(model)
+    others = (name.rpartition(".")[0] for name in made_up(model)) if heads else ()
     return heads + [name for name in dict.fromkeys(others) if name.partition(".")[0] not in heads]

@@ -16,7 +16,7 @@ from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.merge import check_outside, open_both
 from smt_trainer.delta.onto import check_onto, in_words
 from smt_trainer.delta.parts import Part
-from smt_trainer.delta.placement import Placement
+from smt_trainer.delta.placement import Placement, refuse_grown
 from smt_trainer.delta.refine import on_one_grid
 from smt_trainer.delta.weighted_sum import Terms
 from smt_trainer.errors import SMTError
@@ -91,6 +91,7 @@ def compose_deltas(
     parts: dict[str, list[Part]] = {}
     for delta, folder in zip(deltas, folders, strict=True):
         placement = Placement.at(delta, folder, checkpoint)
+        refuse_grown(placement, "composed")
         places |= {name: placement.places[key] for name, key in placement.keys.items()}
         parts |= placement.parts
     terms = Terms(on_one_grid(deltas), factors, len(deltas) if mean else 1, checkpoint, places, parts)

@@ -19,12 +19,13 @@ from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED, WAYS, check_onto, check_same_quantisation, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.manifest import refusing_damage
-from smt_trainer.model.made_up import embeddings, made_up
+from smt_trainer.model.made_up import embeddings, made_up, new_rows
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import assign, full_shape, full_tensor
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import base_name
+from smt_trainer.selection.tokens import lost_rows
 from smt_trainer.sparse.convert import (
     Model,
     SMTState,
@@ -97,10 +98,10 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         check_onto(delta, onto, is_quantised=quantization is not None)
         if quantization is not None:
             check_same_quantisation(delta, quantization)
-        linears = find_linears(model, delta.selection)
-        if has_weights:
-            check_base(delta, base_name(model), differences(model, delta))
         with _vocabulary_of(delta, model):
+            linears = find_linears(model, delta.selection)
+            if has_weights:
+                check_base(delta, base_name(model), differences(model, delta))
             _refuse_lost(model, delta)
             destinations = whole_destinations(model, delta)
             whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
@@ -230,10 +231,13 @@ def differences(model: nn.Module, delta: Delta) -> list[str]:
 
 @contextlib.contextmanager
 def _vocabulary_of(delta: Delta, model: nn.Module) -> Iterator[None]:
-    """Give a model as many token embeddings as the delta has, if the delta stores them; take this back if the context
-    ends in an exception."""
+    """Give a model as many token embeddings as the delta has, if the delta stores them, or those that the model lacks;
+    take this back if the context ends in an exception."""
     before = {name: model.get_parameter(name).detach() for name in embeddings(model)}
     rows = {len(delta.whole[name]): len(values) for name, values in before.items() if name in delta.whole}
+    for name, values in before.items():
+        new = delta.selection.new_rows(name.removesuffix(".weight"), len(values))
+        rows |= {new.stop: new.start} if new else {}
     resize: Any = getattr(model, "resize_token_embeddings", None)
     changes = [(new, old) for new, old in rows.items() if new != old and callable(resize)]
     for new, _ in changes:
@@ -250,7 +254,8 @@ def _vocabulary_of(delta: Delta, model: nn.Module) -> Iterator[None]:
 
 def _refuse_lost(model: nn.Module, delta: Delta) -> None:
     """Raise `SMTError` if loading made up parameters of a model that the delta does not hold."""
-    lost = [name for name in made_up(model) if name not in delta.whole]
+    rows = new_rows(model).keys() - lost_rows(model, delta.selection)
+    lost = [name for name in made_up(model) if name not in delta.whole and name not in rows]
     if lost:
         raise SMTError(
             f"loading made up `{lost[0]}` of the {type(model).__name__}, and the delta does not hold it. Load the base "

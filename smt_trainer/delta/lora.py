@@ -29,7 +29,7 @@ from smt_trainer.delta.folder import DELTA_FILE, copy_trained
 from smt_trainer.delta.lora_onto import advice, check_lora_onto, quantised_values
 from smt_trainer.delta.merge import open_both
 from smt_trainer.delta.onto import DEQUANTIZED
-from smt_trainer.delta.placement import Placement
+from smt_trainer.delta.placement import Placement, refuse_grown
 from smt_trainer.delta.saved_modules import saved_modules
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
@@ -95,6 +95,7 @@ def export_lora(
     _refuse_experts(loaded)
     ranks = _ranks(loaded, max_rank)
     placement = Placement.at(loaded, delta_folder, checkpoint)
+    refuse_grown(placement, "written as an adapter")
     for stored in placement.other_dtypes if onto != DEQUANTIZED else ():
         logger.warning(
             "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
@@ -168,7 +169,9 @@ def _factors_of_all(
 def _refuse_experts(delta: Delta) -> None:
     """Raise `SMTError` if a delta has blocks in matrices of experts, which are no modules that PEFT could adapt."""
     modules = delta.base.checksums | delta.base.codes
-    experts = [name for name in delta.block_arrays if f"{name}.weight" not in modules]
+    # Nor has the base rows of new tokens, but these have no number for a name.
+    others = [name for name in delta.block_arrays if f"{name}.weight" not in modules]
+    experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
     if experts:
         raise SMTError(
             f"`{experts[0]}` is the matrix of an expert, and an adapter has one rank for all experts of a module, "

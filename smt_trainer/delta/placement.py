@@ -46,6 +46,7 @@ class Placement:
         whole: tensor name in the checkpoint -> the tensor that replaces it, with other rows if the vocabulary changed.
         places: tensor name -> where it lies, of all of these.
         vocabulary: sizes of the vocabulary in training.
+        grown: those of `whole` that are made of the base's rows and blocks with all rows of new tokens.
     """
 
     delta: Delta
@@ -55,6 +56,7 @@ class Placement:
     whole: dict[str, np.ndarray]
     places: dict[str, Place]
     vocabulary: set[int]
+    grown: list[str]
 
     @classmethod
     def of(cls, delta_folder: Path, checkpoint: Checkpoint, onto: str | None = None) -> Placement:
@@ -97,11 +99,15 @@ class Placement:
         parts = _find_parts(delta, checkpoint)
         keys, sites = _find_whole(delta, checkpoint), _sites(delta, parts, checkpoint)
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
+        grown = _grown(delta, sites, checkpoint)
+        sites = {key: found for key, found in sites.items() if key not in grown}
         used = [(key, site.expert) for key, found in sites.items() for site in found]
         if len(whole) < len(keys) or len(set(used)) < len(used) or whole.keys() & sites.keys():
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
+        whole |= grown
         places = {key: checkpoint.places[key] for key in [*sites, *whole]}
-        placement = cls(delta, parts, keys, sites, whole, places, vocabulary_sizes(load_config(delta_folder)))
+        vocabulary = vocabulary_sizes(load_config(delta_folder))
+        placement = cls(delta, parts, keys, sites, whole, places, vocabulary, [*grown])
         placement._check(checkpoint)
         return placement
 
@@ -171,6 +177,19 @@ def _sites(delta: Delta, parts: Mapping[str, list[Part]], checkpoint: Checkpoint
     return sites
 
 
+def _grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Return the tensors with blocks that have fewer rows in a checkpoint, in full, where blocks hold the others."""
+    found = {}
+    for key, (site, *_) in sites.items():
+        place = checkpoint.places[key]
+        rows = delta.selection.new_rows(site.name, place.shape[0]) if site.expert is None else ()
+        if rows and place.shape[1:] == site.grid.stored_shape[1:] and place.dtype in WEIGHTS:
+            before = open_array(checkpoint.folder / place.file, place, writable=False)
+            found[key] = np.concatenate([before, np.zeros((len(rows), *place.shape[1:]), before.dtype)])
+            site.put(found[key], cast(site.blocks, place.dtype))
+    return found
+
+
 def _find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     """Return where the weights with blocks lie in a checkpoint, by the names of their modules."""
     keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.places)
@@ -195,6 +214,15 @@ def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
     """Return the sizes of the vocabulary in a configuration and its parts."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     return {part["vocab_size"] for part in parts if is_int(part.get("vocab_size"))}
+
+
+def refuse_grown(placement: Placement, what: str) -> None:
+    """Raise `SMTError` if a delta has rows of new tokens in blocks, which cannot be used in some way."""
+    if placement.grown:
+        raise SMTError(
+            f"the delta has rows of new tokens in `{placement.grown[0]}`, which the base has not, and cannot be "
+            f"{what}. Merge it instead (smt merge), or load it with from_delta."
+        )
 
 
 def tied_copies(key: str, checkpoint: Checkpoint, taken: set[str]) -> list[str]:

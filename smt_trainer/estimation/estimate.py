@@ -24,8 +24,9 @@ complete, from stage 2 on; weights and added tensors in stage 3 (and FSDP2). Sta
 and of everything outside the layers. DDP (stage 0) holds the gradients a second time, in its buckets.
 
 LoRA has adapters of one rank r on all targets, with r (O + I) weights for each [O, I]; r is such that LoRA trains as
-many weights as SMT. A write-back reads n m masters, writes as many weights and keeps nothing. The delta holds n m
-weights in the model's dtype, and 8 bytes a block for its position.
+many weights as SMT. On an embedding they look tokens up, and leave a tied head alone, as PEFT's do. A write-back reads
+n m masters, writes as many weights and keeps nothing. The delta holds n m weights in the model's dtype, and 8 bytes a
+block for its position.
 
 With `bits`, SMT, its warm-up and LoRA stand on a base that is held in 4 or 8 bits (`quantised.py`); full fine-tuning
 does not. Masters, adapters and all else stay as they are, and there is no write-back: each product puts the blocks into
@@ -54,6 +55,8 @@ from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
+from smt_trainer.model.convolution import is_convolution
+from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.kinds import is_linear, named_targets
 from smt_trainer.model.names import layer_index
@@ -163,7 +166,7 @@ def estimate(
 
     Raises:
         SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it or
-            chooses from convolutions.
+            chooses from convolutions or experts.
     """
     for name, value in {"batch": batch, "seq": seq, "ranks": ranks}.items():
         if value < 1:
@@ -176,14 +179,13 @@ def estimate(
     plain = build()
     base = QuantisedBase.of(plain, bits)
     selection = _choose(plain, config, build)
-    _refuse_other_kinds(selection)
+    everything = named_targets(plain)
+    targets = {name: everything[name] for name in selection.grids}
+    _refuse_kinds(targets, zero_stage)
     whole = find_whole(plain, config, selection.block_indices)
     base.refuse_whole(whole)
     rank = _equal_rank(selection)
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, base, dense=_bytes(_tensors(plain)))
-    everything = named_targets(plain)
-    targets = {name: everything[name] for name in selection.grids}
-    _refuse_experts(targets)
     scorers = {
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
         for score in SCORES
@@ -284,15 +286,6 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
 
 
-def _refuse_other_kinds(selection: BlockSelection) -> None:
-    name = next((name for name, grid in selection.grids.items() if grid.kernel or grid.embedding), None)
-    if name is not None:
-        raise SMTError(
-            f"`{name}` is {'an embedding' if selection.grids[name].embedding else 'a convolution'}, and what a step "
-            "with blocks in such modules takes is not estimated. Leave them out of target_modules."
-        )
-
-
 def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
     """Build the model with values, except for the weights of its linears: the search for dependencies ignores them."""
     with init_empty_weights(include_buffers=False):
@@ -304,14 +297,25 @@ def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
     return model
 
 
-def _refuse_experts(targets: Mapping[str, Target]) -> None:
-    """Raise `SMTError` if matrices of experts are targets."""
-    expert = next((name for name, target in targets.items() if isinstance(target, ExpertMatrix)), None)
-    if expert is not None:
-        raise SMTError(
-            f"`{expert}` gets as many tokens as a router sends to it, which no model without values can tell. Estimate "
-            "the attention alone, target_modules='attention'; experts add their blocks, gradients and optimizer state."
-        )
+def _refuse_kinds(targets: Mapping[str, Target], zero_stage: int) -> None:
+    """Raise `SMTError` if some targets are of a kind whose step is not counted, or not trained over ranks so."""
+    for name, target in targets.items():
+        if isinstance(target, ExpertMatrix):
+            raise SMTError(
+                f"`{name}` gets as many tokens as a router sends to it, which no model without values can tell. "
+                "Estimate the attention alone, target_modules='attention'; experts add their blocks, gradients and "
+                "optimizer state."
+            )
+        if is_convolution(target):
+            raise SMTError(
+                f"`{name}` is a convolution, and what a step with blocks in such modules takes is not estimated. Leave "
+                "them out of target_modules."
+            )
+        if is_embedding(target) and zero_stage == 3:
+            raise SMTError(
+                f"`{name}` is an embedding, whose blocks cannot be trained in weights that FSDP2 or ZeRO-3 shards over "
+                "ranks. Choose zero_stage 0, 1 or 2, or leave it out of target_modules."
+            )
 
 
 def _equal_rank(selection: BlockSelection) -> int:
@@ -326,9 +330,10 @@ def _with_adapters(
     model.requires_grad_(False)
     for name, grid in selection.grids.items():
         linear = model.get_submodule(name)
-        linear.lora_a = nn.Parameter(torch.empty(rank, grid.in_features, device="meta"))
-        linear.lora_b = nn.Parameter(torch.empty(grid.out_features, rank, device="meta"))
-        linear.register_forward_hook(_adapt)
+        rows, columns = grid.weight_shape[::-1] if grid.embedding else grid.weight_shape
+        linear.lora_a = nn.Parameter(torch.empty(rank, columns, device="meta"))
+        linear.lora_b = nn.Parameter(torch.empty(rows, rank, device="meta"))
+        linear.register_forward_hook(_adapt_embedding if grid.embedding else _adapt)
     for name in whole:
         get_whole(model, name).requires_grad_(True)
     return model
@@ -339,6 +344,12 @@ def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Ten
     a, b = linear.get_parameter("lora_a"), linear.get_parameter("lora_b")
     x = inputs[0].to(a.dtype)
     return (output + F.linear(F.linear(x, a), b) * 2.0).to(output.dtype)
+
+
+def _adapt_embedding(embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return y + s B A[:, ids] in the adapters' dtype, as PEFT computes it."""
+    a, b = embedding.get_parameter("lora_a"), embedding.get_parameter("lora_b")
+    return (output + F.embedding(inputs[0], a.T) @ b.T * 2.0).to(output.dtype)
 
 
 def _warmup_cost(model: PreTrainedModel, scorer: Scorer, config: SMTConfig, step: _Step) -> Cost | None:

@@ -1,7 +1,8 @@
 """Find the language model in a model of images, sounds and text.
 
 transformers gives the part that reads and writes text a configuration of its own, `text_config`, and the whole model
-the token embeddings of that part. Towers that see or hear and projectors lie outside.
+the token embeddings of that part. Towers that see or hear and projectors lie outside. A few models (Phi-4 multimodal,
+GIT) have configurations for their towers only, and the rest is the language model.
 """
 
 from __future__ import annotations
@@ -10,18 +11,43 @@ import contextlib
 
 from torch import nn
 
+TOWERS = ("vision_config", "audio_config")
+
 
 def find_language_model(model: nn.Module) -> str:
     """Return the name of the language model in a larger model; "" where there is none, or the whole model is one."""
-    text_config = getattr(getattr(model, "config", None), "text_config", None)
-    embeddings = None
-    # A model of images may have none, and transformers then raises.
-    with contextlib.suppress(NotImplementedError, AttributeError):
-        embeddings = model.get_input_embeddings()  # pyrefly: ignore[not-callable]
+    text_config, embeddings = _configuration(model, "text_config"), _token_embeddings(model)
     if text_config is None or embeddings is None:
         return ""
     parts = {name: module for name, module in model.named_modules() if getattr(module, "config", None) is text_config}
     return next((name for name, part in parts.items() if any(module is embeddings for module in part.modules())), "")
+
+
+def find_towers(model: nn.Module) -> list[str]:
+    """Return the names of the outermost modules around towers, and not around the token embeddings, in a model that
+    has configurations for its towers and none for its text."""
+    configs = [config for name in TOWERS if (config := _configuration(model, name)) is not None]
+    embeddings = _token_embeddings(model)
+    if not configs or embeddings is None or _configuration(model, "text_config") is not None:
+        return []
+    path = next(f"{name}." for name, module in model.named_modules() if module is embeddings)
+    found = []
+    for name, module in model.named_modules():
+        if any(getattr(module, "config", None) is config for config in configs):
+            parts = name.split(".")
+            around = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+            found += [outer for outer in around if not path.startswith(f"{outer}.")][:1]
+    return list(dict.fromkeys(found))
+
+
+def _configuration(model: nn.Module, name: str) -> object | None:
+    return getattr(getattr(model, "config", None), name, None)
+
+
+def _token_embeddings(model: nn.Module) -> object | None:
+    # A model of images may have none, and transformers then raises.
+    with contextlib.suppress(NotImplementedError, AttributeError):
+        return model.get_input_embeddings()  # pyrefly: ignore[not-callable]
 
 
 def modules_beside(model: nn.Module, inner: str) -> list[str]:

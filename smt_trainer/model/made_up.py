@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -30,22 +31,34 @@ def made_up(model: nn.Module) -> list[str]:
     if not any(hasattr(parameter, MARK) for parameter in parameters.values()):
         return []
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    checkpoint = _checkpoint(model)
-    stored = find_names(parameters, {} if checkpoint is None else checkpoint.places)
-    resized = {
-        name
-        for name in embeddings(model)
-        if checkpoint is not None
-        and name in stored
-        and checkpoint.places[stored[name]].shape != full_shape(parameters[name])
-    }
+    shapes = _stored_shapes(model, parameters)
+    resized = {name for name in embeddings(model) if name in shapes and shapes[name] != full_shape(parameters[name])}
     return [
         name
         for name, parameter in parameters.items()
         if name in resized
         # A device map may drop marks, but not what the checkpoint holds.
-        or not (hasattr(parameter, MARK) or name in stored or any(re.search(pattern, name) for pattern in ignored))
+        or not (hasattr(parameter, MARK) or name in shapes or any(re.search(pattern, name) for pattern in ignored))
     ]
+
+
+def new_rows(model: nn.Module) -> dict[str, range]:
+    """Return the rows that the vocabulary has more than the checkpoint: weight of token embeddings, or of a head that
+    is not tied to them -> row numbers. One that shrank has none."""
+    resized = [name for name in made_up(model) if name in embeddings(model)]
+    found = {}
+    for name, before in _stored_shapes(model, resized).items() if resized else ():
+        after = full_shape(model.get_parameter(name))
+        if len(after) == 2 and before[1:] == after[1:] and before[0] < after[0]:
+            found[name] = range(before[0], after[0])
+    return found
+
+
+def _stored_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of parameters in the checkpoint that a model was loaded from, as far as it has them."""
+    checkpoint = _checkpoint(model)
+    places = {} if checkpoint is None else checkpoint.places
+    return {name: places[other].shape for name, other in find_names(names, places).items()}
 
 
 def embeddings(model: nn.Module) -> list[str]:

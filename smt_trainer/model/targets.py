@@ -29,8 +29,9 @@ from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.grid import BlockGrid, make_grids
 from smt_trainer.model.groups import LINEAR_KEYWORDS, is_meant, with_stack
+from smt_trainer.model.heads import head_names
 from smt_trainer.model.kinds import is_linear, named_targets, stores_transpose, weight_shape
-from smt_trainer.model.language_model import find_language_model, modules_beside
+from smt_trainer.model.language_model import find_language_model, find_towers, modules_beside
 from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALL_CONVOLUTIONS = "all-conv"
-HEADED_CLASSES = ("ForSequenceClassification", "ForTokenClassification")
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
@@ -145,14 +145,6 @@ def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
     return [name for name in names if _is_wanted(with_stack(name), config, apart=set())]
 
 
-def head_names(model: nn.Module) -> list[str]:
-    """Name the children of a sequence or token classification model that hold its new head, such as `score`."""
-    if not type(model).__name__.endswith(HEADED_CLASSES):
-        return []
-    base = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
-
-
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters, tied weights once: the denominator of the papers' `#Params%`."""
     return sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
@@ -164,7 +156,7 @@ def _names_of(name: str, target: Target) -> list[str]:
 
 
 def _heads(model: nn.Module) -> set[str]:
-    """Name the modules that no keyword means: the output embeddings and a classification head."""
+    """Name the modules that no keyword means: the output embeddings and the head of a task."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
 
@@ -172,14 +164,14 @@ def _heads(model: nn.Module) -> set[str]:
 def _beside_language_model(model: nn.Module, names: Iterable[str], config: SMTConfig) -> set[str]:
     """Name the modules beside a language model that hold some of these targets, such as a vision tower, and say so."""
     inner = find_language_model(model)
-    found = modules_beside(model, inner) if inner else []
+    found = modules_beside(model, inner) if inner else find_towers(model)
     found = [module for module in found if any(f"{name}.".startswith(f"{module}.") for name in names)]
     if found:
         logger.warning(
-            "target_modules=%r means the language model, `%s`; %s %s left alone. A list of names or a regular "
+            "target_modules=%r means the language model%s; %s %s left alone. A list of names or a regular "
             "expression reaches all modules.",
             config.target_modules,
-            inner,
+            f", `{inner}`" if inner else "",
             " and ".join(f"`{module}`" for module in found),
             "is" if len(found) == 1 else "are",
         )

@@ -1,8 +1,8 @@
 """Find what is trained whole beside the blocks and stored in the delta: the modules named in `modules_to_save`, or by
-default the new head of a classification model and every other parameter that loading made up; normalisation layers
-(`train_norm`); and biases of the linears with blocks (`train_bias`). What `modules_to_save` names is trained even if it
-is frozen (`requires_grad=False`). The others are groups, from which frozen parameters are left out, unless the whole
-model is frozen.
+default the new head (`heads.py`) and every other parameter that loading made up; normalisation layers (`train_norm`);
+and biases of the linears with blocks (`train_bias`). What `modules_to_save` names is trained even if it is frozen
+(`requires_grad=False`). The others are groups, from which frozen parameters are left out, unless the whole model is
+frozen.
 
 Whole parameters have no masters: they are trained in the model's dtype.
 """
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.model.made_up import embeddings, made_up
+from smt_trainer.model.heads import head_names
+from smt_trainer.model.made_up import embeddings, made_up, new_rows
 from smt_trainer.model.names import layer_index, matches
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import is_dtensor
-from smt_trainer.model.targets import head_names
 
 
 def find_whole(
@@ -72,8 +72,11 @@ def _lies_in(name: str, module: str) -> bool:
 
 
 def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:
-    """Return the parameters that loading made up outside what was found; refuse those that must be named."""
+    """Return the parameters that loading made up outside what was found, but for new rows of the vocabulary; refuse
+    those that must be named."""
     left = [name for name in made_up(model) if not any(name.startswith(f"{module}.") for module in found)]
+    # Blocks hold these (`selection/tokens.py`).
+    left = [name for name in left if name not in new_rows(model)] if left else left
     resized = [name for name in left if name in embeddings(model)]
     if resized:
         raise SMTError(

@@ -86,7 +86,9 @@ def _sums_shape(grid: BlockGrid) -> tuple[int, int]:
 
 def _occurrences(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     """Return [V] in float32: how often each token occurs, 0 for the padding token."""
-    counts = torch.bincount(ids.flatten(), minlength=embedding.num_embeddings).float()
+    # Not `bincount`, which the meta device of an estimate does not have.
+    ids = ids.flatten()
+    counts = torch.zeros(embedding.num_embeddings, device=ids.device).index_add_(0, ids, torch.ones_like(ids).float())
     if embedding.padding_idx is not None:
         counts[embedding.padding_idx] = 0
     return counts

@@ -77,6 +77,20 @@ class BlockSelection:
         """Trainable weights as a fraction of the targeted weights."""
         return self.trainable_parameters / sum(grid.num_blocks * grid.block_numel for grid in self.grids.values())
 
+    def new_rows(self, name: str, count: int) -> range:
+        """Return the rows that a module has more than `count`, if the chosen blocks hold them all."""
+        grid = self.grids.get(name)
+        rows = range(count, grid.out_features if grid else count)
+        return rows if rows and self.holds_rows(name, rows) else range(0)
+
+    def holds_rows(self, name: str, rows: range) -> bool:
+        """Return whether the chosen blocks of a module hold all of some of its rows."""
+        if name not in self.block_indices:
+            return False
+        grid = self.grids[name]
+        counts = np.bincount(self.block_indices[name][:, 0], minlength=grid.shape[0])
+        return bool((counts == grid.shape[1])[np.unique(np.array(rows) // grid.block_rows)].all())
+
     def blocks_by_projection(self) -> dict[str, int]:
         """Return projection (`v_proj`) -> number of chosen blocks, including projections without any."""
         return {

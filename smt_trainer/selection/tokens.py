@@ -1,8 +1,12 @@
-"""Choose the rows of given tokens in the input embeddings, whatever their scores; special tokens, for example."""
+"""Choose the rows of given tokens in the input embeddings, whatever their scores; special tokens, for example.
+
+The rows of tokens that the checkpoint does not have, after `model.resize_token_embeddings`, are chosen beside any other
+blocks: no base gives them back. Where the output embeddings are not tied, they have such rows, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +14,11 @@ from torch import nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.kinds import named_targets
+from smt_trainer.model.made_up import new_rows
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
+from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.settings import is_int
 
@@ -20,7 +27,7 @@ def select_tokens(model: nn.Module, tokens: Iterable[int], beside: BlockSelectio
     """Select the rows of tokens in a model's input embeddings, alone or beside other blocks.
 
     Give the result as `SMTConfig.selection`, or to `convert_to_smt`. Where the output embeddings are tied, the rows are
-    theirs, too.
+    theirs, too; where they are not, the rows of new tokens are selected in both.
 
     Args:
         model: plain, with `get_input_embeddings`.
@@ -34,29 +41,79 @@ def select_tokens(model: nn.Module, tokens: Iterable[int], beside: BlockSelectio
     embeddings = model.get_input_embeddings()  # pyrefly: ignore[not-callable]  # a model of transformers has it
     name = next((name for name, module in model.named_modules() if module is embeddings), "")
     rows = list(dict.fromkeys(tokens))
-    config = SMTConfig(target_modules=[name], granularity="row", score="random", budget=max(1, len(rows)))
-    grid = target_grids(find_targets(model, config), config)[name]
+    grid = _row_grid(model, name)
     outside = [row for row in rows if not is_int(row) or not 0 <= row < grid.out_features]
     if outside or not rows:
         raise SMTError(
             f"tokens must be ids from 0 to {grid.out_features - 1}, the rows of `{name}`, got "
             f"{outside[0] if outside else 'none'!r}. For new tokens, call model.resize_token_embeddings first."
         )
-    chosen = np.stack([np.sort(np.array(rows, np.int64)), np.zeros(len(rows), np.int64)], axis=1)
-    if beside is None:
-        return BlockSelection({name: grid}, {name: chosen}, count_parameters(model), config, base_name(model))
-    if beside.grids.get(name, grid) != grid:
+    if beside is not None and beside.grids.get(name, grid) != grid:
         raise SMTError(
             f"the selection has blocks of {'x'.join(map(str, beside.grids[name].block_shape))} in `{name}`, and tokens "
             "are whole rows. Leave the embeddings out of its target_modules, or choose rows (granularity='row')."
         )
-    grids = {**beside.grids, name: grid}
-    indices = beside.block_indices | {
-        name: np.unique(np.concatenate([beside.block_indices.get(name, chosen), chosen]), axis=0)
-    }
-    order = [one for one in named_targets(model) if one in grids]
-    return replace(
-        beside,
-        grids={one: grids[one] for one in order},
-        block_indices={one: indices[one] for one in order if one in indices},
-    )
+    wanted: dict[str, Iterable[int]] = {name: rows}
+    for module, new in _new_tokens(model).items():
+        if module != name and any(row in new for row in rows):
+            wanted[module] = [row for row in rows if row in new]
+    return _with_rows(model, wanted, beside)
+
+
+def with_new_tokens(model: nn.Module, selection: BlockSelection) -> BlockSelection:
+    """Add the rows of all tokens that a plain model's checkpoint does not have, unless they are trained whole.
+
+    Raises:
+        SMTError: the embeddings cannot be trained.
+    """
+    wanted = _new_beside(model, selection.config, selection.block_indices)
+    return _with_rows(model, wanted, selection) if wanted else selection
+
+
+def new_token_grids(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> dict[str, BlockGrid]:
+    """Return the grids of the rows that `with_new_tokens` adds to blocks in some linears.
+
+    Raises:
+        SMTError: the embeddings cannot be trained.
+    """
+    return {name: _row_grid(model, name) for name in _new_beside(model, config, linears)}
+
+
+def lost_rows(model: nn.Module, selection: BlockSelection) -> list[str]:
+    """Return the weights of a plain model that have rows which neither its checkpoint nor a selection holds."""
+    return [f"{name}.weight" for name, rows in _new_tokens(model).items() if not selection.holds_rows(name, rows)]
+
+
+def _new_beside(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> dict[str, range]:
+    """Return the rows of new tokens by the names of their modules, without modules that are trained whole."""
+    found = _new_tokens(model)
+    for whole in find_whole(model, config, linears) if found else ():
+        found = {name: rows for name, rows in found.items() if not f"{name}.".startswith(f"{whole}.")}
+    return found
+
+
+def _new_tokens(model: nn.Module) -> dict[str, range]:
+    return {name.removesuffix(".weight"): rows for name, rows in new_rows(model).items()}
+
+
+def _row_grid(model: nn.Module, name: str) -> BlockGrid:
+    config = SMTConfig(target_modules=[name], granularity="row", score="random")
+    return target_grids(find_targets(model, config), config)[name]
+
+
+def _with_rows(model: nn.Module, wanted: Mapping[str, Iterable[int]], beside: BlockSelection | None) -> BlockSelection:
+    """Return a selection that also holds all blocks with some rows, by the names of their modules."""
+    grids, indices = (dict(beside.grids), dict(beside.block_indices)) if beside else ({}, {})
+    for name, rows in wanted.items():
+        grid = grids[name] = grids.get(name) or _row_grid(model, name)
+        lines = np.unique(np.array([*rows]) // grid.block_rows)
+        chosen = np.stack(np.meshgrid(lines, np.arange(grid.shape[1]), indexing="ij"), axis=-1).reshape(-1, 2)
+        indices[name] = np.unique(np.concatenate([indices.get(name, chosen), chosen]), axis=0)
+    order = [name for name in named_targets(model) if name in grids]
+    grids = {name: grids[name] for name in order}
+    indices = {name: indices[name] for name in order if name in indices}
+    if beside is not None:
+        return replace(beside, grids=grids, block_indices=indices)
+    count = sum(map(len, indices.values()))
+    config = SMTConfig(target_modules=[*wanted], granularity="row", score="random", budget=count)
+    return BlockSelection(grids, indices, count_parameters(model), config, base_name(model))

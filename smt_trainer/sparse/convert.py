@@ -24,6 +24,7 @@ from smt_trainer.model.tensor_parallel import is_tensor_parallel, refuse_unfitti
 from smt_trainer.model.untunable import why_no_embedding
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.selection.tokens import lost_rows
 from smt_trainer.sparse.conv import block_conv_of
 from smt_trainer.sparse.dequantise import dequantise
 from smt_trainer.sparse.embedding import hold_tokens
@@ -102,13 +103,20 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
         The same model.
 
     Raises:
-        SMTError: the model is already rewritten, or lacks the selection's modules in the selection's shapes. Nothing
-            is changed.
+        SMTError: the model is already rewritten, lacks the selection's modules in the selection's shapes, or has new
+            tokens that the selection leaves out. Nothing is changed.
     """
     linears = find_linears(model, selection)
     dtype = base_dtype(model, linears)
     whole = find_whole(model, selection.config, linears)
     stored = stored_whole(model, whole)
+    lost = [name for name in lost_rows(model, selection) if name not in stored]
+    if lost:
+        raise SMTError(
+            f"`{lost[0]}` has rows for tokens that the checkpoint of the model does not have, and the selection leaves "
+            "some out, so no base and no delta would give them back. Add them: select_tokens(model, new_ids, "
+            "beside=selection)."
+        )
     new = frozenset(made_up(model))
     quantization = quantization_of(model)
     base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, without=[*new, *stored])

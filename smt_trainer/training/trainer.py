@@ -39,6 +39,7 @@ from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve_selection
 from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
+from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
@@ -222,7 +223,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             if self.args.should_save:
                 # First, so that the warm-up is not lost if the budget turns out not to fit.
                 scores.save(folder / SCORES_FILE)
-            selection = broadcast_object_list([scores.select()])[0]
+            selection = with_new_tokens(self.model, broadcast_object_list([scores.select()])[0])
             if self.args.should_save:
                 selection.save(folder / SELECTION_FILE)
         self._report = {"smt_blocks": selection.num_blocks, "smt_fraction_of_model": selection.fraction_of_model}
@@ -248,7 +249,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             if model() is self.model and unchanged:
                 return candidates
         candidates = find_candidates(self.model, self.smt_config)
-        refuse_sharded_kinds(self.accelerator, candidates.grids)
+        tokens = new_token_grids(self.model, self.smt_config, candidates.grids)
+        refuse_sharded_kinds(self.accelerator, candidates.grids | tokens)
         self._found = weakref.ref(self.model), flags, candidates
         return candidates
 
@@ -294,7 +296,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         plain = None if is_smt_model(self.model) else self.model
         selection = resolve_selection(self.smt_config.selection, self.smt_config, plain)
         trained_by = {name: getattr(self.smt_config, name) for name in SMTConfig.deciding("training")}
-        return replace(selection, config=replace(selection.config, **trained_by))
+        selection = replace(selection, config=replace(selection.config, **trained_by))
+        return selection if plain is None else with_new_tokens(plain, selection)
 
     @property
     def smt_callbacks(self) -> list[SMTCallback]:

@@ -31,6 +31,9 @@ MODELS = {
 }
 
 
+TOKENS = {"target_modules": ["embed_tokens"], "granularity": "row", "block_size": "auto"}
+
+
 def guess(model, smt_config=None, **kwargs):
     """Estimate a run of a tiny model."""
     return estimate(
@@ -115,7 +118,11 @@ def test_a_step_on_the_meta_device_counts_as_on_the_cpu(name, checkpointing):
 
 @pytest.mark.parametrize("score", SCORES[:-2])
 def test_the_warm_up_counts_as_on_the_cpu(llama, score):
-    smt_config = tiny.config(score=score)
+    warm_up_counts_as_on_the_cpu(llama, tiny.config(score=score))
+
+
+def warm_up_counts_as_on_the_cpu(llama, smt_config):
+    score = smt_config.score
     found = guess(llama, smt_config)
     targets = {name: llama.get_submodule(name) for name in found.selection.grids}
     scorer = make_scorer(targets, found.selection.grids, smt_config)
@@ -194,10 +201,14 @@ def test_fused_attention_computes_its_scores_twice():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_is_that_of_peft(llama, dtype):
+@pytest.mark.parametrize("fields", [{}, TOKENS], ids=["linears", "embedding"])
+def test_lora_is_that_of_peft(fields, dtype):
     peft = pytest.importorskip("peft")
-    found = guess(llama, dtype=dtype)
-    lora = peft.LoraConfig(r=found.lora_rank, target_modules=["q_proj", "k_proj", "v_proj"])
+    llama = tiny.llama(tie_word_embeddings=False)
+    found = guess(llama, tiny.config(**fields), dtype=dtype)
+    lora = peft.LoraConfig(
+        r=found.lora_rank, target_modules=fields.get("target_modules", ["q_proj", "k_proj", "v_proj"])
+    )
     model = peft.get_peft_model(llama.to(dtype).train(), lora)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == found.lora.trainable
     assert 0 <= step(model) - found.lora.activations <= NUMBERS
@@ -328,6 +339,26 @@ def test_blocks_in_convolutions_are_refused():
         guess(model, tiny.config(target_modules="all-conv", granularity="row", block_size="auto", budget=4))
 
 
-def test_blocks_in_embeddings_are_refused():
-    with pytest.raises(SMTError, match=r"`model.embed_tokens` is an embedding, and what a step"):
-        guess(tiny.llama(), tiny.config(target_modules=["embed_tokens"], granularity="row", block_size="auto"))
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("fields", [TOKENS, {"target_modules": ["embed_tokens", "q_proj"]}], ids=["rows", "blocks"])
+def test_a_step_of_rows_of_embeddings_is_a_real_one(fields, tied):
+    found = guess(tiny.llama(tie_word_embeddings=tied), tiny.config(**fields))
+    cost, model = found.smt, real(tiny.llama(tie_word_embeddings=tied), found)
+    assert 0 <= step(model) - cost.activations <= NUMBERS
+    assert gradients(model) == cost.gradients
+    assert optimizer_state(model) == cost.optimizer
+    assert sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) == cost.weights + cost.added
+    reading = read_step(real(tiny.llama(tie_word_embeddings=tied), found), BATCH, LENGTH)
+    assert (reading.activations, reading.loss, reading.flops) == (cost.activations, cost.loss, cost.flops)
+    assert reading.peak == cost.peak - cost.weights - cost.added - cost.optimizer
+
+
+@pytest.mark.parametrize("score", ["grad_l1", "grad_signed", "taylor", "activation"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_warm_up_of_embeddings_counts_as_on_the_cpu(score, tied):
+    warm_up_counts_as_on_the_cpu(tiny.llama(tie_word_embeddings=tied), tiny.config(score=score, **TOKENS))
+
+
+def test_embeddings_that_are_sharded_are_refused():
+    with pytest.raises(SMTError, match=r"`model.embed_tokens` is an embedding, .* FSDP2 or ZeRO-3 shards"):
+        guess(tiny.llama(), tiny.config(**TOKENS), ranks=2, zero_stage=3)

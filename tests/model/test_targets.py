@@ -7,8 +7,9 @@ from architectures import EXPERTS, GROUPED
 from torch import nn
 
 from smt_trainer import SMTConfig, SMTError, convert_to_smt, load_delta
+from smt_trainer.model.heads import head_names
 from smt_trainer.model.names import layer_index, matches
-from smt_trainer.model.targets import count_parameters, find_targets, head_names, target_grids
+from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 
 LAYER = "model.layers.{}.self_attn.{}_proj".format
 QKV = [LAYER(layer, name) for layer in (0, 1) for name in "qkv"]

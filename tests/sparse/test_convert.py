@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import SMTConfig, SMTError, convert_to_smt, merge_and_unload
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.targets import find_targets, head_names
+from smt_trainer.model.heads import head_names
+from smt_trainer.model.targets import find_targets
 from smt_trainer.sparse.convert import is_smt_model, plain_state_dict, trainable_parameters
 from smt_trainer.sparse.linear import SMTLinear, smt_linears
 

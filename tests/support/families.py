@@ -284,6 +284,6 @@ FAMILIES = {
 }
 SKIPPED = {
     "Gemma 3n with images": "its vision tower comes from timm, which is not installed; its text model is above",
-    "Phi-4 multimodal": "its configuration has no `text_config`, so its towers are not told apart: `qkv` means those "
-    "of its towers, too",
+    "Phi-4 multimodal": "its text model is that of Phi-4 above, and its towers are left alone "
+    "(`tests/model/test_language_model.py`)",
 }
