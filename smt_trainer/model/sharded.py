@@ -1,9 +1,9 @@
 """Parameters that FSDP2 or DeepSpeed ZeRO-3 shards over ranks.
 
-Each rank holds one run of a weight's values in row-major order. FSDP2 gives it whole rows (a DTensor sharded in
-dimension 0); ZeRO-3 gives it an equal share of the flat weight, which may begin and end inside a row (`ds_tensor`).
-`full_tensor` gathers one whole value, `full_tensors` many. `local_parts` returns this rank's part as rectangles of the
-weight, which can be written in place.
+Each rank holds one run of a weight's values in row-major order. FSDP2 gives it whole slices (a DTensor sharded in
+dimension 0): rows of a matrix, output channels of a convolution, experts. ZeRO-3 gives it an equal share of the flat
+weight, which may begin and end inside a row (`ds_tensor`). `full_tensor` gathers one whole value, `full_tensors` many.
+`local_parts` returns this rank's part as rectangles of the weight as a matrix, which can be written in place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A rectangle of a weight [O, I] that this rank holds; `values` starts at weight[row, column]."""
+    """A rectangle of a weight as a matrix that this rank holds; `values` starts at weight[row, column]."""
 
     values: Tensor
     row: int
@@ -138,17 +138,20 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def local_parts(parameter: Tensor) -> list[Part]:
-    """Return views of what this rank holds of a weight; writing to all of them writes to the weight.
+def local_parts(parameter: Tensor, columns: int) -> list[Part]:
+    """Return what this rank holds of a weight, as a matrix with so many columns.
+
+    Writing to all parts of a sharded weight writes to the weight; so it does to one that is whole and contiguous.
 
     Raises:
         SMTError: the weight is sharded, but not by rows (tensor parallelism).
     """
-    if is_dtensor(parameter):
-        return [part for part in [Part(parameter.to_local().detach(), _first_row(parameter), 0)] if part.values.numel()]
     if is_partitioned(parameter):
-        return _flat_parts(parameter)
-    return [Part(parameter.detach(), 0, 0)]
+        return _flat_parts(parameter, columns)
+    values, row = parameter.detach(), 0
+    if is_dtensor(parameter):
+        values, row = parameter.to_local().detach(), _first_row(parameter) * parameter.shape[1:].numel() // columns
+    return [Part(values.reshape(-1, columns), row, 0)] if values.numel() else []
 
 
 def _first_row(weight: DTensor) -> int:
@@ -165,13 +168,13 @@ def _first_row(weight: DTensor) -> int:
     return row
 
 
-def _flat_parts(weight: Partitioned) -> list[Part]:
+def _flat_parts(weight: Partitioned, columns: int) -> list[Part]:
     """Split a flat share of the weight into the end of a row, whole rows and the start of a row."""
-    share, columns = weight.ds_tensor.detach(), full_shape(weight)[1]
+    share = weight.ds_tensor.detach()
     start = share.numel() * dist.get_rank(weight.ds_process_group)
     end = min(start + share.numel(), weight.ds_numel)
     # ZeRO-3 also keeps parameters below the persistence threshold whole.
-    parts = [Part(weight.detach(), 0, 0)] if weight.numel() == weight.ds_numel else []
+    parts = [Part(weight.detach().view(-1, columns), 0, 0)] if weight.numel() == weight.ds_numel else []
     while start < end:
         row, column = divmod(start, columns)
         length = (end - start) // columns * columns if column == 0 and end - start >= columns else 0

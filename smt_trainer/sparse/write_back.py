@@ -47,7 +47,7 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
     linears = [linear for linear in linears if linear.is_written]
     views, values = [], []
     for linear, blocks in zip(linears, full_tensors([linear.blocks for linear in linears]), strict=True):
-        if one_by_one(linear.grid, blocks) or is_sharded(linear.weight):
+        if one_by_one(linear.grid, blocks) or is_sharded(linear.parameter):
             linear_views, linear_values = linear.cut(blocks)
             views += linear_views
             values += linear_values

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
+import images
 import tiny
 import torch
 import transformers
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, ParallelismConfig
+from mixtures import untrained
 from transformers import LlamaForCausalLM, TrainingArguments
 
 from smt_trainer import SMTConfig, SMTTrainer
@@ -33,6 +36,19 @@ ZERO = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
     "zero_allow_untested_optimizer": True,
+}
+MIXTURE = FSDP | {"transformer_layer_cls_to_wrap": ["Qwen3MoeDecoderLayer"]}
+EXPERTS = {"target_modules": "experts"}
+TOKENS = {"target_modules": ["embed_tokens", "q_proj"], "block_size": (1, 64)}
+CONVOLUTIONS = {"target_modules": "all-conv", "granularity": "row", "block_size": "auto"}
+MODELS = {
+    "llama": tiny.llama,
+    "tied": partial(tiny.llama, tie_word_embeddings=True),
+    "gpt2": partial(tiny.gpt2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "mixture": partial(untrained, "Qwen3MoeForCausalLM"),
+    "mixture-eager": partial(untrained, "Qwen3MoeForCausalLM", "eager"),
+    "gpt-oss": partial(untrained, "GptOssForCausalLM"),
+    "images": images.convnext,
 }
 CASES = {
     "fsdp": {"fsdp": FSDP},
@@ -53,6 +69,38 @@ CASES = {
     "fsdp-whole-module": {"fsdp": FSDP, "smt": {"modules_to_save": ["lm_head"]}},
     "fsdp-tied": {"fsdp": FSDP | {"cpu_ram_efficient_loading": True}, "model": "tied"},
     "fsdp-compiled": {"fsdp": FSDP, "arguments": {"torch_compile": True, "torch_compile_backend": "aot_eager"}},
+    "fsdp-experts": {"fsdp": MIXTURE, "model": "mixture", "smt": EXPERTS},
+    "fsdp-experts-eager": {
+        "fsdp": MIXTURE | {"activation_checkpointing": True},
+        "model": "mixture-eager",
+        "smt": EXPERTS | {"score": "grad_signed"},
+    },
+    "fsdp-experts-one-rank-loads": {
+        "fsdp": MIXTURE | {"cpu_ram_efficient_loading": True},
+        "model": "mixture",
+        "smt": {"target_modules": "mlp", "score": "taylor"},
+    },
+    "fsdp-experts-transposed": {
+        "fsdp": FSDP | {"transformer_layer_cls_to_wrap": ["GptOssDecoderLayer"]},
+        "model": "gpt-oss",
+        "smt": EXPERTS | {"granularity": "column", "block_size": "auto"},
+    },
+    "fsdp-tokens": {"fsdp": FSDP, "smt": TOKENS},
+    "fsdp-tokens-tied": {
+        "fsdp": FSDP | {"cpu_ram_efficient_loading": True},
+        "model": "tied",
+        "smt": TOKENS | {"score": "grad_signed"},
+    },
+    "fsdp-convolutions": {
+        "fsdp": FSDP | {"transformer_layer_cls_to_wrap": ["ConvNextLayer"]},
+        "model": "images",
+        "smt": CONVOLUTIONS,
+    },
+    "fsdp-convolutions-signed": {
+        "fsdp": {"version": 2, "auto_wrap_policy": "NO_WRAP"},
+        "model": "images",
+        "smt": CONVOLUTIONS | {"score": "grad_signed"},
+    },
     # On four ranks: two copies of the model, each sharded over two.
     "fsdp-hybrid": {
         "fsdp": FSDP,
@@ -62,7 +110,13 @@ CASES = {
     "zero2": {"zero": 2},
     "zero2-grad_signed": {"zero": 2, "smt": {"score": "grad_signed"}},
     "zero2-bf16": {"zero": 2, "arguments": {"bf16": True}},
+    "zero1-experts": {"zero": 1, "model": "mixture-eager", "smt": EXPERTS},
+    "zero2-experts": {"zero": 2, "model": "mixture-eager", "smt": EXPERTS | {"score": "grad_signed"}},
+    "zero2-tokens-tied": {"zero": 2, "model": "tied", "smt": TOKENS},
+    "zero2-convolutions": {"zero": 2, "model": "images", "smt": CONVOLUTIONS},
     "zero3": {"zero": 3},
+    "zero3-tokens-tied": {"zero": 3, "model": "tied", "smt": TOKENS},
+    "zero3-convolutions": {"zero": 3, "model": "images", "smt": CONVOLUTIONS},
     "zero3-whole-module": {"zero": 3, "smt": {"modules_to_save": ["lm_head"]}},
     "zero3-tied": {"zero": 3, "model": "tied"},
     "zero3-partitioned": {"zero": 3, "smt": {"score": "magnitude"}, "partitioned": True},
@@ -134,9 +188,7 @@ def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
 
 def base_model(case: dict, seed: int = 0):
     """Make the untrained model of a case."""
-    if case.get("model") == "gpt2":
-        return tiny.gpt2(seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return tiny.llama(seed=seed, tie_word_embeddings=case.get("model") == "tied")
+    return MODELS[case.get("model", "llama")](seed=seed)
 
 
 def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
@@ -150,12 +202,14 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
     else:
         one_loads = (case.get("fsdp") or {}).get("cpu_ram_efficient_loading")
         model = base_model(case, seed=rank if one_loads else 0)
-    assert processes == 1 or is_partitioned(model.lm_head.weight) == bool(case.get("partitioned"))
-    return tiny.RecordingSMTTrainer(
+    assert processes == 1 or is_partitioned(next(model.parameters())) == bool(case.get("partitioned"))
+    # Noise cannot be generalised from; it is learnt by heart.
+    are_images = case.get("model") == "images"
+    return SMTTrainer(
         model=model,
         args=training_arguments,
-        train_dataset=tiny.examples(),
-        eval_dataset=tiny.examples(8, seed=2),
+        train_dataset=images.examples(32) if are_images else tiny.examples(),
+        eval_dataset=images.examples(8) if are_images else tiny.examples(8, seed=2),
         smt_config=SMTConfig(**{"block_size": 16, "budget": 12, "smt_warmup_steps": 3} | case.get("smt", {})),
     )
 
@@ -179,7 +233,7 @@ def outcome(trainer: SMTTrainer) -> dict:
 def assert_sharded(trainer: SMTTrainer, case: dict) -> None:
     linears = [linear for _, linear in smt_linears(trainer.model)]
     if "fsdp" in case:
-        assert all(linear.weight.to_local().numel() < linear.weight.numel() for linear in linears)
+        assert all(linear.parameter.to_local().numel() < linear.parameter.numel() for linear in linears)
         assert any(linear.blocks.to_local().numel() < linear.blocks.numel() for linear in linears)
     else:
         assert trainer.model_wrapped.zero_optimization_stage() == case["zero"]
