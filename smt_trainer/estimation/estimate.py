@@ -298,7 +298,7 @@ def _without_linear_weights(build: Callable[..., nn.Module]) -> nn.Module:
 
 
 def _refuse_kinds(targets: Mapping[str, Target], zero_stage: int) -> None:
-    """Raise `SMTError` if some targets are of a kind whose step is not counted, or not trained over ranks so."""
+    """Raise `SMTError` if some targets are of a kind whose step is not counted, or not over ranks."""
     for name, target in targets.items():
         if isinstance(target, ExpertMatrix):
             raise SMTError(
@@ -313,8 +313,8 @@ def _refuse_kinds(targets: Mapping[str, Target], zero_stage: int) -> None:
             )
         if is_embedding(target) and zero_stage == 3:
             raise SMTError(
-                f"`{name}` is an embedding, whose blocks cannot be trained in weights that FSDP2 or ZeRO-3 shards over "
-                "ranks. Choose zero_stage 0, 1 or 2, or leave it out of target_modules."
+                f"`{name}` is an embedding, and what a step with its blocks takes where ZeRO-3 shards weights is not "
+                "estimated. Choose zero_stage 0, 1 or 2, or leave it out of target_modules."
             )
 
 

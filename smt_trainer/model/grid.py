@@ -89,6 +89,11 @@ class BlockGrid:
         return self.weight_shape[::-1] if self.transposed else self.weight_shape
 
     @property
+    def stored_columns(self) -> int:
+        """Weights in a row of the parameter, taken as a matrix."""
+        return self.out_features if self.transposed else self.in_features
+
+    @property
     def block_shape(self) -> tuple[int, int]:
         """(br, bc)."""
         return self.block_rows, self.block_columns

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smt_trainer.arrays import WEIGHTS
 from smt_trainer.model.convolution import has_plain_forward, is_convolution, matrix_shape
@@ -122,6 +122,11 @@ def has_plain_weight(linear: Linear | nn.Embedding) -> bool:
     elif is_convolution(linear):
         shape = (shape[0], linear.in_channels // linear.groups, *linear.kernel_size)
     return type(weight) is nn.Parameter and weight.dtype in WEIGHT_DTYPES and full_shape(weight) == shape
+
+
+def parameter_of(target: Target) -> Tensor:
+    """Return the parameter that holds a target's weight, of an expert's matrix together with others."""
+    return target.stack if isinstance(target, ExpertMatrix) else target.weight
 
 
 def weight_shape(target: Target) -> tuple[int, int]:

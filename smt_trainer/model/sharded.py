@@ -1,10 +1,10 @@
 """Parameters that FSDP2, tensor parallelism or DeepSpeed ZeRO-3 shards over ranks.
 
-FSDP2 gives each rank whole rows of a weight (a DTensor sharded in dimension 0), tensor parallelism rows or columns (in
-dimension 0 or 1); ZeRO-3 gives it an equal share of the flat weight, which may begin and end inside a row
-(`ds_tensor`).
-`full_tensor` gathers one whole value, `full_tensors` many. `local_parts` returns this rank's part as rectangles of the
-weight, which can be written in place.
+FSDP2 gives each rank whole slices of a weight (a DTensor sharded in dimension 0): rows of a matrix, output channels of
+a convolution, experts. Tensor parallelism gives it rows or columns of a matrix (dimension 0 or 1), ZeRO-3 an equal
+share of the flat weight, which may begin and end inside a row (`ds_tensor`). `full_tensor` gathers one whole value,
+`full_tensors` many. `local_parts` returns this rank's part as rectangles of the weight as a matrix, which can be
+written in place.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Part(NamedTuple):
-    """A rectangle of a weight [O, I] that this rank holds; `values` starts at weight[row, column]."""
+    """A rectangle of a weight as a matrix that this rank holds; `values` starts at weight[row, column]."""
 
     values: Tensor
     row: int
@@ -140,18 +140,23 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def local_parts(parameter: Tensor) -> list[Part]:
-    """Return views of what this rank holds of a weight; writing to all of them writes to the weight.
+def local_parts(parameter: Tensor, columns: int) -> list[Part]:
+    """Return what this rank holds of a weight, as a matrix with so many columns.
+
+    Writing to all parts of a sharded weight writes to the weight; so it does to one that is whole and contiguous.
 
     Raises:
         SMTError: the weight is sharded over ranks in another way than by rows or columns.
     """
-    if is_dtensor(parameter):
-        row, column = first_of(parameter)[:2]
-        return [part for part in [Part(parameter.to_local().detach(), row, column)] if part.values.numel()]
     if is_partitioned(parameter):
-        return _flat_parts(parameter)
-    return [Part(parameter.detach(), 0, 0)]
+        return _flat_parts(parameter, columns)
+    values, row, column = parameter.detach(), 0, 0
+    if is_dtensor(parameter):
+        values, (row, column, *_) = parameter.to_local().detach(), first_of(parameter)
+        row = row * parameter.shape[1:].numel() // columns
+        # Of the columns of a matrix, tensor parallelism may give a rank some only.
+        columns = columns * values.shape[1] // parameter.shape[1]
+    return [Part(values.reshape(-1, columns), row, column)] if values.numel() else []
 
 
 def first_of(weight: DTensor) -> list[int]:
@@ -176,13 +181,13 @@ def first_of(weight: DTensor) -> list[int]:
     return first
 
 
-def _flat_parts(weight: Partitioned) -> list[Part]:
+def _flat_parts(weight: Partitioned, columns: int) -> list[Part]:
     """Split a flat share of the weight into the end of a row, whole rows and the start of a row."""
-    share, columns = weight.ds_tensor.detach(), full_shape(weight)[1]
+    share = weight.ds_tensor.detach()
     start = share.numel() * dist.get_rank(weight.ds_process_group)
     end = min(start + share.numel(), weight.ds_numel)
     # ZeRO-3 also keeps parameters below the persistence threshold whole.
-    parts = [Part(weight.detach(), 0, 0)] if weight.numel() == weight.ds_numel else []
+    parts = [Part(weight.detach().view(-1, columns), 0, 0)] if weight.numel() == weight.ds_numel else []
     while start < end:
         row, column = divmod(start, columns)
         length = (end - start) // columns * columns if column == 0 and end - start >= columns else 0

@@ -6,6 +6,9 @@
 |.| and the square come last, so these scores need the whole signed sum; splitting the data into micro-batches or over
 ranks cannot change it. A bfloat16 accumulator takes half the memory but rounds each addition to 8 bits: a contribution
 smaller than 1/256 of the sum is lost.
+
+Sums are sharded as FSDP2 shards the gradients. Those of experts' matrices are not: every rank forms the gradient of its
+own tokens and sums it whole, as under DDP.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ import torch
 from torch import Tensor
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.model.quantised import is_quantised
-from smt_trainer.model.sharded import full_shape, gather_like, is_sharded, local_tensor
+from smt_trainer.model.experts import ExpertMatrix
+from smt_trainer.model.kinds import parameter_of, weight_shape
+from smt_trainer.model.sharded import gather_like, is_sharded, local_tensor
 from smt_trainer.scores.scorer import Scorer, weight_gradients
 
 if TYPE_CHECKING:
@@ -39,11 +43,11 @@ class Accumulated(Scorer):
         device = _accumulator_device(targets, config, dtype)
         self.sums = {
             name: torch.zeros(
-                grids[name].stored_shape if is_quantised(linear) else local_tensor(linear.weight).shape,
+                local_tensor(parameter_of(target)).shape if _is_sharded(target) else grids[name].stored_shape,
                 dtype=dtype,
-                device=device or linear.weight.device,
+                device=device or parameter_of(target).device,
             )
-            for name, linear in targets.items()
+            for name, target in targets.items()
         }
         self.held: dict[str, Tensor] = {}
         self.copies = _Copies()
@@ -72,13 +76,15 @@ class Accumulated(Scorer):
 
     def statistics(self) -> Iterator[Tensor]:
         # FSDP2 already averages the gradients of sharded weights.
-        yield from (self.sums[name] for name, linear in self.targets.items() if not is_sharded(linear.weight))
+        yield from (self.sums[name] for name, target in self.targets.items() if not _is_sharded(target))
 
     def scores(self) -> dict[str, Tensor]:
-        return {
-            name: self.norms(self.grids[name].split(gather_like(self.sums[name], linear.weight)).float()).cpu()
-            for name, linear in self.targets.items()
-        }
+        found = {}
+        for name, target in self.targets.items():
+            total = self.sums[name]
+            whole = gather_like(total, parameter_of(target)) if _is_sharded(target) else total
+            found[name] = self.norms(self.grids[name].split(whole).float()).cpu()
+        return found
 
     @staticmethod
     def norms(blocks: Tensor) -> Tensor:
@@ -102,13 +108,17 @@ class GradL2(Accumulated):
         return torch.linalg.vector_norm(blocks, dim=(2, 3))
 
 
+def _is_sharded(target: Target) -> bool:
+    return not isinstance(target, ExpertMatrix) and is_sharded(target.weight)
+
+
 def _accumulator_device(targets: Mapping[str, Target], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
     """Return the CPU, or None for each weight's own device."""
     if config.accumulator_device == "auto":
-        device = next(iter(targets.values())).weight.device
+        device = parameter_of(next(iter(targets.values()))).device
         if device.type != "cuda":
             return None
-        needed = dtype.itemsize * sum(math.prod(full_shape(linear.weight)) for linear in targets.values())
+        needed = dtype.itemsize * sum(math.prod(weight_shape(target)) for target in targets.values())
         return None if needed <= torch.cuda.mem_get_info(device)[0] / 2 else torch.device("cpu")
     return torch.device("cpu") if config.accumulator_device == "cpu" else None
 

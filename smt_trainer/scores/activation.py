@@ -32,6 +32,7 @@ from smt_trainer.model.calls import watching_calls
 from smt_trainer.model.convolution import is_convolution, squared_inputs
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.kinds import parameter_of
 from smt_trainer.scores.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Activation(Scorer):
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
         self.sums = {
-            name: torch.zeros(_sums_shape(grid), device=targets[name].weight.device) for name, grid in grids.items()
+            name: torch.zeros(_sums_shape(grid), device=parameter_of(targets[name]).device)
+            for name, grid in grids.items()
         }
 
     @contextlib.contextmanager

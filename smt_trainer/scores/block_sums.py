@@ -16,7 +16,8 @@ weight gradient at a time, reduce it to one number per block and drop it. Since 
 
 Where FSDP2 or tensor parallelism shards a weight over n ranks, each rank reduces its own part and multiplies the result
 by n. All sums are averaged over ranks, which then gives the sum over the whole block. Under tensor parallelism
-`grad_signed` forms the weight gradient, too, since a rank sees some of the features only.
+`grad_signed` forms the weight gradient, too, since a rank sees some of the features only. The gradient of an expert's
+matrix is whole under FSDP2: the one of the rank's own tokens, as under DDP.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor
 from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.kinds import parameter_of
 from smt_trainer.model.quantised import dense_weight, is_quantised
 from smt_trainer.model.sharded import is_dtensor, local_parts, local_tensor
 from smt_trainer.model.tensor_parallel import is_tensor_parallel
@@ -48,7 +50,7 @@ class BlockSums(Scorer):
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
         self.sums = {
-            name: torch.zeros(grids[name].shape, device=linear.weight.device) for name, linear in targets.items()
+            name: torch.zeros(grids[name].shape, device=parameter_of(target).device) for name, target in targets.items()
         }
 
     @contextlib.contextmanager
@@ -60,6 +62,14 @@ class BlockSums(Scorer):
     def observing(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which each backward adds to `step_sums`."""
         raise NotImplementedError
+
+    def reduce(self, name: str, gradient: Tensor, terms: Callable[[BlockGrid, Tensor, Tensor], Tensor]) -> None:
+        """Add the block sums of `terms(grid, weight, gradient)` [rows, columns], which are this rank's."""
+        target, grid, gradient = self.targets[name], self.grids[name], local_tensor(gradient).flatten(1)
+        weight = dense_weight(target) if is_quantised(target) else target.weight
+        for values, row, column in local_parts(weight, grid.stored_columns):
+            found = terms(grid, values, gradient)
+            add_block_sums(self.step_sums[name], grid, found, row, column, _shards(weight))
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
         taken = []
@@ -86,10 +96,7 @@ class GradSigned(BlockSums):
             yield
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        grid, weight = self.grids[name], self.targets[name].weight
-        for _, row, column in local_parts(weight):
-            values = local_tensor(gradient).float() / grid.block_numel
-            add_block_sums(self.step_sums[name], grid, values, row, column, _shards(weight))
+        self.reduce(name, gradient, lambda grid, weight, gradient: gradient.float() / grid.block_numel)
 
     def _observe(self, name: str, linear: Target, x: Tensor) -> Callable[[Tensor], None]:
         rows, columns = self.grids[name].shape
@@ -118,15 +125,11 @@ class Reduced(BlockSums):
         return weight_gradients(self.targets, self._add)
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        gradient, grid, linear = local_tensor(gradient), self.grids[name], self.targets[name]
-        weight = dense_weight(linear) if is_quantised(linear) else linear.weight
-        for values, row, column in local_parts(weight):
-            terms = self.terms(grid, values, gradient)
-            add_block_sums(self.step_sums[name], grid, terms, row, column, _shards(weight))
+        self.reduce(name, gradient, self.terms)
 
     @staticmethod
     def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:
-        """Return the values to sum over each block, in the weight's shape."""
+        """Return the values to sum over each block, from rows [rows, columns] of the weight and its gradient."""
         raise NotImplementedError
 
 

@@ -19,8 +19,9 @@ from smt_trainer.model.experts import ExpertMatrix, watch_stack
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import HOLDER
 from smt_trainer.model.products import Routing
+from smt_trainer.model.sharded import full_tensor
 from smt_trainer.sparse.linear import BlockLinear
-from smt_trainer.sparse.sparse_experts import Part, with_gradients, with_zeros
+from smt_trainer.sparse.sparse_experts import Part, reaching, together, with_gradients
 from smt_trainer.sparse.write_back import write_back
 
 
@@ -46,6 +47,13 @@ class BlockExpert(BlockLinear):
         """The matrix as it is stored, a view of the frozen parameter."""
         return self.matrix.weight.detach()
 
+    @property
+    def parameter(self) -> Tensor:
+        return self.matrix.stack
+
+    def base_weight(self) -> Tensor:
+        return full_tensor(self.matrix.stack)[self.matrix.index]
+
     def to_linear(self) -> nn.Module:
         """Write the blocks into the parameter and leave it, in place."""
         write_back([self])
@@ -68,16 +76,18 @@ class BlockStack(nn.ModuleDict):
 
     Attributes:
         leaf: name of the parameter.
-        missed: the experts that have not taken part in the forward that runs.
+        aliases: while a forward runs with a graph, the blocks of each expert (`together`).
+        is_reached: whether one of them has taken part in it.
     """
 
     def __init__(self, experts: nn.Module, leaf: str) -> None:
         super().__init__()
-        self.missed: set[int] = set()
+        self.aliases: dict[int, Tensor] = {}
+        self.is_reached = False
         self.handles: list[RemovableHandle] = [
             experts.register_forward_pre_hook(self._begin),
             *watch_stack(experts, leaf, self._observe),
-            experts.register_forward_hook(self._finish),
+            experts.register_forward_hook(self._finish, always_call=True),
             experts.register_load_state_dict_pre_hook(self._read_plain),
         ]
         self.leaf = leaf
@@ -93,8 +103,9 @@ class BlockStack(nn.ModuleDict):
         if stack is None:
             return
         for linear in self.experts():
-            values = linear.grid.gather(stack[linear.matrix.index], linear.block_indices)
-            state_dict.setdefault(f"{own}.{linear.matrix.index}.blocks", values)
+            key = f"{own}.{linear.matrix.index}.blocks"
+            if key not in state_dict:
+                state_dict[key] = linear.grid.gather(stack[linear.matrix.index], linear.block_indices)
 
     def experts(self) -> list[BlockExpert]:
         """Return the experts that have blocks."""
@@ -103,7 +114,10 @@ class BlockStack(nn.ModuleDict):
     def _begin(self, experts: nn.Module, inputs: tuple) -> None:
         if stale := [linear for linear in self.experts() if linear.is_stale()]:
             write_back(stale)
-        self.missed = {linear.matrix.index for linear in self.experts()}
+        self.is_reached = False
+        if torch.is_grad_enabled():
+            aliases = together([linear.blocks for linear in self.experts()])
+            self.aliases = {linear.matrix.index: one for linear, one in zip(self.experts(), aliases, strict=True)}
 
     def _observe(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
         if not torch.is_grad_enabled():
@@ -111,16 +125,17 @@ class BlockStack(nn.ModuleDict):
         own = [linear for linear in self.experts() if routing.may_take(linear.matrix.index)]
         if not own:
             return y
-        self.missed -= {linear.matrix.index for linear in own}
+        self.is_reached = True
         parts = [Part(linear.matrix.index, linear.plan, linear.positions) for linear in own]
-        return with_gradients(y, x, routing, parts, [linear.blocks for linear in own])
+        return with_gradients(y, x, routing, parts, [self.aliases[part.expert] for part in parts])
 
     def _finish(self, experts: nn.Module, inputs: tuple, output: Any) -> Any:
-        if not (torch.is_grad_enabled() and self.missed):
+        aliases, self.aliases = self.aliases, {}
+        # After an exception there is no output.
+        if not aliases or self.is_reached or output is None:
             return output
-        # Without a gradient an optimizer would leave them out, and DDP would wait for them.
-        missed = [linear for linear in self.experts() if linear.matrix.index in self.missed]
-        return with_zeros(output, [linear.blocks for linear in missed])
+        # Without a gradient an optimizer would leave the blocks out, and DDP would wait for them.
+        return reaching(output, next(iter(aliases.values())))
 
 
 def hold_blocks(matrix: ExpertMatrix, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> BlockExpert:

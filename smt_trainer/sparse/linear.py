@@ -48,6 +48,11 @@ class BlockLinear(nn.Module):
     # Of an expert's matrix, its place among those in one parameter, and their number.
     stacked: tuple[int, int] | None = None
 
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that holds the weight: itself, or a stack of experts' matrices."""
+        return self.weight
+
     @classmethod
     def from_linear(
         cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
@@ -84,12 +89,12 @@ class BlockLinear(nn.Module):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The dtype in which forward uses the blocks."""
-        return self.weight.dtype
+        return self.parameter.dtype
 
     def merged_weight(self) -> Tensor:
         """Return the whole dense weight with the blocks in it, in `weight_dtype`."""
         write_back([self])
-        return full_tensor(self.weight)
+        return self.base_weight()
 
     def to_linear(self) -> nn.Module:
         """Write the blocks into the weight and turn back into a plain linear, in place."""
@@ -124,7 +129,7 @@ class BlockLinear(nn.Module):
 
     def write_if_whole(self) -> None:
         """Write the blocks, unless that is a collective or there are no values."""
-        if not (is_sharded(self.blocks) or is_sharded(self.weight) or self.weight.is_meta):
+        if not (is_sharded(self.blocks) or is_sharded(self.parameter) or self.parameter.is_meta):
             write_back([self])
 
     def __setstate__(self, state) -> None:
@@ -148,11 +153,11 @@ class BlockLinear(nn.Module):
     @property
     def is_divided(self) -> bool:
         """Whether this rank holds only parts of the weight."""
-        return is_sharded(self.weight)
+        return is_sharded(self.parameter)
 
     def local_parts(self) -> list[Part]:
         """Return views of what this rank holds of the weight."""
-        return local_parts(self.weight)
+        return local_parts(self.parameter, self.grid.stored_columns)
 
     def cut(self, blocks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Return views of this rank's part of the dense weight under the blocks, and the part of `blocks` [n, br, bc]
@@ -169,10 +174,13 @@ class BlockLinear(nn.Module):
         """Return views of the parts under the blocks, and the block, rows and columns of each; None: all whole."""
         indices = self.block_indices.tolist()
         if not self.is_divided:
-            return self.grid.views(parts[0].values, indices), None
+            return self.grid.views(self.weight.detach(), indices), None
         br, bc = self.grid.block_shape
+        # The matrices of a stack lie below each other.
+        above = (self.stacked[0] if self.stacked else 0) * self.grid.stored_shape[0]
         views, cuts = [], []
         for values, row, column in parts:
+            row -= above
             if self.grid.transposed:
                 values, row, column = values.t(), column, row
             for block, (r, c) in enumerate(indices):

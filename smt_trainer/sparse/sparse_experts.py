@@ -6,7 +6,10 @@ Let x_e and dy_e [T_e, .] be the rows that belong to expert e. Its blocks get, a
 
     dW_e[r, c] = dy_e[:, r-th block row]^T  x_e[:, c-th block column]          [br, bc]
 
-`with_gradients` adds this to the graph of y. It changes no value.
+`with_gradients` adds this to the graph of y. It changes no value. The blocks of all experts come from one node
+(`together`), which backward passes in any case (`reaching`): so they get their gradients at once, zeros where no token
+was sent, in an order that the router does not decide. ZeRO-2 adds up the gradients of all ranks in the order in which
+they come.
 """
 
 from __future__ import annotations
@@ -54,16 +57,27 @@ class _WithGradients(torch.autograd.Function):
         return dy, None, None, None, *gradients
 
 
-class _WithZeros(torch.autograd.Function):
+class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, *blocks: Tensor) -> Tensor:
-        ctx.blocks = [(each.shape, each.dtype, each.device) for each in blocks]
+    def forward(ctx, *blocks: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each.view_as(each) for each in blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one per output
+        # torch has put zeros in the place of those that did not come.
+        return gradients
+
+
+class _Reaching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, alias: Tensor) -> Tensor:
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one gradient per output
-        return dy, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.blocks)
+        return dy, None
 
 
 def with_gradients(y: Tensor, x: Tensor, routing: Routing, parts: Sequence[Part], blocks: Sequence[Tensor]) -> Tensor:
@@ -74,11 +88,16 @@ def with_gradients(y: Tensor, x: Tensor, routing: Routing, parts: Sequence[Part]
         x: its input, in any of the shapes of `model/products.py`.
         routing: which rows belong to which expert.
         parts: the experts with blocks.
-        blocks: of each, [n, br, bc] in stored order; receives its gradient in its own dtype.
+        blocks: of each, an alias [n, br, bc] in stored order; receives its gradient in its own dtype.
     """
     return _WithGradients.apply(y, x, routing, parts, *blocks)
 
 
-def with_zeros(y: Tensor, blocks: Sequence[Tensor]) -> Tensor:
-    """Return y, with gradients of zero for blocks that took no part in it, as in dense training."""
-    return _WithZeros.apply(y, *blocks)
+def together(blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return aliases of blocks; the blocks get their gradients together, once backward has passed all uses of these."""
+    return _Together.apply(*blocks)
+
+
+def reaching(y: Tensor, alias: Tensor) -> Tensor:
+    """Return y, in which no alias took part, with a backward that passes this one."""
+    return _Reaching.apply(y, alias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,8 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, save_fsdp_optimizer
 from torch import nn
 
-from smt_trainer.errors import SMTError
-from smt_trainer.model.grid import BlockGrid
 from smt_trainer.scores.collect import LossScale, frozen
 from smt_trainer.sparse.convert import get_state, set_state
 from smt_trainer.sparse.linear import smt_linears
@@ -79,21 +77,6 @@ def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: boo
         yield
     finally:
         del accelerator.backward
-
-
-def refuse_sharded_kinds(accelerator: Accelerator, grids: Mapping[str, BlockGrid]) -> None:
-    """Raise `SMTError` if weights are sharded over ranks, by FSDP2 or ZeRO-3, and some are those of convolutions or
-    embeddings."""
-    name = next((name for name, grid in grids.items() if grid.kernel or grid.embedding), None)
-    if name is None:
-        return
-    plugin = accelerator.state.deepspeed_plugin
-    if accelerator.distributed_type == DistributedType.FSDP or (plugin is not None and plugin.zero_stage == 3):
-        kind = "an embedding" if grids[name].embedding else "a convolution"
-        raise SMTError(
-            f"`{name}` is {kind}, whose blocks cannot be trained in weights that FSDP2 or ZeRO-3 shards over "
-            "ranks. Use DDP or ZeRO-1 or 2, or leave it out of target_modules."
-        )
 
 
 def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:

@@ -18,9 +18,9 @@ from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import get_state, is_smt_model
 from smt_trainer.training.class_column import refuse_missing_column
-from smt_trainer.training.distributed import is_sharding
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.read_once import refuse_data_read_once
+from smt_trainer.training.sharded_kinds import refuse_sharded_quantised
 from smt_trainer.training.tensor_parallel import refuse_unshown_parallelism
 from smt_trainer.training.vllm_weights import knows_sync
 
@@ -47,7 +47,7 @@ def refuse_unusable(trainer) -> None:
     _refuse_fsdp1(trainer.accelerator)
     _refuse_sharded_states(trainer)
     _refuse_partitioned_weights(trainer.model, needs_warmup)
-    _refuse_sharded_quantised(trainer)
+    refuse_sharded_quantised(trainer.accelerator, trainer.model)
     _refuse_unfollowed_experts(trainer)
     _refuse_hidden_weights(trainer.accelerator)
     _refuse_copies_by_name(trainer.args)
@@ -102,33 +102,18 @@ def _listed(selection: BlockSelection) -> dict[str, list]:
     return {name: indices.tolist() for name, indices in selection.block_indices.items()}
 
 
-def _refuse_sharded_quantised(trainer) -> None:
-    if trainer.model is not None and quantization_of(trainer.model) is not None and is_sharding(trainer.accelerator):
-        raise SMTError(
-            "the base is quantised, and FSDP2 and DeepSpeed cut and cast weights as if they were plain. Use DDP, or "
-            "load the base unquantised."
-        )
-
-
 def _refuse_unfollowed_experts(trainer) -> None:
-    """Raise `SMTError` if matrices of experts are targets and their products cannot be followed exactly."""
+    """Raise `SMTError` if matrices of experts are targets and their products cannot be followed."""
     model, config = trainer.model, trainer.smt_config
-    if model is None or is_smt_model(model):
+    if model is None or is_smt_model(model) or not trainer.args.torch_compile:
         return
     names = [name for stack in expert_stacks(model) for name in matrices_of(*stack)]
     given = config.selection if isinstance(config.selection, BlockSelection) else None
     asked = narrow(names, config) if given is None else [name for name in names if name in given.grids]
-    if not asked:
-        return
-    if trainer.args.torch_compile:
+    if asked:
         raise SMTError(
             f"`{asked[0]}` is the matrix of an expert, whose products are followed as Python runs them, and "
             "torch_compile=True leaves no Python to run. Leave it out, or the experts: target_modules='attention'."
-        )
-    if is_sharding(trainer.accelerator):
-        raise SMTError(
-            f"`{asked[0]}` lies in a parameter with all experts, and blocks in a part of one are not known to be exact "
-            "under FSDP2 and DeepSpeed. Use DDP, or leave the experts out: target_modules='attention'."
         )
 
 

@@ -43,12 +43,7 @@ from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
-from smt_trainer.training.distributed import (
-    bare_autocast,
-    is_sharding,
-    prepare_for_sharding,
-    refuse_sharded_kinds,
-)
+from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
 from smt_trainer.training.reference import match_reference
@@ -58,6 +53,7 @@ from smt_trainer.training.refusals import (
     refuse_other_blocks,
     refuse_unusable,
 )
+from smt_trainer.training.sharded_kinds import refuse_partitioned_experts, refuse_sharded_tokens
 from smt_trainer.training.tensor_parallel import admitting_checkpoints
 from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
@@ -194,7 +190,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         else:
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
             self._expect_gradients()
-        refuse_sharded_kinds(self.accelerator, self.smt_selection.grids)
+        refuse_partitioned_experts(self.accelerator, self.model, self.smt_selection.grids)
         if is_sharding(self.accelerator):
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
@@ -249,8 +245,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             if model() is self.model and unchanged:
                 return candidates
         candidates = find_candidates(self.model, self.smt_config)
-        tokens = new_token_grids(self.model, self.smt_config, candidates.grids)
-        refuse_sharded_kinds(self.accelerator, candidates.grids | tokens)
+        refuse_partitioned_experts(self.accelerator, self.model, candidates.grids)
+        refuse_sharded_tokens(self.accelerator, new_token_grids(self.model, self.smt_config, candidates.grids))
         self._found = weakref.ref(self.model), flags, candidates
         return candidates
 

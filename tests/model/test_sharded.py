@@ -3,6 +3,9 @@
 Runs on real ranks are in `runs/test_sharded.py`.
 """
 
+import math
+
+import images
 import pytest
 import tiny
 import torch
@@ -41,12 +44,18 @@ def partitioned(weight: torch.Tensor, rank: int, ranks: int, whole: bool = False
     return parameter
 
 
-@given(rows=st.integers(1, 9), columns=st.integers(1, 9), ranks=st.integers(1, 12))
-def test_the_parts_of_all_ranks_cover_a_weight_once(rows, columns, ranks):
-    weight = torch.arange(1.0, rows * columns + 1).view(rows, columns)
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 9),
+    kernel=st.sampled_from([(), (2,), (1, 3)]),
+    ranks=st.integers(1, 12),
+)
+def test_the_parts_of_all_ranks_cover_a_weight_once(rows, columns, kernel, ranks):
+    stored = torch.arange(1.0, rows * columns * math.prod(kernel) + 1).view(rows, columns, *kernel)
+    weight = stored.view(rows, -1)
     count = torch.zeros_like(weight)
     for rank in range(ranks):
-        for values, row, column in local_parts(partitioned(weight, rank, ranks)):
+        for values, row, column in local_parts(partitioned(stored, rank, ranks), weight.shape[1]):
             place = slice(row, row + values.shape[0]), slice(column, column + values.shape[1])
             assert torch.equal(values, weight[place])
             count[place] += 1
@@ -55,9 +64,10 @@ def test_the_parts_of_all_ranks_cover_a_weight_once(rows, columns, ranks):
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2])
+@pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, images.convnext])
 def test_blocks_are_written_back_to_the_shares_of_all_ranks(build, ranks, whole):
-    model = convert_to_smt(build(), tiny.choose(build()))
+    config = images.config(score="random") if build is images.convnext else None
+    model = convert_to_smt(build(), tiny.choose(build(), config))
     layers = [layer for _, layer in smt_linears(model)]
     with torch.no_grad():
         for layer in layers:
@@ -87,7 +97,7 @@ def test_a_partitioned_parameter_has_its_whole_shape_and_takes_no_values():
 
 def test_any_other_parameter_is_one_part_and_whole():
     weight = nn.Parameter(torch.randn(4, 3))
-    ((values, row, column),) = local_parts(weight)
+    ((values, row, column),) = local_parts(weight, 3)
     assert values.data_ptr() == weight.data_ptr() and (row, column) == (0, 0)
     assert full_shape(weight) == (4, 3) and full_tensor(weight).data_ptr() == weight.data_ptr()
     assign(weight, torch.ones(4, 3))

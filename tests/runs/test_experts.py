@@ -8,7 +8,6 @@ from mixtures import mixture
 from ranks import assert_two_ranks_train_like_one_process
 
 from smt_trainer import SMTError, from_delta, merge_checkpoint
-from smt_trainer.training import refusals
 
 CONFIG = {"target_modules": "mlp", "budget": {"experts": 24}, "block_size": 16}
 
@@ -51,9 +50,3 @@ def test_compiling_is_refused(tmp_path):
     with pytest.raises(SMTError, match="torch_compile=True leaves no Python to run"):
         tiny.smt_trainer(mixture(), tmp_path, tiny.config(**CONFIG), torch_compile=True)
     tiny.smt_trainer(mixture(), tmp_path, tiny.config(), torch_compile=True)
-
-
-def test_sharding_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(refusals, "is_sharding", lambda accelerator: True)
-    with pytest.raises(SMTError, match=r"experts.gate_up_proj.0` lies in a parameter with all experts"):
-        tiny.smt_trainer(mixture(), tmp_path, tiny.config(**CONFIG))

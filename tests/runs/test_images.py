@@ -6,6 +6,7 @@ import images
 import pytest
 import tiny
 import torch
+from ranks import assert_two_ranks_train_like_one_process
 from torch import nn
 
 from smt_trainer import (
@@ -92,6 +93,15 @@ def test_running_statistics_are_kept_in_checkpoint_delta_and_resumed_run(train_n
     resumed = smt_trainer(kind.from_pretrained(base), tmp_path / "a", config, save_strategy="steps", save_steps=2)
     resumed.train(resume_from_checkpoint=True)
     tiny.assert_same(resumed.model.state_dict(), after)
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_two_ranks_train_convolutions_like_one_process(tmp_path):
+    """Without batch normalisation, which under DDP has the statistics of the rank's own examples, in any Trainer."""
+    config, data = images.config(score="grad_l1"), images.examples()
+    assert_two_ranks_train_like_one_process(
+        tmp_path, make=images.convnext, smt_config=config, kind=SMTTrainer, data=data, learning_rate=0.1
+    )
 
 
 def test_statistics_of_a_model_in_evaluation_mode_are_not_stored(base, tmp_path):

@@ -5,6 +5,7 @@ CPU.
 """
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -14,23 +15,26 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from sharded_script import CASES, LAUNCHED
 from training_script import accelerate_launch, torchrun
-from transformers import AutoModelForCausalLM
 
-from smt_trainer import load_delta
+from smt_trainer import BlockSelection, load_delta
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
+from smt_trainer.training.trainer import SELECTION_FILE
 
 CONFIGURATIONS = Path(__file__).parents[2] / "recipes" / "accelerate"
-QUICK = ["fsdp", "fsdp-one-rank-loads", "fsdp-checkpointing"]
+QUICK = ["fsdp", "fsdp-one-rank-loads", "fsdp-checkpointing", "fsdp-experts"]
 HYBRID = ["fsdp-hybrid"]
-SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK + HYBRID]
+OF_KINDS = [name for name in CASES if re.search("-(experts|tokens|convolutions)", name) and name not in QUICK]
+FSDP_KINDS, ZERO_KINDS = ([name for name in OF_KINDS if how in name] for how in ("fsdp", "zero"))
+SLOW = [name for name in CASES if "fsdp" in name and name not in QUICK + HYBRID + OF_KINDS]
 QUICK_SLICES = ["tp", "tp-one-block", "tp-rows", "tp-experts"]
 SLOW_SLICES = [name for name in CASES if "tp" in name and name not in QUICK_SLICES]
-ZERO = [name for name in CASES if "zero" in name]
+ZERO = [name for name in CASES if "zero" in name and name not in OF_KINDS]
+GROUPS = (QUICK, SLOW, HYBRID, FSDP_KINDS, QUICK_SLICES, SLOW_SLICES, ZERO, ZERO_KINDS)
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: pip install '.[deepspeed]'")
 HAS_SLICES = importlib.util.find_spec("transformers.distributed.tensor_parallel") is not None
 needs_slices = pytest.mark.skipif(not HAS_SLICES, reason="this transformers cuts models in another way")
-MARKS = dict.fromkeys(SLOW + HYBRID, pytest.mark.slow) | dict.fromkeys(ZERO, needs_deepspeed)
+MARKS = dict.fromkeys(SLOW + HYBRID + FSDP_KINDS, pytest.mark.slow) | dict.fromkeys(ZERO + ZERO_KINDS, needs_deepspeed)
 MARKS |= dict.fromkeys(QUICK_SLICES, needs_slices) | dict.fromkeys(SLOW_SLICES, (needs_slices, pytest.mark.slow))
 # With ACCELERATE_USE_CPU, accelerate leaves DeepSpeed out; DeepSpeed has its own variable.
 ENVIRONMENT = {"fsdp": {"ACCELERATE_USE_CPU": "true"}, "zero": {"DS_ACCELERATOR": "cpu"}}
@@ -45,11 +49,12 @@ def folder_of(tmp_path_factory):
     folders = {}
 
     def folder(name):
-        group = next(group for group in (QUICK, SLOW, HYBRID, QUICK_SLICES, SLOW_SLICES, ZERO) if name in group)
+        group = next(group for group in GROUPS if name in group)
         if name not in folders:
             where = tmp_path_factory.mktemp("sharded")
             ranks = 4 if group is HYBRID else 2
-            torchrun(sharded_script.__file__, ranks, where, *group, **ENVIRONMENT["zero" if group is ZERO else "fsdp"])
+            environment = ENVIRONMENT["zero" if group in (ZERO, ZERO_KINDS) else "fsdp"]
+            torchrun(sharded_script.__file__, ranks, where, *group, **environment)
             folders.update({name: where / name for name in group})
         return folders[name]
 
@@ -60,6 +65,12 @@ def folder_of(tmp_path_factory):
 def ranks_of(folder_of):
     """Return a function that gives what each rank of a case wrote."""
     return lambda name: [torch.load(folder_of(name) / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def stored(tensors, name):
+    """Return the weight of a target in a state dict, as it is stored."""
+    stack, _, index = name.rpartition(".")
+    return tensors[stack][int(index)] if stack in tensors else tensors[f"{name}.weight"]
 
 
 @every_case
@@ -82,26 +93,24 @@ def test_two_ranks_select_and_train_like_one_process(name, ranks_of, tmp_path):
 
 
 @every_case
-def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of):
+def test_only_the_blocks_change_and_forward_reads_them(name, ranks_of, folder_of):
     ours, base = ranks_of(name)[0]["trained"], sharded_script.base_model(CASES[name])
     # With bf16, DeepSpeed casts the weights of the model.
     base = (base.bfloat16() if name == "zero2-bf16" else base).float().state_dict()
-    for key, weight in ours["weights"].items():
-        changed = weight != base[key]
-        module = key.removesuffix(".weight")
-        if CASES[name].get("model") == "gpt2" and module in ours["blocks"]:
-            weight, changed = weight.t(), changed.t()
-        if module in ours["blocks"]:
-            blocks, indices = ours["blocks"][module], ours["block_indices"][module]
-            for block, (row, column) in zip(blocks, indices.tolist(), strict=True):
-                rows, columns = (
-                    slice(i * edge, (i + 1) * edge) for i, edge in zip((row, column), block.shape, strict=True)
-                )
-                tiny.assert_same(weight[rows, columns], block)
-                assert changed[rows, columns].any()
-                changed[rows, columns] = False
-        whole = module.rpartition(".")[2] in CASES[name].get("smt", {}).get("modules_to_save", ())
-        assert changed.any() if whole else not changed.any()
+    changed = {key: weight != base[key] for key, weight in ours["weights"].items()}
+    grids = BlockSelection.load(folder_of(name) / "run" / SELECTION_FILE).grids
+    for module, blocks in ours["blocks"].items():
+        weight, mask = (grids[module].split(stored(tensors, module)) for tensors in (ours["weights"], changed))
+        rows, columns = ours["block_indices"][module].unbind(1)
+        tiny.assert_same(weight[rows, columns], blocks)
+        assert mask[rows, columns].flatten(1).any(1).all()
+        mask[rows, columns] = False
+    if "tokens-tied" in name:
+        tiny.assert_same(ours["weights"]["lm_head.weight"], ours["weights"]["model.embed_tokens.weight"])
+        del changed["lm_head.weight"]
+    for key, mask in changed.items():
+        whole = key.removesuffix(".weight").rpartition(".")[2] in CASES[name].get("smt", {}).get("modules_to_save", ())
+        assert mask.any() if whole else not mask.any()
 
 
 @every_case
@@ -123,7 +132,7 @@ def test_delta_and_merged_checkpoint_give_the_trained_weights(name, ranks_of, fo
     loaded = load_delta(sharded_script.base_model(CASES[name]), folder / "delta", merge=True)
     loaded = loaded.bfloat16() if name == "zero2-bf16" else loaded
     tiny.assert_same({key: weight.float() for key, weight in loaded.state_dict().items()}, expected)
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    merged = type(loaded).from_pretrained(folder / "merged")
     tiny.assert_same({key: weight.float() for key, weight in merged.state_dict().items()}, expected)
 
 

@@ -55,6 +55,23 @@ def test_the_blocks_get_the_gradient_of_dense_training(architecture, implementat
     assert trained == {name for name, _ in model.named_parameters() if name.endswith(".blocks")}
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_come_in_an_order_that_the_router_does_not_decide(implementation):
+    """ZeRO-2 adds up the gradients of all ranks in the order in which they come."""
+    model = mixture(implementation=implementation)
+    convert_to_smt(model, chosen(model, 8, block_size=16))
+    order = []
+    for name, linear in smt_linears(model):
+        linear.blocks.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    orders = set()
+    for seed in range(8):
+        order.clear()
+        model(**tiny.batch(1, length=2, seed=seed)).loss.backward()
+        orders.add(tuple(order))
+    assert len(orders) == 1
+    assert sorted(orders.pop()) == sorted(name for name, _ in smt_linears(model))
+
+
 @pytest.mark.parametrize(("architecture", "implementation"), CASES)
 def test_steps_equal_dense_training_with_the_gradient_masked(architecture, implementation):
     model = mixture(architecture, implementation)

@@ -21,6 +21,22 @@ def resnet(seed: int = 0, num_labels: int = LABELS) -> nn.Module:
         return transformers.ResNetForImageClassification(config).eval()
 
 
+def convnext(seed: int = 0) -> nn.Module:
+    """Build two stages with depthwise convolutions and linears, whose norms read one example at a time."""
+    sizes = {"num_stages": 2, "hidden_sizes": [32, 64], "depths": [1, 2], "layer_scale_init_value": 1.0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = transformers.ConvNextConfig(**sizes, num_labels=LABELS)
+        return ConvNextForImageClassification(config).eval()
+
+
+class ConvNextForImageClassification(transformers.ConvNextForImageClassification):
+    """Says what accelerate asks of a model before it shards it: that there are no embeddings."""
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+
 class Bottleneck(nn.Module):
     """A bottleneck of ResNeXt: 1x1, a grouped 3x3 and 1x1 beside the residual stream."""
 
