@@ -102,7 +102,7 @@ INPUTS = Study(
         Arm("LoRA, all linears", "lora-all", SMALL),
         UNTUNED,
         RANDOM,
-        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, rate_of=RANDOM),
+        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}),
         Arm("small inputs", "smt-low", SMALL),
     ),
 )
