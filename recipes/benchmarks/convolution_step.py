@@ -55,7 +55,14 @@ class Step:
 
 def trained_rows(model: nn.Module, budget: float) -> nn.Module:
     """Rewrite a model so that a fraction of the rows of each convolution is trained."""
-    config = SMTConfig(target_modules="all-conv", granularity="row", scope="per_module", score="random", budget=budget)
+    config = SMTConfig(
+        target_modules="all-conv",
+        granularity="row",
+        scope="per_module",
+        score="random",
+        budget=budget,
+        modules_to_save=[],
+    )
     return convert_to_smt(model, BlockScores.of(model, config, [], SEED).select())
 
 

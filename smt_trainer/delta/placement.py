@@ -182,10 +182,14 @@ def _grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkpoint
     found = {}
     for key, (site, *_) in sites.items():
         place = checkpoint.places[key]
-        rows = delta.selection.new_rows(site.name, place.shape[0]) if site.expert is None else ()
-        if rows and place.shape[1:] == site.grid.stored_shape[1:] and place.dtype in WEIGHTS:
-            before = open_array(checkpoint.folder / place.file, place, writable=False)
-            found[key] = np.concatenate([before, np.zeros((len(rows), *place.shape[1:]), before.dtype)])
+        before, *others = place.shape
+        # A part of a weight that the checkpoint stores in parts has fewer rows than the weight, and lacks none.
+        if site.expert is not None or before >= site.grid.stored_shape[0]:
+            continue
+        rows = delta.selection.new_rows(site.name, before)
+        if rows and tuple(others) == site.grid.stored_shape[1:] and place.dtype in WEIGHTS:
+            base = open_array(checkpoint.folder / place.file, place, writable=False)
+            found[key] = np.concatenate([base, np.zeros((len(rows), *others), base.dtype)])
             site.put(found[key], cast(site.blocks, place.dtype))
     return found
 

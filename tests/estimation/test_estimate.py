@@ -143,7 +143,7 @@ def test_the_scores_differ_in_what_a_warm_up_takes(llama):
     grids = found["grad_l1"].selection.grids.values()
     weights = sum(math.prod(grid.weight_shape) for grid in grids)
     blocks, columns = sum(grid.num_blocks for grid in grids), sum(grid.shape[1] for grid in grids)
-    numbers = {"grad_l1": weights, "grad_l2": weights, "activation": columns}
+    numbers = {"grad_l1": weights, "grad_l2": weights, "activation": columns, "low_activation": columns}
     for score, size in found["grad_l1"].accumulators.items():
         # `qm_taylor` also counts the examples of its one class.
         expected = 4 * numbers.get(score, blocks) + 8 * (score == "qm_taylor")
@@ -360,5 +360,7 @@ def test_the_warm_up_of_embeddings_counts_as_on_the_cpu(score, tied):
 
 
 def test_embeddings_that_are_sharded_are_refused():
-    with pytest.raises(SMTError, match=r"`model.embed_tokens` is an embedding, .* FSDP2 or ZeRO-3 shards"):
+    with pytest.raises(
+        SMTError, match=r"`model.embed_tokens` is an embedding, .* where ZeRO-3 shards weights is not estimated"
+    ):
         guess(tiny.llama(), tiny.config(**TOKENS), ranks=2, zero_stage=3)

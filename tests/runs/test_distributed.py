@@ -29,7 +29,7 @@ def test_both_ranks_end_with_the_same_blocks_and_weights(runs):
 def test_two_ranks_score_select_and_train_like_one_process(runs):
     _, (rank, _), single = runs
     # Ranks average squares of activations; for `grad_abs`, the backward pass of each rank counts separately.
-    factors = {"activation": 2**0.5}
+    factors = {"activation": 2**0.5, "low_activation": 2**-0.5}
     for score in rank["scores"].keys() - {"grad_abs"}:
         for name, expected in single["scores"][score].items():
             # Scores are summed in float32.

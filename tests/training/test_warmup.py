@@ -11,6 +11,7 @@ from reference import block_scores, summed_gradients
 
 from smt_trainer import BlockScores, BlockSelection, SMTError
 from smt_trainer.config import SCORES
+from smt_trainer.scores import SCORERS
 from smt_trainer.scores.collect import frozen
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.sparse.convert import is_smt_model
@@ -18,7 +19,7 @@ from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 
 WARMUP_SCORES = SCORES[:-2]
-GRADIENT_SCORES = SCORES[:-3]
+GRADIENT_SCORES = [score for score in WARMUP_SCORES if SCORERS[score].needs_backward]
 QKV = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkv"]
 
 

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from recipes.parts.beside import Beside
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.merged import Comparison
 from recipes.parts.report import DELTA_FILES, Run, write_report
@@ -34,6 +35,7 @@ def results(model, tmp_path):
         after=after,
         merged_onto=None,
         merged=Comparison(False, Moved(tokens=8, divergence=0.25, agreement=0.5, largest=2.0)),
+        beside=Beside("LoRA", 0.01, 1234, Evaluation({"loss": losses[1]}, {})),
         selection=BlockScores.of(model, SMTConfig(score="random", budget=3, block_size=16), []).select(),
         steps=7,
         seconds_per_step=None,
@@ -51,8 +53,11 @@ def test_the_text_has_all_measures_of_the_task(results):
     assert text.startswith(
         "# model on the riddles task\n\nMeasured on 5 test questions.\n\n- accuracy: share of riddles"
     )
-    assert "| new | 3 | 0.0 | 100.0 | 1.000 | 0.500 |" in text
-    assert "| **average** |  | **25.0** | **100.0** | **1.500** | **0.750** |" in text
+    assert "| new | 3 | 0.0 | 100.0 | 1.000 | 0.500 | 0.500 |" in text
+    assert "| **average** |  | **25.0** | **100.0** | **1.500** | **0.750** | **0.750** |" in text
+    assert (
+        "Against LoRA (1,234 parameters, rate 0.01, the same records and steps): +0.000 ± 0.000 nats of loss." in text
+    )
     assert "Gain: +75.0 ± 49.0 points of accuracy, -0.750 ± 0.000 nats of loss (paired 95 % interval)." in text
     for row in ("weights | bfloat16", "steps | 7, none timed", "whole run | 1.5 min", "delta | 2.00 MiB"):
         assert f"| {row} |" in text
