@@ -176,6 +176,23 @@ def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
     assert all(figure.startswith("-") and figure.removeprefix("-") in text for figure in (numbers, templates, general))
 
 
+def test_the_figures_of_where_blocks_lie_are_those_of_the_committed_runs():
+    report = (ROOT / "recipes/studies/results/inputs.md").read_text(encoding="utf-8")
+    text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
+    text = text.partition("**[inputs]")[2].partition("**[methods]")[0]
+    rows = [line.strip("| ").split(" | ") for line in report.splitlines()]
+    learned = {cells[0]: cells[6] for cells in rows if len(cells) == 10}
+    forgot = {cells[0]: cells[8][:5] for cells in rows if len(cells) == 10}
+    tuned = {
+        cells[0]: min(re.findall(r": (\d\.\d+)", cells[2])) for cells in rows if len(cells) == 3 and ":" in cells[2]
+    }
+    small, lora = "small inputs, all linears", "LoRA, all linears"
+    assert f"reach {learned[small]} on new numbers, the paper's choice {learned['SMT, 0.84 %']}" in text
+    assert f"LoRA on q, k and v {learned['LoRA']}" in text
+    assert f"SMT {tuned[small]}, LoRA on all linears {tuned[lora]}." in text
+    assert f"general text rises to {forgot[small]}, with LoRA to {forgot['LoRA']} (q, k, v) and {forgot[lora]}" in text
+
+
 def test_the_figures_of_the_study_are_those_of_the_committed_run():
     report = (ROOT / "recipes/selection_study/results/study.md").read_text(encoding="utf-8")
     assert "q_proj 6, k_proj 7, v_proj 263" in report and "k_proj 33, v_proj 188" in report
