@@ -111,8 +111,8 @@ def test_the_gain_in_the_readme_is_that_of_the_committed_run():
 def test_the_loss_in_the_readme_is_that_of_the_committed_run():
     report = (ROOT / "recipes/math/results/results.md").read_text(encoding="utf-8")
     row = next(line for line in report.splitlines() if line.startswith("| **average**"))
-    untuned, tuned = re.findall(r"\*\*(\d\.\d{3})\*\*", row)
-    assert f"lowers the loss on unseen problems from {untuned}\nto {tuned} nats a token" in README
+    untuned, tuned, lora = re.findall(r"\*\*(\d\.\d{3})\*\*", row)
+    assert f"lowers the loss on unseen problems from {untuned}\nto {tuned} nats a token, LoRA to {lora}." in README
 
 
 def test_the_figures_of_a_step_are_those_of_the_committed_measurement():
@@ -187,6 +187,11 @@ def test_the_figures_of_where_blocks_lie_are_those_of_the_committed_runs():
         cells[0]: min(re.findall(r": (\d\.\d+)", cells[2])) for cells in rows if len(cells) == 3 and ":" in cells[2]
     }
     small, lora = "small inputs, all linears", "LoRA, all linears"
+    untuned = float(forgot["untuned"])
+    names = {"| SMT, defaults (the paper's)": "SMT, 0.84 %", "| LoRA": "LoRA", '`target_modules="all-linear"`**': small}
+    for start, arm in names.items():
+        row = next(line for line in README.splitlines() if f"{start} |" in line)
+        assert row.endswith(f"| {learned[arm]} | {float(forgot[arm]) - untuned:.3f} |")
     assert f"reach {learned[small]} on new numbers, the paper's choice {learned['SMT, 0.84 %']}" in text
     assert f"LoRA on q, k and v {learned['LoRA']}" in text
     assert f"SMT {tuned[small]}, LoRA on all linears {tuned[lora]}." in text
