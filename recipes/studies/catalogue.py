@@ -96,8 +96,8 @@ INPUTS = Study(
     "inputs",
     "Should blocks be chosen where inputs are small, which moves the outputs least, and from all linears?",
     (
-        SMT[SMALL],
         Arm("small inputs, all linears", "smt-low-all", SMALL),
+        SMT[SMALL],
         Arm("LoRA", "lora", SMALL),
         Arm("LoRA, all linears", "lora-all", SMALL),
         UNTUNED,
