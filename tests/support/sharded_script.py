@@ -46,7 +46,7 @@ EVERYWHERE = {"target_modules": "all-linear", "budget": 24}
 MIXTURE = FSDP | {"transformer_layer_cls_to_wrap": ["Qwen3MoeDecoderLayer"]}
 EXPERTS = {"target_modules": "experts"}
 TOKENS = {"target_modules": ["embed_tokens", "q_proj"], "block_size": (1, 64)}
-CONVOLUTIONS = {"target_modules": "all-conv", "granularity": "row", "block_size": "auto"}
+CONVOLUTIONS = {"target_modules": "all-conv", "granularity": "row", "block_size": "auto", "modules_to_save": []}
 
 
 def biased(seed: int):
