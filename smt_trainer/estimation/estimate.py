@@ -47,12 +47,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from smt_trainer.config import SCORES, SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.estimation.adapters import equal_rank, with_adapters
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
 from smt_trainer.model.convolution import is_convolution
@@ -184,7 +184,7 @@ def estimate(
     _refuse_kinds(targets, zero_stage)
     whole = find_whole(plain, config, selection.block_indices)
     base.refuse_whole(whole)
-    rank = _equal_rank(selection)
+    rank = equal_rank(selection)
     step = _Step(batch, seq, checkpointing, ranks, zero_stage, base, dense=_bytes(_tensors(plain)))
     scorers = {
         score: make_scorer(targets, selection.grids, replace(config, score=score, accumulator_device="device"))
@@ -198,7 +198,7 @@ def estimate(
         selection,
         smt=step.cost(rewrite(build(), selection, whole, master_dtype)),
         warmup=_warmup_cost(plain, scorers[config.score], config, step),
-        lora=step.cost(_with_adapters(build(), selection, whole, rank)),
+        lora=step.cost(with_adapters(build(), selection, whole, rank)),
         full=replace(step, base=QuantisedBase()).cost(build()),
         lora_rank=rank,
         accumulators={score: _bytes(scorer.statistics()) for score, scorer in scorers.items()},
@@ -316,40 +316,6 @@ def _refuse_kinds(targets: Mapping[str, Target], zero_stage: int) -> None:
                 f"`{name}` is an embedding, and what a step with its blocks takes where ZeRO-3 shards weights is not "
                 "estimated. Choose zero_stage 0, 1 or 2, or leave it out of target_modules."
             )
-
-
-def _equal_rank(selection: BlockSelection) -> int:
-    """Return the rank at which adapters on all targets hold as many weights as the blocks."""
-    return max(1, round(selection.trainable_parameters / sum(sum(g.weight_shape) for g in selection.grids.values())))
-
-
-def _with_adapters(
-    model: PreTrainedModel, selection: BlockSelection, whole: Iterable[str], rank: int
-) -> PreTrainedModel:
-    """Freeze a model except for LoRA's adapters on all targets and what is trained whole."""
-    model.requires_grad_(False)
-    for name, grid in selection.grids.items():
-        linear = model.get_submodule(name)
-        rows, columns = grid.weight_shape[::-1] if grid.embedding else grid.weight_shape
-        linear.lora_a = nn.Parameter(torch.empty(rank, columns, device="meta"))
-        linear.lora_b = nn.Parameter(torch.empty(rows, rank, device="meta"))
-        linear.register_forward_hook(_adapt_embedding if grid.embedding else _adapt)
-    for name in whole:
-        get_whole(model, name).requires_grad_(True)
-    return model
-
-
-def _adapt(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Return y + s B A x in the adapters' dtype, as PEFT computes it."""
-    a, b = linear.get_parameter("lora_a"), linear.get_parameter("lora_b")
-    x = inputs[0].to(a.dtype)
-    return (output + F.linear(F.linear(x, a), b) * 2.0).to(output.dtype)
-
-
-def _adapt_embedding(embedding: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Return y + s B A[:, ids] in the adapters' dtype, as PEFT computes it."""
-    a, b = embedding.get_parameter("lora_a"), embedding.get_parameter("lora_b")
-    return (output + F.embedding(inputs[0], a.T) @ b.T * 2.0).to(output.dtype)
 
 
 def _warmup_cost(model: PreTrainedModel, scorer: Scorer, config: SMTConfig, step: _Step) -> Cost | None:
