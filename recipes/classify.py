@@ -24,7 +24,7 @@ from recipes.parts.classify_arguments import ClassifyArguments, parse_classify_a
 from recipes.parts.classify_methods import METHODS
 from recipes.parts.classify_report import Outcome, Report, write_report
 from recipes.parts.heads import new_modules
-from recipes.parts.methods import Adapter, Sparse
+from recipes.parts.methods import Adapter, Sparse, trained_parameters
 from recipes.parts.registry import load_classification
 from smt_trainer import SMTConfig, SMTTrainer, from_delta, merge_and_unload, plot_selection
 
@@ -73,7 +73,7 @@ class Comparison:
         trainer.train()
         seconds = time.perf_counter() - began
         outputs = predict(trainer, self.test)
-        trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+        trained = trained_parameters(trainer.model)
         saved = self._save(trainer, method, outputs) if isinstance(trainer, SMTTrainer) else {}
         values = {name: measure(outputs, self.labels) for name, measure in self.measures.items()}
         logger.info("%s: %s", how.label, ", ".join(f"{name} {value:.3f}" for name, value in values.items()))

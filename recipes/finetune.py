@@ -19,13 +19,14 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback
 
 from recipes.parts.arguments import parse_arguments, resumed_from
-from recipes.parts.beside import Beside, train_beside, trained_parameters
+from recipes.parts.beside import Beside, train_beside
 from recipes.parts.collator import CompletionCollator
 from recipes.parts.constant import constant_answers
 from recipes.parts.dtype import fastest_dtype
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.measures import table
 from recipes.parts.merged import compare, write_merged
+from recipes.parts.methods import trained_parameters
 from recipes.parts.model import load_model, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
 from recipes.parts.quantisation import quantised_loading
@@ -118,7 +119,7 @@ def main() -> None:
         other = load_model(base, recipe.dtype, recipe.trust_remote_code, **loading)
         rival = train_beside(recipe.beside, rate, trainer, other)
         result = evaluate_on_all_ranks(task, rival, questions, replace(decoding, generate=False))
-        beside = Beside(recipe.beside, rate, trained_parameters(rival), result)
+        beside = Beside(recipe.beside, rate, trained_parameters(rival.model), result)
 
     if trainer.is_world_process_zero():
         plot_selection(trainer.smt_selection, output / "selection.png")

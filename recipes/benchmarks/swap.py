@@ -24,6 +24,7 @@ from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.benchmarks.parts.timing import quartiles
 from recipes.parts.adapters import adapter_config
 from recipes.parts.markdown import percent, provenance, spread, table
+from recipes.parts.methods import trained_parameters
 from recipes.parts.reporting import command, hardware, versions
 from smt_trainer import Delta, SMTConfig, convert_to_smt, swap
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
@@ -104,7 +105,7 @@ def with_adapters(model: nn.Module, budget: float) -> tuple[peft.PeftModel, int]
     targets = find_targets(model, SMTConfig())
     config = adapter_config("LoRA", targets, budget * count_parameters(model), SEED)
     adapted = peft.get_peft_model(model, config)
-    trained = sum(each.numel() for each in adapted.parameters() if each.requires_grad)
+    trained = trained_parameters(adapted)
     adapted.add_adapter("other", config)
     return adapted.eval(), trained
 

@@ -48,7 +48,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     test = COMMONSENSE.load(None, 0, results["seed"]).test
     questions = {name: draw(records, arguments.questions, results["seed"]) for name, records in test.items()}
-    rows = [compare(form, base, arguments.run, tokenizer, questions) for form in FORMS]
+    rows = [
+        {"form": form} | compare(load_form(form, base, arguments.run, results["dtype"]), tokenizer, questions)
+        for form in FORMS
+    ]
     found = {
         "questions": sum(map(len, questions.values())),
         "rows": rows,
@@ -62,10 +65,9 @@ def main() -> None:
 
 
 def compare(
-    form: str, base: str, run: Path, tokenizer: PreTrainedTokenizerBase, questions: dict[str, Dataset]
-) -> dict[str, str | float | int]:
-    """Answer the questions both ways in one form of the model."""
-    model = load_form(form, base, run)
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: dict[str, Dataset]
+) -> dict[str, float | int]:
+    """Answer the questions both ways."""
     decoding = Decoding(generate=False, batch_tokens=BATCH_TOKENS)
     ours = COMMONSENSE.evaluate(model, tokenizer, questions, decoding)
     with tempfile.TemporaryDirectory() as folder:
@@ -78,13 +80,12 @@ def compare(
         for ours_one, theirs_one in zip(ours.answers[LIKELIEST][name], answers.choices, strict=True)
     )
     accuracy = sum(answers.accuracy for answers in theirs.values()) / len(theirs)
-    return {"form": form, "recipe": ours.average(LIKELIEST), "harness": accuracy, "alike": alike}
+    return {"recipe": ours.average(LIKELIEST), "harness": accuracy, "alike": alike}
 
 
-def load_form(form: str, base: str, run: Path) -> PreTrainedModel:
-    """Load one form of the model of a run, in float32."""
+def load_form(form: str, base: str, run: Path, dtype: str) -> PreTrainedModel:
+    """Load one form of the model of a run, which was trained in `dtype`, in float32."""
     if form == "trained":
-        dtype = json.loads((run / "results.json").read_text())["dtype"]
         return from_delta(run / "delta", base=base, dtype=getattr(torch, dtype)).float()
     return load_model(base if form == "base" else str(run / "merged"), "float32")
 

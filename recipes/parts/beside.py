@@ -48,8 +48,3 @@ def train_beside(method: str, rate: float, trainer: SMTTrainer, model: PreTraine
     )
     rival.train()
     return rival
-
-
-def trained_parameters(trainer: Trainer) -> int:
-    """Return the number of parameters that a trainer trains."""
-    return sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)

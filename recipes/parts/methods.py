@@ -3,12 +3,18 @@
 from dataclasses import dataclass, field
 
 import peft
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from recipes.parts.adapters import adapter_config
 from recipes.parts.heads import new_modules
 from smt_trainer import SMTConfig, SMTTrainer
 from smt_trainer.model.targets import count_parameters, find_targets
+
+
+def trained_parameters(model: nn.Module) -> int:
+    """Return the number of parameters that are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 @dataclass(frozen=True)

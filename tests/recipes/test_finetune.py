@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 from recipes import finetune
 from recipes.commonsense.task import COMMONSENSE
 from recipes.parts.arguments import RecipeArguments, parse_arguments
-from recipes.parts.beside import trained_parameters
+from recipes.parts.methods import trained_parameters
 from recipes.parts.task import Decoding
 from smt_trainer import SMTConfig, SMTError, SMTTrainer
 from smt_trainer.delta.delta import Delta
@@ -164,7 +164,7 @@ def test_another_method_is_trained_beside_it_on_the_same_records(run, monkeypatc
     assert lora.train_dataset is smt.train_dataset and lora.args.learning_rate == 0.02 != smt.args.learning_rate
     results = json.loads((output / "results.json").read_text())
     found, measure = results["beside"], "accuracy by likelihood"
-    trained = trained_parameters(lora)
+    trained = trained_parameters(lora.model)
     assert found["trained_parameters"] == trained
     # The ranks of so small a model are coarse.
     assert trained == pytest.approx(smt.smt_selection.trainable_parameters, rel=0.05)

@@ -7,7 +7,7 @@ import tiny
 import torch
 from ranks import assert_two_ranks_train_like_one_process
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tied import either_base, load  # noqa: F401  # the fixture `base`
 
 from smt_trainer import (
     SMTError,
@@ -30,16 +30,6 @@ RUNS = {
     "by gradient": {"granularity": "row"},
     "with projections": {"target_modules": ["embed_tokens", "q_proj"], "block_size": 16},
 }
-
-
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def base(request, tmp_path):
-    tiny.llama(tie_word_embeddings=request.param).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def trainer_of(base, folder, **fields) -> SMTTrainer:

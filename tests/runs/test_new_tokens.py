@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from tied import either_base, load  # noqa: F401  # the fixture `base`
 
 from smt_trainer import (
     BlockScores,
@@ -27,16 +27,6 @@ from smt_trainer import (
 OLD, NEW = tiny.VOCABULARY, tiny.VOCABULARY + 16
 EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
 SAVES = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-
-
-@pytest.fixture(params=[False, True], ids=["untied", "tied"])
-def base(request, tmp_path):
-    tiny.llama(tie_word_embeddings=request.param).save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def resized(folder):

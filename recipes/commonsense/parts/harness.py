@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
@@ -80,7 +79,7 @@ def _answers(found: dict, task: str, questions: Sequence[Mapping[str, str]]) -> 
     samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
     likelihoods = [[likelihood for likelihood, _ in sample["filtered_resps"]] for sample in samples]
     choices = [
-        named_answers(question["instruction"])[int(torch.tensor(each).argmax())]
+        named_answers(question["instruction"])[each.index(max(each))]
         for question, each in zip(questions, likelihoods, strict=True)
     ]
     return Answers(found["results"][task]["acc,none"], choices, likelihoods)

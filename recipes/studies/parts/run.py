@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from recipes.parts.collator import CompletionCollator
+from recipes.parts.methods import trained_parameters
 from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
 from recipes.parts.registry import load_task
@@ -117,9 +118,8 @@ def _train(model: PreTrainedModel, run: Run, folder: str) -> tuple[PreTrainedMod
     began = time.perf_counter()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     facts = {
-        "trained_parameters": trained,
+        "trained_parameters": trained_parameters(trainer.model),
         "training_losses": [round(loss, 4) for loss in losses],
         "training_seconds": round(time.perf_counter() - began, 1),
     }

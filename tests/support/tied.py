@@ -1,0 +1,20 @@
+"""The tiny Llama on disk, with a head of its own and with one that is tied to the embeddings."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(name="base", params=[False, True], ids=["untied", "tied"])
+def either_base(request, tmp_path) -> Path:
+    """Write it; return its folder. Imported into a module of tests, this is the `base` of each of them."""
+    tiny.llama(tie_word_embeddings=request.param).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def load(folder: Path) -> nn.Module:
+    """Load a model for text."""
+    return AutoModelForCausalLM.from_pretrained(folder)
