@@ -1,10 +1,13 @@
 """The studies: what each asks, and the arms that answer it."""
 
 from recipes.studies.parts.methods import METHODS
-from recipes.studies.parts.study import Arm, Study
+from recipes.studies.parts.study import SEEDS, Arm, Study
 
 SMALL, LARGE = 0.0084, 0.05
 """The paper's budget, and one near its largest (4.91 %), as fractions of all parameters."""
+
+MORE_SEEDS = (*SEEDS, 4, 5, 6)
+"""Of arms so close that three seeds do not tell them apart."""
 
 UNTUNED = Arm("untuned", "none")
 # Without masters, its weights must be in float32.
@@ -96,13 +99,13 @@ INPUTS = Study(
     "inputs",
     "Should blocks be chosen where inputs are small, which moves the outputs least, and from all linears?",
     (
-        Arm("small inputs, all linears", "smt-low-all", SMALL),
+        Arm("small inputs, all linears", "smt-low-all", SMALL, seeds=MORE_SEEDS),
         SMT[SMALL],
         Arm("LoRA", "lora", SMALL),
-        Arm("LoRA, all linears", "lora-all", SMALL),
+        Arm("LoRA, all linears", "lora-all", SMALL, seeds=MORE_SEEDS),
         UNTUNED,
         RANDOM,
-        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}),
+        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, seeds=MORE_SEEDS),
         Arm("small inputs", "smt-low", SMALL),
     ),
 )

@@ -79,8 +79,12 @@ def _outcomes(done: dict[Arm, list[dict]]) -> Iterator[str]:
 
 
 def _against(first: list[dict], arm: Arm, found: list[dict], wanted: list[tuple[str, str]]) -> list[str]:
-    seeds = min(len(first), len(found))
-    return [arm.label, *(_difference(measure, name, first[:seeds], found[:seeds]) for measure, name in wanted)]
+    by_seed = [{result["run"]["seed"]: result for result in each} for each in (first, found)]
+    common = sorted(set.intersection(*map(set, by_seed)))
+    if not common:
+        return [arm.label, *("" for _ in wanted)]
+    pair = [[results[seed] for seed in common] for results in by_seed]
+    return [arm.label, *(_difference(measure, name, *pair) for measure, name in wanted)]
 
 
 def is_share(measure: str, name: str) -> bool:

@@ -26,6 +26,7 @@ class Arm:
         dtype: as in `Run`.
         records: number of records to train on, if not the protocol's.
         rate_of: the arm whose tuned rate this one takes; None tunes its own.
+        seeds: of its final runs.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Arm:
     dtype: str = "bfloat16"
     records: int | None = None
     rate_of: "Arm | None" = None
+    seeds: tuple[int, ...] = SEEDS
 
     def run(self, task: str, rate: float, seed: int, split: str) -> Run:
         """Return one run of this arm."""
@@ -63,7 +65,7 @@ class Arm:
 
     def final(self, task: str, rate: float) -> list[Run]:
         """Return the runs that are reported, one a seed."""
-        return [self.run(task, rate, seed, "test") for seed in SEEDS]
+        return [self.run(task, rate, seed, "test") for seed in self.seeds]
 
     def untuned(self, task: str) -> Run:
         """Return the run that measures the model as it is."""

@@ -80,3 +80,14 @@ def test_the_report_names_the_tuned_rate_and_compares_with_the_first_arm(work, t
 def test_the_report_of_an_unfinished_study_says_what_is_missing(tmp_path):
     store = Store(tmp_path / "runs.jsonl")
     assert "Not finished" in markdown(STUDY, {arm: [] for arm in STUDY.arms}, store)
+
+
+def test_arms_are_compared_on_the_seeds_that_both_have(tmp_path):
+    def result(seed):
+        values = {"loss": {"new numbers": [float(seed), seed + 1.0]}}
+        run = {"run": {"seed": seed, "rate": 0.001}, "values": values}
+        return run | {"means": {"loss": {"new numbers": seed + 0.5}}, "seconds": 1, "hardware": "", "versions": {}}
+
+    other = Arm("other", "lora", 0.0084)
+    text = markdown(STUDY, {SMT: [result(1), result(2)], other: [result(2), result(3)]}, Store(tmp_path / "runs.jsonl"))
+    assert "| other | +0.000 ± 0.000 |" in text
