@@ -30,7 +30,7 @@ def compared(budget: float, methods) -> list[Arm]:
     ]
 
 
-BASELINES = ("rslora", "miss", "shira", "super", "spsft", "spsft-taylor", "lora-all", "smt-all")
+BASELINES = ("smt-all", "lora-all", "dora", "rslora", "miss", "shira", "super", "spsft", "spsft-taylor")
 
 METHODS_STUDY = Study(
     "methods",
@@ -40,14 +40,14 @@ METHODS_STUDY = Study(
         UNTUNED,
         *compared(SMALL, ("random",)),
         FULL,
-        *compared(SMALL, ("dora", *BASELINES)),
+        *compared(SMALL, BASELINES),
     ),
 )
 
 METHODS_LARGE = Study(
     "methods-large",
     "Which method learns most with 5 % of the parameters?",
-    tuple(compared(LARGE, ("smt", "random", "lora", "dora", *BASELINES))),
+    tuple(compared(LARGE, ("smt", "random", "lora", *BASELINES))),
 )
 
 PLATEAU = Study(
@@ -77,8 +77,8 @@ ANATOMY = Study(
         SMT[SMALL],
         *(smt(f"{name} alone", fields={"target_modules": [f"{name}_proj"]}) for name in "qkvo"),
         smt("all of attention", fields={"target_modules": "attention"}),
-        smt("all linears", fields={"target_modules": "all-linear"}),
-        smt("MLP alone", fields={"target_modules": "mlp"}),
+        Arm("all linears", "smt-all", SMALL),
+        Arm("MLP alone", "smt", SMALL, fields={"target_modules": "mlp"}),
         smt(
             "half MLP, half q/k/v",
             fields={
@@ -92,7 +92,7 @@ ANATOMY = Study(
 SPREAD = Study(
     "spread",
     "Should the blocks be the best of the whole model, or the best of each module?",
-    (SMT[SMALL], EACH_MODULE, RANDOM),
+    (SMT[SMALL], EACH_MODULE, Arm("the smallest inputs of each module", "smt-low", SMALL), RANDOM),
 )
 
 INPUTS = Study(
@@ -100,13 +100,12 @@ INPUTS = Study(
     "Should blocks be chosen where inputs are small, which moves the outputs least, and from all linears?",
     (
         Arm("small inputs, all linears", "smt-low-all", SMALL, seeds=MORE_SEEDS),
+        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, seeds=MORE_SEEDS),
+        Arm("LoRA, all linears", "lora-all", SMALL, seeds=MORE_SEEDS),
         SMT[SMALL],
         Arm("LoRA", "lora", SMALL),
-        Arm("LoRA, all linears", "lora-all", SMALL, seeds=MORE_SEEDS),
         UNTUNED,
         RANDOM,
-        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, seeds=MORE_SEEDS),
-        Arm("small inputs", "smt-low", SMALL),
     ),
 )
 
