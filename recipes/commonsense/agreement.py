@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.commonsense.parts.harness import ask, write_tasks
 from recipes.commonsense.task import COMMONSENSE, LIKELIEST
-from recipes.finetune import draw
+from recipes.parts.experiment import draw
 from recipes.parts.json_file import write_json
 from recipes.parts.markdown import provenance, table
 from recipes.parts.model import load_model, resolve_model
