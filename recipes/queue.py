@@ -8,7 +8,9 @@ The learning rates are tuned on the way: which runs follow depends on the result
 import argparse
 import logging
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -121,6 +123,14 @@ def start_worker(threads: int) -> None:
     """Prepare a process that makes runs."""
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """End this process when the queue is gone: nobody would take its result."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def describe(run: Run) -> str:

@@ -1,6 +1,7 @@
 """Runs without a model, so that the queue can be tested with real processes."""
 
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,3 +40,10 @@ def perform_badly(run: Run) -> dict:
     if run.method == "lora":
         raise RuntimeError("no such adapter")
     return perform(run)
+
+
+def perform_for_ever(run: Run) -> dict:
+    """Write down the process that makes the run, which never ends."""
+    Path(os.environ["WORKERS"]).joinpath(str(os.getpid())).touch()
+    while True:
+        time.sleep(0.1)

@@ -1,5 +1,7 @@
 import os
+import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,6 +54,33 @@ def test_a_killed_run_is_begun_again(work, tmp_path, monkeypatch):
     store, made = work(fakes.perform_once_killed, pool=queue.Queue._pool)
     assert not list(STUDY.missing(store))
     assert not made.failed
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_killed_queue_end(tmp_path):
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    code = "import fakes; from recipes import queue; queue.perform = fakes.perform_for_ever; queue.main()"
+    paths = os.pathsep.join([str(Path(fakes.__file__).parent), *sys.path])
+    environment = {**os.environ, "WORKERS": str(workers), "PYTHONPATH": paths}
+    made = subprocess.Popen(
+        [sys.executable, "-c", code, "methods", "--processes", "2", "--results", str(tmp_path / "runs.jsonl")],
+        env=environment,
+    )
+    while len(list(workers.iterdir())) < 2:
+        assert made.poll() is None
+        time.sleep(0.1)
+    made.kill()
+    made.wait()
+    for worker in workers.iterdir():
+        wait_for_the_end_of(int(worker.name))
+
+
+def wait_for_the_end_of(process: int, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < end, f"process {process} goes on"
+        time.sleep(0.1)
 
 
 def test_what_fails_twice_is_given_up_and_the_rest_is_made(work):
