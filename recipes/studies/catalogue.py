@@ -14,6 +14,8 @@ UNTUNED = Arm("untuned", "none")
 FULL = Arm("full fine-tuning", "full", dtype="float32")
 RANDOM = Arm("random", "random", SMALL)
 EACH_MODULE = Arm("the best of each module", "smt", SMALL, fields={"scope": "per_module"})
+RANDOM_ALL = Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, seeds=MORE_SEEDS)
+LOW_ALL = Arm("small inputs, all linears", "smt-low-all", SMALL, seeds=MORE_SEEDS)
 SMT = {budget: Arm(f"SMT, {100 * budget:g} %", "smt", budget) for budget in (SMALL, LARGE)}
 
 
@@ -30,7 +32,7 @@ def compared(budget: float, methods) -> list[Arm]:
     ]
 
 
-BASELINES = ("smt-all", "lora-all", "dora", "rslora", "miss", "shira", "super", "spsft", "spsft-taylor")
+BASELINES = ("lora-all", "dora", "rslora", "miss", "shira", "super", "spsft", "spsft-taylor")
 
 METHODS_STUDY = Study(
     "methods",
@@ -38,7 +40,7 @@ METHODS_STUDY = Study(
     (
         *compared(SMALL, ("smt", "lora")),
         UNTUNED,
-        *compared(SMALL, ("random",)),
+        *compared(SMALL, ("random", "smt-all")),
         FULL,
         *compared(SMALL, BASELINES),
     ),
@@ -47,7 +49,7 @@ METHODS_STUDY = Study(
 METHODS_LARGE = Study(
     "methods-large",
     "Which method learns most with 5 % of the parameters?",
-    tuple(compared(LARGE, ("smt", "random", "lora", *BASELINES))),
+    tuple(compared(LARGE, ("smt", "random", "lora", "smt-all", *BASELINES))),
 )
 
 PLATEAU = Study(
@@ -99,8 +101,8 @@ INPUTS = Study(
     "inputs",
     "Should blocks be chosen where inputs are small, which moves the outputs least, and from all linears?",
     (
-        Arm("small inputs, all linears", "smt-low-all", SMALL, seeds=MORE_SEEDS),
-        Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, seeds=MORE_SEEDS),
+        LOW_ALL,
+        RANDOM_ALL,
         Arm("LoRA, all linears", "lora-all", SMALL, seeds=MORE_SEEDS),
         SMT[SMALL],
         Arm("LoRA", "lora", SMALL),
@@ -111,14 +113,14 @@ INPUTS = Study(
 
 SCORES = Study(
     "scores",
-    "Which score chooses the best blocks?",
+    "Which score chooses the best blocks of each linear?",
     (
-        SMT[SMALL],
+        RANDOM_ALL,
+        LOW_ALL,
         *(
-            smt(f"`{score}`", fields={"score": score})
-            for score in ("grad_l2", "grad_signed", "grad_abs", "taylor", "activation", "magnitude")
+            Arm(f"`{score}`", "smt-all", SMALL, fields={"score": score, "scope": "per_module"})
+            for score in ("grad_l1", "taylor", "magnitude", "activation", "grad_l2", "grad_signed", "grad_abs")
         ),
-        Arm("`random`", "random", SMALL),
     ),
 )
 
@@ -146,9 +148,14 @@ BLOCK_SIZE = Study(
     "blocksize",
     "How large should blocks be?",
     (
-        SMT[SMALL],
-        *(smt(f"{edge}x{edge}", fields={"block_size": edge}) for edge in (16, 32, 96, 192)),
-        *(smt(f"{kind}s", fields={"granularity": kind, "block_size": "auto"}) for kind in ("row", "column")),
+        RANDOM_ALL,
+        *(
+            Arm(f"{label}, random", "smt-all", SMALL, fields={"score": "random"} | fields, rate_of=RANDOM_ALL)
+            for label, fields in (
+                *((f"{edge}x{edge}", {"block_size": edge}) for edge in (16, 32, 96, 192)),
+                *((f"{kind}s", {"granularity": kind, "block_size": "auto"}) for kind in ("row", "column")),
+            )
+        ),
     ),
 )
 
