@@ -336,5 +336,5 @@ class SMTTrainer(SMTTrainerMixin, Trainer):
     The learning rate acts on the weights themselves: AdamW moves each by about the rate a step. So the right rate grows
     with their size: compare it with their root mean square, `weight.float().square().mean().sqrt()`, which is far
     smaller in wide models. Begin at 1e-4 (the authors' code: 1e-5 for 7B parameters) and judge by an evaluation. A rate
-    ten times too large lowers the training loss all the more, and can leave a model that gives one answer to everything.
+    ten times too large lowers the training loss all the more, and can leave a model with one answer to everything.
     """
