@@ -35,8 +35,11 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
             f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHTS)}, got {dtype!r}. "
             "Save or download it again."
         )
-    well_formed = isinstance(base, dict) and set(base) == {"dtype", "stride", "checksums", "codes"}
+    well_formed = isinstance(base, dict) and {*base} - {"rows"} == {"dtype", "stride", "checksums", "codes"}
     well_formed = well_formed and base["dtype"] in WEIGHTS and is_int(base["stride"]) and base["stride"] >= RUN
+    # Deltas of before have none.
+    rows = base.get("rows", {}) if well_formed else None
+    well_formed = well_formed and isinstance(rows, dict) and all(is_int(count) and count > 0 for count in rows.values())
     well_formed = well_formed and isinstance(manifest["quantization"], dict | None)
     texts = [manifest["architecture"], *manifest["whole"], *manifest["unnamed"]]
     for sums in (base["checksums"], base["codes"]) if well_formed else [None]:

@@ -225,7 +225,9 @@ def differences(model: nn.Module, delta: Delta) -> list[str]:
     """Return the names of the base's tensors that a plain model has with other values."""
     tensors, quantised = dict(saved_tensors(model)), quantization_of(model) is not None
     return delta.base.differences(
-        tensors, lambda name, stride: sample(full_tensor(tensors[name]), stride), quantised=quantised
+        tensors,
+        lambda name, stride, rows: sample(full_tensor(tensors[name]), stride, rows),
+        quantised=quantised,
     )
 
 

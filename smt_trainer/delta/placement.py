@@ -149,7 +149,9 @@ class Placement:
                 expected = site.grid.stored_shape
                 _expect(key, place, expected if site.expert is None else (*place.shape[:1], *expected), WEIGHTS, folder)
         places = checkpoint.places | {name: checkpoint.places[key] for name, key in checkpoint.renamed.items()}
-        differences = delta.base.differences(places, lambda key, stride: read_sample(folder, places[key], stride))
+        differences = delta.base.differences(
+            places, lambda key, stride, rows: read_sample(folder, places[key], stride, rows)
+        )
         check_base(delta, folder.resolve().name, differences)
         for key, values in self.whole.items():
             place, dtype = self.places[key], dtype_name(values)
