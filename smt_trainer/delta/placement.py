@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
-from smt_trainer.delta.checks import check_base
+from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.expert_files import find_experts
 from smt_trainer.delta.folder import load_config
@@ -79,6 +79,8 @@ class Placement:
                 delta.weight_dtype,
                 dtype,
             )
+        if not placement.other_dtypes:
+            warn_of_rounding(delta, placement.dtypes)
         whole, sites = placement.whole, placement.sites
         for key, (first, *_) in list(sites.items()):
             for copy in tied_copies(key, checkpoint, {*sites, *whole}) if first.grid.embedding else ():
@@ -115,6 +117,12 @@ class Placement:
     def other_dtypes(self) -> set[str]:
         """Dtypes of the checkpoint's weights with blocks, other than that of training."""
         return {self.places[key].dtype for key in self.sites} - {self.delta.weight_dtype}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Module with blocks, or whole tensor of the delta -> dtype of the tensor in the checkpoint."""
+        found = {site.name: self.places[key].dtype for key, sites in self.sites.items() for site in sites}
+        return found | {name: self.places[key].dtype for name, key in self.keys.items()}
 
     @property
     def is_resized(self) -> bool:
