@@ -1,9 +1,11 @@
 """What a rewritten model may have learned beside its blocks, and its delta holds whole.
 
-named        what its configuration trains whole, and what loading made up
-statistics   the persistent buffers that forward has changed
-unfrozen     the parameters that require a gradient though rewriting has frozen them: a loop, a callback or a script
-             has let them be trained
+    named        what its configuration trains whole, and what loading made up
+    statistics   the persistent buffers that forward has changed
+    unfrozen     the parameters that require a gradient though rewriting has frozen them: a loop, a callback or a script
+                 has let them be trained
+
+Whatever else has changed since the blocks were taken is not in the delta, and named.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from smt_trainer.model.names import plain_name
+from smt_trainer.model.sharded import is_sharded
 from smt_trainer.sparse.convert import changed_statistics, get_state, stored_whole
+from smt_trainer.sparse.fingerprint import sample, saved_tensors
 from smt_trainer.sparse.linear import smt_linears
 
 if TYPE_CHECKING:
@@ -39,8 +43,32 @@ def unfrozen(model: nn.Module) -> set[str]:
     return {name for name, one in trained if id(one) not in known}
 
 
-def warn_of_unfrozen(model: nn.Module) -> None:
-    """Say which parameters the user has unfrozen, which makes a delta large."""
+def changed_base(model: nn.Module) -> list[str]:
+    """Return the names of the base's tensors that have other values than when the blocks were taken, and that the delta
+    does not hold; none where tensors are spread over ranks, since finding out would gather them all."""
+    tensors, state = dict(saved_tensors(model)), get_state(model)
+    if any(map(is_sharded, tensors.values())):
+        return []
+    found = state.base.differences(
+        tensors,
+        lambda name, stride, rows: sample(tensors[name], stride, rows),
+        quantised=state.quantization is not None,
+    )
+    learned = {id(tensor) for tensor in held_whole(model).values()}
+    learned |= {id(linear.parameter) for _, linear in smt_linears(model)}
+    return [name for name in found if id(tensors.get(name)) not in learned]
+
+
+def warn_of_others(model: nn.Module) -> None:
+    """Say what has changed beside the blocks: what the delta holds, which makes it large, and what it does not hold."""
+    if lost := changed_base(model):
+        logger.warning(
+            "%d frozen tensors, such as `%s`, have other values than when the blocks were taken: loaded, cast or "
+            "written since. The delta does not hold them, so it does not give this model back. Save the model whole "
+            "(save_pretrained), or change it before its blocks are taken.",
+            len(lost),
+            lost[0],
+        )
     if found := sorted(unfrozen(model)):
         logger.warning(
             "The delta holds %d tensors whole, such as `%s`, since they require a gradient though the blocks were to "

@@ -99,3 +99,38 @@ def test_a_delta_without_it_is_not_swapped_into_a_model_that_has_it(base, tmp_pa
         model.get_parameter(name).requires_grad_(False)
     with pytest.raises(SMTError, match=r"holds `lm_head\.weight` alone"):
         swap(model, tmp_path / "with")
+
+
+def load_others(model):
+    model.load_state_dict(tiny.llama(seed=3).state_dict(), strict=False)
+
+
+def cast(model):
+    model.bfloat16()
+
+
+def write(model):
+    model.model.embed_tokens.weight[5] += 1
+
+
+@pytest.mark.parametrize("change", [load_others, cast, write])
+def test_a_base_that_has_changed_under_the_blocks_is_named(change, llama, tmp_path, caplog):
+    convert_to_smt(llama, tiny.choose(llama, tiny.config(score="random", modules_to_save=["lm_head"])))
+    tiny.disturb(llama)
+    save_delta(llama, tmp_path / "delta")
+    assert not caplog.text
+    change(llama)
+    save_delta(llama, tmp_path / "delta")
+    assert "have other values than when the blocks were taken" in caplog.text
+    assert "`model.embed_tokens.weight`" in caplog.text
+
+
+def test_a_finer_dtype_and_swapped_blocks_change_no_base(base, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random")))
+    save_delta(model, tmp_path / "first")
+    tiny.disturb(model)
+    with applied(model, tmp_path / "first"):
+        save_delta(model, tmp_path / "second")
+    save_delta(model.double(), tmp_path / "third")
+    assert not caplog.text
