@@ -75,7 +75,10 @@ def _lines(found: DeltaDiff) -> Iterator[str]:
 def _about_base(found: DeltaDiff) -> str:
     first, second = (name or "not recorded" for name in found.names)
     if found.same_base is None:
-        return f"{first} and {second}; fingerprints of other samples do not tell whether their values agree"
+        return (
+            f"{first} and {second}; their fingerprints, of other dtypes or samples, do not tell whether values agree; "
+            "smt merge tells of each whether a base is its own"
+        )
     if found.same_base:
         return f"the same, {first}"
     others = f"{len(found.other_values)} tensors have other values, such as {found.other_values[0]}"

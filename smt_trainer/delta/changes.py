@@ -108,10 +108,10 @@ class Changes:
         }
         # As in training, the fingerprint leaves out parameters that the delta holds whole.
         left_out = {name for name, _ in self.model.named_parameters() if name in whole}
-        named = [name for name, _ in saved_tensors(self.model) if name in self.keys and name not in left_out]
+        named = [name for name, _ in saved_tensors(self.model) if name in self.keys]
         places = {name: self.pair.base.places[self.keys[name]] for name in named}
         dtype = places[f"{next(iter(blocks))}.weight"].dtype
-        base = Fingerprint.read(self.pair.base.folder, places, dtype)
+        base = Fingerprint.read(self.pair.base.folder, places, dtype, left_out)
         arrays = {name: np.array(self.pair.tensors(self.keys[name])[1]) for name in whole}
         return Delta(selection, blocks, arrays, base, dtype, type(self.model).__name__, sorted(whole))
 

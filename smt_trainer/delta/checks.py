@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,11 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
             f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHTS)}, got {dtype!r}. "
             "Save or download it again."
         )
-    well_formed = isinstance(base, dict) and set(base) == {"dtype", "stride", "checksums", "codes"}
+    well_formed = isinstance(base, dict) and {*base} - {"rows"} == {"dtype", "stride", "checksums", "codes"}
     well_formed = well_formed and base["dtype"] in WEIGHTS and is_int(base["stride"]) and base["stride"] >= RUN
+    # Deltas of before have none.
+    rows = base.get("rows", {}) if well_formed else None
+    well_formed = well_formed and isinstance(rows, dict) and all(is_int(count) and count > 0 for count in rows.values())
     well_formed = well_formed and isinstance(manifest["quantization"], dict | None)
     texts = [manifest["architecture"], *manifest["whole"], *manifest["unnamed"]]
     for sums in (base["checksums"], base["codes"]) if well_formed else [None]:
@@ -76,6 +80,28 @@ def check_dtypes(delta: Delta) -> None:
 def widened(delta: Delta, blocks: np.ndarray) -> np.ndarray:
     """Return blocks in a dtype that also holds the delta's weights; a model may mix dtypes."""
     return cast(blocks, wider(dtype_name(blocks), delta.weight_dtype))
+
+
+def warn_of_rounding(delta: Delta, dtypes: Mapping[str, str]) -> None:
+    """Say what of a delta is rounded where it goes, since the model of training had several dtypes.
+
+    Args:
+        delta: any. Masters are finer than every weight, and forward rounded them as well.
+        dtypes: module with blocks, or whole tensor -> dtype of the tensor that its values go to.
+    """
+    held = {name: dtype_name(values) for name, values in delta.block_arrays.items()}
+    held = held if delta.weight_dtype in held.values() else {}
+    held |= {name: dtype_name(values) for name, values in delta.whole_arrays.items()}
+    pairs = {name: (held[name], dtype) for name, dtype in dtypes.items() if {held.get(name), dtype} <= {*WEIGHTS}}
+    rounded = [name for name, (ours, theirs) in pairs.items() if wider(ours, theirs) != theirs]
+    if rounded:
+        logger.warning(
+            "The result is not exactly the trained model: %d tensors of the delta are rounded, such as `%s` from %s, "
+            "its dtype in training, to %s. Give them that dtype in the base (cast these modules, then load_delta).",
+            len(rounded),
+            rounded[0],
+            *pairs[rounded[0]],
+        )
 
 
 def check_finite(delta: Delta) -> None:

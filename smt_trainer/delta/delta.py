@@ -50,8 +50,8 @@ class Delta:
         base: checksums of the base (see `sparse/fingerprint.py`).
         weight_dtype: dtype of the base weights in training, such as "bfloat16"; merging into this dtype is exact.
         architecture: class of the trained model, such as "LlamaForCausalLM".
-        unnamed: whole tensors that the configuration does not name: loading made them up, forward changes them, or they
-            were extracted or composed.
+        unnamed: whole tensors that the configuration does not name: loading made them up, forward changes them, a user
+            has unfrozen them, or they were extracted or composed.
         quantization: the `quantization_config` of a quantised base.
     """
 
@@ -97,17 +97,17 @@ class Delta:
             SMTError: the model trains no blocks.
         """
         from smt_trainer.model.sharded import full_tensor
-        from smt_trainer.sparse.convert import changed_statistics, get_state, stored_whole
+        from smt_trainer.sparse.convert import get_state
+        from smt_trainer.sparse.held import held_unnamed, held_whole, warn_of_others
         from smt_trainer.sparse.linear import smt_linears
 
         state, blocks = get_state(model), {}
         for name, linear in smt_linears(model):
             dtype = linear.blocks.dtype if master else linear.weight_dtype
             blocks[name] = as_array(full_tensor(linear.blocks).to("cpu", dtype)[linear.row_major_order()])
-        statistics = changed_statistics(model)
-        stored = stored_whole(model, [*state.whole, *statistics])
-        whole = {name: as_array(full_tensor(tensor)) for name, tensor in stored.items()}
-        unnamed = sorted((state.made_up | statistics) & whole.keys())
+        warn_of_others(model)
+        whole = {name: as_array(full_tensor(tensor)) for name, tensor in held_whole(model).items()}
+        unnamed = sorted((state.made_up | held_unnamed(model)) & whole.keys())
         dtype = str(state.weight_dtype).removeprefix("torch.")
         return cls(
             state.selection, blocks, whole, state.base, dtype, architecture_of(model), unnamed, state.quantization

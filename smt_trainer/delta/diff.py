@@ -54,7 +54,7 @@ class DeltaDiff:
     """What two deltas have in common.
 
     Attributes:
-        same_base: whether their fingerprints agree; None if these were sampled differently and say nothing.
+        same_base: whether their fingerprints agree; None if these are of other dtypes or samples.
         names: of the bases, as the deltas record them; None if not recorded.
         other_values: names of the tensors of the base that differ, as far as fingerprints tell.
         modules: module name -> its blocks, for modules that either trains.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.delta.checks import check_base
+from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import GENERATION_CONFIG_FILE, load_config
 from smt_trainer.delta.hub import find_delta
@@ -112,6 +112,9 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
         state = SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed))
         rewrite_as(model, replace(state, quantization=quantization))
+    dtypes = {name: linear.weight_dtype for name, linear in smt_linears(model)}
+    dtypes |= {name: destinations[name].dtype for name in delta.whole}
+    warn_of_rounding(delta, {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()})
     put_blocks(model, delta.blocks)
     for name, tensor in delta.whole.items():
         assign(destinations[name], tensor)
@@ -180,8 +183,10 @@ def from_delta(
         if onto == DEQUANTIZED and not stored:
             kwargs["quantization_config"] = as_config(loaded.quantization)
     dtype = loaded.weight_dtype if loaded.quantization is None else loaded.base.dtype
+    # transformers still takes the older name, after the newer one.
+    given = {"dtype": kwargs.pop("torch_dtype")} if "torch_dtype" in kwargs else {}
     model = (auto_class or trained_class(loaded)).from_pretrained(
-        base, **{"dtype": getattr(torch, dtype)} | labels | kwargs
+        base, **{"dtype": getattr(torch, dtype)} | given | labels | kwargs
     )
     put_delta(model, loaded, onto=onto)
     for key in SPECIAL_TOKENS & trained.keys():
@@ -225,7 +230,9 @@ def differences(model: nn.Module, delta: Delta) -> list[str]:
     """Return the names of the base's tensors that a plain model has with other values."""
     tensors, quantised = dict(saved_tensors(model)), quantization_of(model) is not None
     return delta.base.differences(
-        tensors, lambda name, stride: sample(full_tensor(tensors[name]), stride), quantised=quantised
+        tensors,
+        lambda name, stride, rows: sample(full_tensor(tensors[name]), stride, rows),
+        quantised=quantised,
     )
 
 

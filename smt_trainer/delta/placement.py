@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
-from smt_trainer.delta.checks import check_base
+from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.expert_files import find_experts
 from smt_trainer.delta.folder import load_config
@@ -79,6 +79,8 @@ class Placement:
                 delta.weight_dtype,
                 dtype,
             )
+        if not placement.other_dtypes:
+            warn_of_rounding(delta, placement.dtypes)
         whole, sites = placement.whole, placement.sites
         for key, (first, *_) in list(sites.items()):
             for copy in tied_copies(key, checkpoint, {*sites, *whole}) if first.grid.embedding else ():
@@ -117,6 +119,12 @@ class Placement:
         return {self.places[key].dtype for key in self.sites} - {self.delta.weight_dtype}
 
     @property
+    def dtypes(self) -> dict[str, str]:
+        """Module with blocks, or whole tensor of the delta -> dtype of the tensor in the checkpoint."""
+        found = {site.name: self.places[key].dtype for key, sites in self.sites.items() for site in sites}
+        return found | {name: self.places[key].dtype for name, key in self.keys.items()}
+
+    @property
     def is_resized(self) -> bool:
         """Whether the delta has another vocabulary than the checkpoint."""
         return any(values.shape != self.places[key].shape for key, values in self.whole.items())
@@ -149,7 +157,9 @@ class Placement:
                 expected = site.grid.stored_shape
                 _expect(key, place, expected if site.expert is None else (*place.shape[:1], *expected), WEIGHTS, folder)
         places = checkpoint.places | {name: checkpoint.places[key] for name, key in checkpoint.renamed.items()}
-        differences = delta.base.differences(places, lambda key, stride: read_sample(folder, places[key], stride))
+        differences = delta.base.differences(
+            places, lambda key, stride, rows: read_sample(folder, places[key], stride, rows)
+        )
         check_base(delta, folder.resolve().name, differences)
         for key, values in self.whole.items():
             place, dtype = self.places[key], dtype_name(values)

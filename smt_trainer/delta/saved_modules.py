@@ -33,7 +33,9 @@ def saved_modules(placement: Placement, checkpoint: Checkpoint) -> list[str]:
     whole, of_base = delta.whole_arrays, {**delta.base.checksums, **delta.base.codes}
     statistics = sorted({*delta.unnamed} & {*of_base})
     if statistics:
-        raise SMTError(f"PEFT's LoRA has no place for `{statistics[0]}`, which forward changes. {INSTEAD}")
+        raise SMTError(
+            f"PEFT's LoRA has no place for `{statistics[0]}`, which forward changes or a script has unfrozen. {INSTEAD}"
+        )
     for name, values in whole.items():
         if name in keys and values.shape != placement.places[keys[name]].shape:
             raise SMTError(

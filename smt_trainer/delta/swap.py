@@ -31,8 +31,9 @@ from smt_trainer.model.experts import stored_weight
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import base_name
-from smt_trainer.sparse.convert import changed_statistics, find_linears, get_state, is_smt_model, stored_whole
+from smt_trainer.sparse.convert import find_linears, is_smt_model
 from smt_trainer.sparse.fingerprint import Fingerprint
+from smt_trainer.sparse.held import held_whole
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import one_by_one
 
@@ -62,8 +63,8 @@ class Swapped:
 def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
     """Put the values of a delta into a model, in place of those of the delta that it has, if any.
 
-    The first delta is compared with the base, the others with the first: all must be of one base. Not thread-safe: let
-    no forward run meanwhile.
+    Each delta must be of this base, which is compared unless the delta before has the same fingerprint. Not
+    thread-safe: let no forward run meanwhile.
 
     Args:
         model: the plain base, which stays plain and can be saved; or a model that trains blocks, the same as the
@@ -129,17 +130,26 @@ def _check(model: nn.Module, delta: Delta) -> None:
     if current is None:
         check_base(delta, base_name(model), differences(model, delta))
     elif current.base != delta.base:
-        raise SMTError(
-            "the delta was trained on another base than the one that is swapped in. Take that out with swap(model, "
-            "None), or load the base of this one."
-        )
+        # Of one base, too, where the deltas hold other tensors whole.
+        with _swapped_out(model, current):
+            check_base(delta, base_name(model), differences(model, delta))
+
+
+@contextlib.contextmanager
+def _swapped_out(model: nn.Module, current: Swapped) -> Iterator[None]:
+    """Give a plain model the values of its base within this context."""
+    _write(model, current.delta, current.before)
+    try:
+        yield
+    finally:
+        _write(model, current.delta, {**current.delta.blocks, **current.delta.whole})
 
 
 def _check_trained(model: nn.Module, delta: Delta) -> None:
     """Raise `SMTError` unless a delta holds just what a rewritten model trains."""
     check_same_blocks(model, delta)
     whole_destinations(model, delta)
-    differing = sorted(stored_whole(model, [*get_state(model).whole, *changed_statistics(model)]).keys() ^ delta.whole)
+    differing = sorted(held_whole(model).keys() ^ delta.whole)
     if differing:
         raise SMTError(
             f"the delta or this model, which trains the same blocks, holds `{differing[0]}` alone, such as statistics "

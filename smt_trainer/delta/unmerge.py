@@ -110,7 +110,7 @@ def _originals(placement: Placement, checkpoint: Checkpoint, merged: Checkpoint)
 def _prove(originals: Placement, stage: Path) -> None:
     """Raise `SMTError` unless a folder has the fingerprint of the delta's base."""
     places, base = Checkpoint.open(stage).places, originals.delta.base
-    if differing := base.differences(places, lambda key, stride: read_sample(stage, places[key], stride)):
+    if differing := base.differences(places, lambda key, stride, rows: read_sample(stage, places[key], stride, rows)):
         raise SMTError(
             f"`{differing[0]}` of what was written is not the base's. Was a file changed meanwhile? Run again."
         )

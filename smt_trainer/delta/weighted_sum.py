@@ -70,7 +70,8 @@ class Terms:
             selection = replace(selection, config=replace(config, budget=selection.num_blocks))
         # As in training, the fingerprint leaves out parameters that the delta holds whole.
         common = {name: first.base.checksums[name] for name in first.base.checksums if self._is_in_all_bases(name)}
-        base = replace(first.base, checksums=common)
+        rows = {name: count for name, count in first.base.rows.items() if name in common}
+        base = replace(first.base, checksums=common, rows=rows)
         composed = Delta(selection, blocks, whole, base, first.weight_dtype, first.architecture, unnamed)
         return composed, shared, [name for name, count in holders.items() if count > 1]
 

@@ -91,7 +91,7 @@ def keep_differentiable(model: nn.Module) -> None:
             raise SMTError(
                 f"bitsandbytes has repacked `{name}` for inference on a CPU, since the model was evaluated before: its "
                 "values are coarser now, and no gradient passes it. Load the model again, and make the trainer (or "
-                "call convert_to_smt) before evaluating it."
+                "call BlockScores.of or convert_to_smt) before evaluating it."
             )
         module.support_avx512bf16_for_cpu = False
 

@@ -86,17 +86,18 @@ def weight_gradients(targets: Mapping[str, Target], consume: Callable[[str, Tens
     """Form the gradients of the targets' weights within this context.
 
     Each time backward has formed one, call `consume` with the module's name and the gradient, then free it: only one
-    is alive at a time. A weight is let require a gradient. Of a quantised one, which cannot, and of an expert's matrix,
-    whose gradient autograd forms for all experts together, the gradient is dy^T x of each product.
+    is alive at a time. A weight is let require a gradient, and gets back the one that it had. Of a quantised one, which
+    cannot, and of an expert's matrix, whose gradient autograd forms for all experts together, the gradient is dy^T x of
+    each product.
     """
-    handles = []
+    handles, before = [], {}
     plain = {name: target for name, target in targets.items() if isinstance(target, nn.Module)}
     plain = {name: linear for name, linear in plain.items() if not is_quantised(linear)}
     others = {name: target for name, target in targets.items() if name not in plain}
     try:
         for name, linear in plain.items():
             linear.weight.requires_grad_(True)
-            linear.weight.grad = None
+            before[name], linear.weight.grad = linear.weight.grad, None
             drain = functools.partial(_drain, name, consume)
             handles.append(linear.weight.register_post_accumulate_grad_hook(drain))
         with output_gradients(others, functools.partial(_multiply, consume)):
@@ -104,9 +105,9 @@ def weight_gradients(targets: Mapping[str, Target], consume: Callable[[str, Tens
     finally:
         for handle in handles:
             handle.remove()
-        for linear in plain.values():
+        for name, linear in plain.items():
             linear.weight.requires_grad_(False)
-            linear.weight.grad = None
+            linear.weight.grad = before.get(name)
 
 
 def _drain(name: str, consume: Callable[[str, Tensor], None], weight: Tensor) -> None:

@@ -37,6 +37,7 @@ from smt_trainer.manifest import (
 from smt_trainer.model.grid import BlockGrid, read_grids
 from smt_trainer.model.kinds import is_layer_of, named_targets
 from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import count_parameters, find_targets, narrow
 from smt_trainer.scores import make_scorer
@@ -104,8 +105,10 @@ class BlockScores:
             seed: for the score 'random'.
 
         Raises:
-            SMTError: the configuration does not fit the model, or there is no batch.
+            SMTError: the configuration does not fit the model, there is no batch, or bitsandbytes has repacked a
+                weight (`keep_differentiable`).
         """
+        keep_differentiable(model)
         candidates = find_candidates(model, config)
         everything = named_targets(model)
         targets = {name: everything[name] for name in candidates.grids}

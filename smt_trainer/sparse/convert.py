@@ -15,7 +15,7 @@ from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix, find_expert
 from smt_trainer.model.kinds import has_linear_forward, has_plain_weight, is_layer_of, is_linear, kind_of
-from smt_trainer.model.made_up import made_up
+from smt_trainer.model.made_up import made_up, new_rows
 from smt_trainer.model.names import plain_name, unwrapped
 from smt_trainer.model.quantised import floating_dtype, is_quantised, keep_differentiable, quantization_of
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
@@ -118,8 +118,10 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
             "beside=selection)."
         )
     new = frozenset(made_up(model))
+    rows = {name: found.start for name, found in new_rows(model).items() if name not in stored}
     quantization = quantization_of(model)
-    base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, without=[*new, *stored])
+    left_out = {*new, *stored} - rows.keys()
+    base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, left_out, rows)
     return rewrite_as(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
 
 

@@ -4,11 +4,13 @@
 
 Of a tensor of at most `WHOLE` values all are sampled; of a larger one `RUN` neighbours out of every `stride`, in
 row-major order. The stride is such that a model has about `RUNS` runs, so a fingerprint takes some six milliseconds,
-whatever the size of the model (recipes/benchmarks/results/fingerprint.md). It is even and shares no other factor with
-the row length, so that runs begin all over the columns. With N values in the model, the b rows of a block meet about
-b (b + RUN) RUNS / N runs: one in two blocks of 64x64 in 135 million values. A relative that was tuned in any way
-differs in many. Norms and biases are compared value by value. The sum does not depend on its order, on the device or on
-how the checkpoint is sharded.
+whatever the size of the model (recipes/benchmarks/results/fingerprint.md). It is a power of two of the size of the
+whole model, whatever is left out: so fingerprints of one base sample the same values, and can be compared without it,
+be there a new head or not. In a tensor it is made to share no factor but 2 with the row length, so that runs begin all
+over the columns. With N values in the model, the b rows of a block meet about b (b + RUN) RUNS / N runs: one in two
+blocks of 64x64 in 135 million values. A relative that was tuned in any way differs in many. Norms and biases are
+compared value by value. Of a vocabulary that has grown since, the rows of the base are sampled (`rows`). The sum does
+not depend on its order, on the device or on how the checkpoint is sharded.
 
 Of a weight that bitsandbytes has quantised, the indices are sampled (`codes`): so the same base, quantised alike, has
 the same fingerprint. They are compared only with a model that is quantised, too.
@@ -25,7 +27,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,44 +57,51 @@ class Fingerprint:
         stride: values from one run to the next.
         checksums: name of a parameter or buffer -> 16 hexadecimal digits; tied ones once.
         codes: the same of quantised weights.
+        rows: name of a tensor that had more rows in training -> its rows in the base.
     """
 
     dtype: str
     stride: int
     checksums: dict[str, str]
     codes: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype, without: Iterable[str] = ()) -> Fingerprint:
+    def of(
+        cls, model: nn.Module, dtype: torch.dtype, without: Iterable[str] = (), rows: Mapping[str, int] | None = None
+    ) -> Fingerprint:
         """Return the fingerprint of a plain model; a collective when it is sharded.
 
         Args:
             model: with the values of the base.
             dtype: of the base.
-            without: names of tensors that the base does not have.
+            without: names of tensors that the base does not have, or that the delta holds whole.
+            rows: name of a tensor that has more rows than in the base -> its rows there.
         """
         from smt_trainer.model.sharded import full_shape, full_tensor
 
-        left_out, name_of_dtype = set(without), str(dtype).removeprefix("torch.")
-        tensors = {name: tensor for name, tensor in saved_tensors(model) if name not in left_out}
+        left_out, rows, name_of_dtype = set(without), dict(rows or {}), str(dtype).removeprefix("torch.")
+        tensors = dict(saved_tensors(model))
         stride = _stride(full_shape(tensor) for tensor in tensors.values())
-        samples = [sample(full_tensor(tensor), stride) for tensor in tensors.values()]
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        samples = [sample(full_tensor(tensor), stride, rows.get(name)) for name, tensor in tensors.items()]
         sums = dict(zip(tensors, _checksums(samples, name_of_dtype), strict=True))
         codes = {name: sums.pop(name) for name, tensor in tensors.items() if is_code(tensor)}
-        return cls(name_of_dtype, stride, sums, codes)
+        return cls(name_of_dtype, stride, sums, codes, {name: rows[name] for name in tensors if name in rows})
 
     @classmethod
-    def read(cls, folder: Path, places: Mapping[str, Place], dtype: str) -> Fingerprint:
+    def read(cls, folder: Path, places: Mapping[str, Place], dtype: str, without: Collection[str] = ()) -> Fingerprint:
         """Return the fingerprint of a base on disk, as `of` gives it for the model that is loaded from there.
 
         Args:
             folder: of the checkpoint.
             places: name of each tensor of `saved_tensors` -> where it lies.
             dtype: of the base.
+            without: names of tensors that the delta holds whole.
         """
         stride = _stride(place.shape for place in places.values())
-        samples = [read_sample(folder, place, stride) for place in places.values()]
-        return cls(dtype, stride, dict(zip(places, _checksums(samples, dtype), strict=True)))
+        sampled = {name: read_sample(folder, place, stride) for name, place in places.items() if name not in without}
+        return cls(dtype, stride, dict(zip(sampled, _checksums([*sampled.values()], dtype), strict=True)))
 
     @property
     def digest(self) -> str:
@@ -101,19 +110,19 @@ class Fingerprint:
         return hashlib.sha256(f"{self.dtype} {self.stride}\n{text}".encode()).hexdigest()
 
     def differences(
-        self, names: Iterable[str], sampled: Callable[[str, int], np.ndarray], *, quantised: bool = False
+        self, names: Iterable[str], sampled: Callable[[str, int, int | None], np.ndarray], *, quantised: bool = False
     ) -> list[str]:
         """Return the names of this base's tensors that have other values elsewhere; those that are not there are left
         out, since checkpoints may store them under converted names.
 
         Args:
             names: of the tensors elsewhere.
-            sampled: gives the sample of one of them by its name and the stride.
+            sampled: gives the sample of one of them by its name, the stride, and how many rows of it count, if not all.
             quantised: whether what was quantised in this base is so there, and is compared.
         """
         expected = self.checksums | self.codes if quantised else self.checksums
         found = find_names(expected, names)
-        samples = [sampled(other, self.stride) for other in found.values()]
+        samples = [sampled(other, self.stride, self.rows.get(name)) for name, other in found.items()]
         sums = dict(zip(found, _checksums(samples, self.dtype), strict=True))
         return [name for name, checksum in sums.items() if checksum != expected[name]]
 
@@ -123,8 +132,10 @@ def is_code(tensor: Tensor) -> bool:
     return hasattr(tensor, "quant_state") or not tensor.is_floating_point()
 
 
-def sample(tensor: Tensor, stride: int) -> np.ndarray:
-    """Return a copy of the sampled values of a tensor: [n, RUN] of a large one, all [n] of a small one."""
+def sample(tensor: Tensor, stride: int, rows: int | None = None) -> np.ndarray:
+    """Return a copy of the sampled values of a tensor, or of its first rows: [n, RUN] of many, all [n] of a few."""
+    if rows is not None and tensor.ndim:
+        tensor = tensor[:rows]
     if is_code(tensor):
         import torch
 
@@ -134,16 +145,17 @@ def sample(tensor: Tensor, stride: int) -> np.ndarray:
     return runs[0] if count == 1 else runs
 
 
-def read_sample(folder: Path, place: Place, stride: int) -> np.ndarray:
+def read_sample(folder: Path, place: Place, stride: int, rows: int | None = None) -> np.ndarray:
     """Return `sample` of a tensor in a file."""
-    count, step, length = _runs(place.shape, stride)
+    shape = place.shape if rows is None or not place.shape else (min(rows, place.shape[0]), *place.shape[1:])
+    count, step, length = _runs(shape, stride)
     runs = read_runs(folder / place.file, place, count, step, length)
     return runs[0] if count == 1 else runs
 
 
 def _stride(shapes: Iterable[tuple[int, ...]]) -> int:
     """Return the values from one run to the next in a model whose tensors have these shapes."""
-    return max(RUN, sum(map(math.prod, shapes)) // RUNS)
+    return 2 ** round(math.log2(max(RUN, sum(map(math.prod, shapes)) / RUNS)))
 
 
 def _runs(shape: tuple[int, ...], stride: int) -> tuple[int, int, int]:

@@ -11,7 +11,15 @@ from architectures import inputs_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, save_delta
+from smt_trainer import (
+    SMTError,
+    convert_to_smt,
+    from_delta,
+    load_delta,
+    merge_and_unload,
+    merge_checkpoint,
+    save_delta,
+)
 from smt_trainer.arrays import as_array
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
 from smt_trainer.delta.load import put_delta
@@ -145,6 +153,58 @@ def test_a_delta_of_another_base_is_refused_and_the_model_left_as_it_was(make, m
         load_delta(model, delta[0])
     assert not is_smt_model(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def _bfloat16_base(llama, folder, cast):
+    """Write a base in bfloat16; return it loaded, with some of its modules in float32."""
+    llama.bfloat16().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    for name in cast:
+        model.get_submodule(name).float()
+    return model
+
+
+@pytest.mark.parametrize(
+    "cast, fields, rounded",
+    [
+        (["lm_head"], {"modules_to_save": ["lm_head"]}, "lm_head.weight"),
+        (["model.norm"], {"train_norm": True}, "model.norm.weight"),
+        (["model.layers.1.self_attn"], {}, "model.layers.1.self_attn.q_proj"),
+        (["lm_head", "model.norm", "model.layers.1.mlp"], {}, None),
+    ],
+    ids=["head", "norm", "blocks", "none"],
+)
+def test_what_was_trained_in_a_finer_dtype_than_the_base_has_is_named(cast, fields, rounded, llama, tmp_path, caplog):
+    model = _bfloat16_base(llama, tmp_path / "base", cast)
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", scope="per_module", budget=2, **fields)))
+    tiny.disturb(model)
+    save_delta(model, tmp_path / "delta")
+    for way in (
+        lambda: from_delta(tmp_path / "delta", base=str(tmp_path / "base")),
+        lambda: merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "merged"),
+    ):
+        caplog.clear()
+        way()
+        assert ("not exactly the trained model" in caplog.text) == (rounded is not None)
+        assert rounded is None or f"`{rounded}` from float32, its dtype in training, to bfloat16" in caplog.text
+    caplog.clear()
+    again = load_delta(_bfloat16_base(llama, tmp_path / "again", cast), tmp_path / "delta", merge=True)
+    assert not caplog.text
+    tiny.assert_same(dict(again.state_dict()), dict(merge_and_unload(model).state_dict()))
+
+
+def test_masters_of_a_checkpoint_are_rounded_as_in_training(llama, tmp_path, caplog):
+    model = _bfloat16_base(llama, tmp_path / "base", [])
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random")))
+    tiny.disturb(model)
+    save_delta(model, tmp_path / "delta", master=True)
+    loaded = from_delta(tmp_path / "delta", base=str(tmp_path / "base"))
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model)) and not caplog.text
+
+
+def test_either_name_of_the_dtype_is_heard(delta, base):
+    for name in ("dtype", "torch_dtype"):
+        assert from_delta(delta[0], base=str(base), **{name: torch.float64}).dtype == torch.float64
 
 
 def test_a_finer_dtype_is_the_same_base(delta):

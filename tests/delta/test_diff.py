@@ -58,6 +58,22 @@ def test_another_base_is_told(trained, tmp_path):
     assert found.same_base is None
 
 
+def test_bases_are_compared_whatever_the_deltas_hold_whole(tmp_path):
+    sizes = {"vocab_size": 1200, "hidden_size": 256}
+    ours, changed = tiny.llama(**sizes), tiny.llama(**sizes)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight += 1
+    folders = [
+        arithmetic.train(model, tmp_path / str(place), target_modules="qkv", **fields)
+        for place, (model, fields) in enumerate(
+            [(ours, {}), (tiny.llama(**sizes), {"modules_to_save": ["lm_head"], "train_norm": True}), (changed, {})]
+        )
+    ]
+    assert diff_deltas(*folders[:2]).same_base is True
+    found = diff_deltas(*folders[1:])
+    assert (found.same_base, found.other_values) == (False, ["model.layers.1.mlp.up_proj.weight"])
+
+
 def test_models_of_other_sizes_are_refused(trained, tmp_path):
     wide = arithmetic.train(tiny.llama(hidden_size=128), tmp_path / "wide")
     with pytest.raises(SMTError, match=r"q_proj` is \[64, 64\] in one delta and \[128, 128\] in another"):

@@ -106,9 +106,18 @@ def test_a_delta_of_another_base_is_refused_first_and_later(model, base, tmp_pat
         swap(model, theirs)
     tiny.assert_same(dict(model.state_dict()), before)
     with applied(model, ours):
-        with pytest.raises(SMTError, match="was trained on another base than the one that is swapped in"):
+        with pytest.raises(SMTError, match="has other values in"):
             swap(model, theirs)
         tiny.assert_same(dict(model.state_dict()), merged(ours, base))
+
+
+def test_deltas_of_one_base_that_hold_other_tensors_whole_follow_each_other(model, base, tmp_path):
+    before, folders = tiny.weights(model), {kind: tune(model, tmp_path / kind, 1, **KINDS[kind]) for kind in KINDS}
+    for kind in (*KINDS, *reversed(KINDS)):
+        swap(model, folders[kind])
+        tiny.assert_same(dict(model.state_dict()), merged(folders[kind], base))
+    swap(model, None)
+    tiny.assert_same(dict(model.state_dict()), before)
 
 
 def training(model, seed=0, **fields):

@@ -6,7 +6,7 @@ import tiny
 import torch
 from torch import nn
 
-from smt_trainer import SMTConfig, SMTError, convert_to_smt
+from smt_trainer import BlockScores, SMTConfig, SMTError, convert_to_smt
 from smt_trainer.model.quantised import bits_of, dense_weight, dequantised, keep_differentiable
 from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.sparse.fingerprint import Fingerprint
@@ -116,6 +116,17 @@ def test_no_evaluation_repacks_a_model_that_trains(base):
     assert all(each.grad.abs().sum() > 0 for each in blocks)
 
 
+@pytest.mark.parametrize("score", ["grad_l1", "activation"])
+def test_scores_of_a_model_in_evaluation_repack_nothing(score, base):
+    model = quantised.load(base, "nf4").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = BlockScores.of(model, tiny.config(score=score), [tiny.batch()])
+    tiny.assert_same(dict(model.state_dict()), before)
+    trained = BlockScores.of(quantised.load(base, "nf4").train(), tiny.config(score=score), [tiny.batch()])
+    tiny.assert_same(scores.scores, trained.scores)
+    convert_to_smt(model, scores.select())
+
+
 def test_a_repacked_model_is_refused(base):
     model = quantised.load(base, "nf4")
     model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
@@ -123,6 +134,8 @@ def test_a_repacked_model_is_refused(base):
         convert_to_smt(model, tiny.choose(model))
     with pytest.raises(SMTError, match="repacked"):
         keep_differentiable(model)
+    with pytest.raises(SMTError, match="repacked"):
+        BlockScores.of(model, tiny.config(score="magnitude"), [])
 
 
 # ---- fingerprint ----

@@ -84,6 +84,25 @@ def test_new_rows_are_trained_beside_the_blocks_and_come_back(base, tmp_path, fi
         assert (one.lm_head.weight is one.model.embed_tokens.weight) == one.config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("where", ["embeddings", "head"])
+def test_a_base_whose_old_rows_were_tuned_since_is_refused(base, tmp_path, where):
+    trained(base, tmp_path / "run").save_model(tmp_path / "delta")
+    tuned = load(base)
+    module = tuned.get_input_embeddings() if where == "embeddings" else tuned.get_output_embeddings()
+    with torch.no_grad():
+        module.weight[5, 3] += 1e-3
+    tuned.save_pretrained(tmp_path / "tuned")
+    folder, refused = str(tmp_path / "tuned"), pytest.raises(SMTError, match="has other values in 1 of its")
+    with refused:
+        load_delta(load(folder), tmp_path / "delta")
+    with refused:
+        load_delta(resized(folder), tmp_path / "delta")
+    with refused:
+        from_delta(tmp_path / "delta", base=folder)
+    with refused:
+        merge_checkpoint(folder, tmp_path / "delta", tmp_path / "merged")
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(base, tmp_path):
     whole = trained(base, tmp_path / "whole").model
     trained(base, tmp_path / "halves", steps=2)

@@ -33,6 +33,14 @@ def test_six_lines_choose_train_and_save(base, llama, tmp_path):
     assert torch.equal(tiny.logits(trained), tiny.logits(llama))
 
 
+@pytest.mark.parametrize("score", ["grad_l1", "grad_signed", "taylor", "activation"])
+def test_gradients_of_before_are_there_after_scoring(score, llama):
+    llama(**tiny.batch()).loss.backward()
+    before = {name: parameter.grad.clone() for name, parameter in llama.named_parameters()}
+    BlockScores.of(llama, tiny.config(score=score), [tiny.batch(seed=2)])
+    tiny.assert_same({name: parameter.grad for name, parameter in llama.named_parameters()}, before)
+
+
 def test_a_loop_may_hold_all_parameters_and_generate_in_between(llama):
     """As PEFT's MetaMathQA harness does."""
     before = tiny.weights(llama)

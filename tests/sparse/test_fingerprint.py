@@ -22,7 +22,7 @@ from smt_trainer.tensor_header import read_header
 
 def differences(found: Fingerprint, model) -> list[str]:
     tensors = dict(saved_tensors(model))
-    return found.differences(tensors, lambda key, stride: sample(tensors[key], stride))
+    return found.differences(tensors, lambda key, stride, rows: sample(tensors[key], stride, rows))
 
 
 def test_every_changed_value_of_a_small_tensor_is_found(llama):
@@ -195,3 +195,26 @@ def test_a_checksum_is_the_sum_of_the_values_as_integers(dtype, base_dtype):
             values, integer = tensor, torch.int32
         total = sum(values.to(kind).to(wide).view(integer).tolist())
         assert found == f"{total % 2**64:016x}"
+
+
+@given(st.integers(1, 400), st.integers(1, 30), st.integers(0, 400))
+def test_rows_of_the_base_give_its_checksum_whatever_was_added(rows, columns, added):
+    before = nn.Embedding(10 * rows, columns)
+    grown = nn.Embedding(10 * rows + added, columns)
+    with torch.no_grad():
+        grown.weight[: 10 * rows] = before.weight
+    found = Fingerprint.of(grown, torch.float32, rows={"weight": 10 * rows})
+    assert found.rows == {"weight": 10 * rows}
+    assert differences(found, before) == differences(found, grown) == []
+    with torch.no_grad():
+        before.weight += 1
+    assert differences(found, before) == ["weight"]
+
+
+def test_what_is_left_out_changes_no_other_checksum():
+    model = tiny.llama(vocab_size=1200, hidden_size=256)
+    found, names = Fingerprint.of(model, torch.float32), [name for name, _ in model.named_parameters()]
+    for name in names:
+        other = Fingerprint.of(model, torch.float32, without=[name])
+        left = {key: checksum for key, checksum in found.checksums.items() if key != name}
+        assert (other.stride, other.checksums) == (found.stride, left)
