@@ -41,6 +41,7 @@ from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
+from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
@@ -191,12 +192,14 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
             self._expect_gradients()
         refuse_partitioned_experts(self.accelerator, self.model, self.smt_selection.grids)
-        if is_sharding(self.accelerator):
+        sharding = is_sharding(self.accelerator)
+        if sharding:
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
         logger.info("%s; %s%s", self._trainable_line(), self.smt_selection.summary(), self._whole_part())
         try:
-            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
+            with arriving_together(self.model) if sharding else contextlib.nullcontext():
+                return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
         finally:
             self._gradients.detach()
 
