@@ -43,7 +43,7 @@ from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
 from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
-from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
+from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model, warn_of_missing_optimizer
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
@@ -185,6 +185,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         if not is_smt_model(self.model) and resume_from_checkpoint is not None:
             # Trainer loads a model that is sharded over ranks only after it is.
             self._load_from_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint is not None and not self.is_deepspeed_enabled:
+            warn_of_missing_optimizer(resume_from_checkpoint)
         refuse_bound_optimizer(self)
         if is_smt_model(self.model):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
