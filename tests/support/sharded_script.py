@@ -45,7 +45,7 @@ SLICES = {"tp_size": 2}
 EVERYWHERE = {"target_modules": "all-linear", "budget": 24}
 MIXTURE = FSDP | {"transformer_layer_cls_to_wrap": ["Qwen3MoeDecoderLayer"]}
 EXPERTS = {"target_modules": "experts"}
-LISTED = {"target_modules": ["up", "down"], "budget": 32}
+LISTED = {"target_modules": ["up", "down"], "budget": 16}
 TOKENS = {"target_modules": ["embed_tokens", "q_proj"], "block_size": (1, 64)}
 CONVOLUTIONS = {"target_modules": "all-conv", "granularity": "row", "block_size": "auto", "modules_to_save": []}
 
