@@ -8,7 +8,8 @@ of blocks. In both cases a slice has a grid of its own:
     min(e, L)    edge of the part of a block in the slice
     s mod e      where in its block the part begins
 
-`forward` of such a module is replaced on the instance by transformers, which cuts inputs and puts outputs together.
+`forward` of such a module is replaced on the instance by transformers, which cuts inputs and puts outputs together. A
+copy of the module keeps the `forward` of the original, and with it the original's weight.
 """
 
 from __future__ import annotations
@@ -82,6 +83,22 @@ def is_tensor_parallel(module: Any) -> bool:
     forward = vars(module).get("forward") if isinstance(module, nn.Module) else None
     is_replaced = getattr(forward, "__module__", None) == INSTALLED_BY
     return is_replaced and hasattr(module, "weight") and is_dtensor(module.weight)
+
+
+def refuse_copied(model: nn.Module) -> None:
+    """Raise `SMTError` if a model is a copy of a cut one."""
+    for name, module in model.named_modules():
+        if is_tensor_parallel(module) and not _computes_with_own_weight(module):
+            raise SMTError(
+                f"`{name}` of this copy of a model computes with the weight of the original, since tensor parallelism "
+                "replaces the forward of what it cuts. Load the model once more in the place of copy.deepcopy: "
+                "from_pretrained(..., distributed_config=...)."
+            )
+
+
+def _computes_with_own_weight(module: nn.Module) -> bool:
+    """Return whether the `forward` that transformers has put in the place of a module's own was made for it."""
+    return any(cell.cell_contents is module for cell in vars(module)["forward"].__closure__ or ())
 
 
 def why_no_slice(linear: Any) -> str | None:

@@ -134,8 +134,9 @@ def product_gradient(target: Target, x: Tensor, dy: Tensor) -> Tensor:
 
 def keep_for_backward(tensor: Tensor) -> Callable[[], Tensor]:
     """Save a tensor through autograd, so that checkpointing and offloading apply to it; return what gives it back."""
-    node = _Kept.apply(tensor, torch.ones((), requires_grad=True)).grad_fn
-    return lambda: node.saved_tensors[0]
+    # Older versions of torch free what a node has saved together with its output.
+    kept = _Kept.apply(tensor, torch.ones((), requires_grad=True))
+    return lambda: kept.grad_fn.saved_tensors[0]
 
 
 class _Kept(torch.autograd.Function):

@@ -20,7 +20,13 @@ from smt_trainer.model.names import plain_name, unwrapped
 from smt_trainer.model.quantised import floating_dtype, is_quantised, keep_differentiable, quantization_of
 from smt_trainer.model.sharded import full_shape, full_tensor, is_sharded
 from smt_trainer.model.targets import refuse_adapters
-from smt_trainer.model.tensor_parallel import is_tensor_parallel, refuse_unfitting, style_of, why_no_slice
+from smt_trainer.model.tensor_parallel import (
+    is_tensor_parallel,
+    refuse_copied,
+    refuse_unfitting,
+    style_of,
+    why_no_slice,
+)
 from smt_trainer.model.untunable import why_no_embedding
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.selection.block_selection import BlockSelection
@@ -270,12 +276,13 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Targe
     """Return the linears and experts' matrices of a plain model that hold a selection's blocks, by full name.
 
     Raises:
-        SMTError: the model already trains blocks or holds PEFT adapters; or one of the linears is missing, quantised,
-            or of another kind or shape.
+        SMTError: the model already trains blocks, holds PEFT adapters or is a copy of one that tensor parallelism cuts;
+            or one of the linears is missing, quantised, or of another kind or shape.
     """
     if is_smt_model(model):
         raise SMTError("this model already trains blocks; call merge_and_unload on it first.")
     refuse_adapters(model)
+    refuse_copied(model)
     keep_differentiable(model)
     modules = dict(model.named_modules())
     found = {

@@ -47,6 +47,8 @@ class BlockLinear(nn.Module):
     is_written: ClassVar[bool] = True
     # Of an expert's matrix, its place among those in one parameter, and their number.
     stacked: tuple[int, int] | None = None
+    # Stands for the blocks in forward, where they get their gradient together with others (`listed_experts.py`).
+    alias: Tensor | None = None
 
     @property
     def parameter(self) -> Tensor:
@@ -115,7 +117,8 @@ class BlockLinear(nn.Module):
 
     def product(self, input: Tensor) -> Tensor:
         """Return y of x, with a backward that forms only the chosen blocks of the weight's gradient."""
-        return sparse_linear(input, self.weight, self.bias, self.blocks, self.positions, self.plan)
+        blocks = self.blocks if self.alias is None else self.alias
+        return sparse_linear(input, self.weight, self.bias, blocks, self.positions, self.plan)
 
     def train(self, mode: bool = True) -> BlockLinear:
         """Set the mode. Before evaluation, write the blocks: an averaging callback may have changed them."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
+from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.sharded import Part, local_tensor
 from smt_trainer.model.tensor_parallel import Slice
@@ -54,6 +55,12 @@ class SlicedSMTLinear(SMTLinear):
         assert isinstance(rewritten, cls)
         _reinstall(rewritten, rewritten.style)
         return rewritten
+
+    def __deepcopy__(self, memo: dict) -> SlicedSMTLinear:
+        raise SMTError(
+            "a model that tensor parallelism cuts cannot be copied: the copy would compute with the weights of the "
+            "original. Save the delta, and load it once more: from_delta(folder, base=..., distributed_config=...)."
+        )
 
     def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
         assert isinstance(self.weight, DTensor)

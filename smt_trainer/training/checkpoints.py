@@ -193,6 +193,16 @@ def refuse_full_model(folder: Path) -> None:
         )
 
 
+def warn_of_missing_optimizer(checkpoint: str | Path) -> None:
+    """Say that a run goes on without what its optimizer knew, which Trainer passes over in silence."""
+    if Path(checkpoint, DELTA_FILE).is_file() and not any(Path(checkpoint).glob("optimizer*")):
+        logger.warning(
+            "%s has blocks but no state of an optimizer (saved with save_only_model=True, or under DeepSpeed): the "
+            "optimizer and the schedule of its rate begin anew.",
+            checkpoint,
+        )
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """Return the newest complete checkpoint in a folder: Trainer writes `trainer_state.json` last."""
     steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}

@@ -17,10 +17,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, save_fsdp_optimizer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from smt_trainer.scores.collect import LossScale, frozen
 from smt_trainer.sparse.convert import get_state, set_state
 from smt_trainer.sparse.linear import smt_linears
+
+# Whether FSDP2 can take zeros for the gradients of parameters that one rank has not used: experts without a token.
+KNOWS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
@@ -40,6 +44,8 @@ def warmup_model(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Modu
     with frozen(probe):
         # accelerate shards a model only together with its optimizer.
         probe, _ = accelerator.prepare(probe, torch.optim.SGD([next(probe.parameters())], lr=0.0))
+        if KNOWS_UNUSED:
+            probe.set_reduce_scatter_unused_params(True)
         try:
             yield probe
         finally:

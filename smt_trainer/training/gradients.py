@@ -22,12 +22,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.listed_experts import LISTS
 from smt_trainer.model.names import count_projections
 from smt_trainer.sparse.linear import BlockLinear, smt_linears
 
 logger = logging.getLogger(__name__)
-
-CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 class ExpectGradients(TrainerCallback):
@@ -60,7 +59,7 @@ class ExpectGradients(TrainerCallback):
         self.around = {}
         for name, linear in self.awaited.items():
             around = names[id(linear)].rpartition(".")[0]
-            if not isinstance(modules[around], CONTAINERS):
+            if not isinstance(modules[around], LISTS):
                 self.around[name] = f"{around}."
                 self.watch(modules[around], f"{around}.")
             self.watch(linear, name)

@@ -17,7 +17,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_dtensor
-from smt_trainer.model.tensor_parallel import is_tensor_parallel
+from smt_trainer.model.tensor_parallel import is_tensor_parallel, refuse_copied
 from smt_trainer.scores import SCORERS
 from smt_trainer.training.distributed import is_sharding
 
@@ -68,6 +68,9 @@ def refuse_unshown_parallelism(trainer) -> None:
                 "only, on several, which the tests do not have. Use DDP, FSDP2 or ZeRO with gradient_checkpointing "
                 "for long sequences, or tensor parallelism."
             )
+    for part in (model, getattr(trainer, "ref_model", None)):
+        if part is not None:
+            refuse_copied(part)
     if model is None:
         return
     if not any(map(is_tensor_parallel, model.modules())):

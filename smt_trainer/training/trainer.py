@@ -41,8 +41,9 @@ from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
+from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
-from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model
+from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model, warn_of_missing_optimizer
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
@@ -184,6 +185,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         if not is_smt_model(self.model) and resume_from_checkpoint is not None:
             # Trainer loads a model that is sharded over ranks only after it is.
             self._load_from_checkpoint(resume_from_checkpoint)
+        if resume_from_checkpoint is not None and not self.is_deepspeed_enabled:
+            warn_of_missing_optimizer(resume_from_checkpoint)
         refuse_bound_optimizer(self)
         if is_smt_model(self.model):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
@@ -191,12 +194,14 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
             self._expect_gradients()
         refuse_partitioned_experts(self.accelerator, self.model, self.smt_selection.grids)
-        if is_sharding(self.accelerator):
+        sharding = is_sharding(self.accelerator)
+        if sharding:
             prepare_for_sharding(self.model, self.accelerator)
         self._let_backward_stop_early()
         logger.info("%s; %s%s", self._trainable_line(), self.smt_selection.summary(), self._whole_part())
         try:
-            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
+            with arriving_together(self.model) if sharding else contextlib.nullcontext():
+                return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
         finally:
             self._gradients.detach()
 

@@ -14,7 +14,6 @@ import torch
 from architectures import ARCHITECTURES, inputs_of
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
@@ -23,6 +22,8 @@ from smt_trainer.delta.lora import ADAPTER_FILE, factors
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import dequantised, is_quantised, keep_differentiable
 from smt_trainer.sparse.linear import smt_linears
+
+peft = pytest.importorskip("peft")
 
 
 def changed(model, folder, selection=None, **fields):
@@ -86,7 +87,7 @@ def test_the_base_with_the_adapter_computes_what_the_merged_model_does(stored, t
 
     expected = logits(merged, inputs)
     assert (expected - untrained).abs().max() > 1e-3
-    adapted = PeftModel.from_pretrained(kind.from_pretrained(base, **labels), adapter)
+    adapted = peft.PeftModel.from_pretrained(kind.from_pretrained(base, **labels), adapter)
     torch.testing.assert_close(logits(adapted, inputs), expected, rtol=0, atol=1e-5)
     config = config_of(adapter)
     assert (config["task_type"], config["fan_in_fan_out"]) == (task, trained.startswith("GPT2"))
@@ -102,7 +103,9 @@ def test_merging_the_adapter_gives_the_merged_weights_bit_for_bit(dtype, folders
     merged = merge_and_unload(changed(model, delta, target_modules="all-linear", train_norm=True))
     export_lora(base, delta, adapter)
     plain = type(model).from_pretrained(base, dtype=dtype)
-    tiny.assert_same(tiny.weights(PeftModel.from_pretrained(plain, adapter).merge_and_unload()), tiny.weights(merged))
+    tiny.assert_same(
+        tiny.weights(peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload()), tiny.weights(merged)
+    )
 
 
 def test_merging_the_adapter_into_float32_gives_the_merged_weights_to_the_last_bit(folders):
@@ -111,7 +114,7 @@ def test_merging_the_adapter_into_float32_gives_the_merged_weights_to_the_last_b
     model.save_pretrained(base)
     merged = tiny.weights(merge_and_unload(changed(model, delta)))
     export_lora(base, delta, adapter)
-    found = tiny.weights(PeftModel.from_pretrained(type(model).from_pretrained(base), adapter).merge_and_unload())
+    found = tiny.weights(peft.PeftModel.from_pretrained(type(model).from_pretrained(base), adapter).merge_and_unload())
     eps = torch.finfo(torch.float32).eps
     largest = max(weight.abs().max() for weight in merged.values())
     assert max((found[name] - weight).abs().max() for name, weight in merged.items()) <= eps * largest
@@ -124,7 +127,9 @@ def test_of_a_base_that_is_stored_in_another_dtype_the_change_is_that_of_trainin
     export_lora(base, delta, adapter)
     assert "The base is stored in float32 and was trained in bfloat16: on the base in bfloat16" in warnings()[0]
     plain = type(trained).from_pretrained(base, dtype="bfloat16")
-    tiny.assert_same(tiny.weights(PeftModel.from_pretrained(plain, adapter).merge_and_unload()), tiny.weights(trained))
+    tiny.assert_same(
+        tiny.weights(peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload()), tiny.weights(trained)
+    )
 
 
 @pytest.mark.parametrize("size", ["1GB", "40KB"])
@@ -142,7 +147,7 @@ def test_ranks_are_those_of_the_touched_rows_or_columns(size, folders):
     config, tensors = config_of(adapter), load_file(adapter / ADAPTER_FILE)
     assert config["r"] == config["lora_alpha"] == max(expected.values())
     assert set(config["target_modules"]) == expected.keys()
-    adapted = PeftModel.from_pretrained(type(model).from_pretrained(base), adapter)
+    adapted = peft.PeftModel.from_pretrained(type(model).from_pretrained(base), adapter)
     for name, rank in expected.items():
         linear = adapted.base_model.model.get_submodule(name)
         assert (linear.r["default"], linear.scaling["default"]) == (rank, 1.0)
@@ -178,7 +183,7 @@ def test_two_adapters_stand_side_by_side_on_one_base(tmp_path):
         export_lora(base, tmp_path / f"delta {name}", tmp_path / name)
     plain = type(model).from_pretrained(base)
     untrained = tiny.logits(plain)
-    adapted = PeftModel.from_pretrained(plain, tmp_path / "first", adapter_name="first")
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "first", adapter_name="first")
     adapted.load_adapter(tmp_path / "second", adapter_name="second")
     for name in ("second", "first"):
         adapted.set_adapter(name)
@@ -189,9 +194,9 @@ def test_two_adapters_stand_side_by_side_on_one_base(tmp_path):
 
 def test_peft_finds_the_base_by_the_adapter_and_knows_every_field(base, delta, tmp_path):
     export_lora(base, delta[0], tmp_path / "adapter")
-    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    adapted = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(tiny.logits(adapted), tiny.logits(delta[1]), rtol=0, atol=1e-5)
-    assert config_of(tmp_path / "adapter").keys() <= LoraConfig().to_dict().keys()
+    assert config_of(tmp_path / "adapter").keys() <= peft.LoraConfig().to_dict().keys()
 
 
 def test_a_base_that_the_delta_knows_by_its_name_on_the_hub_is_named_so(base, tmp_path):
@@ -413,7 +418,7 @@ def test_the_quantised_base_with_the_adapter_is_the_trained_model(over_quantised
     plain = load()
     keep_differentiable(plain)
     untrained, expected = tiny.logits(plain), tiny.logits(trained)
-    found = tiny.logits(PeftModel.from_pretrained(plain, folders[2]))
+    found = tiny.logits(peft.PeftModel.from_pretrained(plain, folders[2]))
     near = NEAR.get((kind, dtype), 2**-8)
     torch.testing.assert_close(found, expected, rtol=0, atol=near)
     assert (untrained - expected).abs().max() > 20 * near
@@ -443,7 +448,7 @@ def test_onto_original_it_is_the_merge_onto_the_original(over_quantised, folders
         AutoModelForCausalLM.from_pretrained(folder, dtype=over_quantised.dtype)
         for folder in (base, tmp_path / "merged")
     )
-    found = PeftModel.from_pretrained(plain, adapter).merge_and_unload()
+    found = peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload()
     rounding = 0 if over_quantised.dtype == torch.bfloat16 else 1e-7
     torch.testing.assert_close(tiny.weights(found), tiny.weights(expected), rtol=0, atol=rounding)
 

@@ -32,6 +32,8 @@ def tokens(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+# Its name before torch 2.10 is that below.
+grouped_mm = getattr(F, "grouped_mm", torch._grouped_mm)
 SORTED, X = IDS.sort().values, tokens(TOKENS, IN)
 # How a forward may write its product: (whether W^T is stored, the product, the expert of each row).
 PRODUCTS = {
@@ -44,8 +46,8 @@ PRODUCTS = {
     "one, cast": (False, lambda w: F.linear(X, w[1].to(torch.float32)), [1] * TOKENS),
     "gathered": (False, lambda w: torch.bmm(w[IDS], X.unsqueeze(-1)), IDS.tolist()),
     "gathered, transposed": (True, lambda w: torch.bmm(X.unsqueeze(1), w[IDS]), IDS.tolist()),
-    "grouped": (False, lambda w: F.grouped_mm(X, w.transpose(-2, -1), offs=OFFSETS), SORTED.tolist()),
-    "grouped, transposed": (True, lambda w: F.grouped_mm(X, w, offs=OFFSETS), SORTED.tolist()),
+    "grouped": (False, lambda w: grouped_mm(X, w.transpose(-2, -1), offs=OFFSETS), SORTED.tolist()),
+    "grouped, transposed": (True, lambda w: grouped_mm(X, w, offs=OFFSETS), SORTED.tolist()),
     "grouped, old": (False, lambda w: torch._grouped_mm(X, w.mT, offs=OFFSETS), SORTED.tolist()),
     "all": (True, lambda w: torch.bmm(X.view(EXPERTS, 2, IN), w), [0, 0, 1, 1, 2, 2]),
 }
@@ -76,7 +78,7 @@ def test_transformers_own_grouped_product_is_followed():
     turned = watched(stack(), False, reports).transpose(-2, -1)
     y = torch.ops.transformers.grouped_mm_fallback(X, turned, offs=OFFSETS)
     assert type(y) is torch.Tensor and len(reports) == 1
-    torch.testing.assert_close(y, F.grouped_mm(X, stack().transpose(-2, -1), offs=OFFSETS))
+    torch.testing.assert_close(y, grouped_mm(X, stack().transpose(-2, -1), offs=OFFSETS))
 
 
 def test_what_is_no_tensor_is_read_as_of_the_parameter():

@@ -5,6 +5,7 @@ import tiny
 import torch
 from architectures import EXPERTS, GROUPED
 from torch import nn
+from transformers.models.granitemoe import modeling_granitemoe as granite
 
 from smt_trainer import SMTConfig, SMTError, convert_to_smt, load_delta
 from smt_trainer.model.heads import head_names
@@ -277,7 +278,12 @@ def test_asking_for_no_experts_finds_none(fields, warnings):
     [
         ("MixtralForCausalLM", GROUPED | {"num_local_experts": 4}, False),
         ("GptOssForCausalLM", GROUPED | {"num_local_experts": 4}, True),
-        ("GraniteMoeForCausalLM", {"num_key_value_heads": 2, "num_local_experts": 4}, False),
+        pytest.param(
+            "GraniteMoeForCausalLM",
+            {"num_key_value_heads": 2, "num_local_experts": 4},
+            False,
+            marks=pytest.mark.skipif(not hasattr(granite, "GraniteMoeExperts"), reason="older versions mark no side"),
+        ),
     ],
 )
 def test_the_experts_of_an_architecture_are_known(architecture, overrides, transposed):

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import training_script
+from training_script import RANKS_BATCH
 
 from smt_trainer import load_delta
 from smt_trainer.delta.delta import Delta
@@ -63,3 +64,19 @@ def test_only_the_first_rank_writes(runs):
     assert delta.selection.num_blocks == 12
     loaded = load_delta(tiny.llama().double(), folder / "rank-0" / "delta").state_dict()
     torch.testing.assert_close(dict(loaded), dict(rank["weights"]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_is_resumed_on_another_number_of_ranks(before, after, tmp_path):
+    # With this large epsilon, Adam's step is smooth in the gradient, so rounding errors stay small.
+    how = {"make": tiny.llama, "learning_rate": 1.0, "adam_epsilon": 1.0}
+    outcomes = []
+    for processes, checkpoint in ((before, None), (after, 2)):
+        batch = {"per_device_train_batch_size": RANKS_BATCH // processes}
+        assert not any(training_script.launch(tmp_path, processes, checkpoint=checkpoint, **how, **batch))
+        outcomes.append(training_script.outcomes(tmp_path, processes)[0])
+    whole, resumed = outcomes
+    tiny.assert_same(resumed["block_indices"], whole["block_indices"])
+    for key in ("blocks", "optimizer"):
+        torch.testing.assert_close(resumed[key], whole[key], rtol=1e-6, atol=1e-7)
+    assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-5)

@@ -39,6 +39,14 @@ def test_resuming_runs_no_warm_up_and_ends_where_the_uninterrupted_run_ended(ste
     tiny.assert_same(training_script.result(trainer), expected)
 
 
+@pytest.mark.parametrize("only_model", [False, True])
+def test_a_checkpoint_without_the_state_of_an_optimizer_is_resumed_with_a_warning(only_model, tmp_path, caplog):
+    training_script.resumable(tmp_path, save_only_model=only_model).train()
+    training_script.resumable(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    said = [record for record in caplog.records if "no state of an optimizer" in record.getMessage()]
+    assert len(said) == only_model
+
+
 def test_the_last_checkpoint_is_found(uninterrupted, tmp_path):
     folder, expected = uninterrupted
     shutil.copytree(folder / "checkpoint-4", tmp_path / "checkpoint-4")

@@ -3,7 +3,9 @@
 import pytest
 import tiny
 import torch
+import transformers
 from mixtures import mixture
+from packaging.version import Version
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 
@@ -12,6 +14,7 @@ from smt_trainer.sparse import sparse_experts, sparse_linear
 from smt_trainer.sparse.kept_input import KeptInput, find_origin
 from smt_trainer.sparse.linear import smt_linears
 
+IS_OLD = Version(transformers.__version__) < Version("5.23")
 # Model -> linear -> whether its input can be recomputed from what autograd keeps anyway. Layer 1, since something
 # below it requires a gradient.
 LLAMA = {"self_attn.v_proj": True, "self_attn.o_proj": False, "mlp.up_proj": True, "mlp.down_proj": True}
@@ -166,7 +169,9 @@ def test_torch_still_has_what_the_trace_reads():
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize(
+    "implementation", ["eager", pytest.param("grouped_mm", marks=pytest.mark.skipif(IS_OLD, reason="selects twice"))]
+)
 def test_experts_keep_what_the_frozen_model_keeps(implementation):
     model = mixture("Qwen3MoeForCausalLM", implementation).requires_grad_(False)
     model.enable_input_require_grads()

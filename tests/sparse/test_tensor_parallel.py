@@ -1,11 +1,13 @@
 """Linears that tensor parallelism cuts, in one process that is all ranks. Runs on two are in `runs/test_sharded.py`."""
 
+import copy
+
 import pytest
 import tiny
 import torch
 from torch import nn
 
-from smt_trainer import convert_to_smt, merge_and_unload
+from smt_trainer import SMTError, convert_to_smt, merge_and_unload
 from smt_trainer.sparse.linear import smt_linears
 
 slices = pytest.importorskip("slices", reason="this transformers cuts models in another way", exc_type=ImportError)
@@ -62,3 +64,19 @@ def test_merging_leaves_the_cut_model_as_it_was_loaded(both):
     merged.requires_grad_(True)
     merged(**tiny.batch()).loss.backward()
     assert all(merged.get_submodule(name).weight.grad is not None for name in weights)
+
+
+def test_copies_which_would_compute_with_the_weights_of_the_original_are_refused(tmp_path):
+    selection = tiny.choose(tiny.llama(), tiny.config(score="random"))
+    with slices.only_rank(tmp_path):
+        model = slices.cut(tiny.llama())
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+        assert torch.equal(tiny.logits(copied), tiny.logits(model))
+        with pytest.raises(SMTError, match=r"of this copy of a model computes.* Load the model once more"):
+            convert_to_smt(copied, selection)
+        convert_to_smt(model, selection)
+        with pytest.raises(SMTError, match=r"cannot be copied.*Save the delta"):
+            copy.deepcopy(model)
+        assert copy.deepcopy(merge_and_unload(model)) is not model

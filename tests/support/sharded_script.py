@@ -24,7 +24,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, ParallelismConfig
-from mixtures import untrained
+from mixtures import listed, untrained
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -45,6 +45,7 @@ SLICES = {"tp_size": 2}
 EVERYWHERE = {"target_modules": "all-linear", "budget": 24}
 MIXTURE = FSDP | {"transformer_layer_cls_to_wrap": ["Qwen3MoeDecoderLayer"]}
 EXPERTS = {"target_modules": "experts"}
+LISTED = {"target_modules": ["up", "down"], "budget": 16}
 TOKENS = {"target_modules": ["embed_tokens", "q_proj"], "block_size": (1, 64)}
 CONVOLUTIONS = {"target_modules": "all-conv", "granularity": "row", "block_size": "auto", "modules_to_save": []}
 
@@ -66,6 +67,7 @@ MODELS = {
     "mixture": partial(untrained, "Qwen3MoeForCausalLM"),
     "mixture-eager": partial(untrained, "Qwen3MoeForCausalLM", "eager"),
     "gpt-oss": partial(untrained, "GptOssForCausalLM"),
+    "listed": listed,
     "images": images.convnext,
 }
 CASES = {
@@ -103,6 +105,7 @@ CASES = {
         "model": "gpt-oss",
         "smt": EXPERTS | {"granularity": "column", "block_size": "auto"},
     },
+    "fsdp-experts-listed": {"fsdp": FSDP, "model": "listed", "smt": LISTED},
     "fsdp-tokens": {"fsdp": FSDP, "smt": TOKENS},
     "fsdp-tokens-tied": {
         "fsdp": FSDP | {"cpu_ram_efficient_loading": True},
@@ -149,6 +152,8 @@ CASES = {
     "zero2-bf16": {"zero": 2, "arguments": {"bf16": True}},
     "zero1-experts": {"zero": 1, "model": "mixture-eager", "smt": EXPERTS},
     "zero2-experts": {"zero": 2, "model": "mixture-eager", "smt": EXPERTS | {"score": "grad_signed"}},
+    "zero1-experts-listed": {"zero": 1, "model": "listed", "smt": LISTED},
+    "zero2-experts-listed": {"zero": 2, "model": "listed", "smt": LISTED},
     "zero2-tokens-tied": {"zero": 2, "model": "tied", "smt": TOKENS},
     "zero2-convolutions": {"zero": 2, "model": "images", "smt": CONVOLUTIONS},
     "zero3": {"zero": 3},

@@ -1,6 +1,7 @@
 """Models that were split over ranks when they were loaded: what is refused, and checkpoints of the others. This process
 is the first of several ranks, of which no other exists."""
 
+import copy
 from types import SimpleNamespace
 
 import mixtures
@@ -83,6 +84,17 @@ def test_a_cut_model_inside_another_is_refused(load):
         with pytest.raises(SMTError, match=r"the tp_plan of the Sequential does not say how"):
             convert_to_smt(model, tiny.choose(model))
         assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_copied_reference_model_which_would_follow_the_trained_one_is_refused(load):
+    with slices.silent_ranks(2):
+        model, other = (load(tiny.llama(), tp_size=2) for _ in range(2))
+        given = trainer(model)
+        given.ref_model = other
+        refuse_unshown_parallelism(given)
+        given.ref_model = copy.deepcopy(model)
+        with pytest.raises(SMTError, match=r"`.*` of this copy of a model computes with the weight of the original"):
+            refuse_unshown_parallelism(given)
 
 
 def test_a_quantised_base_that_is_cut_is_refused(load):
