@@ -104,10 +104,10 @@ INPUTS = Study(
         LOW_ALL,
         RANDOM_ALL,
         Arm("LoRA, all linears", "lora-all", SMALL, seeds=MORE_SEEDS),
-        SMT[SMALL],
-        Arm("LoRA", "lora", SMALL),
+        Arm("the paper's, q/k/v", "smt", SMALL),
+        Arm("random, q/k/v", "random", SMALL),
+        Arm("LoRA, q/k/v", "lora", SMALL),
         UNTUNED,
-        RANDOM,
     ),
 )
 
