@@ -46,6 +46,9 @@ def unfrozen(model: nn.Module) -> set[str]:
 def changed_base(model: nn.Module) -> list[str]:
     """Return the names of the base's tensors that have other values than when the blocks were taken, and that the delta
     does not hold; none where tensors are spread over ranks, since finding out would gather them all."""
+    # First: a state dict has FSDP2 shard again what a forward has gathered.
+    learned = {id(tensor) for tensor in held_whole(model).values()}
+    learned |= {id(linear.parameter) for _, linear in smt_linears(model)}
     tensors, state = dict(saved_tensors(model)), get_state(model)
     if any(map(is_sharded, tensors.values())):
         return []
@@ -54,8 +57,6 @@ def changed_base(model: nn.Module) -> list[str]:
         lambda name, stride, rows: sample(tensors[name], stride, rows),
         quantised=state.quantization is not None,
     )
-    learned = {id(tensor) for tensor in held_whole(model).values()}
-    learned |= {id(linear.parameter) for _, linear in smt_linears(model)}
     return [name for name in found if id(tensors.get(name)) not in learned]
 
 
