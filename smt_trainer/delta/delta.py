@@ -98,16 +98,17 @@ class Delta:
         """
         from smt_trainer.model.sharded import full_tensor
         from smt_trainer.sparse.convert import get_state
-        from smt_trainer.sparse.held import held_unnamed, held_whole, warn_of_others
+        from smt_trainer.sparse.held import Held, warn_of_others
         from smt_trainer.sparse.linear import smt_linears
 
         state, blocks = get_state(model), {}
         for name, linear in smt_linears(model):
             dtype = linear.blocks.dtype if master else linear.weight_dtype
             blocks[name] = as_array(full_tensor(linear.blocks).to("cpu", dtype)[linear.row_major_order()])
-        warn_of_others(model)
-        whole = {name: as_array(full_tensor(tensor)) for name, tensor in held_whole(model).items()}
-        unnamed = sorted((state.made_up | held_unnamed(model)) & whole.keys())
+        held = Held.of(model)
+        warn_of_others(model, held)
+        whole = {name: as_array(full_tensor(tensor)) for name, tensor in held.tensors.items()}
+        unnamed = sorted((state.made_up | held.unnamed) & whole.keys())
         dtype = str(state.weight_dtype).removeprefix("torch.")
         return cls(
             state.selection, blocks, whole, state.base, dtype, architecture_of(model), unnamed, state.quantization

@@ -22,7 +22,7 @@ from smt_trainer.manifest import refusing_damage
 from smt_trainer.model.made_up import embeddings, made_up, new_rows
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.quantised import quantization_of
-from smt_trainer.model.sharded import assign, full_shape, full_tensor
+from smt_trainer.model.sharded import assign, full_shape
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import base_name
 from smt_trainer.selection.tokens import lost_rows
@@ -37,7 +37,6 @@ from smt_trainer.sparse.convert import (
     merge_and_unload,
     rewrite_as,
 )
-from smt_trainer.sparse.fingerprint import sample, saved_tensors
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 
@@ -228,12 +227,7 @@ def trained_class(delta: Delta) -> Any:
 
 def differences(model: nn.Module, delta: Delta) -> list[str]:
     """Return the names of the base's tensors that a plain model has with other values."""
-    tensors, quantised = dict(saved_tensors(model)), quantization_of(model) is not None
-    return delta.base.differences(
-        tensors,
-        lambda name, stride, rows: sample(full_tensor(tensors[name]), stride, rows),
-        quantised=quantised,
-    )
+    return delta.base.differences_in(model, quantised=quantization_of(model) is not None)
 
 
 @contextlib.contextmanager

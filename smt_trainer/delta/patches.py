@@ -28,7 +28,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 from smt_trainer.model.sharded import full_tensor
 from smt_trainer.sparse.convert import get_state, has_quantised_blocks
-from smt_trainer.sparse.held import held_whole
+from smt_trainer.sparse.held import Held
 from smt_trainer.sparse.linear import smt_linears
 
 
@@ -119,4 +119,6 @@ def _of_model(model: nn.Module, max_bytes: int) -> Iterator[WeightPatch]:
         blocks = full_tensor(linear.blocks).to(linear.weight_dtype)
         key, indices = linear.weight_name(name), linear.block_indices
         yield from patches_of_blocks(key, linear.grid, indices, blocks, max_bytes, linear.stacked)
-    yield from patches_of_whole({name: full_tensor(tensor) for name, tensor in held_whole(model).items()}, max_bytes)
+    yield from patches_of_whole(
+        {name: full_tensor(tensor) for name, tensor in Held.of(model).tensors.items()}, max_bytes
+    )

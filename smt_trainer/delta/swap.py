@@ -33,7 +33,7 @@ from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import base_name
 from smt_trainer.sparse.convert import find_linears, is_smt_model
 from smt_trainer.sparse.fingerprint import Fingerprint
-from smt_trainer.sparse.held import held_whole
+from smt_trainer.sparse.held import Held
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import one_by_one
 
@@ -149,7 +149,7 @@ def _check_trained(model: nn.Module, delta: Delta) -> None:
     """Raise `SMTError` unless a delta holds just what a rewritten model trains."""
     check_same_blocks(model, delta)
     whole_destinations(model, delta)
-    differing = sorted(held_whole(model).keys() ^ delta.whole)
+    differing = sorted(Held.of(model).tensors.keys() ^ delta.whole)
     if differing:
         raise SMTError(
             f"the delta or this model, which trains the same blocks, holds `{differing[0]}` alone, such as statistics "

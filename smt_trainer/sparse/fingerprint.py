@@ -126,6 +126,17 @@ class Fingerprint:
         sums = dict(zip(found, _checksums(samples, self.dtype), strict=True))
         return [name for name, checksum in sums.items() if checksum != expected[name]]
 
+    def differences_in(self, model: nn.Module, *, quantised: bool = False) -> list[str]:
+        """Return the `differences` of a model; a collective when it is sharded."""
+        from smt_trainer.model.sharded import full_tensor
+
+        tensors = dict(saved_tensors(model))
+        return self.differences(
+            tensors,
+            lambda name, stride, rows: sample(full_tensor(tensors[name]), stride, rows),
+            quantised=quantised,
+        )
+
 
 def is_code(tensor: Tensor) -> bool:
     """Return whether a tensor holds the indices of a quantised weight, packed into some dtype."""
