@@ -144,6 +144,24 @@ DEPTH = Study(
     ),
 )
 
+DEPTH_ALL = Study(
+    "depth-all",
+    "What does it cost where blocks are chosen from all linears?",
+    (
+        LOW_ALL,
+        *(
+            Arm(
+                f"small inputs from layer {layer} of 30 up",
+                "smt-low-all",
+                SMALL,
+                fields={"lowest_layer": layer},
+                rate_of=LOW_ALL,
+            )
+            for layer in (15, 22)
+        ),
+    ),
+)
+
 BLOCK_SIZE = Study(
     "blocksize",
     "How large should blocks be?",
@@ -209,6 +227,7 @@ STUDIES = {
         SCORES,
         WARMUP,
         DEPTH,
+        DEPTH_ALL,
         BLOCK_SIZE,
         PRECISION,
         INIT,
