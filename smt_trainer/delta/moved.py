@@ -79,12 +79,21 @@ def moved_by_merging(trained: Any, merged: Path) -> Moved | None:
 
 
 def prompts_for(folder: Path, vocabulary: int) -> list[Tensor]:
-    """Return prompts as token ids: by the tokenizer of a folder, or random ones if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+    """Return prompts as token ids: by the tokenizer of a folder, or random ones if it has none that can be loaded."""
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(vocabulary, (RANDOM_TOKENS,), generator=generator) for _ in PROMPTS]
     return [torch.tensor(tokenizer(prompt).input_ids) for prompt in PROMPTS]
+
+
+def _tokenizer(folder: Path) -> Any | None:
+    from transformers import AutoTokenizer
+
+    # transformers 5.5 makes an empty tokenizer of a folder without one.
+    if not [*folder.glob("*token*"), *folder.glob("vocab*")]:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (ImportError, OSError, ValueError, KeyError, TypeError):
+        return None

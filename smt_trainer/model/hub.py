@@ -59,14 +59,18 @@ def fetch(what: str, name: str | Path, revision: str | None, patterns: Iterable[
     """
     from huggingface_hub import errors, snapshot_download
 
+    offline = (
+        "it is not a folder, and could not be fetched: the hub cannot be reached, or HF_HUB_OFFLINE is set. "
+        "Connect, or give the folder of a download."
+    )
     reasons = {
         errors.HFValidationError: "it is not a folder, and cannot be a name on the hub. Check the path.",
         errors.GatedRepoError: "its owner lets in whom they choose. Ask on its page, and log in (hf auth login).",
         errors.RepositoryNotFoundError: "it is not a folder, and the hub shows no repository of this name. Check the "
         "name; if it is private, log in (hf auth login).",
         errors.RevisionNotFoundError: f"it has no revision {revision!r}. Its page lists branches, tags and commits.",
-        errors.LocalEntryNotFoundError: "it is not a folder, and could not be fetched: the hub cannot be reached, or "
-        "HF_HUB_OFFLINE is set. Connect, or give the folder of a download.",
+        errors.LocalEntryNotFoundError: offline,
+        errors.OfflineModeIsEnabled: offline,
     }
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=[*patterns], **access))
