@@ -97,9 +97,9 @@ class Delta:
             SMTError: the model trains no blocks.
         """
         from smt_trainer.model.sharded import full_tensor
-        from smt_trainer.sparse.convert import get_state
         from smt_trainer.sparse.held import Held, warn_of_others
         from smt_trainer.sparse.linear import smt_linears
+        from smt_trainer.sparse.state import get_state
 
         state, blocks = get_state(model), {}
         for name, linear in smt_linears(model):

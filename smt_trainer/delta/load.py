@@ -26,18 +26,10 @@ from smt_trainer.model.sharded import assign, full_shape
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import base_name
 from smt_trainer.selection.tokens import lost_rows
-from smt_trainer.sparse.convert import (
-    Model,
-    SMTState,
-    base_dtype,
-    find_linears,
-    get_state,
-    has_quantised_blocks,
-    is_smt_model,
-    merge_and_unload,
-    rewrite_as,
-)
+from smt_trainer.sparse.convert import Model, merge_and_unload, rewrite_as
+from smt_trainer.sparse.fit import base_dtype, find_linears
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import SMTState, get_state, has_quantised_blocks, is_smt_model
 from smt_trainer.sparse.write_back import write_back
 
 # What of the arguments of from_pretrained says how the hub is read.

@@ -27,9 +27,9 @@ from smt_trainer.delta.weight_patch import (
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 from smt_trainer.model.sharded import full_tensor
-from smt_trainer.sparse.convert import get_state, has_quantised_blocks
 from smt_trainer.sparse.held import Held
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import get_state, has_quantised_blocks
 
 
 def delta_patches(

@@ -31,10 +31,11 @@ from smt_trainer.model.experts import stored_weight
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import base_name
-from smt_trainer.sparse.convert import find_linears, is_smt_model
 from smt_trainer.sparse.fingerprint import Fingerprint
+from smt_trainer.sparse.fit import find_linears
 from smt_trainer.sparse.held import Held
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.sparse.write_back import one_by_one
 
 # The attribute of a model that says what is swapped in.

@@ -17,7 +17,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.heads import head_names
 from smt_trainer.model.made_up import embeddings, made_up, new_rows
-from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.names import layer_index, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import is_dtensor
 
@@ -119,6 +119,18 @@ def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
     """Return the module, parameter or buffer of a name that `find_whole` found."""
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), leaf)
+
+
+def stored_whole(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model that have, or lie under, one of the names; tied ones once."""
+    names = set(whole)
+    prefixes, seen, found = tuple(f"{name}." for name in names), set(), {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        name = plain_name(key)
+        if (name in names or name.startswith(prefixes)) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
 
 
 def _trainable(model: nn.Module) -> list[str]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import is_sharded
-from smt_trainer.sparse.convert import changed_statistics, get_state, stored_whole
+from smt_trainer.model.whole import stored_whole
 from smt_trainer.sparse.fingerprint import saved_tensors
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import changed_statistics, get_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -24,8 +24,10 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, write_text
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.convert import get_state, is_smt_model, plain_state_dict, refuse_open_merge
+from smt_trainer.sparse.convert import refuse_open_merge
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.plain import plain_state_dict
+from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.sparse.write_back import write_back
 from smt_trainer.training.distributed import has_weights, is_sharding, save_optimizer
 from smt_trainer.training.tensor_parallel import saving_gathered

@@ -20,8 +20,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from smt_trainer.scores.collect import LossScale, frozen
-from smt_trainer.sparse.convert import get_state, set_state
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import get_state, set_state
 
 # Whether FSDP2 can take zeros for the gradients of parameters that one rank has not used: experts without a token.
 KNOWS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")

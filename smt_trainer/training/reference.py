@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from smt_trainer.errors import SMTError
-from smt_trainer.sparse.convert import is_smt_model, plain_state_dict
+from smt_trainer.sparse.plain import plain_state_dict
+from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.distributed import is_sharding
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from smt_trainer.model.sharded import is_partitioned
 from smt_trainer.model.targets import narrow, refuse_adapters
 from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.convert import get_state, is_smt_model
+from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.training.class_column import refuse_missing_column
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.read_once import refuse_data_read_once

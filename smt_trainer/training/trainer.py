@@ -40,8 +40,9 @@ from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve
 from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
-from smt_trainer.sparse.convert import convert_to_smt, get_state, is_smt_model, trainable_parameters
+from smt_trainer.sparse.convert import convert_to_smt
 from smt_trainer.sparse.listed_experts import arriving_together
+from smt_trainer.sparse.state import get_state, is_smt_model, trainable_parameters
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model, warn_of_missing_optimizer
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding

@@ -10,7 +10,7 @@ from smt_trainer import BlockScores
 from smt_trainer.cli import main
 from smt_trainer.cli.inspect_artefact import KEYS_OF_TWO
 from smt_trainer.cli.main import COMMANDS
-from smt_trainer.estimation.estimate import Cost
+from smt_trainer.estimation.cost import Cost
 
 # In the words of each command `@` begins the name of a folder or file; in `broken`, one does not exist.
 RESULTS = {

@@ -24,8 +24,8 @@ from smt_trainer.arrays import as_array
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
 from smt_trainer.delta.load import put_delta
 from smt_trainer.manifest import CHECKSUM, sealed
-from smt_trainer.sparse.convert import is_smt_model
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import is_smt_model
 
 
 def no_space(*_, **__) -> None:

@@ -15,7 +15,7 @@ from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.model_card import delta_card
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.selection.candidates import find_candidates
-from smt_trainer.sparse.convert import get_state
+from smt_trainer.sparse.state import get_state
 
 pytest.importorskip("bitsandbytes")
 KINDS = list(quantised.KINDS)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from smt_trainer import SMTError, convert_to_smt, delta_patches, merge_checkpoint, model_patches, save_delta
 from smt_trainer.delta.weight_patch import WeightPatch, apply_patches, patches_of_blocks, patches_of_whole
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse.convert import plain_state_dict
+from smt_trainer.sparse.plain import plain_state_dict
 
 WHOLE = {"modules_to_save": ["embed_tokens"], "train_norm": True}
 CASES = {

@@ -12,7 +12,7 @@ import torch
 
 from smt_trainer import SMTError, convert_to_smt, model_patches, to_sparse_nccl, to_vllm
 from smt_trainer.delta.weight_patch import WeightPatch
-from smt_trainer.sparse.convert import plain_state_dict
+from smt_trainer.sparse.plain import plain_state_dict
 
 
 class CheckpointWeightPatch(NamedTuple):

@@ -7,7 +7,7 @@ from reference import block_mask
 
 from smt_trainer import SMTError, convert_to_smt, load_delta, merge_checkpoint, save_delta
 from smt_trainer.model.whole import find_whole
-from smt_trainer.sparse.convert import find_linears
+from smt_trainer.sparse.fit import find_linears
 
 QKV = ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
 GPT2_NORMS = ["transformer.h.0.ln_1", "transformer.h.0.ln_2", "transformer.h.1.ln_1", "transformer.h.1.ln_2"]

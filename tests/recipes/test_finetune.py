@@ -18,7 +18,7 @@ from recipes.parts.methods import trained_parameters
 from recipes.parts.task import Decoding
 from smt_trainer import SMTConfig, SMTError, SMTTrainer
 from smt_trainer.delta.delta import Delta
-from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.warmup import Warmup
 
 ARGUMENTS = (

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from smt_trainer import convert_to_smt, from_delta, merge_and_unload
-from smt_trainer.sparse.convert import plain_state_dict
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.plain import plain_state_dict
 
 
 def assert_written(model) -> None:

@@ -13,7 +13,7 @@ import torch
 import training_script
 
 from smt_trainer import SMTError, convert_to_smt
-from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE, last_checkpoint
 
 

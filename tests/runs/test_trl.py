@@ -13,7 +13,8 @@ from texts import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, SMTTrainerMixin, convert_to_smt, merge_and_unload
-from smt_trainer.sparse.convert import is_smt_model, plain_state_dict
+from smt_trainer.sparse.plain import plain_state_dict
+from smt_trainer.sparse.state import is_smt_model
 
 trl = pytest.importorskip("trl")
 

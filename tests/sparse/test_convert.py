@@ -9,14 +9,13 @@ import transformers
 from architectures import ARCHITECTURES, ATTENTIONS, inputs_of
 from reference import block_mask, train_only
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import SMTConfig, SMTError, convert_to_smt, merge_and_unload
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.heads import head_names
 from smt_trainer.model.targets import find_targets
-from smt_trainer.sparse.convert import is_smt_model, plain_state_dict, trainable_parameters
 from smt_trainer.sparse.linear import SMTLinear, smt_linears
+from smt_trainer.sparse.state import is_smt_model, trainable_parameters
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -113,14 +112,6 @@ def test_rewriting_and_unloading_without_training_changes_no_weight(llama):
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
 
 
-def test_the_plain_state_dict_is_that_of_the_merged_model(delta):
-    model = delta[1]
-    plain = {name: tensor.clone() for name, tensor in plain_state_dict(model).items()}
-    merged = merge_and_unload(model).state_dict()
-    assert list(plain) == list(merged)
-    assert all(torch.equal(tensor, merged[name]) for name, tensor in plain.items())
-
-
 def test_generating_gives_the_merged_models_tokens(delta):
     model, prompt = delta[1], tiny.tokens(2, length=4)
     generated = model.generate(prompt, max_new_tokens=6, do_sample=False)
@@ -135,63 +126,6 @@ def test_a_model_is_rewritten_once_and_made_plain_once(llama):
     merge_and_unload(llama)
     with pytest.raises(SMTError, match="trains no blocks"):
         merge_and_unload(llama)
-
-
-def other_shape(model):
-    return tiny.choose(tiny.build("LlamaForCausalLM", hidden_size=96, num_key_value_heads=4)), "this model has a weight"
-
-
-def other_names(model):
-    return tiny.choose(tiny.build("GPTNeoXForCausalLM")), "this model has no such module"
-
-
-def quantised(model):
-    projection = model.model.layers[1].self_attn.q_proj
-    projection.weight = nn.Parameter(projection.weight.to(torch.float8_e4m3fn))
-    return tiny.every_block(tiny.llama(), ["model.layers.1.self_attn.q_proj"]), "has a weight of 64x64 .*float8_e4m3fn"
-
-
-def stored_the_other_way(model):
-    projection = model.model.layers[1].self_attn.q_proj
-    selection = tiny.every_block(model, ["model.layers.1.self_attn.q_proj"])
-    model.model.layers[1].self_attn.q_proj = Conv1D(projection.out_features, projection.in_features)
-    return selection, "lie in a linear .* this model has a Conv1D"
-
-
-def not_a_linear(model):
-    selection = tiny.choose(model)
-    model.model.layers[1].self_attn = nn.ModuleDict(dict.fromkeys(["q_proj", "k_proj", "v_proj"], nn.Identity()))
-    return selection, "this model has a Identity"
-
-
-def unknown_module_to_save(model):
-    return tiny.choose(model, tiny.config(score="random", modules_to_save=["score"])), "modules_to_save names 'score'"
-
-
-def target_trained_whole(model):
-    selection = tiny.choose(model, tiny.config(score="random", modules_to_save=["layers.0.self_attn"]))
-    return selection, "modules_to_save"
-
-
-MISFITS = [
-    other_shape,
-    other_names,
-    quantised,
-    stored_the_other_way,
-    not_a_linear,
-    unknown_module_to_save,
-    target_trained_whole,
-]
-
-
-@pytest.mark.parametrize("case", MISFITS)
-def test_a_selection_that_does_not_fit_is_refused_and_the_model_left_as_it_was(case, llama):
-    selection, message = case(llama)
-    before = {name: (type(module), len(vars(module))) for name, module in llama.named_modules()}
-    with pytest.raises(SMTError, match=message):
-        convert_to_smt(llama, selection)
-    assert {name: (type(module), len(vars(module))) for name, module in llama.named_modules()} == before
-    assert all(parameter.requires_grad for parameter in llama.parameters())
 
 
 def test_the_head_of_a_classifier_is_trained_whole_unless_told_otherwise():

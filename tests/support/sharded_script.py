@@ -30,8 +30,8 @@ from transformers.distributed import DistributedConfig
 
 from smt_trainer import SMTConfig, SMTTrainer, from_delta
 from smt_trainer.model.sharded import full_tensor, is_partitioned
-from smt_trainer.sparse.convert import plain_state_dict
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.plain import plain_state_dict
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 ZERO = {

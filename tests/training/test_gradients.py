@@ -6,8 +6,8 @@ import torch
 from out_of_reach import OutOfReach
 
 from smt_trainer import SMTError
-from smt_trainer.sparse.convert import is_smt_model
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import is_smt_model
 
 
 def config(*targets, **fields):

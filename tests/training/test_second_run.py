@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from smt_trainer import SMTConfig, SMTError, SMTTrainer, SMTTrainerMixin, load_delta, merge_and_unload
-from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.sparse.state import is_smt_model
 
 
 def trained(folder, model=None, **kwargs):

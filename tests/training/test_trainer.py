@@ -19,8 +19,8 @@ from smt_trainer import (
     merge_checkpoint,
 )
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
-from smt_trainer.sparse.convert import is_smt_model
 from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SELECTION_FILE
 

@@ -14,7 +14,7 @@ from smt_trainer.config import SCORES
 from smt_trainer.scores import SCORERS
 from smt_trainer.scores.collect import frozen
 from smt_trainer.selection.candidates import find_candidates
-from smt_trainer.sparse.convert import is_smt_model
+from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 
