@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.load import check_same_blocks, differences, put_blocks, whole_destinations
+from smt_trainer.delta.put import check_same_blocks, differences, put_blocks, whole_destinations
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import stored_weight
 from smt_trainer.model.quantised import quantization_of

@@ -18,8 +18,9 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta, architecture_of
 from smt_trainer.delta.dequantise import save_dequantised
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS
-from smt_trainer.delta.load import load_delta, put_delta
+from smt_trainer.delta.load import load_delta
 from smt_trainer.delta.model_card import delta_card
+from smt_trainer.delta.put import put_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, new_folder, write_text
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT

@@ -22,7 +22,7 @@ from smt_trainer import (
 )
 from smt_trainer.arrays import as_array
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
-from smt_trainer.delta.load import put_delta
+from smt_trainer.delta.put import put_delta
 from smt_trainer.manifest import CHECKSUM, sealed
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.state import is_smt_model
