@@ -10,6 +10,7 @@ TASKS = {
     "commonsense": ("recipes.commonsense.task", "COMMONSENSE"),
     "math": ("recipes.math.task", "MATH"),
     "instruct": ("recipes.instruct.task", "INSTRUCT"),
+    "sentiment": ("recipes.sentiment.task", "SENTIMENT"),
 }
 """Name -> module and the object in it, for `recipes/finetune.py`."""
 

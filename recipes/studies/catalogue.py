@@ -111,6 +111,20 @@ INPUTS = Study(
     ),
 )
 
+SENTIMENT = Study(
+    "sentiment",
+    "Does what holds for word problems hold for another task, the sentiment of film reviews?",
+    (
+        LOW_ALL,
+        RANDOM_ALL,
+        Arm("LoRA, all linears", "lora-all", SMALL),
+        Arm("the paper's, q/k/v", "smt", SMALL),
+        FULL,
+        UNTUNED,
+    ),
+    task="sentiment",
+)
+
 SCORES = Study(
     "scores",
     "Which score chooses the best blocks of each linear?",
@@ -224,6 +238,7 @@ STUDIES = {
         ANATOMY,
         SPREAD,
         INPUTS,
+        SENTIMENT,
         SCORES,
         WARMUP,
         DEPTH,

@@ -68,7 +68,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what the run takes, beside LoRA and full fine-tuning; see `estimation/estimate.py` for each line."""
+    """Print what the run takes, beside LoRA and full fine-tuning; `estimation/` says what each line is."""
     import torch
 
     from smt_trainer.estimation.estimate import estimate

@@ -35,6 +35,7 @@ class Protocol(NamedTuple):
 
 PROTOCOLS = {
     "math": Protocol(48, 4, "loss", validation=60, test=100, sets=("new numbers",)),
+    "sentiment": Protocol(48, 4, "loss", validation=100, test=300),
     "commonsense": Protocol(1000, 32, "accuracy by likelihood", validation=50, test=250),
 }
 """Task -> protocol. No answer is generated: so few steps do not teach a model of 135M parameters to solve problems."""

@@ -1,0 +1,1 @@
+"""The sentiment of film reviews, a second task for the studies."""
