@@ -48,8 +48,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with _temporary(path) as temporary:
         try:
             write(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            _flush_file(temporary)
             # mkstemp makes files private; give them the mode that open() would.
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
@@ -142,6 +141,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             _empty(stage)
             yield stage
             _set_modes(stage)
+            _flush(stage)
             stage.replace(output)
         except (SafetensorError, OSError) as error:
             if getattr(error, "filename", None) is not None:
@@ -179,6 +179,18 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the files of a folder are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _set_modes(folder: Path) -> None:

@@ -95,6 +95,22 @@ def test_a_folder_appears_whole(tmp_path):
     assert (tmp_path / "out" / "file.txt").read_text() == "text"
 
 
+def test_the_files_of_a_folder_are_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    flushed = []
+
+    def fsync(descriptor):
+        assert not (tmp_path / "output").exists()
+        flushed.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_folder(tmp_path / "output") as folder:
+        (folder / "part").mkdir()
+        paths = [folder / "a", folder / "part" / "b"]
+        for path in paths:
+            path.write_text("text")
+    assert sorted(flushed) == sorted(path.stat().st_ino for path in (tmp_path / "output").rglob("*") if path.is_file())
+
+
 def test_a_folder_that_failed_does_not_appear(tmp_path):
     with pytest.raises(OSError, match="disk full"), new_folder(tmp_path / "out") as stage:
         fail_halfway(stage / "file.txt")

@@ -158,9 +158,12 @@ def _factors_of_all(
         change = cast(cast(site.blocks, placement.delta.weight_dtype), "float64") - cast(before, "float64")
         # Of the dtype, but in numbers that numpy knows.
         stored = cast(cast(change, dtype), "float32")
-        largest = max(largest, float(abs(stored - change).max()))
-        if not np.isfinite(largest):
+        error = float(abs(stored - change).max())
+        if not np.isfinite(change).all():
+            raise SMTError(f"the base has NaN or infinity in `{name}`, under blocks of the delta. Repair the base.")
+        if not np.isfinite(error):
             raise SMTError(f"the change of `{name}` is too large for {dtype}; use float32 or bfloat16.")
+        largest = max(largest, error)
         b, a = factors(site.grid, site.block_indices, stored)
         arrays |= {f"{PREFIX}{name}.lora_A.weight": cast(a, dtype), f"{PREFIX}{name}.lora_B.weight": cast(b, dtype)}
     return arrays, largest

@@ -66,14 +66,16 @@ def moved(first: Any, second: Any, prompts: list[Tensor]) -> Moved:
 
 
 def moved_by_merging(trained: Any, merged: Path) -> Moved | None:
-    """Compare a trained model with a merged checkpoint; None if its class has no logits over a vocabulary.
+    """Compare a trained model with a merged checkpoint; None if no logits over a vocabulary come of tokens alone.
 
     Args:
         trained: in evaluation mode.
         merged: folder of the checkpoint, which is loaded in the dtype that it says.
     """
     plain = type(trained).from_pretrained(merged, dtype="auto").eval()
-    if not hasattr(plain, "get_output_embeddings") or plain.get_output_embeddings() is None:
+    reads_tokens = getattr(plain, "main_input_name", "input_ids") == "input_ids"
+    has_head = hasattr(plain, "get_output_embeddings") and plain.get_output_embeddings() is not None
+    if not (reads_tokens and has_head) or getattr(plain.config, "is_encoder_decoder", False):
         return None
     return moved(trained, plain, prompts_for(merged, plain.config.get_text_config().vocab_size))
 

@@ -90,9 +90,9 @@ def _vocabulary_of(delta: Delta, model: nn.Module) -> Iterator[None]:
         rows |= {new.stop: new.start} if new else {}
     resize: Any = getattr(model, "resize_token_embeddings", None)
     changes = [(new, old) for new, old in rows.items() if new != old and callable(resize)]
-    for new, _ in changes:
-        resize(new, mean_resizing=False)
     try:
+        for new, _ in changes:
+            resize(new, mean_resizing=False)
         yield
     except BaseException:
         for _, old in changes:

@@ -111,7 +111,7 @@ def patches_of_blocks(
     if grid.transposed:
         rows, columns, br, bc, blocks = columns, rows, bc, br, blocks.transpose(1, 2)
     lines = rows[:, None] * br + torch.arange(br, device=rows.device)
-    starts, order = (lines * grid.stored_shape[1] + columns[:, None] * bc).flatten().sort()
+    starts, order = (lines * grid.stored_columns + columns[:, None] * bc).flatten().sort()
     indices = (starts[:, None] + torch.arange(bc, device=rows.device)).flatten()
     shape = grid.stored_shape
     if stacked is not None:

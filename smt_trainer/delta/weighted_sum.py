@@ -15,6 +15,7 @@ change.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -99,7 +100,7 @@ class Terms:
         first = held[0][0]
         if len(held) == 1 and held[0][1] == self.count == 1:
             return first
-        needs_base = sum(factor for _, factor in held) != self.count
+        needs_base = not _is_one(math.fsum(factor for _, factor in held) / self.count)
         before = self._base(name) if name in self.places and needs_base else None
         found = [values for values in (*(values for values, _ in held), before) if values is not None]
         shapes, dtypes = {values.shape for values in found}, {dtype_name(values) for values in found}
@@ -126,9 +127,9 @@ class Terms:
             if factor:
                 total[pieces] += factor * cast(values, "float64")
                 used[pieces] += factor
-        total, rest = total / self.count, 1 - used / self.count
-        if before is not None and rest.any():
-            total = np.where(rest == 0, total, total + rest * cast(before, "float64"))
+        total, used = total / self.count, used / self.count
+        if before is not None and not _is_one(used).all():
+            total = np.where(_is_one(used), total, total + (1 - used) * cast(before, "float64"))
         return cast(total, functools.reduce(wider, [dtype_name(values) for _, values, _ in terms]))
 
     def _is_in_all_bases(self, name: str) -> bool:
@@ -137,6 +138,11 @@ class Terms:
     def _base(self, name: str) -> np.ndarray:
         place = self.places[name]
         return open_array(self.checkpoint.folder / place.file, place, writable=False)
+
+
+def _is_one(share: Any) -> Any:
+    """Return whether a sum of weights is 1, as 0.7 + 0.2 + 0.1 is up to rounding."""
+    return np.isclose(share, 1, rtol=1e-12, atol=0)
 
 
 def _described(deltas: list[Delta]) -> tuple[SMTConfig, list[str]]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from smt_trainer.errors import SMTError
 
@@ -149,7 +150,8 @@ class WatchedStack(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            name = next(each.role.name for each in args if isinstance(each, WatchedStack))
+            # They may lie in a list, as `torch.cat` takes them.
+            name = next(each.role.name for each in tree_leaves((args, kwargs)) if isinstance(each, WatchedStack))
             raise SMTError(
                 f"the forward of the experts takes `{getattr(func, '__name__', func)}` of `{name}`, and only matrix "
                 "products can be followed. Load the model with experts_implementation='eager', 'batched_mm' or "

@@ -39,7 +39,7 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
         Module name -> scores [R, C] of the targets that forward and backward reach; the same on every rank.
 
     Raises:
-        SMTError: there is no batch, or no target is reached.
+        SMTError: there is no batch, a batch gives no loss, or no target is reached.
     """
     if scorer.needs_warmup:
         device, count = next(model.parameters()).device, 0
@@ -48,14 +48,21 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
             for batch in batches:
                 inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
                 scorer.begin_batch(inputs)
-                loss = model(**inputs).loss
+                output = model(**inputs)
                 if scorer.needs_backward:
-                    loss.backward()
+                    _loss_of(output).backward()
                 count += 1
         if not count:
             raise SMTError("there is no batch to score blocks on; give at least one.")
         return reached_scores(scorer, reach)
     return scorer.scores()
+
+
+def _loss_of(output: Any) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise SMTError("the model returned no loss to score blocks by. Give it labels in each batch.")
+    return loss
 
 
 def reached_scores(scorer: Scorer, reach: Reach) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ class BlockSelection:
     Attributes:
         grids: module name -> grid, for every target, in the model's order.
         block_indices: module name -> [n, 2] int64 (row, column), row by row; only modules with chosen blocks. They may
-            be given as tensors.
+            be given as tensors, and in any order.
         num_parameters: parameters of the whole model, tied weights counted once.
         config: the configuration that chose them.
         base_model: name of the model they were chosen for, if known.
@@ -51,9 +51,10 @@ class BlockSelection:
         if unknown:
             raise SMTError(f"the selection has blocks for `{unknown[0]}` but no grid; it is damaged, create it again.")
         arrays = {name: np.asarray(indices) for name, indices in self.block_indices.items()}
-        object.__setattr__(self, "block_indices", arrays)
         for name, indices in arrays.items():
             self.grids[name].check_indices(indices, name)
+        ordered = {name: indices[np.lexsort(indices.T[::-1])].astype(np.int64) for name, indices in arrays.items()}
+        object.__setattr__(self, "block_indices", ordered)
         if not self.num_blocks:
             raise SMTError("the selection holds no block; there is nothing to train. Raise the budget.")
 

@@ -6,8 +6,10 @@ blocks: no base gives them back. Where the output embeddings are not tied, they 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -40,7 +42,7 @@ def select_tokens(model: nn.Module, tokens: Iterable[int], beside: BlockSelectio
     """
     embeddings = model.get_input_embeddings()  # pyrefly: ignore[not-callable]  # a model of transformers has it
     name = next((name for name, module in model.named_modules() if module is embeddings), "")
-    rows = list(dict.fromkeys(tokens))
+    rows = list(dict.fromkeys(map(_as_int, tokens)))
     grid = _row_grid(model, name)
     outside = [row for row in rows if not is_int(row) or not 0 <= row < grid.out_features]
     if outside or not rows:
@@ -58,6 +60,14 @@ def select_tokens(model: nn.Module, tokens: Iterable[int], beside: BlockSelectio
         if module != name and any(row in new for row in rows):
             wanted[module] = [row for row in rows if row in new]
     return _with_rows(model, wanted, beside)
+
+
+def _as_int(token: Any) -> Any:
+    """Return the whole number that an element of an array or a tensor is; anything else as it is."""
+    try:
+        return token if isinstance(token, bool) else operator.index(token)
+    except TypeError:
+        return token
 
 
 def with_new_tokens(model: nn.Module, selection: BlockSelection) -> BlockSelection:

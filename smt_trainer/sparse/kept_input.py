@@ -104,6 +104,8 @@ def _selection(x: Tensor) -> tuple[Tensor | None, Any]:
     while type(node).__name__ in VIEWS:
         node = node.next_functions[0][0]
     is_plain = len(rows) == 1 and rows[0] is not None and rows[0].dtype == torch.int64 and rows[0].ndim == 1
+    # A view may also have cut the tokens, into heads for example.
+    is_plain = is_plain and node is not None and list(node._input_metadata[0].shape)[-1:] == [x.shape[-1]]
     return (rows[0], node) if is_plain else (None, x.grad_fn)
 
 

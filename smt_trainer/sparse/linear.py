@@ -131,8 +131,14 @@ class BlockLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def write_if_whole(self) -> None:
-        """Write the blocks, unless that is a collective or there are no values."""
-        if not (is_sharded(self.blocks) or is_sharded(self.parameter) or self.parameter.is_meta):
+        """Write the blocks if the weight has other values, unless that is a collective or there are no values.
+
+        A weight that has them stays untouched: autograd refuses to go back through one that was written since.
+        """
+        if is_sharded(self.blocks) or is_sharded(self.parameter) or self.parameter.is_meta or not self.is_written:
+            return
+        held = self.grid.gather(self.base_weight(), self.block_indices)
+        if not torch.equal(held, self.blocks.detach().to(held.dtype)):
             write_back([self])
 
     def __setstate__(self, state) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper
 from transformers import PreTrainedModel
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -22,7 +24,7 @@ from smt_trainer.delta.load import load_delta
 from smt_trainer.delta.model_card import delta_card
 from smt_trainer.delta.put import put_delta
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json, new_folder, write_text
+from smt_trainer.files import check_new, load_json, new_folder, write_atomically, write_text
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import refuse_open_merge
@@ -144,7 +146,8 @@ class SavesDelta(Trainer):
         # The stock method uploads the output folder, after copying the files it knows from the checkpoint.
         if self.args.should_save and is_smt_model(self.model):
             for name in (DELTA_FILE, CONFIG_FILE):
-                shutil.copyfile(Path(checkpoint_folder, name), self._output_folder / name)
+                copy = functools.partial(shutil.copyfile, Path(checkpoint_folder, name))
+                write_atomically(self._output_folder / name, copy)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -156,7 +159,7 @@ class SavesDelta(Trainer):
             state, architecture = get_state(self.model), architecture_of(self.model)
             text = card.read_text(encoding="utf-8")
             text = delta_card(text, state.selection, architecture, self._output_folder, repository, state.quantization)
-            card.write_text(text, encoding="utf-8")
+            write_text(card, text)
 
     def merge_and_save(self, output_dir: str | Path, *, onto: str | None = None) -> None:
         """Write the trained model as a plain checkpoint for `from_pretrained`; training can go on afterwards.
@@ -169,6 +172,7 @@ class SavesDelta(Trainer):
             SMTError: the folder exists and is not empty, nothing has been trained yet, or `onto` is left open.
         """
         refuse_open_merge(self.model, onto)
+        self._check_new(Path(output_dir))
         state = plain_state_dict(self.model, keep=self.args.should_save) if onto is None else {}
         # FSDP2 leaves the compiled model in the place of the model.
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -184,6 +188,17 @@ class SavesDelta(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
+
+    def _check_new(self, output: Path) -> None:
+        """Raise `SMTError` on all ranks, before the weights are gathered, if the one that writes may not."""
+        refusal = None
+        if self.args.should_save:
+            try:
+                check_new(output)
+            except SMTError as error:
+                refusal = error
+        if (refusal := broadcast_object_list([refusal])[0]) is not None:
+            raise refusal
 
 
 def refuse_full_model(folder: Path) -> None:

@@ -169,6 +169,18 @@ def test_heads_that_are_new_have_a_mean_and_no_sum(tmp_path):
     assert not (tmp_path / "sum").exists()
 
 
+@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
+def test_weights_that_make_one_up_to_rounding_need_no_base(weights, tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    folders = []
+    for seed in range(3):
+        model = type(tiny.build("LlamaForSequenceClassification")).from_pretrained(tmp_path / "base", num_labels=3)
+        folders.append(arithmetic.train(model, tmp_path / f"delta{seed}", seed))
+    compose_deltas(tmp_path / "base", folders, tmp_path / "sum", weights=weights)
+    *heads, found = [Delta.load(folder).whole["score.weight"] for folder in [*folders, tmp_path / "sum"]]
+    torch.testing.assert_close(found, sum(weight * head for weight, head in zip(weights, heads, strict=True)))
+
+
 # ---- refused ----
 
 

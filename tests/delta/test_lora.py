@@ -252,6 +252,23 @@ def test_a_change_too_large_for_the_dtype_is_refused(folders):
     assert not adapter.exists()
 
 
+def test_a_base_with_nan_under_a_block_is_refused(folders):
+    base, delta, adapter = folders
+    model = tiny.llama()
+    name, indices = next(iter(tiny.choose(model).block_indices.items()))
+    linear = model.get_submodule(name)
+    with torch.no_grad():
+        linear.weight[16 * indices[0][0], 16 * indices[0][1]] = torch.nan
+    model.save_pretrained(base)
+    convert_to_smt(model, tiny.choose(model))
+    with torch.no_grad():
+        linear.blocks.fill_(1)
+    save_delta(model, delta)
+    with pytest.raises(SMTError, match=rf"the base has NaN or infinity in `{name}`, under blocks"):
+        export_lora(base, delta, adapter)
+    assert not adapter.exists()
+
+
 def test_a_rank_above_the_largest_is_refused_saying_what_to_do(base, delta, tmp_path):
     ranks = [min(grid.touched(delta[1].smt_state.selection.block_indices[name])) for name, grid in grids(delta).items()]
     export_lora(base, delta[0], tmp_path / "fits", max_rank=max(ranks))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from strategies import some_blocks
+from strategies import convolution_grids, grids, some_blocks
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, delta_patches, merge_checkpoint, model_patches, save_delta
@@ -111,7 +111,11 @@ def test_what_is_stored_twice_is_patched_twice(tmp_path):
     assert "lm_head.weight" not in {patch.name for patch in model_patches(model)}
 
 
-@given(some_blocks(), st.integers(16, 200), st.sampled_from([torch.bfloat16, torch.float32, torch.float64]))
+@given(
+    some_blocks(grids() | convolution_grids()),
+    st.integers(16, 200),
+    st.sampled_from([torch.bfloat16, torch.float32, torch.float64]),
+)
 def test_patches_of_blocks_write_what_scattering_them_does(case, max_bytes, dtype):
     grid, block_indices = case
     blocks = torch.randn(len(block_indices), *grid.block_shape).to(dtype)

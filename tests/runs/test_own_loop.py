@@ -87,3 +87,10 @@ def test_forward_sees_blocks_changed_outside_an_optimizer(llama):
 def test_an_empty_list_of_batches_is_refused(llama):
     with pytest.raises(SMTError, match="there is no batch to score blocks on"):
         BlockScores.of(llama, tiny.config(), [])
+
+
+def test_batches_without_labels_are_refused(llama):
+    batch = {"input_ids": tiny.tokens(2)}
+    with pytest.raises(SMTError, match=r"returned no loss to score blocks by\. Give it labels"):
+        BlockScores.of(llama, tiny.config(), [batch])
+    assert BlockScores.of(llama, tiny.config(score="activation"), [batch]).select().num_blocks

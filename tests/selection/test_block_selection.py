@@ -219,3 +219,10 @@ def test_a_local_base_is_recorded_by_its_folder_alone(base):
 
     assert base_name(AutoModelForCausalLM.from_pretrained(base)) == "base"
     assert base_name(tiny.llama()) is None
+
+
+@given(st.permutations([(0, 0), (0, 3), (1, 1), (2, 0)]))
+def test_blocks_may_be_given_in_any_order_and_are_kept_row_by_row(places):
+    given = {"layers.0.q_proj": torch.tensor(places, dtype=torch.int32)}
+    kept = BlockSelection(GRIDS, given, 10_000, SMTConfig()).block_indices["layers.0.q_proj"]
+    assert kept.dtype == np.int64 and kept.tolist() == sorted(map(list, places))

@@ -1,7 +1,9 @@
 """Rows of named tokens, alone and beside other blocks."""
 
+import numpy as np
 import pytest
 import tiny
+import torch
 
 from smt_trainer import BlockSelection, SMTConfig, SMTError, select_tokens
 
@@ -24,6 +26,11 @@ def test_other_blocks_and_their_configuration_stay():
     assert both.num_blocks == blocks.num_blocks + 1 and both.block_indices[NAME].tolist() == [[5, 0]]
     more = select_tokens(model, [6, 5], beside=both)
     assert more.block_indices[NAME].tolist() == [[5, 0], [6, 0]] and more.num_blocks == both.num_blocks + 1
+
+
+@pytest.mark.parametrize("tokens", [np.array([5, 6]), torch.tensor([6, 5]), [np.int32(5), torch.tensor(6), 5]], ids=str)
+def test_ids_may_be_of_numpy_or_torch(tokens):
+    assert select_tokens(tiny.llama(), tokens).block_indices[NAME].tolist() == [[5, 0], [6, 0]]
 
 
 @pytest.mark.parametrize(("tokens", "found"), [([64], "64"), ([-1], "-1"), ([2, None], "None"), ([], "'none'")])

@@ -138,8 +138,17 @@ def product(x):
         lambda x: (x[:, :1] * x).transpose(0, 1),
         lambda x: x[:1] * x,
         lambda x: product(x).add_(1),
+        lambda x: product(x).view(-1, 4)[torch.tensor([0, 3])],
     ],
-    ids=["a leaf", "nothing before it", "another function", "a view", "a broadcast over tokens", "changed in place"],
+    ids=[
+        "a leaf",
+        "nothing before it",
+        "another function",
+        "a view",
+        "a broadcast over tokens",
+        "changed in place",
+        "some heads",
+    ],
 )
 def test_another_input_is_kept_itself(make):
     assert find_origin(make(torch.randn(4, 8, requires_grad=True))) is None

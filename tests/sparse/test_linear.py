@@ -179,6 +179,25 @@ def test_forward_is_that_of_the_dense_linear(kind):
     assert torch.equal(rewrite(linear)(x), expected)
 
 
+def test_evaluation_and_saving_between_forward_and_backward_change_nothing(kind):
+    layer, x = smt_linear(kind, torch.bfloat16), torch.randn(5, 32, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.blocks.grad.clone(), x.grad.clone()
+    layer.blocks.grad, x.grad = None, None
+    y = layer(x)
+    layer.eval()
+    layer.state_dict()
+    y.sum().backward()
+    assert torch.equal(layer.blocks.grad, expected[0]) and torch.equal(x.grad, expected[1])
+
+
+def test_a_change_without_a_trace_is_in_the_weight_before_evaluation(kind):
+    layer = smt_linear(kind)
+    layer.blocks.data += 1
+    layer.eval()
+    assert torch.equal(layer.grid.gather(layer.weight, layer.block_indices), layer.blocks)
+
+
 def test_a_layer_used_twice_sums_its_gradients(kind):
     layer, x = smt_linear(kind), torch.randn(5, 32)
     (layer(x) + layer(2 * x)).sum().backward()

@@ -1,5 +1,7 @@
 """Hypothesis strategies for grids and blocks."""
 
+import math
+
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -15,9 +17,18 @@ def grids(draw) -> BlockGrid:
 
 
 @st.composite
-def some_blocks(draw) -> tuple[BlockGrid, torch.Tensor]:
-    """Draw a grid and some of its blocks, in any order."""
-    grid = draw(grids())
+def convolution_grids(draw) -> BlockGrid:
+    """Draw a grid of up to 3x3 blocks, of the weight of a convolution."""
+    kernel = draw(st.sampled_from([(2,), (1, 3), (2, 2)]))
+    rows, columns, br, bc = (draw(st.integers(1, most)) for most in (3, 3, 2, 2))
+    weights = math.prod(kernel)
+    return BlockGrid(rows * br, columns * bc * weights, br, bc * weights, kernel=kernel)
+
+
+@st.composite
+def some_blocks(draw, of: st.SearchStrategy[BlockGrid] | None = None) -> tuple[BlockGrid, torch.Tensor]:
+    """Draw a grid, by default of a matrix, and some of its blocks, in any order."""
+    grid = draw(of or grids())
     chosen = draw(st.lists(st.integers(0, grid.num_blocks - 1), min_size=1, unique=True))
     return grid, torch.stack(torch.unravel_index(torch.tensor(chosen), grid.shape), dim=1)
 

@@ -332,8 +332,9 @@ def test_merging_before_training_is_refused(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_merging_into_a_folder_that_is_not_empty_is_refused_and_the_folder_kept(tmp_path):
+def test_merging_into_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path, monkeypatch):
     trainer = trained(tmp_path / "run")
+    monkeypatch.setattr("smt_trainer.training.checkpoints.plain_state_dict", lambda *_, **__: pytest.fail("gathered"))
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "precious.txt").write_text("precious")
     with pytest.raises(SMTError, match="exists and is not empty"):
