@@ -62,8 +62,8 @@ def _observer(
 
     def observe_product(x: Tensor, y: Tensor, routing: Routing) -> Tensor:
         takes = {}
-        for expert in names:
-            if routing.may_take(expert) and len(rows := routing.rows(expert, x.detach())):
+        for expert in routing.among(names):
+            if len(rows := routing.rows(expert, x.detach())):
                 takes[expert] = observe(names[expert], matrices[names[expert]], rows)
         takes = {expert: take for expert, take in takes.items() if take is not None}
         if not takes or not _can_start(y, start):

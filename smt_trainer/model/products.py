@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,9 +33,9 @@ from smt_trainer.errors import SMTError
 class Routing(ABC):
     """Which rows of the input and the output of a product belong to which expert."""
 
-    def may_take(self, expert: int) -> bool:
-        """Return whether an expert may have rows; asking a GPU how many would make it wait."""
-        return True
+    def among(self, experts: Collection[int]) -> Collection[int]:
+        """Return those of some experts that may have rows; asking a GPU how many would make it wait."""
+        return experts
 
     @abstractmethod
     def rows(self, expert: int, features: Tensor) -> Tensor:
@@ -48,8 +48,8 @@ class OneExpert(Routing):
 
     expert: int
 
-    def may_take(self, expert: int) -> bool:
-        return expert == self.expert
+    def among(self, experts: Collection[int]) -> Collection[int]:
+        return [self.expert] if self.expert in experts else []
 
     def rows(self, expert: int, features: Tensor) -> Tensor:
         return features.reshape(-1, features.shape[-1])

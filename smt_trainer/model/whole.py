@@ -75,9 +75,11 @@ def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]
     """Return the parameters that loading made up outside what was found, but for new rows of the vocabulary; refuse
     those that must be named."""
     left = [name for name in made_up(model) if not any(name.startswith(f"{module}.") for module in found)]
-    # Blocks hold these (`selection/tokens.py`).
-    left = [name for name in left if name not in new_rows(model)] if left else left
-    resized = [name for name in left if name in embeddings(model)]
+    if left:
+        # Blocks hold these (`selection/tokens.py`).
+        held = new_rows(model)
+        left = [name for name in left if name not in held]
+    resized = [name for name in embeddings(model) if name in left]
     if resized:
         raise SMTError(
             f"`{resized[0]}` has other rows than the checkpoint of the model, so no base gives them back. Train it "
@@ -121,11 +123,11 @@ def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
     return getattr(model.get_submodule(parent), leaf)
 
 
-def stored_whole(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model that have, or lie under, one of the names; tied ones once."""
+def stored_whole(state: Mapping[str, Tensor], whole: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict (`keep_vars=True`) that have, or lie under, one of the names; tied ones once."""
     names = set(whole)
     prefixes, seen, found = tuple(f"{name}." for name in names), set(), {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
+    for key, tensor in state.items():
         name = plain_name(key)
         if (name in names or name.startswith(prefixes)) and id(tensor) not in seen:
             seen.add(id(tensor))

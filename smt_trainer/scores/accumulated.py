@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.model.experts import ExpertMatrix
-from smt_trainer.model.kinds import parameter_of, weight_shape
+from smt_trainer.model.kinds import parameter_of
 from smt_trainer.model.sharded import gather_like, is_sharded, local_tensor
 from smt_trainer.scores.scorer import Scorer, weight_gradients
 
@@ -40,14 +40,14 @@ class Accumulated(Scorer):
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
         dtype = getattr(torch, config.accumulator_dtype)
-        device = _accumulator_device(targets, config, dtype)
-        self.sums = {
-            name: torch.zeros(
-                local_tensor(parameter_of(target)).shape if _is_sharded(target) else grids[name].stored_shape,
-                dtype=dtype,
-                device=device or parameter_of(target).device,
-            )
+        shapes = {
+            name: local_tensor(parameter_of(target)).shape if _is_sharded(target) else grids[name].stored_shape
             for name, target in targets.items()
+        }
+        devices = {name: parameter_of(target).device for name, target in targets.items()}
+        device = _accumulator_device(config, dtype, next(iter(devices.values())), sum(map(math.prod, shapes.values())))
+        self.sums = {
+            name: torch.zeros(shape, dtype=dtype, device=device or devices[name]) for name, shape in shapes.items()
         }
         self.held: dict[str, Tensor] = {}
         self.copies = _Copies()
@@ -112,14 +112,12 @@ def _is_sharded(target: Target) -> bool:
     return not isinstance(target, ExpertMatrix) and is_sharded(target.weight)
 
 
-def _accumulator_device(targets: Mapping[str, Target], config: SMTConfig, dtype: torch.dtype) -> torch.device | None:
-    """Return the CPU, or None for each weight's own device."""
+def _accumulator_device(config: SMTConfig, dtype: torch.dtype, device: torch.device, count: int) -> torch.device | None:
+    """Return the CPU, or None for each weight's own device, of which the first is given; `count` sums lie there."""
     if config.accumulator_device == "auto":
-        device = parameter_of(next(iter(targets.values()))).device
         if device.type != "cuda":
             return None
-        needed = dtype.itemsize * sum(math.prod(weight_shape(target)) for target in targets.values())
-        return None if needed <= torch.cuda.mem_get_info(device)[0] / 2 else torch.device("cpu")
+        return None if dtype.itemsize * count <= torch.cuda.mem_get_info(device)[0] / 2 else torch.device("cpu")
     return torch.device("cpu") if config.accumulator_device == "cpu" else None
 
 
@@ -136,7 +134,9 @@ class _Copies:
 
     def add(self, total: Tensor, gradient: Tensor) -> None:
         """Start to copy a gradient; add it to its sum later."""
-        stream = self.streams.setdefault(gradient.device, torch.cuda.Stream(gradient.device))
+        if gradient.device not in self.streams:
+            self.streams[gradient.device] = torch.cuda.Stream(gradient.device)
+        stream = self.streams[gradient.device]
         stream.wait_stream(torch.cuda.current_stream(gradient.device))
         copy = torch.empty_like(gradient, device="cpu", pin_memory=True)
         with torch.cuda.stream(stream):

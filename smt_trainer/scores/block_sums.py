@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,13 @@ if TYPE_CHECKING:
 
 
 class BlockSums(Scorer):
-    """Keeps one sum per block; its absolute value is the score."""
+    """Keeps one sum per block; its absolute value is the score.
+
+    Attributes:
+        reads_weights: whether its `terms` use the weight.
+    """
+
+    reads_weights: ClassVar[bool] = False
 
     def __init__(self, targets, grids, config, seed) -> None:
         super().__init__(targets, grids, config, seed)
@@ -66,7 +72,9 @@ class BlockSums(Scorer):
     def reduce(self, name: str, gradient: Tensor, terms: Callable[[BlockGrid, Tensor, Tensor], Tensor]) -> None:
         """Add the block sums of `terms(grid, weight, gradient)` [rows, columns], which are this rank's."""
         target, grid, gradient = self.targets[name], self.grids[name], local_tensor(gradient).flatten(1)
-        weight = dense_weight(target) if is_quantised(target) else target.weight
+        weight = target.weight
+        if is_quantised(target):
+            weight = dense_weight(target) if self.reads_weights else gradient
         for values, row, column in local_parts(weight, grid.stored_columns):
             found = terms(grid, values, gradient)
             add_block_sums(self.step_sums[name], grid, found, row, column, _shards(weight))
@@ -153,6 +161,7 @@ class Taylor(Reduced):
     """
 
     needs_running_statistics = True
+    reads_weights = True
 
     @staticmethod
     def terms(grid: BlockGrid, weight: Tensor, gradient: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     linears = find_linears(model, selection)
     dtype = base_dtype(model, linears)
     whole = find_whole(model, selection.config, linears)
-    stored = stored_whole(model, whole)
+    stored = stored_whole(model.state_dict(keep_vars=True), whole)
     lost = [name for name in lost_rows(model, selection) if name not in stored]
     if lost:
         raise SMTError(

@@ -122,11 +122,11 @@ class BlockStack(nn.ModuleDict):
     def _observe(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
         if not torch.is_grad_enabled():
             return y
-        own = [linear for linear in self.experts() if routing.may_take(linear.matrix.index)]
+        own: dict[int, Any] = {expert: self[str(expert)] for expert in routing.among(self.aliases)}
         if not own:
             return y
         self.is_reached = True
-        parts = [Part(linear.matrix.index, linear.plan, linear.positions) for linear in own]
+        parts = [Part(expert, linear.plan, linear.positions) for expert, linear in own.items()]
         return with_gradients(y, x, routing, parts, [self.aliases[part.expert] for part in parts])
 
     def _finish(self, experts: nn.Module, inputs: tuple, output: Any) -> Any:

@@ -45,11 +45,12 @@ class Held:
     def of(cls, model: nn.Module) -> Held:
         """Find them; a collective when the model is sharded. Raise `SMTError` if it trains no blocks."""
         named, statistics = get_state(model).whole, changed_statistics(model)
-        known = {id(tensor) for tensor in stored_whole(model, named).values()}
+        state = model.state_dict(keep_vars=True)
+        known = {id(tensor) for tensor in stored_whole(state, named).values()}
         known |= {id(tensor) for _, linear in smt_linears(model) for tensor in (linear.blocks, linear.parameter)}
         trained = [(plain_name(name), one) for name, one in model.named_parameters() if one.requires_grad]
         unfrozen = {name for name, one in trained if id(one) not in known}
-        return cls(stored_whole(model, [*named, *statistics, *unfrozen]), statistics, unfrozen)
+        return cls(stored_whole(state, [*named, *statistics, *unfrozen]), statistics, unfrozen)
 
     @property
     def unnamed(self) -> set[str]:

@@ -80,4 +80,6 @@ def _after_step(optimizer: Optimizer, args, kwargs) -> None:
     if not _followed:
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    write_back(linear for linear in _followed.values() if id(getattr(linear, "blocks", None)) in stepped)
+    # Made plain and rewritten again, a linear is followed twice.
+    followed = dict.fromkeys(_followed.values())
+    write_back(linear for linear in followed if id(getattr(linear, "blocks", None)) in stepped)
