@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from smt_trainer.settings import (
     BlockSize,
     Budget,
     Choice,
+    Decides,
     Flag,
     Name,
     NameList,
@@ -250,15 +250,6 @@ class SMTConfig:
             raise SMTError(f"SMTConfig has no field {', '.join(unknown)}; its fields are {', '.join(settings(cls))}.")
         return cls(**values)
 
-    def to_json(self) -> str:
-        """The configuration as a JSON object."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    @classmethod
-    def from_json(cls, text: str) -> SMTConfig:
-        """Inverse of `to_json`."""
-        return cls.from_dict(json.loads(text))
-
     def differences(self, other: SMTConfig) -> list[str]:
         """`field: ours != theirs` for every field that decides which weights are trained and how."""
         ours, theirs = self.to_dict(), other.to_dict()
@@ -269,8 +260,8 @@ class SMTConfig:
         ]
 
     @classmethod
-    def deciding(cls, *what: str) -> list[str]:
-        """Names of the fields that decide one of these: "targets", "scores", "warm-up", "choice", "training", "run"."""
+    def deciding(cls, *what: Decides) -> list[str]:
+        """Names of the fields that decide one of these."""
         return [name for name, field in settings(cls).items() if field.decides in what]
 
 

@@ -21,6 +21,11 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.splitlines()))
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an exception says."""
+    return str(error).partition("\n")[0]
+
+
 def printable(text: str) -> str:
     """Return a text with every unprintable character as its escape sequence (`\\x1b`)."""
     if text.isascii() and text.isprintable():

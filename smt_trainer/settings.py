@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from smt_trainer.errors import SMTError
 
-# What a field can decide.
-DECIDES = ("targets", "scores", "warm-up", "choice", "training", "run")
+Decides = Literal["targets", "scores", "warm-up", "choice", "training", "run"]
+"""What a field can decide."""
 
 
 class Kind:
@@ -186,12 +186,12 @@ class Setting(str):
     Attributes:
         default: its value where none is given; None where it may be None.
         kind: the values it may have otherwise.
-        decides: what the field decides, one of `DECIDES`.
+        decides: what the field decides.
     """
 
     default: Any
     kind: Kind
-    decides: str
+    decides: Decides
 
     def take(self, name: str, value: Any) -> Any:
         """The value that the field `name` keeps of a given one. Raises `SMTError` for one that it may not have."""
@@ -200,7 +200,7 @@ class Setting(str):
         return None if value is None else self.kind(name, value)
 
 
-def setting(default: Any, kind: Kind, decides: str, help: str) -> Any:
+def setting(default: Any, kind: Kind, decides: Decides, help: str) -> Any:
     """A field of a configuration. Given as None it takes its default."""
     described = Setting(help)
     described.default, described.kind, described.decides = default, kind, decides

@@ -21,7 +21,7 @@ from smt_trainer.cli.options import (
 )
 from smt_trainer.cli.output import BLOCKS, OUTPUT, blocks, write
 from smt_trainer.config import SMTConfig
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, first_line
 
 FIELDS = [*SMTConfig.deciding("targets", "scores", "warm-up", "choice"), "accumulator_device"]
 KEYS = {"output": OUTPUT, "selection": BLOCKS}
@@ -106,8 +106,7 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
     try:
         return SMTTrainer(model, training, collate, examples, smt_config=config).select()
     except torch.OutOfMemoryError as error:
-        first_line = str(error).partition("\n")[0]
-        raise SMTError(f"{first_line} Give a smaller --batch or --seq, or --checkpointing.") from error
+        raise SMTError(f"{first_line(error)} Give a smaller --batch or --seq, or --checkpointing.") from error
 
 
 def _load(auto_class, name: str, **kwargs):
@@ -115,5 +114,4 @@ def _load(auto_class, name: str, **kwargs):
     try:
         return auto_class.from_pretrained(name, **kwargs)
     except Exception as error:  # an odd file makes transformers raise anything
-        first_line = str(error).partition("\n")[0]
-        raise SMTError(f"no causal language model with a tokenizer at {name}: {first_line}") from error
+        raise SMTError(f"no causal language model with a tokenizer at {name}: {first_line(error)}") from error

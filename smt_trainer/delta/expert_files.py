@@ -14,7 +14,7 @@ from typing import Any
 from smt_trainer.delta.conversion import as_loaded
 from smt_trainer.delta.parts import Part
 from smt_trainer.errors import SMTError
-from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.checkpoint import Checkpoint, parts_of
 from smt_trainer.model.names import find_names
 
 IN_MEMORY = "merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)"
@@ -60,8 +60,7 @@ def _converted(checkpoint: Checkpoint) -> dict[tuple[str, int], list[tuple[int, 
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     transforms: list[Any] = []
-    config = checkpoint.config or {}
-    for part in [config, *(value for value in config.values() if isinstance(value, dict))]:
+    for part in parts_of(checkpoint.config or {}):
         transforms += get_checkpoint_conversion_mapping(str(part.get("model_type"))) or []
     found: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for key, stack, converter, place in as_loaded(checkpoint, transforms):

@@ -36,7 +36,7 @@ from smt_trainer.files import new_folder
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.settings import is_int
-from smt_trainer.tensor_file import open_array, save_arrays
+from smt_trainer.tensor_file import save_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +153,7 @@ def _factors_of_all(
         place, name = placement.places[key], site.name
         before = quantised.get(name)
         if before is None:
-            weight = open_array(checkpoint.folder / place.file, place, writable=False)
-            before = cast(site.take(weight), placement.delta.weight_dtype)
+            before = cast(site.take(checkpoint.array(place)), placement.delta.weight_dtype)
         change = cast(cast(site.blocks, placement.delta.weight_dtype), "float64") - cast(before, "float64")
         # Of the dtype, but in numbers that numpy knows.
         stored = cast(cast(change, dtype), "float32")

@@ -12,7 +12,7 @@ import numpy as np
 from smt_trainer.delta.verify import differing
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
-from smt_trainer.tensor_file import map_bits, open_array
+from smt_trainer.tensor_file import map_bits
 
 TUNED = "fine-tuned checkpoint"
 
@@ -42,10 +42,7 @@ class Pair:
 
     def tensors(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a tensor of the base and of the tuned checkpoint, read-only; the files stay mapped."""
-        before, after = (
-            open_array(one.folder / one.places[key].file, one.places[key], writable=False)
-            for one in (self.base, self.tuned)
-        )
+        before, after = (one.array(one.places[key]) for one in (self.base, self.tuned))
         return before, after
 
     def differing(self) -> set[str]:

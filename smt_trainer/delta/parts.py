@@ -7,7 +7,6 @@ from typing import NamedTuple
 import numpy as np
 
 from smt_trainer.model.checkpoint import Checkpoint
-from smt_trainer.tensor_file import open_array
 
 
 class Part(NamedTuple):
@@ -28,7 +27,6 @@ def read_matrix(checkpoint: Checkpoint, parts: list[Part]) -> np.ndarray:
     """Return a matrix as it is stored, read-only; the file stays mapped unless it lies in several tensors."""
     found = []
     for part in parts:
-        place = checkpoint.places[part.key]
-        tensor = open_array(checkpoint.folder / place.file, place, writable=False)
+        tensor = checkpoint.array(checkpoint.places[part.key])
         found.append(tensor if part.expert is None else tensor[part.expert])
     return found[0] if len(found) == 1 else np.concatenate(found)

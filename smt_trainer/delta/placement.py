@@ -24,7 +24,7 @@ from smt_trainer.delta.renamed import find_renamed
 from smt_trainer.delta.site import Site
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
-from smt_trainer.model.checkpoint import BASE, Checkpoint
+from smt_trainer.model.checkpoint import BASE, Checkpoint, parts_of
 from smt_trainer.model.names import find_names, layer_index
 from smt_trainer.settings import is_int
 from smt_trainer.sparse.fingerprint import read_sample
@@ -198,7 +198,7 @@ def _grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkpoint
             continue
         rows = delta.selection.new_rows(site.name, before)
         if rows and tuple(others) == site.grid.stored_shape[1:] and place.dtype in WEIGHTS:
-            base = open_array(checkpoint.folder / place.file, place, writable=False)
+            base = checkpoint.array(place)
             found[key] = np.concatenate([base, np.zeros((len(rows), *others), base.dtype)])
             site.put(found[key], cast(site.blocks, place.dtype))
     return found
@@ -226,8 +226,7 @@ def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:
 
 def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
     """Return the sizes of the vocabulary in a configuration and its parts."""
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return {part["vocab_size"] for part in parts if is_int(part.get("vocab_size"))}
+    return {part["vocab_size"] for part in parts_of(config) if is_int(part.get("vocab_size"))}
 
 
 def refuse_grown(placement: Placement, what: str) -> None:
@@ -267,8 +266,7 @@ def _can_be_tied(key: str, other: str, dimensions: int) -> bool:
 
 def may_tie(config: dict[str, Any]) -> bool:
     """Return whether a configuration leaves it open, or says, that input and output embeddings are tied."""
-    parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    said = [part["tie_word_embeddings"] for part in parts_of(config) if "tie_word_embeddings" in part]
     return not said or any(said)
 
 

@@ -27,7 +27,6 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.sparse.fingerprint import read_sample
-from smt_trainer.tensor_file import open_array
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def _originals(placement: Placement, checkpoint: Checkpoint, merged: Checkpoint)
     """Return the base's values at the places of a delta, to be written into copies of the merged files."""
 
     def weight(key: str) -> np.ndarray:
-        return open_array(checkpoint.folder / placement.places[key].file, placement.places[key], writable=False)
+        return checkpoint.array(placement.places[key])
 
     sites = {
         key: [replace(site, blocks=site.take(weight(key))) for site in found] for key, found in placement.sites.items()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -151,31 +151,3 @@ def _cut(name: str, shape: tuple[int, ...], values: Tensor, indices: Tensor, max
 
 def _index_dtype(shape: tuple[int, ...]) -> torch.dtype:
     return torch.int32 if math.prod(shape) <= 2**31 else torch.int64
-
-
-@torch.no_grad()
-def apply_patches(state: Mapping[str, Tensor], patches: Iterable[WeightPatch]) -> None:
-    """Write patches into tensors in place, in their order: what a server does with them, for reference and for tests.
-
-    Args:
-        state: tensor name -> tensor, such as a plain model's `state_dict()`.
-        patches: all of them are read and checked before anything is written.
-
-    Raises:
-        SMTError: a tensor is unknown, or has another shape or dtype. Nothing is written.
-    """
-    patches = list(patches)
-    for patch in patches:
-        tensor = state.get(patch.name)
-        if tensor is None or (tuple(tensor.shape), tensor.dtype) != (tuple(patch.shape), patch.dtype):
-            found = "none" if tensor is None else f"{tensor.dtype} of {list(tensor.shape)}"
-            raise SMTError(
-                f"a patch is for `{patch.name}`, {patch.dtype} of {list(patch.shape)}; here is {found}. Use the base "
-                "that the patches were made for."
-            )
-    for patch in patches:
-        tensor, values = state[patch.name], patch.values.to(state[patch.name].device)
-        if patch.indices is None:
-            tensor.copy_(values.view(patch.shape))
-        else:
-            tensor.put_(patch.indices.to(tensor.device).long(), values)

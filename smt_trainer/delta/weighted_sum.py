@@ -29,7 +29,6 @@ from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.parts import Part, read_matrix
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint
-from smt_trainer.tensor_file import open_array
 from smt_trainer.tensor_header import Place
 
 # What decides which tensors are trained whole.
@@ -136,8 +135,7 @@ class Terms:
         return all(name in delta.base.checksums for delta in self.deltas)
 
     def _base(self, name: str) -> np.ndarray:
-        place = self.places[name]
-        return open_array(self.checkpoint.folder / place.file, place, writable=False)
+        return self.checkpoint.array(self.places[name])
 
 
 def _is_one(share: Any) -> Any:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, first_line
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
 from smt_trainer.model.names import layer_index
@@ -100,8 +100,7 @@ class Step:
                 model, self.batch, self.seq, beside=sums or [], quantised=quantised, gradient_share=kept
             )
         except Exception as error:  # a model of an odd configuration raises anything
-            first_line = str(error).partition("\n")[0]
-            raise SMTError(f"{type(model).__name__} cannot run on the meta device: {first_line}") from error
+            raise SMTError(f"{type(model).__name__} cannot run on the meta device: {first_line(error)}") from error
         buckets = bytes_of(trained) if self.ranks > 1 and self.zero_stage == 0 else 0
         weights, added, optimizer = round(share[3] * weights), round(share[3] * added), round(share[1] * optimizer)
         gathered = round((1 - share[3]) * _gathered(model))

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.kinds import is_transposed, named_linears
+from smt_trainer.model.names import lies_in
 from smt_trainer.sparse.linear import BlockLinear
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class QuantisedBase:
     def refuse_whole(self, whole: Iterable[str]) -> None:
         """Raise `SMTError` if any of the modules to train whole holds a quantised weight."""
         for name in whole:
-            held = next((linear for linear in self.sizes if f"{linear}.".startswith(f"{name}.")), None)
+            held = next((linear for linear in self.sizes if lies_in(linear, name)), None)
             if held is not None:
                 raise SMTError(
                     f"modules_to_save trains `{name}` whole, but the weight of `{held}` is held in {self.bits} bits, "

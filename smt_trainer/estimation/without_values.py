@@ -11,7 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, first_line
 from smt_trainer.model.kinds import is_linear
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def builder(model: str | Path | PretrainedConfig, dtype: torch.dtype) -> Callabl
         config = AutoConfig.from_pretrained(model) if isinstance(model, (str, Path)) else model
         build()
     except Exception as error:  # an odd configuration makes transformers raise anything
-        first_line = str(error).partition("\n")[0]
-        raise SMTError(f"no causal language model can be built from {model}: {first_line}") from error
+        raise SMTError(f"no causal language model can be built from {model}: {first_line(error)}") from error
     return build
 
 

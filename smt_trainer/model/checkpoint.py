@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
 from smt_trainer.model.hub import fetch, is_folder
+from smt_trainer.tensor_file import open_array
 from smt_trainer.tensor_header import Place, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -24,6 +27,11 @@ EXPLICIT = "transformers_weights"
 # What is fetched from the hub before the weights.
 BESIDE_WEIGHTS = "*.json *.txt *.model *.bpe *.codes *.jinja *.py".split()
 CHUNK = 2**22
+
+
+def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a configuration and those in it, such as that of a language model in one that also sees."""
+    return [config, *(value for value in config.values() if isinstance(value, dict))]
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ class Checkpoint:
     def is_quantised(self) -> bool:
         """Whether its configuration says that weights are quantised."""
         return "quantization_config" in (self.config or {})
+
+    def array(self, place: Place) -> np.ndarray:
+        """Return a tensor of one of its files, read-only; the file stays mapped."""
+        return open_array(self.folder / place.file, place, writable=False)
 
     @classmethod
     def open(cls, folder: Path, what: str = BASE) -> Checkpoint:

@@ -12,7 +12,7 @@ rows are out features and columns are in features. A convolution stores [O, I/g,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +204,11 @@ class BlockGrid:
             raise SMTError(f"block_indices of `{module}` name a block twice. The selection or delta is damaged.")
 
 
+def numel(grids: Iterable[BlockGrid]) -> int:
+    """Count the weights of all grids together."""
+    return sum(grid.num_blocks * grid.block_numel for grid in grids)
+
+
 def read_grids(modules: Mapping[str, Mapping[str, Any]], num_parameters: int) -> dict[str, BlockGrid]:
     """Return the grids that a manifest describes, by module name.
 
@@ -212,7 +217,7 @@ def read_grids(modules: Mapping[str, Mapping[str, Any]], num_parameters: int) ->
             says cannot ask for more memory than a model of its size.
     """
     grids = {name: BlockGrid.from_dict(module) for name, module in modules.items()}
-    weights = sum(grid.num_blocks * grid.block_numel for grid in grids.values())
+    weights = numel(grids.values())
     if not is_int(num_parameters) or not weights <= num_parameters <= MOST_PARAMETERS:
         raise SMTError(
             f"the grids cover {weights:,} weights of a model of {num_parameters!r} parameters; expected at most as "

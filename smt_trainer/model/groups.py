@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from smt_trainer.model.names import expert_index, layer_index, matches
+from smt_trainer.model.names import expert_index, layer_index, lies_in, matches
 
 GROUPS = ("qkv", "attention", "mlp", "experts")
 # The keywords that mean linears and experts; 'all-conv' means convolutions (`targets.py`).
@@ -64,7 +64,7 @@ def is_meant(name: str, keyword: str, apart: Collection[str] = ()) -> bool:
     """
     *path, leaf = name.split(".")
     parts = {*path, leaf}
-    if not STEERING_NAMES.isdisjoint(parts) or any(f"{name}.".startswith(f"{module}.") for module in apart):
+    if not STEERING_NAMES.isdisjoint(parts) or any(lies_in(name, module) for module in apart):
         return False
     if keyword == "all-linear":
         return True

@@ -43,6 +43,11 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def lies_in(name: str, module: str) -> bool:
+    """Return whether a full name is that of a module, or of something in it."""
+    return f"{name}.".startswith(f"{module}.")
+
+
 def layer_path(name: str) -> str:
     """A module's path up to the number of its layer: `encoder.layers.7.fc1` -> `encoder.layers.7`.
 

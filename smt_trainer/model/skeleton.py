@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, first_line
 from smt_trainer.model.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -33,5 +33,4 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         with torch.device("meta"):
             return kind(config).eval()
     except Exception as error:  # an odd configuration makes transformers raise anything
-        first_line = str(error).partition("\n")[0]
-        raise SMTError(f"no {names[0]} can be built from {checkpoint.folder}: {first_line}") from error
+        raise SMTError(f"no {names[0]} can be built from {checkpoint.folder}: {first_line(error)}") from error

@@ -32,7 +32,7 @@ from smt_trainer.model.groups import LINEAR_KEYWORDS, is_meant, with_stack
 from smt_trainer.model.heads import head_names
 from smt_trainer.model.kinds import is_linear, named_targets, stores_transpose, weight_shape
 from smt_trainer.model.language_model import find_language_model, find_towers, modules_beside
-from smt_trainer.model.names import by_projection, layer_index, matches, plain_name
+from smt_trainer.model.names import by_projection, layer_index, lies_in, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.tensor_parallel import refuse_unfitting
@@ -165,7 +165,7 @@ def _beside_language_model(model: nn.Module, names: Iterable[str], config: SMTCo
     """Name the modules beside a language model that hold some of these targets, such as a vision tower, and say so."""
     inner = find_language_model(model)
     found = modules_beside(model, inner) if inner else find_towers(model)
-    found = [module for module in found if any(f"{name}.".startswith(f"{module}.") for name in names)]
+    found = [module for module in found if any(lies_in(name, module) for name in names)]
     if found:
         logger.warning(
             "target_modules=%r means the language model%s; %s %s left alone. A list of names or a regular "

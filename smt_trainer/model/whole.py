@@ -17,7 +17,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.heads import head_names
 from smt_trainer.model.made_up import embeddings, made_up, new_rows
-from smt_trainer.model.names import layer_index, matches, plain_name
+from smt_trainer.model.names import layer_index, lies_in, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import is_dtensor
 
@@ -45,9 +45,9 @@ def find_whole(
     found += _made_up(model, config, found)
     _refuse_quantised(model, found)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    trained_whole = {id(parameters[name]): whole for name in parameters for whole in found if _lies_in(name, whole)}
+    trained_whole = {id(parameters[name]): whole for name in parameters for whole in found if lies_in(name, whole)}
     for linear in linears:
-        whole = next((name for name in found if _lies_in(linear, name)), None)
+        whole = next((name for name in found if lies_in(linear, name)), None)
         if whole is None:
             # A head may be tied to it.
             whole = trained_whole.get(id(parameters.get(f"{linear}.weight")))
@@ -65,10 +65,6 @@ def find_whole(
         found += _expect(biases, "train_bias=True, but none of the linears with blocks has a bias, or all are frozen")
     _refuse_sharded(parameters, found)
     return tuple(dict.fromkeys(found))
-
-
-def _lies_in(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")
 
 
 def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:
@@ -97,7 +93,7 @@ def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]
 def _refuse_quantised(model: nn.Module, found: list[str]) -> None:
     """Raise `SMTError` if a module to train whole holds a quantised weight, which no gradient can change."""
     for name, module in model.named_modules():
-        whole = next((one for one in found if f"{name}.".startswith(f"{one}.")), None)
+        whole = next((one for one in found if lies_in(name, one)), None)
         if whole is not None and is_quantised(module):
             raise SMTError(
                 f"modules_to_save trains `{whole}` whole, but the weight of `{name}` is quantised. Leave it out, or "
@@ -108,7 +104,7 @@ def _refuse_quantised(model: nn.Module, found: list[str]) -> None:
 def _refuse_sharded(parameters: Mapping[str, Tensor], found: list[str]) -> None:
     """Raise `SMTError` if tensor parallelism has cut a parameter to train whole. FSDP2 shards it only later."""
     for name, parameter in parameters.items():
-        whole = next((one for one in found if _lies_in(name, one)), None)
+        whole = next((one for one in found if lies_in(name, one)), None)
         if whole is not None and is_dtensor(parameter):
             raise SMTError(
                 f"`{name}` is to be trained whole, and tensor parallelism cuts it over ranks. Leave `{whole}` out of "
@@ -124,7 +120,7 @@ def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
 
 
 def stored_whole(state: Mapping[str, Tensor], whole: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict (`keep_vars=True`) that have, or lie under, one of the names; tied ones once."""
+    """Return the tensors of a state dict (`keep_vars`) that have, or lie under, one of the names; tied ones once."""
     names = set(whole)
     prefixes, seen, found = tuple(f"{name}." for name in names), set(), {}
     for key, tensor in state.items():

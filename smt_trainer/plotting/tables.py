@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_text
+from smt_trainer.model.grid import numel
 from smt_trainer.model.names import by_projection, expert_index, layer_index
 from smt_trainer.selection.block_selection import BlockSelection
 
@@ -111,11 +112,11 @@ def expert_rows(selection: BlockSelection) -> list[ExpertRow]:
 
 def share_rows(selection: BlockSelection) -> list[ShareRow]:
     """Return each projection's share of the trained weights and of the targeted weights."""
-    all_weights = sum(grid.num_blocks * grid.block_numel for grid in selection.grids.values())
+    all_weights = numel(selection.grids.values())
     rows = []
     for projection, names in by_projection(selection.grids).items():
         trained = sum(len(selection.block_indices.get(name, ())) * selection.grids[name].block_numel for name in names)
-        weights = sum(selection.grids[name].num_blocks * selection.grids[name].block_numel for name in names)
+        weights = numel(selection.grids[name] for name in names)
         shares = trained / selection.trainable_parameters, weights / all_weights
         rows.append(ShareRow(projection, *_blocks(selection, names), trained, weights, *shares))
     return rows

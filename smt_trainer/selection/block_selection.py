@@ -14,7 +14,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_text
 from smt_trainer.manifest import check_format, check_keys, read_base, read_config, refusing_damage, sealed, unsealed
-from smt_trainer.model.grid import BlockGrid, read_grids
+from smt_trainer.model.grid import BlockGrid, numel, read_grids
 from smt_trainer.model.hub import cached_commit
 from smt_trainer.model.names import by_projection
 from smt_trainer.settings import is_int
@@ -76,7 +76,7 @@ class BlockSelection:
     @property
     def fraction_of_targets(self) -> float:
         """Trainable weights as a fraction of the targeted weights."""
-        return self.trainable_parameters / sum(grid.num_blocks * grid.block_numel for grid in self.grids.values())
+        return self.trainable_parameters / numel(self.grids.values())
 
     def new_rows(self, name: str, count: int) -> range:
         """Return the rows that a module has more than `count`, if the chosen blocks hold them all."""

@@ -21,7 +21,7 @@ from fractions import Fraction
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.grid import BlockGrid, numel
 from smt_trainer.model.groups import in_group
 from smt_trainer.model.names import layer_path
 
@@ -103,11 +103,6 @@ class BudgetGroup:
             raise SMTError(
                 f"{self.label} {pieces} is more than the targets hold{capped} ({blocks}). {' or '.join(remedies)}."
             )
-
-
-def numel(grids: Iterable[BlockGrid]) -> int:
-    """Count the weights of all grids together."""
-    return sum(grid.num_blocks * grid.block_numel for grid in grids)
 
 
 def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> list[BudgetGroup]:

@@ -19,6 +19,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.kinds import named_targets
 from smt_trainer.model.made_up import new_rows
+from smt_trainer.model.names import lies_in
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.block_selection import BlockSelection, base_name
@@ -98,7 +99,7 @@ def _new_beside(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> 
     """Return the rows of new tokens by the names of their modules, without modules that are trained whole."""
     found = _new_tokens(model)
     for whole in find_whole(model, config, linears) if found else ():
-        found = {name: rows for name, rows in found.items() if not f"{name}.".startswith(f"{whole}.")}
+        found = {name: rows for name, rows in found.items() if not lies_in(name, whole)}
     return found
 
 

@@ -12,8 +12,8 @@ of the model (`checkpoints.py`).
 
 Private methods of Trainer that this folder relies on. Overridden: `_inner_training_loop`, `_save`,
 `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
-`_push_from_checkpoint`. Called: `_get_output_dir` and `_set_signature_columns_if_needed`. Of TRL's trainers:
-`_move_model_to_vllm` (`vllm_weights.py`).
+`_push_from_checkpoint`. Called: `_get_output_dir` and `_set_signature_columns_if_needed`. Read or set:
+`_train_batch_size` and `_signature_columns`. Of TRL's trainers: `_move_model_to_vllm` (`vllm_weights.py`).
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         parts = {
             "whole": [name for name in state.whole if name not in state.made_up],
             "new, since the checkpoint lacks it": [name for name in state.whole if name in state.made_up],
-            "statistics that forward changes": list(state.statistics),
+            "statistics, should forward change them": list(state.statistics),
         }
         return "".join(f"; {what}: {count_projections(names)}" for what, names in parts.items() if names)
 

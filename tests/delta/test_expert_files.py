@@ -4,11 +4,11 @@ import pytest
 import tiny
 import torch
 from architectures import EXPERTS, GROUPED
+from weight_patches import apply_patches
 
 from smt_trainer import Delta, SMTError, applied, compose_deltas, from_delta, merge_checkpoint, unmerge, verify_merge
 from smt_trainer.delta.lora import export_lora
 from smt_trainer.delta.patches import delta_patches, model_patches
-from smt_trainer.delta.weight_patch import apply_patches
 from smt_trainer.sparse.convert import convert_to_smt
 
 LOCAL = GROUPED | {"num_local_experts": 4}

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import convolution_grids, grids, some_blocks
 from transformers import AutoModelForCausalLM
+from weight_patches import apply_patches
 
 from smt_trainer import SMTError, convert_to_smt, delta_patches, merge_checkpoint, model_patches, save_delta
-from smt_trainer.delta.weight_patch import WeightPatch, apply_patches, patches_of_blocks, patches_of_whole
+from smt_trainer.delta.weight_patch import WeightPatch, patches_of_blocks, patches_of_whole
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.sparse.plain import plain_state_dict
 

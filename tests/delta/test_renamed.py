@@ -6,10 +6,10 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
+from weight_patches import apply_patches
 
 from smt_trainer import Delta, SMTError, compose_deltas, convert_to_smt, export_lora, merge_checkpoint, unmerge
 from smt_trainer.delta.patches import delta_patches
-from smt_trainer.delta.weight_patch import apply_patches
 
 
 @pytest.fixture

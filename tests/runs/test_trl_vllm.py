@@ -9,9 +9,9 @@ import vllm_stand_in
 from datasets import Dataset
 from texts import byte_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
+from weight_patches import apply_patches
 
 from smt_trainer import SMTTrainerMixin, merge_and_unload, model_patches
-from smt_trainer.delta.weight_patch import apply_patches
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.training.vllm_weights import as_merged
 

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
+from weight_patches import apply_patches
 
 from smt_trainer import (
     SMTError,
@@ -18,7 +19,6 @@ from smt_trainer import (
     swap,
     verify_merge,
 )
-from smt_trainer.delta.weight_patch import apply_patches
 from smt_trainer.sparse.held import Held
 
 UNFROZEN = ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
