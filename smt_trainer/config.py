@@ -82,7 +82,8 @@ class SMTConfig:
         None,
         Names(),
         decides="targets",
-        help="Linears to leave out: names or their endings, or a regular expression.",
+        help="Linears to leave out: names or their endings, or a regular expression, of linears or of modules around "
+        "them.",
     )
     lowest_layer: int = setting(
         0,

@@ -73,10 +73,9 @@ class Whole(Kind):
 
 
 class Names(Kind):
-    """Names of modules or their endings, or one string: a keyword, or a regular expression.
+    """Names of modules or their endings, a keyword, or a regular expression: one text that no module can be called.
 
-    A command line gives a list even of one word. A list of one keyword is that keyword, and a list of one text that no
-    module can be called is a regular expression.
+    A text alone and a list of it are the same, since a command line gives a list even of one word.
     """
 
     flag: Mapping[str, Any] = {"nargs": "+"}
@@ -85,11 +84,9 @@ class Names(Kind):
         self.keywords = keywords
 
     def __call__(self, name: str, value: Any) -> str | list[str]:
-        if isinstance(value, str) and value:
-            return value
-        if isinstance(value, (list, tuple, set)) and value and all(isinstance(item, str) and item for item in value):
-            names = sorted(value) if isinstance(value, set) else list(value)
-            return names[0] if len(names) == 1 and self._is_no_name(names[0]) else names
+        names = [value] if isinstance(value, str) else sorted(value) if isinstance(value, set) else value
+        if isinstance(names, (list, tuple)) and names and all(isinstance(item, str) and item for item in names):
+            return names[0] if len(names) == 1 and self._is_no_name(names[0]) else list(names)
         raise SMTError(f"{name} must be a name, a regular expression or a non-empty list of names, got {value!r}.")
 
     def _is_no_name(self, text: str) -> bool:
@@ -175,7 +172,11 @@ class Path(Kind):
     flag: Mapping[str, Any] = {"metavar": "FILE"}
 
     def __call__(self, name: str, value: Any) -> Any:
-        return str(value) if hasattr(value, "__fspath__") else value
+        if hasattr(value, "__fspath__"):
+            return str(value)
+        if isinstance(value, str | Mapping) or hasattr(value, "to_dict"):
+            return value
+        raise SMTError(f"{name} must be the path of a file, or what it holds, got {value!r}.")
 
 
 class Setting(str):

@@ -149,6 +149,7 @@ def test_a_configuration_survives_json(values):
         ({"target_modules": []}, "target_modules must be"),
         ({"target_modules": ""}, "target_modules must be"),
         ({"exclude_modules": [1]}, "exclude_modules must be"),
+        ({"selection": 5}, "selection must be the path of a file, or what it holds, got 5"),
     ],
 )
 def test_a_value_out_of_range_is_refused_naming_the_field(values, message):
@@ -190,3 +191,9 @@ def test_differences_name_the_fields_that_decide_what_is_trained():
     ours, theirs = SMTConfig(budget=5, selection="a.json"), SMTConfig(budget=6, accumulator_device="cpu")
     assert ours.differences(theirs) == ["budget: 5 != 6"]
     assert ours.differences(ours) == []
+
+
+def test_a_name_alone_is_a_list_of_it_and_a_keyword_or_a_regular_expression_stays():
+    given = {"q_proj": ["q_proj"], "layers.0.q_proj": ["layers.0.q_proj"], "qkv": "qkv", r".*q_proj": r".*q_proj"}
+    for text, kept in given.items():
+        assert SMTConfig(target_modules=text).target_modules == SMTConfig(target_modules=[text]).target_modules == kept

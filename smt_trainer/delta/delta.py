@@ -24,7 +24,7 @@ import numpy as np
 
 from smt_trainer.arrays import as_array, as_tensor, dtype_name
 from smt_trainer.delta.checks import check_dtypes, check_finite, check_manifest, check_whole, take_indices, widened
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, refuse_full_model
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically, write_text
 from smt_trainer.manifest import load_sealed, refusing_damage, sealed
@@ -185,6 +185,7 @@ def save_delta(model: nn.Module, folder: str | Path, *, master: bool = False) ->
     """Write the trained blocks of a rewritten model: `Delta.of(model, master=master).save(folder)`.
 
     Raises:
-        SMTError: the model trains no blocks.
+        SMTError: the model trains no blocks, or the folder holds a whole model.
     """
+    refuse_full_model(Path(folder))
     Delta.of(model, master=master).save(folder)

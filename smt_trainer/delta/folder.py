@@ -30,6 +30,7 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 NO_WEIGHTS = "this folder holds a delta, load it with smt_trainer.from_delta(folder)"
 
 WEIGHTS = "*.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.gguf *.onnx *.onnx_data *.index.json".split()
+FULL_MODELS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
 LEFT_BY_RUNS = "smt_* training_args.bin trainer_state.json optimizer* scheduler* rng_state*".split()
 TEMPLATES = "chat_template* additional_chat_templates/*.jinja".split()
 TOKENIZER_STATE = [
@@ -186,3 +187,13 @@ def files_beside_weights(folder: Path, without: Path | None = None) -> Iterator[
 
 def _fits(name: PurePath, patterns: list[str]) -> bool:
     return any(fnmatch(name.as_posix(), pattern) for pattern in patterns)
+
+
+def refuse_full_model(folder: Path) -> None:
+    """Raise `SMTError` if a folder holds the weights of a whole model, which a delta beside them would belie."""
+    weights = next((path.name for name in FULL_MODELS for path in folder.glob(name)), None)
+    if weights is not None:
+        raise SMTError(
+            f"{folder} holds a whole model ({weights}), and a delta beside it would be ambiguous. Give another folder, "
+            "or remove the model."
+        )

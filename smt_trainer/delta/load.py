@@ -12,7 +12,7 @@ from smt_trainer.delta.folder import GENERATION_CONFIG_FILE, load_config
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED, WAYS, check_onto, quantised_names
 from smt_trainer.delta.put import put_delta
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, first_line
 from smt_trainer.manifest import refusing_damage
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.sparse.convert import Model, merge_and_unload
@@ -116,9 +116,15 @@ def from_delta(
     dtype = loaded.weight_dtype if loaded.quantization is None else loaded.base.dtype
     # transformers still takes the older name, after the newer one.
     given = {"dtype": kwargs.pop("torch_dtype")} if "torch_dtype" in kwargs else {}
-    model = (auto_class or trained_class(loaded)).from_pretrained(
-        base, **{"dtype": getattr(torch, dtype)} | given | labels | kwargs
-    )
+    try:
+        model = (auto_class or trained_class(loaded)).from_pretrained(
+            base, **{"dtype": getattr(torch, dtype)} | given | labels | kwargs
+        )
+    except OSError as error:
+        raise SMTError(
+            f"the base {base!r}, on which the delta in {delta} was trained or which you gave, could not be loaded: "
+            f"{first_line(error)} If it lies elsewhere, pass base=<hub name or path>."
+        ) from error
     put_delta(model, loaded, onto=onto)
     for key in SPECIAL_TOKENS & trained.keys():
         setattr(model.config, key, trained[key])

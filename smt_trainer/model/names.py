@@ -43,6 +43,14 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
 
 
+def is_excluded(name: str, patterns: str | Iterable[str] | None) -> bool:
+    """Return whether patterns match a name, or that of a module in which it lies."""
+    if not patterns:
+        return False
+    parts = name.split(".")
+    return any(matches(".".join(parts[:end]), patterns) for end in range(1, len(parts) + 1))
+
+
 def lies_in(name: str, module: str) -> bool:
     """Return whether a full name is that of a module, or of something in it."""
     return f"{name}.".startswith(f"{module}.")

@@ -32,7 +32,7 @@ from smt_trainer.model.groups import LINEAR_KEYWORDS, is_meant, with_stack
 from smt_trainer.model.heads import head_names
 from smt_trainer.model.kinds import is_linear, named_targets, stores_transpose, weight_shape
 from smt_trainer.model.language_model import find_language_model, find_towers, modules_beside
-from smt_trainer.model.names import by_projection, layer_index, lies_in, matches, plain_name
+from smt_trainer.model.names import by_projection, is_excluded, layer_index, lies_in, matches, plain_name
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.tensor_parallel import refuse_unfitting
@@ -61,6 +61,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     refuse_adapters(model)
     refuse_wrappers(model)
     everything = named_targets(model)
+    _warn_of_vain_exclusions(model, everything, config)
     apart = _heads(model)
     # Without one, like CLIP, a model does not speak: it compares text with images, and no part of it is beside another.
     if apart and config.target_modules in LINEAR_KEYWORDS:
@@ -183,7 +184,7 @@ def _is_wanted(names: list[str], config: SMTConfig, apart: set[str]) -> bool:
     wanted = config.target_modules
     return (
         any(is_meant(name, wanted, apart) if wanted in LINEAR_KEYWORDS else matches(name, wanted) for name in names)
-        and not (config.exclude_modules and any(matches(name, config.exclude_modules) for name in names))
+        and not any(is_excluded(name, config.exclude_modules) for name in names)
         and (config.lowest_layer == 0 or layer_index(names[0]) >= config.lowest_layer)
     )
 
@@ -205,6 +206,14 @@ def _matching(
         if asked is not None and _is_wanted(_names_of(name, target), asked, apart):
             found[name] = target
     return found
+
+
+def _warn_of_vain_exclusions(model: nn.Module, everything: Mapping[str, Target], config: SMTConfig) -> None:
+    names = {*everything, *(name for name, _ in model.named_modules())}
+    excluded = config.exclude_modules or []
+    for patterns in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
+        if not any(matches(name, patterns) for name in names):
+            logger.warning("exclude_modules=%r excludes nothing: this model has no such module.", patterns)
 
 
 def _about_frozen(frozen: Collection[str], count: int) -> str:

@@ -36,7 +36,7 @@ from smt_trainer.manifest import (
 )
 from smt_trainer.model.grid import BlockGrid, read_grids
 from smt_trainer.model.kinds import is_layer_of, named_targets
-from smt_trainer.model.names import layer_index, matches
+from smt_trainer.model.names import is_excluded, layer_index, matches
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import count_parameters, find_targets, narrow
@@ -250,7 +250,7 @@ class BlockScores:
         return [
             name
             for name in names
-            if not (excluded and matches(name, excluded))
+            if not is_excluded(name, excluded)
             and (config.lowest_layer == 0 or layer_index(name) >= config.lowest_layer)
         ]
 

@@ -39,7 +39,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution, padded
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.kinds import named_layers, named_targets
-from smt_trainer.model.names import matches
+from smt_trainer.model.names import is_excluded
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import ALL_CONVOLUTIONS, find_targets, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
@@ -126,7 +126,7 @@ def add_columns(
     """
     grids, columns = dict(selection.grids), {}
     for one in dependencies:
-        if one.source in selection.grids and not (excluded and matches(one.reader, excluded)):
+        if one.source in selection.grids and not is_excluded(one.reader, excluded):
             grids[one.reader] = one.grid
             rows, readers = one.pairs.numpy().astype(np.int64).T
             chosen = selection.block_indices.get(one.source, np.empty((0, 2), np.int64))[:, 0]

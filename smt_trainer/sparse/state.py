@@ -54,6 +54,8 @@ def has_quantised_blocks(model: nn.Module) -> bool:
 def get_state(model: nn.Module) -> SMTState:
     """Return the state of a rewritten model. Raise `SMTError` for a plain one."""
     state = getattr(model, "smt_state", None)
+    if state is None and getattr(model, "smt_merged", False):
+        raise SMTError("this model is merged already, as from_delta gives it unless merge=False; it is a plain model.")
     if state is None:
         raise SMTError("this model trains no blocks; run SMTTrainer, convert_to_smt or load_delta on it first.")
     return state

@@ -19,7 +19,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta, architecture_of
 from smt_trainer.delta.dequantise import save_dequantised
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS, refuse_full_model
 from smt_trainer.delta.load import load_delta
 from smt_trainer.delta.model_card import delta_card
 from smt_trainer.delta.put import put_delta
@@ -43,7 +43,6 @@ else:
 
 logger = logging.getLogger(__name__)
 
-FULL_MODELS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -199,16 +198,6 @@ class SavesDelta(Trainer):
                 refusal = error
         if (refusal := broadcast_object_list([refusal])[0]) is not None:
             raise refusal
-
-
-def refuse_full_model(folder: Path) -> None:
-    """Raise `SMTError` if a folder holds the weights of a whole model, which a delta beside them would belie."""
-    weights = next((path.name for name in FULL_MODELS for path in folder.glob(name)), None)
-    if weights is not None:
-        raise SMTError(
-            f"{folder} holds a whole model ({weights}), and a delta beside it would be ambiguous. Give another folder, "
-            "or remove the model."
-        )
 
 
 def warn_of_missing_optimizer(checkpoint: str | Path) -> None:

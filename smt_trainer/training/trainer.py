@@ -22,6 +22,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from smt_trainer.config import SMTConfig
+from smt_trainer.delta.folder import refuse_full_model
 from smt_trainer.errors import SMTError
 from smt_trainer.model.names import count_projections
 from smt_trainer.model.quantised import keep_differentiable
@@ -44,7 +46,7 @@ from smt_trainer.sparse.convert import convert_to_smt
 from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.sparse.state import get_state, is_smt_model, trainable_parameters
 from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
-from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, refuse_full_model, warn_of_missing_optimizer
+from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, warn_of_missing_optimizer
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
@@ -98,6 +100,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         refuse_misplaced(cls, SMTTrainerMixin)
 
     def __init__(self, *args, smt_config: SMTConfig | None = None, **kwargs) -> None:
+        if not isinstance(smt_config, SMTConfig | None):
+            raise SMTError(f"smt_config must be an SMTConfig, got {smt_config!r}. Make one: SMTConfig(budget=0.0084).")
         self.smt_config = smt_config or SMTConfig()
         self.is_in_warmup = False
         self._saves_checkpoint = False
@@ -211,7 +215,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
 
         Selection and scores of all blocks are kept in the output folder.
         """
-        selection, losses = self._given_selection, []
+        selection, losses, seconds = self._given_selection, [], 0.0
         if selection is not None and (frozen := frozen_names(self.model, selection.block_indices)):
             logger.warning("The selection has blocks in %d frozen linears, such as `%s`.", len(frozen), frozen[0])
         if selection is None and self._was_interrupted:
@@ -219,8 +223,9 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             self._refuse_other_config(selection.config, folder / SELECTION_FILE)
         if selection is None:
             candidates = self._find_candidates()
-            warmup = Warmup(self, candidates.grids)
+            warmup, began = Warmup(self, candidates.grids), time.monotonic()
             found, losses = warmup.run(), warmup.losses
+            seconds = time.monotonic() - began
             scores = BlockScores.of_candidates(candidates, found, self.smt_config, base_name(self.model))
             if self.args.should_save:
                 # First, so that the warm-up is not lost if the budget turns out not to fit.
@@ -231,6 +236,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         self._report = {"smt_blocks": selection.num_blocks, "smt_fraction_of_model": selection.fraction_of_model}
         if losses:
             self._report |= {"smt_warmup_steps": len(losses), "smt_warmup_loss": sum(losses) / len(losses)}
+            self._report["smt_warmup_runtime"] = round(seconds, 4)
         for callback in self.smt_callbacks:
             callback.on_selection(self.args, selection)
         return selection
@@ -297,6 +303,13 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             return None
         plain = None if is_smt_model(self.model) else self.model
         selection = resolve_selection(self.smt_config.selection, self.smt_config, plain)
+        chosen_by = SMTConfig.deciding("targets", "scores", "choice")
+        given = [name for name in chosen_by if getattr(self.smt_config, name) != getattr(SMTConfig(), name)]
+        if vain := [name for name in given if getattr(self.smt_config, name) != getattr(selection.config, name)]:
+            logger.warning(
+                "The blocks are those of the selection, whatever %s would choose. Leave these out, or the selection.",
+                ", ".join(f"{name}={getattr(self.smt_config, name)!r}" for name in vain),
+            )
         trained_by = {name: getattr(self.smt_config, name) for name in SMTConfig.deciding("training")}
         selection = replace(selection, config=replace(selection.config, **trained_by))
         return selection if plain is None else with_new_tokens(plain, selection)

@@ -130,6 +130,8 @@ def test_from_delta_loads_base_and_delta_in_one_line(base, delta):
     model = from_delta(folder, base=str(base))
     assert not is_smt_model(model) and torch.equal(tiny.logits(model), tiny.logits(trained))
     assert is_smt_model(from_delta(folder, base=str(base), merge=False))
+    with pytest.raises(SMTError, match=r"the base '.*moved'.*could not be loaded: .*pass base="):
+        from_delta(folder, base=f"{base}/moved")
     with pytest.raises(SMTError, match="records no base model; pass base="):
         from_delta(folder)
 

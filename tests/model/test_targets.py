@@ -73,9 +73,21 @@ def test_rows_are_out_features_whichever_way_a_weight_is_stored(fields, block_sh
         assert grid.transposed is (name == "transposed")
 
 
-@pytest.mark.parametrize("exclude", [["k_proj"], r".*k_proj"])
-def test_excluded_modules_are_left_out(llama, exclude):
-    assert leaves(llama, exclude_modules=exclude) == ["q_proj", "v_proj"]
+@pytest.mark.parametrize("exclude", [["k_proj"], "k_proj", r".*k_proj"])
+def test_excluded_modules_are_left_out(llama, exclude, warnings):
+    assert leaves(llama, exclude_modules=exclude) == ["q_proj", "v_proj"] and not warnings()
+
+
+@pytest.mark.parametrize("exclude", ["layers.0", ["layers.0"], r".*\.0", "model.layers.0"])
+def test_what_lies_in_an_excluded_module_is_left_out(llama, exclude, warnings):
+    assert list(find_targets(llama, SMTConfig(exclude_modules=exclude))) == QKV[3:] and not warnings()
+
+
+@pytest.mark.parametrize("exclude", ["wk", ["k_proj", "wk"], r".*\.wk"])
+def test_excluding_what_is_not_there_is_said(llama, exclude, warnings):
+    find_targets(llama, SMTConfig(exclude_modules=exclude))
+    (line,) = warnings()
+    assert "wk" in line and "excludes nothing: this model has no such module" in line
 
 
 def test_layers_below_the_lowest_are_left_out(llama):
@@ -86,7 +98,7 @@ def test_layers_below_the_lowest_are_left_out(llama):
     ("fields", "message"),
     [
         ({"target_modules": ["wq"]}, r"\['wq'\] matches no linear.*q_proj \(2 of 64x64\).*Name some of them"),
-        ({"target_modules": "q_proj"}, "matches no linear"),
+        ({"target_modules": r"q_.*"}, "matches no linear"),
         ({"lowest_layer": 2}, "lowest_layer=2 matches no linear"),
         ({"exclude_modules": ["q_proj", "k_proj", "v_proj"]}, "exclude_modules=.* matches no linear"),
     ],

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from smt_trainer import SMTError, from_delta, merge_and_unload
+from smt_trainer import SMTError, from_delta, merge_and_unload, save_delta
 
 
 @pytest.fixture
@@ -43,6 +43,8 @@ def test_a_folder_with_a_whole_model_is_refused_before_training_and_on_saving(tr
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     with pytest.raises(SMTError, match=r"base holds a whole model \(model.safetensors\).*Give another folder"):
         trainer.save_model(str(base))
+    with pytest.raises(SMTError, match="holds a whole model"):
+        save_delta(trainer.model, base)
     with pytest.raises(SMTError, match="holds a whole model"):
         tiny.smt_trainer(AutoModelForCausalLM.from_pretrained(base), base)
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before

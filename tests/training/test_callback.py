@@ -38,6 +38,7 @@ def test_the_warm_up_is_reported_once_beside_the_first_loss(tmp_path):
     assert first["step"] == 1 and first["smt_warmup_steps"] == 2 and first["smt_blocks"] == 12
     assert first["loss"] == pytest.approx(trainer.losses[0], rel=1e-6)
     assert first["smt_fraction_of_model"] == trainer.smt_selection.fraction_of_model
+    assert first["smt_warmup_runtime"] > 0
     assert first["smt_warmup_loss"] == pytest.approx(sum(trainer.losses[:2]) / 2, rel=1e-6)
     assert not any("smt_blocks" in entry for entry in rest)
 

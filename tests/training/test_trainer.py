@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, Seq2SeqTrainer
 
 from smt_trainer import (
     BlockSelection,
+    SMTConfig,
     SMTError,
     SMTTrainerMixin,
     from_delta,
@@ -439,3 +440,24 @@ def test_a_selection_for_another_model_is_refused_and_the_model_left_as_it_was(t
     with pytest.raises(SMTError, match="this model has no such module"):
         trained(tmp_path, model, tiny.config(selection=selection))
     assert not is_smt_model(model)
+
+
+def test_a_configuration_of_another_type_is_refused(tmp_path):
+    with pytest.raises(SMTError, match=r"smt_config must be an SMTConfig, got \{'budget': 0.1\}"):
+        tiny.smt_trainer(tiny.llama(), tmp_path, {"budget": 0.1})
+
+
+def test_fields_that_a_selection_leaves_without_meaning_are_named(tmp_path, warnings):
+    model = tiny.llama()
+    selection = tiny.choose(model)
+    fields = {"budget": 5, "target_modules": "mlp", "block_size": selection.config.block_size, "train_norm": True}
+    trainer = trained(tmp_path, model, SMTConfig(selection=selection, **fields))
+    (line,) = [line for line in warnings() if "blocks are those of the selection" in line]
+    assert "budget=5" in line and "target_modules='mlp'" in line
+    assert "block_size" not in line and "train_norm" not in line
+    assert trainer.smt_selection.num_blocks == selection.num_blocks
+
+
+def test_a_model_that_is_merged_already_is_said_to_be(tmp_path, base, delta):
+    with pytest.raises(SMTError, match="merged already, as from_delta gives it unless merge=False"):
+        merge_and_unload(from_delta(delta[0], base=base))
