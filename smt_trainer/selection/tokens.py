@@ -29,9 +29,9 @@ from smt_trainer.settings import is_int
 def select_tokens(model: nn.Module, tokens: Iterable[int], beside: BlockSelection | None = None) -> BlockSelection:
     """Select the rows of tokens in a model's input embeddings, alone or beside other blocks.
 
-    Give the result as `SMTConfig.selection`, or to `convert_to_smt`. New tokens of a vocabulary that was padded (Qwen's)
-    have rows already, so nothing but this trains them. Where the output embeddings are tied, the rows are
-    theirs, too; where they are not, the rows of new tokens are selected in both.
+    Give the result as `SMTConfig.selection`, or to `convert_to_smt`. Where the output embeddings are tied, the rows are
+    theirs, too; where they are not, the rows of new tokens are selected in both. In a vocabulary that was padded
+    (Qwen's) new tokens have rows already, so nothing but this trains them.
 
     Args:
         model: plain, with `get_input_embeddings`.
