@@ -176,6 +176,15 @@ def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
     assert all(figure.startswith("-") and figure.removeprefix("-") in text for figure in (numbers, templates, general))
 
 
+@pytest.mark.parametrize(("study", "following"), [("depth", "**[warmup]"), ("warmup", "## A probe")])
+def test_the_means_of_a_study_are_those_of_its_committed_runs(study, following):
+    report = (ROOT / f"recipes/studies/results/{study}.md").read_text(encoding="utf-8")
+    text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
+    text = text.partition(f"**[{study}]")[2].partition(following)[0]
+    means = re.findall(r"\d\.\d{3} ± \d\.\d{3}", text)
+    assert len(means) > 3 and all(mean.lstrip("+-") in report for mean in means)
+
+
 def test_the_figures_of_where_blocks_lie_are_those_of_the_committed_runs():
     report = (ROOT / "recipes/studies/results/inputs.md").read_text(encoding="utf-8")
     text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
