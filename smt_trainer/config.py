@@ -82,8 +82,8 @@ class SMTConfig:
         None,
         Names(),
         decides="targets",
-        help="Linears to leave out: names or their endings, or a regular expression, of linears or of modules around "
-        "them.",
+        help="Linears to leave out: names or their endings, of linears or of modules around them, or a regular "
+        "expression that the whole name of a linear must match.",
     )
     lowest_layer: int = setting(
         0,

@@ -44,9 +44,9 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
 
 
 def is_excluded(name: str, patterns: str | Iterable[str] | None) -> bool:
-    """Return whether patterns match a name, or that of a module in which it lies."""
-    if not patterns:
-        return False
+    """Return whether a list names a module or one in which it lies, or a regular expression matches its whole name."""
+    if patterns is None or isinstance(patterns, str):
+        return bool(patterns) and matches(name, patterns)
     parts = name.split(".")
     return any(matches(".".join(parts[:end]), patterns) for end in range(1, len(parts) + 1))
 

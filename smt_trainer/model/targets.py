@@ -61,7 +61,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     refuse_adapters(model)
     refuse_wrappers(model)
     everything = named_targets(model)
-    _warn_of_vain_exclusions(model, everything, config)
+    _warn_of_vain_exclusions(everything, config)
     apart = _heads(model)
     # Without one, like CLIP, a model does not speak: it compares text with images, and no part of it is beside another.
     if apart and config.target_modules in LINEAR_KEYWORDS:
@@ -208,11 +208,10 @@ def _matching(
     return found
 
 
-def _warn_of_vain_exclusions(model: nn.Module, everything: Mapping[str, Target], config: SMTConfig) -> None:
-    names = {*everything, *(name for name, _ in model.named_modules())}
+def _warn_of_vain_exclusions(everything: Mapping[str, Target], config: SMTConfig) -> None:
     excluded = config.exclude_modules or []
     for patterns in [excluded] if isinstance(excluded, str) else [[name] for name in excluded]:
-        if not any(matches(name, patterns) for name in names):
+        if not any(is_excluded(name, patterns) for name in everything):
             logger.warning("exclude_modules=%r excludes nothing: this model has no such module.", patterns)
 
 
