@@ -124,8 +124,10 @@ def test_a_model_is_rewritten_once_and_made_plain_once(llama):
     with pytest.raises(SMTError, match="already trains blocks; call merge_and_unload"):
         convert_to_smt(llama, selection)
     merge_and_unload(llama)
-    with pytest.raises(SMTError, match="trains no blocks"):
+    with pytest.raises(SMTError, match="merged already"):
         merge_and_unload(llama)
+    with pytest.raises(SMTError, match="trains no blocks"):
+        merge_and_unload(tiny.llama())
 
 
 def test_the_head_of_a_classifier_is_trained_whole_unless_told_otherwise():

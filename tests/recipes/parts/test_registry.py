@@ -11,5 +11,5 @@ def test_a_task_is_found_by_its_name(name):
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(ValueError, match="Expected a task among commonsense, math, instruct; got 'squad'"):
+    with pytest.raises(ValueError, match="Expected a task among commonsense, math, instruct, sentiment; got 'squad'"):
         load_task("squad")
