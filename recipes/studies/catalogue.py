@@ -13,6 +13,7 @@ UNTUNED = Arm("untuned", "none")
 # Without masters, its weights must be in float32.
 FULL = Arm("full fine-tuning", "full", dtype="float32")
 RANDOM = Arm("random", "random", SMALL)
+PAPER = Arm("the paper's, q/k/v", "smt", SMALL)
 EACH_MODULE = Arm("the best of each module", "smt", SMALL, fields={"scope": "per_module"})
 RANDOM_ALL = Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, seeds=MORE_SEEDS)
 LOW_ALL = Arm("small inputs, all linears", "smt-low-all", SMALL, seeds=MORE_SEEDS)
@@ -104,7 +105,7 @@ INPUTS = Study(
         LOW_ALL,
         RANDOM_ALL,
         Arm("LoRA, all linears", "lora-all", SMALL, seeds=MORE_SEEDS),
-        Arm("the paper's, q/k/v", "smt", SMALL),
+        PAPER,
         Arm("random, q/k/v", "random", SMALL),
         Arm("LoRA, q/k/v", "lora", SMALL),
         UNTUNED,
@@ -118,7 +119,7 @@ SENTIMENT = Study(
         LOW_ALL,
         RANDOM_ALL,
         Arm("LoRA, all linears", "lora-all", SMALL),
-        Arm("the paper's, q/k/v", "smt", SMALL),
+        PAPER,
         FULL,
         UNTUNED,
     ),

@@ -157,9 +157,9 @@ def _factors_of_all(
         change = cast(cast(site.blocks, placement.delta.weight_dtype), "float64") - cast(before, "float64")
         # Of the dtype, but in numbers that numpy knows.
         stored = cast(cast(change, dtype), "float32")
-        error = float(abs(stored - change).max())
         if not np.isfinite(change).all():
             raise SMTError(f"the base has NaN or infinity in `{name}`, under blocks of the delta. Repair the base.")
+        error = float(abs(stored - change).max())
         if not np.isfinite(error):
             raise SMTError(f"the change of `{name}` is too large for {dtype}; use float32 or bfloat16.")
         largest = max(largest, error)

@@ -17,7 +17,6 @@ values with NaN. So NaN is no value here, and a sparse patch holds floats. `vllm
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -132,22 +131,20 @@ def patches_of_whole(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[
         name: values for name, values in tensors.items() if values.is_floating_point() and values.nbytes > max_bytes
     }
     for name, values in large.items():
-        dtype = _index_dtype(values.shape)
-        count = max_bytes // (values.element_size() + dtype.itemsize)
-        for start, some in zip(itertools.count(0, count), values.reshape(-1).split(count), strict=False):
-            indices = torch.arange(start, start + len(some), dtype=dtype, device=values.device)
-            yield WeightPatch(name, tuple(values.shape), values.dtype, some, indices)
+        yield from _cut(name, tuple(values.shape), values.reshape(-1), None, max_bytes)
     for name, values in tensors.items():
         if name not in large:
             yield WeightPatch(name, tuple(values.shape), values.dtype, values.reshape(-1))
 
 
-def _cut(name: str, shape: tuple[int, ...], values: Tensor, indices: Tensor, max_bytes: int) -> Iterator[WeightPatch]:
-    indices = indices.to(_index_dtype(shape))
-    count = max_bytes // (values.element_size() + indices.element_size())
-    for some, places in zip(values.split(count), indices.split(count), strict=True):
-        yield WeightPatch(name, shape, values.dtype, some, places)
-
-
-def _index_dtype(shape: tuple[int, ...]) -> torch.dtype:
-    return torch.int32 if math.prod(shape) <= 2**31 else torch.int64
+def _cut(
+    name: str, shape: tuple[int, ...], values: Tensor, indices: Tensor | None, max_bytes: int
+) -> Iterator[WeightPatch]:
+    """Yield patches of at most `max_bytes`; without indices, of all values in their order."""
+    dtype = torch.int32 if math.prod(shape) <= 2**31 else torch.int64
+    count, start = max_bytes // (values.element_size() + dtype.itemsize), 0
+    for some in values.split(count):
+        end = start + len(some)
+        places = torch.arange(start, end, device=values.device) if indices is None else indices[start:end]
+        yield WeightPatch(name, shape, values.dtype, some, places.to(dtype))
+        start = end

@@ -304,11 +304,12 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         plain = None if is_smt_model(self.model) else self.model
         selection = resolve_selection(self.smt_config.selection, self.smt_config, plain)
         chosen_by = SMTConfig.deciding("targets", "scores", "choice")
-        given = [name for name in chosen_by if getattr(self.smt_config, name) != getattr(SMTConfig(), name)]
-        if vain := [name for name in given if getattr(self.smt_config, name) != getattr(selection.config, name)]:
+        given, defaults = ({name: getattr(one, name) for name in chosen_by} for one in (self.smt_config, SMTConfig()))
+        meaningful = {name: (defaults[name], getattr(selection.config, name)) for name in chosen_by}
+        if vain := [f"{name}={value!r}" for name, value in given.items() if value not in meaningful[name]]:
             logger.warning(
                 "The blocks are those of the selection, whatever %s would choose. Leave these out, or the selection.",
-                ", ".join(f"{name}={getattr(self.smt_config, name)!r}" for name in vain),
+                ", ".join(vain),
             )
         trained_by = {name: getattr(self.smt_config, name) for name in SMTConfig.deciding("training")}
         selection = replace(selection, config=replace(selection.config, **trained_by))

@@ -153,12 +153,18 @@ def test_whole_tensors_of_one_delta_stay_as_they_are(fields, base, trained, tmp_
     tiny.assert_same(tiny.logits(from_delta(tmp_path / "composed", base=base)), tiny.logits(model))
 
 
+def with_new_heads(folder, count):
+    """Save a base in a folder, and deltas of classifiers trained on it, whose heads are new; return those."""
+    tiny.llama().save_pretrained(folder / "base")
+    kind = type(tiny.build("LlamaForSequenceClassification"))
+    return [
+        arithmetic.train(kind.from_pretrained(folder / "base", num_labels=3), folder / f"delta{seed}", seed)
+        for seed in range(count)
+    ]
+
+
 def test_heads_that_are_new_have_a_mean_and_no_sum(tmp_path):
-    tiny.llama().save_pretrained(tmp_path / "base")
-    folders = []
-    for seed in range(2):
-        model = type(tiny.build("LlamaForSequenceClassification")).from_pretrained(tmp_path / "base", num_labels=3)
-        folders.append(arithmetic.train(model, tmp_path / f"delta{seed}", seed))
+    folders = with_new_heads(tmp_path, 2)
     compose_deltas(tmp_path / "base", folders, tmp_path / "mean", mean=True)
     heads = [Delta.load(folder).whole["score.weight"] for folder in [*folders, tmp_path / "mean"]]
     torch.testing.assert_close(heads[2], (heads[0] + heads[1]) / 2)
@@ -171,11 +177,7 @@ def test_heads_that_are_new_have_a_mean_and_no_sum(tmp_path):
 
 @pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [0.1, 0.2, 0.7]])
 def test_weights_that_make_one_up_to_rounding_need_no_base(weights, tmp_path):
-    tiny.llama().save_pretrained(tmp_path / "base")
-    folders = []
-    for seed in range(3):
-        model = type(tiny.build("LlamaForSequenceClassification")).from_pretrained(tmp_path / "base", num_labels=3)
-        folders.append(arithmetic.train(model, tmp_path / f"delta{seed}", seed))
+    folders = with_new_heads(tmp_path, 3)
     compose_deltas(tmp_path / "base", folders, tmp_path / "sum", weights=weights)
     *heads, found = [Delta.load(folder).whole["score.weight"] for folder in [*folders, tmp_path / "sum"]]
     torch.testing.assert_close(found, sum(weight * head for weight, head in zip(weights, heads, strict=True)))
