@@ -59,8 +59,9 @@ class SMTConfig:
     """How Sparse Matrix Tuning chooses and trains the blocks of a model.
 
     The defaults are those of the paper ("Sparse Matrix in Large Language Model Fine-tuning", sections 3.1 and 4.1):
-    query, key and value projections, blocks of 256x256 where the model's shapes allow, 0.84 % of the parameters,
-    100 warm-up steps, mean absolute value of the summed gradient.
+    query, key and value projections, blocks of 256x256 where the model's shapes allow, 0.84 % of the parameters, mean
+    absolute value of the summed gradient; but 10 warm-up steps, which choose as well as the paper's 100
+    (recipes/studies/results/warmup.md). `SMTConfig.paper` has those.
 
     `HfArgumentParser((SMTConfig, TrainingArguments))` and TRL's `TrlParser` parse it from a command line or YAML.
 
@@ -156,7 +157,7 @@ class SMTConfig:
         "them. A linear with such columns gives no rows itself.",
     )
     smt_warmup_steps: int = setting(
-        100,
+        10,
         Whole(least=1),
         decides="warm-up",
         help="Steps of the gradient warm-up, each on as many examples as an optimizer step. No weight changes in it.",
@@ -231,6 +232,11 @@ class SMTConfig:
                 f"rank_cap={self.rank_cap} cannot hold for columns that depend on rows of several modules. Leave it "
                 "out, or train_dependents at False."
             )
+
+    @classmethod
+    def paper(cls, **values: Any) -> SMTConfig:
+        """The paper's values for all fields but those given (section 4.1)."""
+        return cls(**{"smt_warmup_steps": 100} | values)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types; a `BlockSelection` becomes its own dictionary."""

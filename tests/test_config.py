@@ -13,10 +13,12 @@ from smt_trainer import SMTConfig, SMTError
 from smt_trainer.settings import Decides, settings
 
 
-def test_the_defaults_are_those_of_the_paper():
-    config = SMTConfig()
-    assert (config.target_modules, config.budget, config.smt_warmup_steps) == ("qkv", 0.0084, 100)
-    assert (config.score, config.granularity, config.scope) == ("grad_l1", "block", "global")
+def test_the_defaults_are_those_of_the_paper_but_for_the_length_of_the_warm_up():
+    paper = SMTConfig.paper()
+    assert (paper.target_modules, paper.budget, paper.smt_warmup_steps) == ("qkv", 0.0084, 100)
+    assert (paper.score, paper.granularity, paper.scope) == ("grad_l1", "block", "global")
+    assert SMTConfig().differences(paper) == ["smt_warmup_steps: 10 != 100"]
+    assert SMTConfig.paper(budget=0.05, smt_warmup_steps=10) == SMTConfig(budget=0.05)
 
 
 def test_every_field_says_what_it_decides_and_help_shows_its_help():

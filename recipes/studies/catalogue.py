@@ -144,7 +144,10 @@ WARMUP = Study(
     "How long must the warm-up be, and can a selection be used again?",
     (
         SMT[SMALL],
-        *(smt(f"{steps} steps", fields={"smt_warmup_steps": steps}) for steps in (1, 3, 30, 100)),
+        *(
+            smt("1 step" if steps == 1 else f"{steps} steps", fields={"smt_warmup_steps": steps})
+            for steps in (1, 3, 30, 100)
+        ),
         smt("10 steps on other records", selected_on="math:11"),
         smt("10 steps on the commonsense task", selected_on="commonsense:11"),
     ),
