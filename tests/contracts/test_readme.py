@@ -176,7 +176,9 @@ def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
     assert all(figure.startswith("-") and figure.removeprefix("-") in text for figure in (numbers, templates, general))
 
 
-@pytest.mark.parametrize(("study", "following"), [("depth", "**[depth-all]"), ("depth-all", "**[warmup]"), ("warmup", "## A probe")])
+@pytest.mark.parametrize(
+    ("study", "following"), [("depth", "**[depth-all]"), ("depth-all", "**[warmup]"), ("warmup", "## A probe")]
+)
 def test_the_means_of_a_study_are_those_of_its_committed_runs(study, following):
     report = (ROOT / f"recipes/studies/results/{study}.md").read_text(encoding="utf-8")
     text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
