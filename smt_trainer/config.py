@@ -236,7 +236,8 @@ class SMTConfig:
     @classmethod
     def paper(cls, **values: Any) -> SMTConfig:
         """The paper's values for all fields but those given (section 4.1)."""
-        return cls(**{"smt_warmup_steps": 100} | values)
+        values.setdefault("smt_warmup_steps", 100)
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON types; a `BlockSelection` becomes its own dictionary."""

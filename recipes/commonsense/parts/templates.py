@@ -6,10 +6,10 @@ byte, including their oddities: WinoGrande has no blank line before its answer f
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-Document = Mapping[str, Any]
+from recipes.parts.source import Document
+
 Record = dict[str, str]
 
 OUTPUT = "the correct answer is {answer}"

