@@ -24,6 +24,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError, first_line
 
 FIELDS = [*SMTConfig.deciding("targets", "scores", "warm-up", "choice"), "accumulator_device"]
+WARMUP_FIELDS = {*SMTConfig.deciding("warm-up"), "accumulator_device"}
 KEYS = {"output": OUTPUT, "selection": BLOCKS}
 
 
@@ -58,6 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.scores is None and not (arguments.model and arguments.data):
         raise SMTError("give a model and --data to choose the blocks from, or the --scores of an earlier run.")
     given = given_fields(arguments, FIELDS)
+    if arguments.scores is not None and (vain := sorted(given.keys() & WARMUP_FIELDS)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in vain)
+        raise SMTError(f"{flags} would change the warm-up, and the scores come from one that is over. Leave it out.")
     selection = _choose_again(arguments, given) if arguments.scores else _choose(arguments, SMTConfig(**given))
     result = {"output": str(arguments.output), "selection": blocks(selection)}
     write(arguments, result, [selection.summary(), f"selection in {arguments.output}"])

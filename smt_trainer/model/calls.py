@@ -37,7 +37,8 @@ def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bo
     try:
         for name, target in targets.items():
             if isinstance(target, nn.Module):
-                handles.append(target.register_forward_hook(functools.partial(_watch, name, observe, start)))
+                watch = functools.partial(_watch, name, observe, start)
+                handles.append(target.register_forward_hook(watch, with_kwargs=True))
         experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
         with watching_products(experts, lambda leaf, names: _observer(experts, names, observe, start)):
             yield
@@ -46,8 +47,17 @@ def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bo
             handle.remove()
 
 
-def _watch(name: str, observe: Observe, start: bool, linear: Any, inputs: tuple[Tensor, ...], output: Tensor):
-    take = observe(name, linear, inputs[0].detach())
+def _watch(
+    name: str,
+    observe: Observe,
+    start: bool,
+    linear: Any,
+    inputs: tuple[Tensor, ...],
+    named: dict[str, Tensor],
+    output: Tensor,
+):
+    (x,) = (*inputs, *named.values())
+    take = observe(name, linear, x.detach())
     if take is None or not _can_start(output, start):
         return None
     started = _started(output)

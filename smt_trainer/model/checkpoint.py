@@ -1,6 +1,4 @@
-"""A checkpoint on disk: which files hold its weights, and where in them each tensor lies. Imports neither torch nor
-numpy.
-"""
+"""A checkpoint on disk: which files hold its weights, and where in them each tensor lies. Imports no torch."""
 
 from __future__ import annotations
 

@@ -168,7 +168,8 @@ def average_over_ranks(statistics: Iterable[Tensor]) -> None:
     """Replace each tensor by its mean over all ranks, one at a time; do nothing on a single process."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
+    # Also of "cuda:nccl,cpu:gloo", since a sum may lie on the GPU of one rank and the CPU of another.
+    device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else None
     for total in statistics:
         travelling = total if device is None else total.to(device)
         dist.all_reduce(travelling)

@@ -55,7 +55,12 @@ MANIFEST = "smt_scores"
 BETWEEN = " > "
 
 # Keywords of `target_modules`, and the keywords that include them.
-WIDER = {"qkv": ("attention", "all-linear"), "attention": ("all-linear",), "mlp": ("all-linear",)}
+WIDER = {
+    "qkv": ("attention", "all-linear"),
+    "attention": ("all-linear",),
+    "mlp": ("all-linear",),
+    "experts": ("all-linear",),  # not 'mlp': those of an attention are none
+}
 
 
 @dataclass(frozen=True, eq=False)

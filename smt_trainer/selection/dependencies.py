@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,9 +50,6 @@ TOKENS = 32
 
 # Edge of an image where the model does not name one.
 IMAGE_SIZE = 32
-
-# Cached by model: a trainer asks when it is constructed, to refuse what does not fit, and again when it trains.
-_found: weakref.WeakKeyDictionary[nn.Module, list[Dependency]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +93,7 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
     everything = named_targets(model)
     keywords = {ALL_CONVOLUTIONS if is_convolution(everything[name]) else "all-linear" for name in targets}
     tunable = {name for word in keywords for name in find_targets(model, replace(config, target_modules=word))}
-    if model not in _found:
-        _found[model] = _all_dependencies(model)
-    for one in _found[model]:
+    for one in _all_dependencies(model):
         if one.source in targets - readers and one.reader in tunable - sources:
             sources.add(one.source)
             readers.add(one.reader)

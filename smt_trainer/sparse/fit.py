@@ -23,7 +23,7 @@ from smt_trainer.model.tensor_parallel import (
     style_of,
     why_no_slice,
 )
-from smt_trainer.model.untunable import why_no_embedding
+from smt_trainer.model.untunable import shared_weights, why_no_embedding
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.state import is_smt_model
 
@@ -36,16 +36,16 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Targe
 
     Raises:
         SMTError: the model already trains blocks, holds PEFT adapters or is a copy of one that tensor parallelism cuts;
-            or one of the linears is missing, quantised, or of another kind or shape.
+            or one of the linears is missing, quantised, of another kind or shape, or shares its weight.
     """
     if is_smt_model(model):
         raise SMTError("this model already trains blocks; call merge_and_unload on it first.")
     refuse_adapters(model)
     refuse_copied(model)
     keep_differentiable(model)
-    modules = dict(model.named_modules())
+    modules, shared = dict(model.named_modules()), shared_weights(model)
     found = {
-        name: _expect_target(model, modules.get(name) or find_expert(model, name), name, selection)
+        name: _expect_target(model, modules.get(name) or find_expert(model, name), name, selection, shared)
         for name in selection.block_indices
     }
     refuse_unfitting(found, selection.grids)
@@ -55,11 +55,14 @@ def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Targe
 
 
 def _expect_target(
-    model: nn.Module, linear: nn.Module | ExpertMatrix | None, name: str, selection: BlockSelection
+    model: nn.Module, linear: nn.Module | ExpertMatrix | None, name: str, selection: BlockSelection, shared: set[int]
 ) -> Target:
     grid = selection.grids[name]
+    weight = linear.stack if isinstance(linear, ExpertMatrix) else getattr(linear, "weight", None)
     if linear is None:
         found = "no such module"
+    elif id(weight) in shared and not is_embedding(linear):
+        found = "one whose weight is shared with another module"
     elif isinstance(linear, ExpertMatrix):
         if (linear.weight_shape, linear.is_transposed) == (grid.weight_shape, grid.transposed):
             return linear

@@ -14,7 +14,8 @@ takes no memory. Its backward recomputes x from them, but only the columns that 
 Otherwise the sparse linear keeps x itself, by reference. This takes no memory if another module keeps x too (the output
 of attention). If not, it takes the memory of x once, however many linears share x (query, key and value). It does so
 
-- where x is not such a product, or where nothing before x requires a gradient: in the lowest layer with blocks;
+- where x is not such a product or was changed in place, or where nothing before x requires a gradient: in the lowest
+  layer with blocks;
 - under hooks on saved tensors: activation checkpointing keeps none of these tensors, and offloading may move x, but
   reading the tensors of other nodes would fetch them back;
 - under torch.compile, which decides by itself what to recompute.
@@ -82,7 +83,10 @@ def _columns(tensor: Tensor, start: int, length: int) -> Tensor:
 
 def find_origin(x: Tensor) -> KeptInput | None:
     """Find tensors that autograd keeps anyway and from which x can be recomputed; None if there are none."""
-    if torch.compiler.is_compiling() or x.grad_fn is None or _saved_tensors_are_hooked():
+    if torch.compiler.is_compiling() or x.grad_fn is None or x.ndim < 2 or _saved_tensors_are_hooked():
+        return None
+    # Changed in place since it was computed, maybe without a gradient, which leaves no trace in the graph.
+    if x._version:
         return None
     rows, node = _selection(x)
     origin = _trace(node)

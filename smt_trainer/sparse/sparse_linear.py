@@ -158,7 +158,7 @@ class SparseLinear(torch.autograd.Function):
         # Save x uncast, so that query, key and value hold the same tensor, even under autocast.
         # Saved blocks let autograd refuse a backward after they changed.
         changing = blocks if read_weight else None
-        ctx.save_for_backward(weight, changing, positions, *(origin.tensors if origin else (x,)))
+        ctx.save_for_backward(weight, changing, positions, *(origin.tensors if origin else (torch.atleast_2d(x),)))
         ctx.read_weight = read_weight
         ctx.steps = origin.steps if origin else ()
         ctx.plan, ctx.master_dtype, ctx.x_shape, ctx.x_dtype = plan, blocks.dtype, x.shape, x.dtype

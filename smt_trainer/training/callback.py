@@ -6,8 +6,9 @@ import logging
 import time
 
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
+from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
@@ -23,7 +24,6 @@ class SMTCallback(TrainerCallback):
     nothing else depends on it, so a subclass need not call `super()`.
     """
 
-    trainer: Trainer | None = None
     progress: tqdm | None = None
     began: float = 0.0
 
@@ -52,6 +52,14 @@ class SMTCallback(TrainerCallback):
         """The blocks are chosen; the model is about to be rewritten."""
         if args.should_log:
             logger.info("SMT trains %s.", selection.summary())
+
+
+class CompiledWriteBack(TrainerCallback):
+    """Write back what a callback has done to the blocks: a compiled forward does not look whether they are stale."""
+
+    def on_step_begin(self, args, state, control, *, model, **kwargs) -> None:  # pyrefly: ignore[bad-override]
+        """The callbacks of the step before are done."""
+        write_back(linear for _, linear in smt_linears(model) if not is_sharded(linear.blocks) and linear.is_stale())
 
 
 class DeepSpeedWriteBack(TrainerCallback):

@@ -86,12 +86,16 @@ class SavesDelta(Trainer):
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         delta.save(folder)
         self._save_configs(folder)
+        self._save_tokenizer(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        """Write the trainer's tokenizer or processor, or the collator's, as Trainer does."""
         tokenizer = self.processing_class
         if tokenizer is None:
             tokenizer = getattr(self.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _save_configs(self, folder: Path) -> None:
         """Write what a trained model has beside its weights, so that the folder means one thing: a delta."""
@@ -168,9 +172,15 @@ class SavesDelta(Trainer):
             onto: "dequantized" if blocks lie in quantised weights, which are written dense (see `delta/onto.py`).
 
         Raises:
-            SMTError: the folder exists and is not empty, nothing has been trained yet, or `onto` is left open.
+            SMTError: the folder exists and is not empty, nothing has been trained yet, `onto` is left open, or the
+                model has no `save_pretrained`.
         """
         refuse_open_merge(self.model, onto)
+        if not hasattr(self.model, "save_pretrained"):
+            raise SMTError(
+                f"a {type(self.model).__name__} has no save_pretrained to write itself with. Call "
+                "merge_and_unload(trainer.model) and save the plain model in its own way."
+            )
         self._check_new(Path(output_dir))
         state = plain_state_dict(self.model, keep=self.args.should_save) if onto is None else {}
         # FSDP2 leaves the compiled model in the place of the model.
@@ -184,8 +194,7 @@ class SavesDelta(Trainer):
                 else:
                     # A model of another library saves its parts by itself, plain and up to date.
                     model.save_pretrained(folder)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(folder)
+                self._save_tokenizer(folder)
         self.accelerator.wait_for_everyone()
 
     def _check_new(self, output: Path) -> None:

@@ -45,7 +45,7 @@ from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt
 from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.sparse.state import get_state, is_smt_model, trainable_parameters
-from smt_trainer.training.callback import DeepSpeedWriteBack, SMTCallback
+from smt_trainer.training.callback import CompiledWriteBack, DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, warn_of_missing_optimizer
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
@@ -61,6 +61,7 @@ from smt_trainer.training.sharded_kinds import refuse_partitioned_experts, refus
 from smt_trainer.training.tensor_parallel import admitting_checkpoints
 from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
+from smt_trainer.training.weight_readers import RefuseWeightReaders
 
 logger = logging.getLogger(__name__)
 
@@ -129,15 +130,16 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             self._find_candidates()
         if not self._has_given_reference(args, kwargs):
             match_reference(self)
+        self._gradients, self._readers = ExpectGradients(), RefuseWeightReaders()
+        self.add_callback(self._gradients)
         if self.is_deepspeed_enabled:
             self.add_callback(DeepSpeedWriteBack())
-        self._gradients = ExpectGradients()
-        self.add_callback(self._gradients)
+        else:
+            self.add_callback(self._readers)
+        if self.args.torch_compile:
+            self.add_callback(CompiledWriteBack())
         if not self.smt_callbacks:
             self.add_callback(SMTCallback())
-        for callback in self.smt_callbacks:
-            # A proxy, since a circle would keep the model alive until the next garbage collection.
-            callback.trainer = weakref.proxy(self)
 
     def _has_given_reference(self, args: tuple, kwargs: dict) -> bool:
         """Return whether the arguments of the trainer behind this one hold a reference model."""
@@ -193,6 +195,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         if resume_from_checkpoint is not None and not self.is_deepspeed_enabled:
             warn_of_missing_optimizer(resume_from_checkpoint)
         refuse_bound_optimizer(self)
+        # Again: `save_model` before training writes a whole model.
+        refuse_full_model(self._output_folder)
         if is_smt_model(self.model):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
         else:
@@ -209,36 +213,57 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
                 return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
         finally:
             self._gradients.detach()
+            self._readers.detach()
 
     def _choose_blocks(self, folder: Path) -> BlockSelection:
         """Return the configured selection, or the one that a warm-up leads to: the same on all ranks.
 
         Selection and scores of all blocks are kept in the output folder.
         """
-        selection, losses, seconds = self._given_selection, [], 0.0
-        if selection is not None and (frozen := frozen_names(self.model, selection.block_indices)):
-            logger.warning("The selection has blocks in %d frozen linears, such as `%s`.", len(frozen), frozen[0])
-        if selection is None and self._was_interrupted:
-            selection = BlockSelection.load(folder / SELECTION_FILE)
-            self._refuse_other_config(selection.config, folder / SELECTION_FILE)
-        if selection is None:
-            candidates = self._find_candidates()
-            warmup, began = Warmup(self, candidates.grids), time.monotonic()
-            found, losses = warmup.run(), warmup.losses
-            seconds = time.monotonic() - began
-            scores = BlockScores.of_candidates(candidates, found, self.smt_config, base_name(self.model))
-            if self.args.should_save:
-                # First, so that the warm-up is not lost if the budget turns out not to fit.
-                scores.save(folder / SCORES_FILE)
-            selection = with_new_tokens(self.model, broadcast_object_list([scores.select()])[0])
-            if self.args.should_save:
-                selection.save(folder / SELECTION_FILE)
-        self._report = {"smt_blocks": selection.num_blocks, "smt_fraction_of_model": selection.fraction_of_model}
-        if losses:
-            self._report |= {"smt_warmup_steps": len(losses), "smt_warmup_loss": sum(losses) / len(losses)}
-            self._report["smt_warmup_runtime"] = round(seconds, 4)
+        self._report = {}
+        if (selection := self._given_selection) is not None:
+            if frozen := frozen_names(self.model, selection.block_indices):
+                logger.warning("The selection has blocks in %d frozen linears, such as `%s`.", len(frozen), frozen[0])
+        elif self._was_interrupted:
+            selection = self._read_selection(folder / SELECTION_FILE)
+        else:
+            selection = self._choose_by_warmup(folder)
+        self._report |= {"smt_blocks": selection.num_blocks, "smt_fraction_of_model": selection.fraction_of_model}
         for callback in self.smt_callbacks:
             callback.on_selection(self.args, selection)
+        return selection
+
+    def _read_selection(self, path: Path) -> BlockSelection:
+        """Return what an interrupted run chose."""
+        selection, base = BlockSelection.load(path), base_name(self.model)
+        self._refuse_other_config(selection.config, path)
+        if selection.base_model != base:
+            logger.warning(
+                "The blocks of %s were chosen in %s; this model is %s. If that is no copy of the same model, start "
+                "again in another output_dir.",
+                path,
+                selection.base_model,
+                base,
+            )
+        return replace(selection, base_model=base)
+
+    def _choose_by_warmup(self, folder: Path) -> BlockSelection:
+        candidates = self._find_candidates()
+        warmup, began = Warmup(self, candidates.grids), time.monotonic()
+        found, losses = warmup.run(), warmup.losses
+        if losses:
+            self._report |= {
+                "smt_warmup_steps": len(losses),
+                "smt_warmup_loss": sum(losses) / len(losses),
+                "smt_warmup_runtime": round(time.monotonic() - began, 4),
+            }
+        scores = BlockScores.of_candidates(candidates, found, self.smt_config, base_name(self.model))
+        if self.args.should_save:
+            # First, so that the warm-up is not lost if the budget turns out not to fit.
+            scores.save(folder / SCORES_FILE)
+        selection = with_new_tokens(self.model, broadcast_object_list([scores.select()])[0])
+        if self.args.should_save:
+            selection.save(folder / SELECTION_FILE)
         return selection
 
     def _expect_gradients(self) -> None:

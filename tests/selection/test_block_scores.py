@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from mixtures import mixture
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -101,6 +102,16 @@ def test_what_needs_other_scores_is_refused_naming_the_field(fields, message, ll
     scores = scores_of(llama, target_modules="attention", exclude_modules=["k_proj"], lowest_layer=1)
     with pytest.raises(SMTError, match=message):
         scores.select(fewer(scores, **fields))
+
+
+def test_experts_can_be_chosen_from_the_scores_of_all_linears():
+    model = mixture()
+    scores = scores_of(model, target_modules="all-linear", block_size=8)
+    selection = scores.select(fewer(scores, target_modules="experts"))
+    assert {"experts" in name for name in selection.block_indices} == {True}
+    with pytest.raises(SMTError, match="target_modules='experts' does not fit"):
+        attention = scores_of(model, target_modules="attention", block_size=8)
+        attention.select(fewer(attention, target_modules="experts"))
 
 
 def test_the_configuration_of_the_selection_says_how_its_scores_were_made(scores):

@@ -36,6 +36,18 @@ def not_a_linear(model):
     return selection, "this model has a Identity"
 
 
+def shared_weight(model):
+    selection = tiny.every_block(model, ["model.layers.1.self_attn.q_proj"])
+    model.model.layers[0].self_attn.q_proj.weight = model.model.layers[1].self_attn.q_proj.weight
+    return selection, "this model has one whose weight is shared with another module"
+
+
+def tied_head(model):
+    selection = tiny.every_block(model, ["lm_head"])
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return selection, "this model has one whose weight is shared with another module"
+
+
 def unknown_module_to_save(model):
     return tiny.choose(model, tiny.config(score="random", modules_to_save=["score"])), "modules_to_save names 'score'"
 
@@ -51,6 +63,8 @@ MISFITS = [
     quantised,
     stored_the_other_way,
     not_a_linear,
+    shared_weight,
+    tied_head,
     unknown_module_to_save,
     target_trained_whole,
 ]

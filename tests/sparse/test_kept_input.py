@@ -129,6 +129,13 @@ def product(x):
     return x * 2 * nn.Parameter(torch.randn(8), requires_grad=False)
 
 
+def masked(x):
+    """A product in which something was changed without a gradient, so that the graph does not show it."""
+    with torch.no_grad():
+        x[..., :2] = 0
+    return x
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -138,6 +145,8 @@ def product(x):
         lambda x: (x[:, :1] * x).transpose(0, 1),
         lambda x: x[:1] * x,
         lambda x: product(x).add_(1),
+        lambda x: masked(product(x)),
+        lambda x: product(x)[0],
         lambda x: product(x).view(-1, 4)[torch.tensor([0, 3])],
     ],
     ids=[
@@ -147,6 +156,8 @@ def product(x):
         "a view",
         "a broadcast over tokens",
         "changed in place",
+        "changed in place without a gradient",
+        "one token",
         "some heads",
     ],
 )

@@ -7,7 +7,15 @@ import tiny
 import torch
 import transformers
 from reference import block_mask, train_only
-from transformers import AutoModelForCausalLM, Seq2SeqTrainer
+from texts import byte_tokenizer
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Seq2SeqTrainer,
+    TrainerCallback,
+    default_data_collator,
+)
 
 from smt_trainer import (
     BlockSelection,
@@ -292,7 +300,71 @@ def test_before_training_the_whole_model_is_saved(tmp_path):
     assert torch.equal(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), tiny.logits(tiny.llama()))
 
 
+def test_a_whole_model_in_the_output_folder_is_refused_before_the_warm_up(tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path)
+    trainer.save_model()
+    with pytest.raises(SMTError, match="holds a whole model"):
+        trainer.train()
+    assert not is_smt_model(trainer.model) and not (tmp_path / SELECTION_FILE).exists()
+
+
+def test_blocks_that_a_callback_changed_are_used_by_the_next_step_of_a_compiled_run(tmp_path):
+    class Halve(TrainerCallback):
+        @torch.no_grad()
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            for _, linear in smt_linears(model):
+                linear.blocks.mul_(0.5)
+
+    plain, compiled = (
+        trained(tmp_path / str(compile), callbacks=[Halve()], torch_compile=compile, torch_compile_backend="aot_eager")
+        for compile in (False, True)
+    )
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert plain.losses != pytest.approx(trained(tmp_path / "other").losses, rel=1e-5)
+
+
+def test_an_interrupted_run_says_that_its_blocks_were_chosen_in_another_model(tmp_path, warnings):
+    tiny.llama().save_pretrained(tmp_path / "first")
+    tiny.llama(seed=3).save_pretrained(tmp_path / "second")
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("first", "second"))
+    selection = tiny.smt_trainer(first, tmp_path / "out").select()
+    trainer = tiny.smt_trainer(second, tmp_path / "out")
+    trainer.train(resume_from_checkpoint=True)
+    (line,) = [line for line in warnings() if "were chosen in" in line]
+    assert "first; this model is" in line and "start again in another output_dir" in line
+    assert (selection.base_model, trainer.smt_selection.base_model) == ("first", "second")
+
+
 # ---- deltas and merged checkpoints ----
+
+
+def test_the_tokenizer_of_the_collator_goes_with_the_delta_and_the_merged_model(tmp_path):
+    class Collator:
+        tokenizer = byte_tokenizer()
+
+        def __call__(self, features):
+            return default_data_collator(features)
+
+    trainer = trained(tmp_path, collator=Collator())
+    trainer.save_model(tmp_path / "delta")
+    trainer.merge_and_save(tmp_path / "merged")
+    for name in ("delta", "merged"):
+        assert AutoTokenizer.from_pretrained(tmp_path / name)("a b").input_ids == byte_tokenizer()("a b").input_ids
+
+
+def test_merging_a_model_that_cannot_write_itself_is_refused_saying_what_to_do(tmp_path):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny.llama()
+
+        def forward(self, input_ids, labels=None):
+            return self.model(input_ids=input_ids, labels=labels)
+
+    trainer = trained(tmp_path, Plain())
+    with pytest.raises(SMTError, match=r"a Plain has no save_pretrained.*merge_and_unload"):
+        trainer.merge_and_save(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from reference import block_scores, summed_gradients
+from torch import nn
 
 from smt_trainer import BlockScores, BlockSelection, SMTError
 from smt_trainer.config import SCORES
@@ -279,6 +280,31 @@ def test_a_model_with_nan_is_refused_naming_a_module(tmp_path):
 def test_data_without_a_batch_are_refused(tmp_path):
     with pytest.raises(SMTError, match="the training data gave no batch"):
         tiny.smt_trainer(tiny.llama(), tmp_path, data=tiny.examples(3), dataloader_drop_last=True).train()
+
+
+def test_a_linear_that_is_called_by_keyword_is_scored_and_trained_alike(tmp_path):
+    def by_keyword(module, name):
+        linear = getattr(module, name)
+        module._modules[name] = Keyword(linear)
+
+    class Keyword(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    plain, named = tiny.llama(), tiny.llama()
+    for layer in named.model.layers:
+        by_keyword(layer.self_attn, "v_proj")
+    runs = [
+        tiny.smt_trainer(model, tmp_path / name, tiny.config(target_modules=rf".*v_proj{ending}"))
+        for model, name, ending in ((plain, "plain", ""), (named, "named", r"\.linear"))
+    ]
+    for run in runs:
+        run.train()
+    assert runs[0].losses == runs[1].losses
 
 
 # ---- the artefact ----
