@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out,
         weights=arguments.weights,
         mean=arguments.mean,
-        revision=arguments.revision,
+        base_revision=arguments.revision,
     )
     result = {
         "output": arguments.out,

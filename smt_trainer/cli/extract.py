@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from smt_trainer.delta.extract import extract_delta
 
-    found = extract_delta(arguments.base, arguments.finetuned, arguments.out, revision=arguments.revision, **given)
+    found = extract_delta(arguments.base, arguments.finetuned, arguments.out, base_revision=arguments.revision, **given)
     result = {
         "output": arguments.out,
         "selection": blocks(found.selection),

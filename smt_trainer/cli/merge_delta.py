@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.base,
         arguments.delta,
         arguments.out,
-        revision=arguments.revision,
+        base_revision=arguments.revision,
         delta_revision=arguments.delta_revision,
         onto=arguments.onto,
     )

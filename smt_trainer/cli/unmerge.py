@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.delta,
         arguments.out,
         base=arguments.base,
-        revision=arguments.revision,
+        base_revision=arguments.revision,
         onto=arguments.onto,
     )
     write(arguments, {"output": arguments.out}, [f"base in {arguments.out}"])

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.base,
         arguments.delta,
         arguments.merged,
-        revision=arguments.revision,
+        base_revision=arguments.revision,
         delta_revision=arguments.delta_revision,
         onto=arguments.onto,
     )

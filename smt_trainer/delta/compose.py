@@ -58,7 +58,7 @@ def compose_deltas(
     *,
     weights: Sequence[float] | None = None,
     mean: bool = False,
-    revision: str | None = None,
+    base_revision: str | None = None,
 ) -> Composition:
     """Write the delta that changes a base by the weighted sum of what several deltas change.
 
@@ -70,7 +70,7 @@ def compose_deltas(
         output: folder to make; it appears whole or not at all.
         weights: a factor for the changes of each delta; 1 by default.
         mean: divide the sum by the number of deltas.
-        revision: revision of a base on the hub.
+        base_revision: revision of a base on the hub.
 
     Returns:
         The blocks of the composed delta, and where the deltas touch.
@@ -83,7 +83,7 @@ def compose_deltas(
     """
     factors, output = _checked(weights, len(delta_folders)), Path(output)
     folders = [find_delta(folder) for folder in delta_folders]
-    checkpoint, _ = open_both(base, folders[0], output, revision, None)
+    checkpoint, _ = open_both(base, folders[0], output, base_revision, None)
     check_outside(output, *folders)
     deltas = [Delta.load(folder) for folder in folders]
     _check_alike(deltas, folders, checkpoint)

@@ -71,7 +71,7 @@ def extract_delta(
     output: str | Path,
     *,
     budget: float | int | dict[str, float | int] | None = None,
-    revision: str | None = None,
+    base_revision: str | None = None,
     **fields: Any,
 ) -> Extraction:
     """Write the delta that makes a base what a fine-tuned checkpoint is, or comes nearest to it within a budget.
@@ -85,7 +85,7 @@ def extract_delta(
         finetuned: folder or hub name of a checkpoint with the base's tensors in other values.
         output: folder to make; it appears whole or not at all.
         budget: as in SMTConfig; None takes all that differs.
-        revision: revision of a base on the hub.
+        base_revision: revision of a base on the hub.
         fields: of SMTConfig, such as `block_size`, `granularity` and `target_modules`, here "all-linear" by default;
             and with a budget those that choose by it, such as `scope`.
 
@@ -103,7 +103,7 @@ def extract_delta(
         without = " without a budget" if budget is None else ""
         raise SMTError(f"{other[0]} says nothing about extracting{without}; give some of {', '.join(taken)}.")
     check_new(output)
-    pair = Pair.open(base, finetuned, revision)
+    pair = Pair.open(base, finetuned, base_revision)
     check_outside(output, pair.base.folder, pair.tuned.folder)
     chosen = fields if budget is None else fields | {"budget": budget}
     config = SMTConfig.from_dict({"target_modules": "all-linear", "score": "magnitude", "modules_to_save": []} | chosen)

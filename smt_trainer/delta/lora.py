@@ -53,7 +53,7 @@ def export_lora(
     delta: str | Path,
     output: str | Path,
     *,
-    revision: str | None = None,
+    base_revision: str | None = None,
     delta_revision: str | None = None,
     dtype: str = "float32",
     max_rank: int = MAX_RANK,
@@ -69,7 +69,7 @@ def export_lora(
         base: folder or hub name of the base checkpoint, in safetensors format.
         delta: folder or hub name of the delta.
         output: folder to make; it appears whole or not at all.
-        revision: revision of a base on the hub.
+        base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
         dtype: of the factors, "float32", "bfloat16" or "float16"; the last two round the change.
         max_rank: the largest rank that is allowed.
@@ -89,7 +89,7 @@ def export_lora(
             f"{max_rank!r}."
         )
     output = Path(output)
-    checkpoint, delta_folder = open_both(base, delta, output, revision, delta_revision)
+    checkpoint, delta_folder = open_both(base, delta, output, base_revision, delta_revision)
     loaded = Delta.load(delta_folder)
     check_lora_onto(loaded, onto, checkpoint)
     _refuse_experts(loaded)
@@ -108,7 +108,7 @@ def export_lora(
     arrays |= {f"{PREFIX}{name}": values for name, values in loaded.whole_arrays.items()}
     with new_folder(output) as stage:
         save_arrays(arrays, stage / ADAPTER_FILE, {"format": "pt"})
-        config = adapter_config(loaded, ranks, saved, base, revision)
+        config = adapter_config(loaded, ranks, saved, base, base_revision)
         (stage / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_trained(checkpoint, delta_folder, stage)
     _log(ranks, saved, error, dtype, [output / ADAPTER_FILE, delta_folder / DELTA_FILE], advice(loaded, onto))

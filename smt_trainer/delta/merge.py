@@ -31,7 +31,7 @@ def merge_checkpoint(
     delta: str | Path,
     output: str | Path,
     *,
-    revision: str | None = None,
+    base_revision: str | None = None,
     delta_revision: str | None = None,
     onto: str | None = None,
 ) -> Path:
@@ -44,7 +44,7 @@ def merge_checkpoint(
         base: folder or hub name of the base checkpoint, in safetensors format.
         delta: folder or hub name of the delta.
         output: folder to make; it appears whole or not at all.
-        revision: revision of a base on the hub.
+        base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
         onto: for a delta of a quantised base, "original" or "dequantized" (see `delta/onto.py`). Either loads base and
             result to log how far the result is from the trained model.
@@ -58,7 +58,7 @@ def merge_checkpoint(
             `onto` is left open. Nothing is written.
     """
     output = Path(output)
-    checkpoint, delta_folder = open_both(base, delta, output, revision, delta_revision)
+    checkpoint, delta_folder = open_both(base, delta, output, base_revision, delta_revision)
     with new_folder(output) as stage:
         if onto is None:
             _patch(checkpoint, delta_folder, stage, onto)
@@ -68,7 +68,7 @@ def merge_checkpoint(
 
 
 def open_both(
-    base: str | Path, delta: str | Path, output: Path, revision: str | None, delta_revision: str | None
+    base: str | Path, delta: str | Path, output: Path, base_revision: str | None, delta_revision: str | None
 ) -> tuple[Checkpoint, Path]:
     """Find a base and the folder of a delta, on disk or on the hub, and check the place for what is made of both.
 
@@ -78,7 +78,7 @@ def open_both(
     """
     check_new(output)
     delta_folder = find_delta(delta, delta_revision)
-    folder = find_checkpoint(base, revision)
+    folder = find_checkpoint(base, base_revision)
     check_outside(output, folder, delta_folder)
     return Checkpoint.open(folder), delta_folder
 

@@ -36,7 +36,7 @@ def delta_patches(
     base: str | Path,
     delta: str | Path,
     *,
-    revision: str | None = None,
+    base_revision: str | None = None,
     delta_revision: str | None = None,
     onto: str | None = None,
     max_bytes: int = MAX_BYTES,
@@ -49,7 +49,7 @@ def delta_patches(
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
         delta: folder or hub name of the delta.
-        revision: revision of a base on the hub.
+        base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
         onto: "original" for a delta of a quantised base that is put into the weights that it was made of.
         max_bytes: bound on the bytes of values and indices of a patch; a tensor is cut into as many as it needs.
@@ -67,7 +67,7 @@ def delta_patches(
             "patches change some weights of a checkpoint, and onto='dequantized' replaces all quantised ones. Merge, "
             "and load the merged checkpoint."
         )
-    checkpoint = Checkpoint.open(find_checkpoint(base, revision))
+    checkpoint = Checkpoint.open(find_checkpoint(base, base_revision))
     placement = Placement.of(find_delta(delta, delta_revision), checkpoint, onto)
     if placement.is_resized:
         raise SMTError(

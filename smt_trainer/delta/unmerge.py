@@ -37,7 +37,7 @@ def unmerge(
     output: str | Path,
     *,
     base: str | Path,
-    revision: str | None = None,
+    base_revision: str | None = None,
     onto: str | None = None,
 ) -> Path:
     """Write the base that a delta was merged into, bit for bit, in the files of the merged checkpoint.
@@ -49,7 +49,7 @@ def unmerge(
         delta_folder: folder or hub name of the delta.
         output: folder to make; it appears whole or not at all.
         base: folder or hub name of the base, which holds the values that the delta replaced.
-        revision: revision of a base on the hub.
+        base_revision: revision of a base on the hub.
         onto: "original" if a delta of a quantised base was merged onto the weights that it was made of.
 
     Returns:
@@ -65,7 +65,7 @@ def unmerge(
             "a merge onto='dequantized' replaced every quantised weight, so nothing of the base is left in it. "
             "Use the base itself."
         )
-    checkpoint, delta_folder = open_both(base, delta_folder, output, revision, None)
+    checkpoint, delta_folder = open_both(base, delta_folder, output, base_revision, None)
     check_outside(output, merged)
     found = Checkpoint.open(merged, MERGED)
     placement = Placement.of(delta_folder, checkpoint, onto)

@@ -69,7 +69,7 @@ def verify_merge(
     delta: str | Path,
     merged: str | Path,
     *,
-    revision: str | None = None,
+    base_revision: str | None = None,
     delta_revision: str | None = None,
     onto: str | None = None,
 ) -> Verification:
@@ -79,7 +79,7 @@ def verify_merge(
         base: folder or hub name of the base checkpoint, in safetensors format.
         delta: folder or hub name of the delta.
         merged: folder of the merged checkpoint.
-        revision: revision of a base on the hub.
+        base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
         onto: "original" if a delta of a quantised base was merged onto the weights that it was made of.
 
@@ -100,7 +100,7 @@ def verify_merge(
     if not merged.is_dir():
         raise SMTError(f"no {MERGED} at {merged}: expected a folder. Check the path.")
     delta_folder = find_delta(delta, delta_revision)
-    checkpoint = Checkpoint.open(find_checkpoint(base, revision))
+    checkpoint = Checkpoint.open(find_checkpoint(base, base_revision))
     placement = Placement.of(delta_folder, checkpoint, onto)
     try:
         found = Checkpoint.open(merged, MERGED)
