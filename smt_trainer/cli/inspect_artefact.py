@@ -37,7 +37,8 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "path",
         metavar="PATH",
-        help="delta folder or checkpoint of SMTTrainer, selection (.json) or scores (.safetensors)",
+        help="delta folder or checkpoint of SMTTrainer, selection (.json, or the folder of smt select) or scores "
+        "(.safetensors)",
     )
     parser.add_argument("other", metavar="OTHER", nargs="?", help="another one: show how much their blocks agree")
     parser.add_argument(
@@ -69,9 +70,12 @@ def run(arguments: argparse.Namespace) -> None:
 def _load(path: str):
     """Load what lies at a path: a `BlockScores`, a `BlockSelection` or a `Delta`."""
     from smt_trainer.delta.delta import Delta
+    from smt_trainer.delta.folder import DELTA_FILE
     from smt_trainer.selection.block_scores import BlockScores
-    from smt_trainer.selection.block_selection import BlockSelection
+    from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection
 
+    if Path(path, SELECTION_FILE).is_file() and not Path(path, DELTA_FILE).is_file():
+        return BlockSelection.load(Path(path, SELECTION_FILE))
     kinds = {".safetensors": BlockScores.load, ".json": BlockSelection.load}
     return kinds.get(Path(path).suffix, Delta.load)(path)
 

@@ -163,7 +163,7 @@ def check_base(delta: Delta, name: str | None, differences: list[str]) -> None:
         raise SMTError(
             f"the delta was trained on {expected or 'another base model'}. {name or 'This model'} has other values in "
             f"{len(differences)} of its {len(delta.base.checksums)} tensors, such as `{differences[0]}`. Load the base "
-            f"of training, in {delta.base.dtype} or finer."
+            f"of training, in {delta.base.dtype} or finer; if another delta was merged into it, merge that one first."
         )
     if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
         logger.warning("The delta names %s as its base. This model is %s; the weights agree.", expected, name)

@@ -39,7 +39,7 @@ FORMAT = "2"
 MANIFEST = "smt"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delta:
     """A checked delta in memory.
 
@@ -73,6 +73,9 @@ class Delta:
                     f"the delta's blocks of `{name}` should have shape {list(expected)}, got {found}. It is "
                     "damaged; save or download it again."
                 )
+
+    def __repr__(self) -> str:
+        return f"<Delta on {self.selection.base_model}: {self.selection.summary()}>"
 
     @cached_property
     def blocks(self) -> dict[str, Tensor]:

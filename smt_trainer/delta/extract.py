@@ -38,7 +38,8 @@ class Extraction:
     Attributes:
         selection: the blocks of the delta.
         whole: names of the tensors that it holds whole.
-        is_exact: whether merging is proven to give the fine-tuned checkpoint bit for bit: always without a budget.
+        is_exact: whether merging is proven to give the fine-tuned checkpoint bit for bit: always without a budget, and
+            with one that covers all that changed.
         left: what is left of the change of all tensors together, from 0 to 1; see the top of this file.
         left_of: name of a tensor that is not taken altogether -> what is left of its change.
     """
@@ -115,9 +116,14 @@ def extract_delta(
     with new_folder(output) as stage:
         delta.save(stage)
         copy_to_delta(pair.tuned.folder, stage)
-        if budget is None:
-            _prove(pair, stage)
-    return Extraction(selection, list(delta.whole_arrays), budget is None, left, left_of)
+        problems = _differences(pair, stage) if left == 0 else []
+        if budget is None and problems:
+            where, problem = problems[0]
+            raise SMTError(
+                f"no delta makes {pair.tuned.folder} of {pair.base.folder}: after merging, `{where}` {problem}. If it "
+                "is tied to another tensor in the base and no longer in the fine-tuned checkpoint, untie it in both."
+            )
+    return Extraction(selection, list(delta.whole_arrays), left == 0 and not problems, left, left_of)
 
 
 def _name(base: str | Path, pair: Pair) -> str:
@@ -126,12 +132,6 @@ def _name(base: str | Path, pair: Pair) -> str:
     return folder.resolve().name if Path(base).is_dir() else f"{base}@{folder.name}"
 
 
-def _prove(pair: Pair, stage: Path) -> None:
-    """Raise `SMTError` unless a delta merged onto the base gives the tuned checkpoint, bit for bit."""
-    _, problems = compare_tensors(pair.base, Placement.of(stage, pair.base), pair.tuned)
-    if problems:
-        where, problem = problems[0]
-        raise SMTError(
-            f"no delta makes {pair.tuned.folder} of {pair.base.folder}: after merging, `{where}` {problem}. If it is "
-            "tied to another tensor in the base and no longer in the fine-tuned checkpoint, untie it in both."
-        )
+def _differences(pair: Pair, stage: Path) -> list[tuple[str, str]]:
+    """Return in which tensors a delta merged onto the base does not give the tuned checkpoint, bit for bit, and how."""
+    return compare_tensors(pair.base, Placement.of(stage, pair.base), pair.tuned)[1]

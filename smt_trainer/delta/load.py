@@ -85,9 +85,11 @@ def from_delta(
             exactly the trained one.
 
     Raises:
-        SMTError: as in `load_delta`; or `base` is not given, and the delta records none or `trust_remote_code` would
-            run the code of the one that it names.
+        SMTError: as in `load_delta`; `auto_class` is no class; or `base` is not given, and the delta records none or
+            `trust_remote_code` would run the code of the one that it names.
     """
+    if not hasattr(auto_class, "from_pretrained") and auto_class is not None:
+        raise SMTError(f"auto_class must be a class with from_pretrained, got {auto_class!r}. A base goes to base=.")
     folder = find_delta(delta, revision, **{key: kwargs[key] for key in ACCESS if key in kwargs})
     loaded = Delta.load(folder)
     if base is None:

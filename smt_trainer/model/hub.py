@@ -10,8 +10,10 @@ from smt_trainer.errors import SMTError
 
 
 def is_folder(name: str | Path, revision: str | None) -> bool:
-    """Return whether a base or delta lies in a folder. Raise `SMTError` if it does, and a revision is given."""
+    """Return whether a base or delta lies in a folder. Raise `SMTError` for a file, and for a revision of a folder."""
     found = Path(name).is_dir()
+    if Path(name).is_file():
+        raise SMTError(f"{name} is a file. Give the folder that it lies in.")
     if found and revision is not None:
         raise SMTError(
             f"{name} is a folder, which has no revision {revision!r}. Leave it out, or give a name on the hub."

@@ -255,8 +255,15 @@ def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching:
         for name, value in (("exclude_modules", config.exclude_modules), ("lowest_layer", config.lowest_layer))
         if value
     )
+    names = config.target_modules
+    if isinstance(names, str) and names not in TARGET_KEYWORDS:
+        read = " (a regular expression for whole names; several names are a list)"
+    elif keywords := set(names) & set(TARGET_KEYWORDS) if isinstance(names, list) else None:
+        read = f" (in a list, {sorted(keywords)[0]!r} is the name of a module; the keyword stands alone)"
+    else:
+        read = ""
     return (
-        f"target_modules={config.target_modules!r}{restrictions} matches no linear of this model. Its linears, "
+        f"target_modules={names!r}{read}{restrictions} matches no linear of this model. Its linears, "
         f"convolutions and embeddings are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them "
-        "in target_modules."
+        f"in target_modules{', or lower lowest_layer' * bool(config.lowest_layer)}."
     )

@@ -99,6 +99,9 @@ class BlockSelection:
             for projection, names in by_projection(self.grids).items()
         }
 
+    def __repr__(self) -> str:
+        return f"<BlockSelection in {self.base_model}: {self.summary()}>"
+
     def summary(self) -> str:
         """Describe the selection in one line: blocks and their shape, parameters, fractions, projections."""
         shapes = {grid.block_shape for grid in self.grids.values()}

@@ -57,7 +57,7 @@ def get_state(model: nn.Module) -> SMTState:
     if state is None and getattr(model, "smt_merged", False):
         raise SMTError("this model is merged already, as from_delta gives it unless merge=False; it is a plain model.")
     if state is None:
-        raise SMTError("this model trains no blocks; run SMTTrainer, convert_to_smt or load_delta on it first.")
+        raise SMTError("this model trains no blocks; train it with SMTTrainer, or call convert_to_smt or load_delta.")
     return state
 
 

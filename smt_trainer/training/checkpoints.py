@@ -102,6 +102,8 @@ class SavesDelta(Trainer):
         config = getattr(self.model, "config", None)
         if config is not None and hasattr(config, "to_json_string"):
             values = json.loads(config.to_json_string(use_diff=True)) | {EXPLICIT: NO_WEIGHTS}
+            if isinstance(self.model, PreTrainedModel):
+                values["architectures"] = [architecture_of(self.model)]
             write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:

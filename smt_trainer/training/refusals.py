@@ -93,8 +93,8 @@ def refuse_other_blocks(model: nn.Module, config: SMTConfig, given: BlockSelecti
     if differences:
         raise SMTError(
             f"this model trains blocks already, which were chosen under another smt_config (ours first: "
-            f"{'; '.join(differences)}). Leave smt_config out to go on training them; to choose others, call "
-            "merge_and_unload(model) first."
+            f"{'; '.join(differences)}). Leave smt_config out to go on training them; to choose others, load the "
+            "base anew or, to build on what is trained, what merge_and_save writes."
         )
 
 

@@ -81,8 +81,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     """Goes in front of `Trainer` or any subclass of it: `class MyTrainer(SMTTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
-        smt_config: what to tune and how to choose it; if omitted, the paper's defaults, or for a model that trains
-            blocks already the configuration that chose them.
+        smt_config: what to tune and how to choose it; if omitted, the defaults of `SMTConfig`, or for a model that
+            trains blocks already the configuration that chose them.
         All other arguments are those of the trainer behind it.
 
     Attributes:
@@ -170,8 +170,9 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     def select(self) -> BlockSelection:
         """Choose the blocks as `train` does, and leave the model as it was.
 
-        Selection and scores are written to the output folder; either can be another run's `SMTConfig.selection`. Only
-        `train` tells the model to checkpoint its activations: where memory is short, do so before.
+        Selection and scores are written to the output folder; either can be another run's `SMTConfig.selection`, as can
+        what is returned. `train` chooses again unless it is set. Only `train` tells the model to checkpoint its
+        activations: where memory is short, do so before.
 
         Raises:
             SMTError: the model trains blocks already, or they cannot be chosen.
@@ -221,6 +222,12 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         Selection and scores of all blocks are kept in the output folder.
         """
         self._report = {}
+        if getattr(self.model, "smt_merged", False):
+            logger.warning(
+                "A delta was merged into this model, and the blocks to come lie on top of it: their delta will fit no "
+                "checkpoint that there is. Save the merged model first, with save_pretrained, and train that. To go on "
+                "with the blocks of that delta instead, load it with from_delta(..., merge=False)."
+            )
         if (selection := self._given_selection) is not None:
             if frozen := frozen_names(self.model, selection.block_indices):
                 logger.warning("The selection has blocks in %d frozen linears, such as `%s`.", len(frozen), frozen[0])

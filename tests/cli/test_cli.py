@@ -216,6 +216,13 @@ def token_of(byte):
     return 3 + alphabet.index("\u0120" if byte == 32 else chr(byte))
 
 
+def test_inspect_takes_the_folder_that_select_writes(scores, tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert main(["select", "--scores", str(scores), "--output", str(folder)]) == 0
+    assert main(["inspect", str(folder)]) == 0
+    assert BlockSelection.load(folder / "smt_selection.json").summary() in capsys.readouterr().out
+
+
 def test_select_chooses_again_from_scores_alone(scores, tmp_path):
     command = ["select", "--scores", str(scores), "--output", str(tmp_path / "out")]
     assert main([*command, "--budget", "3", "--target-modules", "v_proj$", "q_proj", "--layer-cap", "2"]) == 2

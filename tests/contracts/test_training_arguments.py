@@ -41,6 +41,7 @@ from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
+from smt_trainer.training.weight_readers import RefuseWeightReaders
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("training_arguments.md")
@@ -151,7 +152,7 @@ def record(trainer) -> dict:
         "callbacks": sorted(
             type(each).__name__
             for each in trainer.callback_handler.callbacks
-            if not isinstance(each, (SMTCallback, ExpectGradients))
+            if not isinstance(each, (SMTCallback, ExpectGradients, RefuseWeightReaders))
         ),
         "best": [trainer.state.best_metric, trainer.state.best_global_step],
         "tokens": trainer.state.num_input_tokens_seen,

@@ -154,7 +154,9 @@ def test_no_other_blocks_leave_less(everywhere, tmp_path):
 def test_a_budget_takes_no_block_that_did_not_change(pair, tmp_path):
     base, tuned = pair(tiny.llama, budget=3)
     found = extract_delta(base, tuned, tmp_path / "extracted", budget=20, block_size=16)
-    assert (found.selection.num_blocks, found.is_exact, found.left) == (3, False, 0)
+    assert (found.selection.num_blocks, found.is_exact, found.left) == (3, True, 0)
+    part = extract_delta(base, tuned, tmp_path / "part", budget=2, block_size=16)
+    assert not part.is_exact and part.left > 0
 
 
 @given(grid=grids(), data=st.data())

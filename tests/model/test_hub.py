@@ -76,6 +76,11 @@ def test_what_is_not_there_is_refused_in_a_line(name, revision, message, hub, tm
     assert not [name for _, name in hub.sent if name.endswith("safetensors")]
 
 
+def test_a_file_is_no_folder(base):
+    with pytest.raises(SMTError, match=r"model\.safetensors is a file\. Give the folder"):
+        find_checkpoint(base / "model.safetensors", None)
+
+
 def test_a_folder_has_no_revision(base):
     with pytest.raises(SMTError, match=r"is a folder, which has no revision 'v1'"):
         find_checkpoint(base, "v1")

@@ -103,8 +103,12 @@ def test_layers_below_the_lowest_are_left_out(llama):
     ("fields", "message"),
     [
         ({"target_modules": ["wq"]}, r"\['wq'\] matches no linear.*q_proj \(2 of 64x64\).*Name some of them"),
-        ({"target_modules": r"q_.*"}, "matches no linear"),
-        ({"lowest_layer": 2}, "lowest_layer=2 matches no linear"),
+        ({"target_modules": r"q_.*"}, r"\(a regular expression for whole names; several names are a list\) matches no"),
+        (
+            {"target_modules": ["attention", "mlp"]},
+            r"in a list, 'attention' is the name of a module.* matches",
+        ),
+        ({"lowest_layer": 2}, "lowest_layer=2 matches no linear.* or lower lowest_layer"),
         ({"exclude_modules": ["q_proj", "k_proj", "v_proj"]}, "exclude_modules=.* matches no linear"),
     ],
 )

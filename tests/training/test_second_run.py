@@ -48,6 +48,16 @@ def test_the_optimizer_of_a_run_whose_model_was_merged_is_refused(tmp_path):
     assert trainer.losses[-1] < trainer.losses[0]
 
 
+def test_training_on_top_of_a_merged_delta_says_that_no_checkpoint_is_its_base(tmp_path, warnings):
+    model = merge_and_unload(trained(tmp_path / "first").model)
+    assert not [line for line in warnings() if "A delta was merged" in line]
+    trained(tmp_path / "second", model).save_model(tmp_path / "delta")
+    (line,) = [line for line in warnings() if "A delta was merged into this model" in line]
+    assert "Save the merged model first" in line and "from_delta(..., merge=False)" in line
+    with pytest.raises(SMTError, match="if another delta was merged into it, merge that one first"):
+        load_delta(tiny.llama(), tmp_path / "delta")
+
+
 def test_an_optimizer_of_the_blocks_may_be_given(tmp_path):
     trained(tmp_path).save_model(tmp_path / "delta")
     model = load_delta(tiny.llama(), tmp_path / "delta")
@@ -87,7 +97,7 @@ OTHER = [
 def test_a_trained_model_is_refused_under_another_configuration(fields, tmp_path):
     model = trained(tmp_path).model
     (name, value) = next(iter(fields.items()))
-    with pytest.raises(SMTError, match=rf"trains blocks already.*{name}: {value!r} != .*merge_and_unload\(model\)"):
+    with pytest.raises(SMTError, match=rf"trains blocks already.*{name}: {value!r} != .*merge_and_save"):
         tiny.smt_trainer(model, tmp_path, tiny.config(**fields))
 
 

@@ -10,7 +10,9 @@ from reference import block_mask, train_only
 from texts import byte_tokenizer
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     Seq2SeqTrainer,
     TrainerCallback,
@@ -386,6 +388,17 @@ def test_merged_checkpoint_merged_delta_and_delta_on_base_all_give_the_trained_l
     merged, streamed, base = (tiny.saved_tensors(tmp_path / name) for name in ("merged", "streamed", "base"))
     assert merged.keys() == streamed.keys() == base.keys()
     assert all(torch.equal(tensor, streamed[key]) for key, tensor in merged.items())
+
+
+def test_the_configuration_beside_a_delta_names_the_class_that_was_trained(tmp_path):
+    tiny.llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    data = [{"input_ids": example["input_ids"], "labels": torch.tensor(1)} for example in tiny.examples()]
+    trained(tmp_path / "out", model, data=data).save_model(tmp_path / "delta")
+    assert AutoConfig.from_pretrained(tmp_path / "delta").architectures == ["LlamaForSequenceClassification"]
+    assert type(from_delta(tmp_path / "delta", base=tmp_path / "base")) is type(model)
+    with pytest.raises(SMTError, match=r"auto_class must be a class.*got 'base'\. A base goes to base="):
+        from_delta(tmp_path / "delta", "base")
 
 
 def test_merging_in_the_middle_does_not_change_training(tmp_path):
