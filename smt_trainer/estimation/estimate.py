@@ -41,10 +41,11 @@ from smt_trainer.model.kinds import named_targets
 from smt_trainer.model.targets import find_targets
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import make_scorer
-from smt_trainer.selection.block_scores import BlockScores, resolve_selection
+from smt_trainer.selection.block_scores import BlockScores
 from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.selection.dependencies import find_dependencies
+from smt_trainer.selection.given import resolve_selection
 from smt_trainer.sparse.convert import rewrite
 from smt_trainer.sparse.fit import find_linears
 

@@ -281,25 +281,6 @@ class BlockScores:
         )
 
 
-def resolve_selection(
-    selection: BlockSelection | Mapping[str, Any] | str | Path, config: SMTConfig, model: nn.Module | None
-) -> BlockSelection:
-    """Return the selection that `SMTConfig.selection` stands for.
-
-    It may be a selection, its dictionary or file, or a scores file (.safetensors), from which `config` chooses.
-
-    Raises:
-        SMTError: the file is missing or damaged, or the scores do not fit `config` or the plain model, if one is given.
-    """
-    if not isinstance(selection, (str, Path)) or Path(selection).suffix != ".safetensors":
-        return BlockSelection.resolve(selection)
-    scores = BlockScores.load(selection)
-    chosen = scores.select(config)
-    if model is not None:
-        scores.check_model(model, config)
-    return chosen
-
-
 def _limits(source: BlockGrid | None, one: Dependency) -> tuple[int, int]:
     return (source.shape[0] if source else 0), one.grid.num_blocks
 

@@ -34,17 +34,18 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.folder import refuse_full_model
 from smt_trainer.errors import SMTError
-from smt_trainer.model.names import count_projections
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.targets import count_parameters, frozen_names
 from smt_trainer.scores import SCORERS
-from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores, resolve_selection
+from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores
 from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
+from smt_trainer.selection.given import given_selection
 from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt
 from smt_trainer.sparse.listed_experts import arriving_together
-from smt_trainer.sparse.state import get_state, is_smt_model, trainable_parameters
+from smt_trainer.sparse.state import get_state, is_smt_model
+from smt_trainer.training.activation_checkpointing import let_backward_stop_early
 from smt_trainer.training.callback import CompiledWriteBack, DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, warn_of_missing_optimizer
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
@@ -59,6 +60,7 @@ from smt_trainer.training.refusals import (
 )
 from smt_trainer.training.sharded_kinds import refuse_partitioned_experts, refuse_sharded_tokens
 from smt_trainer.training.tensor_parallel import admitting_checkpoints
+from smt_trainer.training.trained_parts import trained_parts
 from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
 from smt_trainer.training.weight_readers import RefuseWeightReaders
@@ -207,8 +209,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         sharding = is_sharding(self.accelerator)
         if sharding:
             prepare_for_sharding(self.model, self.accelerator)
-        self._let_backward_stop_early()
-        logger.info("%s; %s%s", self._trainable_line(), self.smt_selection.summary(), self._whole_part())
+        let_backward_stop_early(self.model, self.args)
+        logger.info("%s", trained_parts(self.model))
         try:
             with arriving_together(self.model) if sharding else contextlib.nullcontext():
                 return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
@@ -294,20 +296,6 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         self._found = weakref.ref(self.model), flags, candidates
         return candidates
 
-    def _let_backward_stop_early(self) -> None:
-        """Undo Trainer's request for the gradient of the embeddings when it checkpoints activations.
-
-        Only the reentrant kind needs that gradient; without it backward stops at the lowest layer with blocks.
-        """
-        # pyrefly: ignore[no-matching-overload]  # TrainingArguments has parsed a string
-        kwargs = dict(self.args.gradient_checkpointing_kwargs or {})
-        for handled_by_transformers in ("every_n_layers", "offload"):
-            kwargs.pop(handled_by_transformers, None)
-        # transformers' default is the other kind; torch's, for kwargs that do not say, is the reentrant one.
-        reentrant = bool(kwargs) and kwargs.get("use_reentrant") is not False
-        if self.args.gradient_checkpointing and not reentrant and hasattr(self.model, "disable_input_require_grads"):
-            self.model.disable_input_require_grads()
-
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Log as Trainer does, with the results of the warm-up beside the first loss; in the warm-up, do nothing."""
         if self.is_in_warmup:
@@ -331,21 +319,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     @functools.cached_property
     def _given_selection(self) -> BlockSelection | None:  # pyrefly: ignore[bad-override]  # it is no plain attribute
         """The configured selection, trained as this trainer's configuration says."""
-        if self.smt_config.selection is None:
-            return None
-        plain = None if is_smt_model(self.model) else self.model
-        selection = resolve_selection(self.smt_config.selection, self.smt_config, plain)
-        chosen_by = SMTConfig.deciding("targets", "scores", "choice")
-        given, defaults = ({name: getattr(one, name) for name in chosen_by} for one in (self.smt_config, SMTConfig()))
-        meaningful = {name: (defaults[name], getattr(selection.config, name)) for name in chosen_by}
-        if vain := [f"{name}={value!r}" for name, value in given.items() if value not in meaningful[name]]:
-            logger.warning(
-                "The blocks are those of the selection, whatever %s would choose. Leave these out, or the selection.",
-                ", ".join(vain),
-            )
-        trained_by = {name: getattr(self.smt_config, name) for name in SMTConfig.deciding("training")}
-        selection = replace(selection, config=replace(selection.config, **trained_by))
-        return selection if plain is None else with_new_tokens(plain, selection)
+        return given_selection(self.smt_config, None if is_smt_model(self.model) else self.model)
 
     @property
     def smt_callbacks(self) -> list[SMTCallback]:
@@ -359,24 +333,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
 
     def print_trainable_parameters(self) -> None:
         """Write to standard output how much is trained, and which blocks."""
-        tqdm.write(f"{self._trainable_line()}; {self.smt_selection.summary()}{self._whole_part()}")
-
-    def _whole_part(self) -> str:
-        """What is trained, or stored, beside the blocks."""
-        state = get_state(self.model)
-        parts = {
-            "whole": [name for name in state.whole if name not in state.made_up],
-            "new, since the checkpoint lacks it": [name for name in state.whole if name in state.made_up],
-            "statistics, should forward change them": list(state.statistics),
-        }
-        return "".join(f"; {what}: {count_projections(names)}" for what, names in parts.items() if names)
-
-    def _trainable_line(self) -> str:
-        selection, trained = self.smt_selection, trainable_parameters(self.model)
-        return (
-            f"trainable parameters: {trained:,} of {selection.num_parameters:,} "
-            f"({trained / selection.num_parameters:.3%} of the model)"
-        )
+        tqdm.write(trained_parts(self.model))
 
 
 class SMTTrainer(SMTTrainerMixin, Trainer):

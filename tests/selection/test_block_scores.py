@@ -14,8 +14,9 @@ from smt_trainer.arrays import as_array
 from smt_trainer.manifest import CHECKSUM, sealed
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.selection.block_scores import MANIFEST, resolve_selection
+from smt_trainer.selection.block_scores import MANIFEST
 from smt_trainer.selection.choose import select_blocks
+from smt_trainer.selection.given import resolve_selection
 
 
 def scores_of(model, **fields) -> BlockScores:
