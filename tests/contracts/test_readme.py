@@ -177,7 +177,8 @@ def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
 
 
 @pytest.mark.parametrize(
-    ("study", "following"), [("depth", "**[depth-all]"), ("depth-all", "**[warmup]"), ("warmup", "## A probe")]
+    ("study", "following"),
+    [("anatomy", "**[depth]"), ("depth", "**[depth-all]"), ("depth-all", "**[warmup]"), ("warmup", "## A probe")],
 )
 def test_the_means_of_a_study_are_those_of_its_committed_runs(study, following):
     report = (ROOT / f"recipes/studies/results/{study}.md").read_text(encoding="utf-8")
