@@ -4,6 +4,7 @@ from datasets import Dataset
 
 from recipes.parts.head import last_scores
 from recipes.parts.prompt import encode_prompt
+from recipes.parts.source import Source
 from recipes.parts.task import Decoding
 from recipes.sentiment.task import GENERATED, LIKELIEST, LOSS, REVIEWS, SENTIMENT, WORDS
 
@@ -11,7 +12,7 @@ from recipes.sentiment.task import GENERATED, LIKELIEST, LOSS, REVIEWS, SENTIMEN
 @pytest.fixture
 def sst2(monkeypatch):
     found = [{"sentence": f"review {number} ", "label": number % 2} for number in range(400)]
-    monkeypatch.setattr("recipes.sentiment.task.documents", lambda source: found)
+    monkeypatch.setattr(Source, "_documents", lambda source: found)
 
 
 @pytest.fixture
