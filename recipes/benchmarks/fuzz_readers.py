@@ -45,7 +45,7 @@ def run(cases: int, seed: int) -> dict[str, Any]:
             begun, rng = time.monotonic(), random.Random(f"{seed} {case}")
             try:
                 _, outcome = attack(readers[name], originals[name], expected[name], rng)
-            except Exception:
+            except Exception:  # what a reader raises beside its own error is what is looked for
                 outcome = FAILED
                 failures.append({"case": case, "reader": name, "traceback": traceback.format_exc()})
             longest = max(longest, time.monotonic() - begun)

@@ -88,7 +88,7 @@ def from_delta(
         SMTError: as in `load_delta`; `auto_class` is no class; or `base` is not given, and the delta records none or
             `trust_remote_code` would run the code of the one that it names.
     """
-    if not hasattr(auto_class, "from_pretrained") and auto_class is not None:
+    if auto_class is not None and not hasattr(auto_class, "from_pretrained"):
         raise SMTError(f"auto_class must be a class with from_pretrained, got {auto_class!r}. A base goes to base=.")
     folder = find_delta(delta, revision, **{key: kwargs[key] for key in ACCESS if key in kwargs})
     loaded = Delta.load(folder)

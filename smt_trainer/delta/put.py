@@ -94,7 +94,7 @@ def _vocabulary_of(delta: Delta, model: nn.Module) -> Iterator[None]:
         for new, _ in changes:
             resize(new, mean_resizing=False)
         yield
-    except BaseException:
+    except BaseException:  # Ctrl-C, too; it is raised again
         for _, old in changes:
             resize(old, mean_resizing=False)
             for name, values in before.items():

@@ -255,13 +255,12 @@ def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching:
         for name, value in (("exclude_modules", config.exclude_modules), ("lowest_layer", config.lowest_layer))
         if value
     )
-    names = config.target_modules
-    if isinstance(names, str) and names not in TARGET_KEYWORDS:
+    names, read = config.target_modules, ""
+    if isinstance(names, list):
+        if keywords := sorted({*names} & {*TARGET_KEYWORDS}):
+            read = f" (in a list, {keywords[0]!r} is the name of a module; the keyword stands alone)"
+    elif names not in TARGET_KEYWORDS:
         read = " (a regular expression for whole names; several names are a list)"
-    elif keywords := set(names) & set(TARGET_KEYWORDS) if isinstance(names, list) else None:
-        read = f" (in a list, {sorted(keywords)[0]!r} is the name of a module; the keyword stands alone)"
-    else:
-        read = ""
     return (
         f"target_modules={names!r}{read}{restrictions} matches no linear of this model. Its linears, "
         f"convolutions and embeddings are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them "

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.linear import BlockLinear, smt_linears
 from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
@@ -54,30 +54,33 @@ class SMTCallback(TrainerCallback):
             logger.info("SMT trains %s.", selection.summary())
 
 
-class CompiledWriteBack(TrainerCallback):
-    """Write back what a callback has done to the blocks: a compiled forward does not look whether they are stale."""
-
-    def on_step_begin(self, args, state, control, *, model, **kwargs) -> None:  # pyrefly: ignore[bad-override]
-        """The callbacks of the step before are done."""
-        write_back(linear for _, linear in smt_linears(model) if not is_sharded(linear.blocks) and linear.is_stale())
-
-
-class DeepSpeedWriteBack(TrainerCallback):
-    """Write back the blocks after DeepSpeed's steps: its optimizer holds other tensors, so no hook sees them."""
+class WriteBack(TrainerCallback):
+    """A callback that writes back blocks. It looks the rewritten linears up once a run."""
 
     def __init__(self) -> None:
-        self.model, self.linears = None, []
+        self.linears: list[BlockLinear] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """The model is rewritten."""
+        self.linears = [] if model is None else [linear for _, linear in smt_linears(model)]
+
+
+class CompiledWriteBack(WriteBack):
+    """Write back what a callback has done to the blocks: a compiled forward does not look whether they are stale."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """The callbacks of the step before are done."""
+        write_back(linear for linear in self.linears if not is_sharded(linear.blocks) and linear.is_stale())
+
+
+class DeepSpeedWriteBack(WriteBack):
+    """Write back the blocks after DeepSpeed's steps: its optimizer holds other tensors, so no hook sees them."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """DeepSpeed may just have loaded blocks."""
-        self.write(model)
+        super().on_train_begin(args, state, control, model, **kwargs)
+        write_back(self.linears)
 
-    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """The blocks were just stepped."""
-        self.write(model)
-
-    def write(self, model) -> None:
-        """Write the blocks of all rewritten linears of a model, which are looked up once."""
-        if self.model is not model:
-            self.model, self.linears = model, [linear for _, linear in smt_linears(model)]
         write_back(self.linears)
