@@ -29,6 +29,7 @@ from recipes.parts.reporting import hardware, versions
 from recipes.parts.task import Decoding, Splits
 from recipes.studies.parts.general import forgetting
 from recipes.studies.parts.methods import COMMON, METHODS
+from recipes.studies.parts.products import bfloat16_products
 from recipes.studies.parts.protocol import PROTOCOLS
 from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
 
@@ -84,13 +85,14 @@ def perform(run: Run) -> dict:
     torch.set_float32_matmul_precision("high")
     model = _load(run)
     result: dict = {"run": asdict(run)}
-    if run.method != "none":
-        with tempfile.TemporaryDirectory() as folder:
-            model, facts = _train(model, run, folder)
-            result |= facts
+    with bfloat16_products():
+        if run.method != "none":
+            with tempfile.TemporaryDirectory() as folder:
+                model, facts = _train(model, run, folder)
+                result |= facts
+        result |= _measure(model, run)
     return {
         **result,
-        **_measure(model, run),
         "seconds": round(time.perf_counter() - started, 1),
         "hardware": hardware(),
         "versions": versions(PACKAGES),
