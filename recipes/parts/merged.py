@@ -12,7 +12,7 @@ from recipes.parts.inference import inference
 from recipes.parts.prompt import encode_prompt
 from recipes.parts.task import Decoding, Task
 from smt_trainer import from_delta
-from smt_trainer.delta.moved import Moved, moved
+from smt_trainer.merging.moved import Moved, moved
 
 
 class Comparison(NamedTuple):

@@ -126,15 +126,26 @@ SENTIMENT = Study(
     task="sentiment",
 )
 
+GRADIENT_ALL = Arm("`grad_l1`", "smt-all", SMALL, fields={"score": "grad_l1", "scope": "per_module"})
+
 SCORES = Study(
     "scores",
     "Which score chooses the best blocks of each linear?",
     (
         RANDOM_ALL,
         LOW_ALL,
+        GRADIENT_ALL,
         *(
-            Arm(f"`{score}`", "smt-all", SMALL, fields={"score": score, "scope": "per_module"})
-            for score in ("grad_l1", "taylor", "magnitude", "activation", "grad_l2", "grad_signed", "grad_abs")
+            # Scores of gradients share the rate that was tuned for `grad_l1`.
+            Arm(f"`{score}`", "smt-all", SMALL, fields=GRADIENT_ALL.fields | {"score": score}, rate_of=rate_of)
+            for score, rate_of in (
+                ("magnitude", None),
+                ("activation", None),
+                ("taylor", GRADIENT_ALL),
+                ("grad_l2", GRADIENT_ALL),
+                ("grad_signed", GRADIENT_ALL),
+                ("grad_abs", GRADIENT_ALL),
+            )
         ),
     ),
 )

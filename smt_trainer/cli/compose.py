@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the composed delta, and print its blocks and where the deltas touch; see `compose_deltas`."""
     leave_out_threads()
 
-    from smt_trainer.delta.compose import compose_deltas
+    from smt_trainer.arithmetic.compose import compose_deltas
 
     found = compose_deltas(
         arguments.base,

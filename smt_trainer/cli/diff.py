@@ -12,7 +12,7 @@ from smt_trainer.cli.options import add_command, add_json
 from smt_trainer.cli.output import fact, table, write
 
 if TYPE_CHECKING:
-    from smt_trainer.delta.diff import BlockDiff, DeltaDiff
+    from smt_trainer.arithmetic.diff import BlockDiff, DeltaDiff
 
 KEYS = {
     "same_base": "true, false, or null if the fingerprints do not tell",
@@ -43,7 +43,7 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print what two deltas have in common; see `diff_deltas`."""
-    from smt_trainer.delta.diff import diff_deltas
+    from smt_trainer.arithmetic.diff import diff_deltas
 
     found = diff_deltas(arguments.first, arguments.second)
     parts = {"modules": found.modules, "projections": found.projections}

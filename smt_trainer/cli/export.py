@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the adapter, with a line on its ranks, size and rounding; see `export_lora`."""
     leave_out_threads()
 
-    from smt_trainer.delta.lora import export_lora
+    from smt_trainer.export.lora import export_lora
 
     export_lora(
         arguments.base,

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the delta, and print its blocks and what it leaves; see `extract_delta`."""
     given = given_fields(arguments, FIELDS)
 
-    from smt_trainer.delta.extract import extract_delta
+    from smt_trainer.arithmetic.extract import extract_delta
 
     found = extract_delta(arguments.base, arguments.finetuned, arguments.out, base_revision=arguments.revision, **given)
     result = {

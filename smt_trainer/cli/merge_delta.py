@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Merge the delta shard by shard, with a line for each; see `merge_checkpoint`."""
     leave_out_threads()
 
-    from smt_trainer.delta.merge import merge_checkpoint
+    from smt_trainer.merging.merge import merge_checkpoint
 
     merge_checkpoint(
         arguments.base,

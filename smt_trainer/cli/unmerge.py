@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the base shard by shard, with a line for each; see `unmerge`."""
     leave_out_threads()
 
-    from smt_trainer.delta.unmerge import unmerge
+    from smt_trainer.merging.unmerge import unmerge
 
     unmerge(
         arguments.merged,

@@ -11,8 +11,8 @@ from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, a
 from smt_trainer.cli.output import table, write
 
 if TYPE_CHECKING:
-    from smt_trainer.delta.moved import Moved
-    from smt_trainer.delta.verify import Verification
+    from smt_trainer.merging.moved import Moved
+    from smt_trainer.merging.verify import Verification
 
 # Problems that are printed; --json has all.
 MOST_LINES = 20
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     leave_out_threads()
 
-    from smt_trainer.delta.verify import verify_merge
+    from smt_trainer.merging.verify import verify_merge
 
     found = verify_merge(
         arguments.base,
@@ -99,8 +99,8 @@ def _lines(found: Verification, problems: list[tuple[str, str]], logits: Moved |
 def _compare_logits(arguments: argparse.Namespace) -> Moved:
     """Compare base and delta with the merged checkpoint. Raise `SMTError` if one of them cannot be loaded."""
     from smt_trainer.delta.load import from_delta
-    from smt_trainer.delta.moved import moved_by_merging
     from smt_trainer.errors import SMTError
+    from smt_trainer.merging.moved import moved_by_merging
 
     try:
         trained = from_delta(

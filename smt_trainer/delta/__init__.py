@@ -1,1 +1,1 @@
-"""Save the trained blocks, load them, and merge them into a checkpoint."""
+"""The delta: the folder with the trained blocks, loading it into a model, and the hub."""

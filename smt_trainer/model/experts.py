@@ -2,7 +2,7 @@
 
 transformers keeps the experts of a layer in `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] (or without a gate in
 `up_proj`), or each matrix transposed. Expert 7's are called `...experts.gate_up_proj.7` and `...experts.down_proj.7`
-and cut into blocks like any other weight. How the parameters lie in files is the business of `delta/expert_files.py`.
+and cut into blocks like any other weight. How the parameters lie in files is the business of `merging/expert_files.py`.
 """
 
 from __future__ import annotations

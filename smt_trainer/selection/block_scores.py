@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.arrays import as_array, as_tensor
-from smt_trainer.config import TARGET_KEYWORDS, SMTConfig
+from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
 from smt_trainer.manifest import (
@@ -36,16 +36,17 @@ from smt_trainer.manifest import (
 )
 from smt_trainer.model.grid import BlockGrid, read_grids
 from smt_trainer.model.kinds import is_layer_of, named_targets
-from smt_trainer.model.names import is_excluded, layer_index, matches
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.sharded import full_shape
-from smt_trainer.model.targets import count_parameters, find_targets, narrow
+from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import collect_scores
 from smt_trainer.selection.block_selection import BlockSelection, base_name
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.selection.choose import select_blocks
-from smt_trainer.selection.dependencies import Dependency, add_columns
+from smt_trainer.selection.dependencies import add_columns
+from smt_trainer.selection.dependency_search import Dependency
+from smt_trainer.selection.narrowing import narrowed, newly_excluded, wanted_targets
 from smt_trainer.tensor_file import save_arrays
 
 SCORES_FILE = "smt_scores.safetensors"
@@ -53,14 +54,6 @@ FORMAT = "1"
 KEYS = {"format", "base_model", "num_parameters", "config", "modules", "readers", "unreached"}
 MANIFEST = "smt_scores"
 BETWEEN = " > "
-
-# Keywords of `target_modules`, and the keywords that include them.
-WIDER = {
-    "qkv": ("attention", "all-linear"),
-    "attention": ("all-linear",),
-    "mlp": ("all-linear",),
-    "experts": ("all-linear",),  # not 'mlp': those of an attention are none
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +139,7 @@ class BlockScores:
                 have no scores, or as `select_blocks`.
         """
         config = config or self.config
-        self._refuse_other(config)
-        names = self._narrow(config)
-        if not names:
-            raise SMTError(
-                f"{_targets(config)} leave none of the {len(self.grids)} scored modules, such as "
-                f"`{next(iter(self.grids))}`. Narrow them less."
-            )
+        names = narrowed(self.grids, self.config, config)
         chosen_by = {name: getattr(config, name) for name in SMTConfig.deciding("targets", "choice", "training")}
         selection = select_blocks(
             {name: self.scores[name] for name in names},
@@ -161,7 +148,7 @@ class BlockScores:
             self.num_parameters,
             self.base_model,
         )
-        return add_columns(selection, self.dependencies, self._excluded(config))
+        return add_columns(selection, self.dependencies, newly_excluded(self.config, config))
 
     def check_model(self, model: nn.Module, config: SMTConfig) -> None:
         """Raise `SMTError` unless these are scores of this plain model, and of all its targets under `config`."""
@@ -184,8 +171,8 @@ class BlockScores:
         missing = [name for name in find_targets(model, config) if name not in known]
         if missing:
             raise SMTError(
-                f"{_targets(config)} want {len(missing)} modules without scores, such as `{missing[0]}`. Narrow them, "
-                "or score the blocks again."
+                f"{wanted_targets(config)} want {len(missing)} modules without scores, such as `{missing[0]}`. Narrow "
+                "them, or score the blocks again."
             )
 
     def save(self, path: str | Path) -> None:
@@ -243,63 +230,6 @@ class BlockScores:
         if not self.grids or found & self.grids.keys() or found != readers.keys():
             raise SMTError("the scores have no module, or other readers than dependencies. Score the blocks again.")
 
-    def _narrow(self, config: SMTConfig) -> list[str]:
-        """Return the modules that a configuration keeps.
-
-        What it shares with the scores' own led to these modules and is not applied again. So no regular expression
-        from a file is ever run.
-        """
-        names, excluded = list(self.grids), self._excluded(config)
-        if config.target_modules != self.config.target_modules:
-            names = narrow(names, replace(config, exclude_modules=None))
-        return [
-            name
-            for name in names
-            if not is_excluded(name, excluded)
-            and (config.lowest_layer == 0 or layer_index(name) >= config.lowest_layer)
-        ]
-
-    def _excluded(self, config: SMTConfig) -> str | list[str] | None:
-        return None if config.exclude_modules == self.config.exclude_modules else config.exclude_modules
-
-    def _refuse_other(self, config: SMTConfig) -> None:
-        """Raise `SMTError` if a configuration needs other scores, or more of them as far as names tell."""
-        for name in SMTConfig.deciding("scores"):
-            if getattr(config, name) != getattr(self.config, name):
-                self._refuse(name, config, "score the blocks again")
-        if not _narrows(config.target_modules, self.config.target_modules, self.grids):
-            self._refuse("target_modules", config, "name fewer of the scored modules, or score the blocks again")
-        if not _excludes_as_much(config.exclude_modules, self.config.exclude_modules):
-            self._refuse("exclude_modules", config, "exclude these as well, or score the blocks again")
-        if config.lowest_layer < self.config.lowest_layer:
-            self._refuse("lowest_layer", config, "raise it, or score the blocks again")
-
-    def _refuse(self, name: str, config: SMTConfig, remedy: str) -> None:
-        raise SMTError(
-            f"the scores were computed with {name}={getattr(self.config, name)!r}, which {name}="
-            f"{getattr(config, name)!r} does not fit; {remedy}."
-        )
-
 
 def _limits(source: BlockGrid | None, one: Dependency) -> tuple[int, int]:
     return (source.shape[0] if source else 0), one.grid.num_blocks
-
-
-def _targets(config: SMTConfig) -> str:
-    fields = ("target_modules", "exclude_modules", "lowest_layer")
-    return ", ".join(f"{name}={getattr(config, name)!r}" for name in fields)
-
-
-def _narrows(ours: str | list[str], theirs: str | list[str], names: Mapping[str, BlockGrid]) -> bool:
-    """Whether `target_modules` asks for no more than was scored; of a regular expression only a model can tell."""
-    if ours == theirs:
-        return True
-    if isinstance(ours, list):
-        return all(any(matches(name, [pattern]) for name in names) for pattern in ours)
-    return theirs in WIDER[ours] if ours in WIDER else ours not in TARGET_KEYWORDS
-
-
-def _excludes_as_much(ours: str | list[str] | None, theirs: str | list[str] | None) -> bool:
-    if theirs is None or ours == theirs:
-        return True
-    return isinstance(ours, list) and isinstance(theirs, list) and set(theirs) <= set(ours)

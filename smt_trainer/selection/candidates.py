@@ -11,7 +11,8 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.model.whole import find_whole
 from smt_trainer.selection.budget import check_budget_fits
-from smt_trainer.selection.dependencies import Dependency, find_dependencies
+from smt_trainer.selection.dependencies import find_dependencies
+from smt_trainer.selection.dependency_search import Dependency
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta, architecture_of
-from smt_trainer.delta.dequantise import save_dequantised
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS, refuse_full_model
 from smt_trainer.delta.load import load_delta
 from smt_trainer.delta.model_card import delta_card
 from smt_trainer.delta.put import put_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, load_json, new_folder, write_atomically, write_text
+from smt_trainer.merging.dequantise import save_dequantised
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.convert import refuse_open_merge

@@ -117,7 +117,7 @@ def test_a_merge_that_is_interrupted_leaves_nothing(base, delta, tmp_path):
     # The interrupt comes when the delta has been read and shards are being copied.
     script = f"""import os, signal, sys
 from smt_trainer.cli import main
-from smt_trainer.delta.placement import Placement
+from smt_trainer.merging.placement import Placement
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
 Placement.write = lambda *_: os.kill(os.getpid(), {int(signal.SIGINT)})
 sys.exit(main())"""

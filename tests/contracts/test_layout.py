@@ -11,7 +11,21 @@ import smt_trainer
 
 PACKAGE = Path(smt_trainer.__file__).parent
 # The files outside the folders come first.
-ORDER = ["", "model", "scores", "selection", "sparse", "delta", "training", "estimation", "plotting", "cli"]
+ORDER = [
+    "",
+    "model",
+    "scores",
+    "selection",
+    "sparse",
+    "delta",
+    "merging",
+    "arithmetic",
+    "export",
+    "training",
+    "estimation",
+    "plotting",
+    "cli",
+]
 # This folder imports Trainer and its callbacks when it is loaded.
 HOME_OF_TRAINER = "training"
 
@@ -91,7 +105,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         ("import smt_trainer, smt_trainer.cli", set()),
         ("from smt_trainer import SMTConfig, SMTError; SMTConfig()", set()),
-        ("from smt_trainer import BlockSelection, Delta, merge_checkpoint; import smt_trainer.delta.verify", set()),
+        ("from smt_trainer import BlockSelection, Delta, merge_checkpoint; import smt_trainer.merging.verify", set()),
         ("from smt_trainer import export_lora", set()),
         ("from smt_trainer import convert_to_smt, load_delta, plot_selection", {"torch"}),
     ],

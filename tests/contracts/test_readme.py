@@ -1,5 +1,6 @@
 """What the README says is done here, in its words; its figures are those of committed results."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -186,6 +187,23 @@ def test_the_means_of_a_study_are_those_of_its_committed_runs(study, following):
     text = text.partition(f"**[{study}]")[2].partition(following)[0]
     means = re.findall(r"\d\.\d{3} ± \d\.\d{3}", text)
     assert len(means) > 3 and all(mean.lstrip("+-") in report for mean in means)
+
+
+def test_the_figures_of_another_processor_are_those_of_the_committed_runs():
+    results = ROOT / "recipes/studies/results"
+    first, again = (
+        {str(result["run"]): result["means"] for result in map(json.loads, path.read_text("utf-8").splitlines())}
+        for path in (results / "runs.jsonl", results / "again.jsonl")
+    )
+    text = " ".join((results / "README.md").read_text(encoding="utf-8").split())
+
+    def pair(run: str, measure: str, name: str) -> str:
+        return " for ".join(f"{means[run][measure][name]:.3f}" for means in (again, first))
+
+    tuning, test = again
+    assert f"new numbers was {pair(test, 'loss', 'new numbers')} (small inputs, seed 1; new templates " in text
+    assert f"templates {pair(test, 'loss', 'new templates')}, general text " in text
+    assert f"text {pair(test, 'forgetting', 'general text')}) and {pair(tuning, 'loss', 'new numbers')} (SMT" in text
 
 
 def test_the_figures_of_where_blocks_lie_are_those_of_the_committed_runs():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from smt_trainer import SMTError
-from smt_trainer.delta.weight_patch import WeightPatch
+from smt_trainer.export.weight_patch import WeightPatch
 
 
 @torch.no_grad()

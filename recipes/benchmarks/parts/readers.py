@@ -22,11 +22,11 @@ from smt_trainer import BlockScores, BlockSelection, Overlap, SMTConfig, SMTErro
 from smt_trainer.arrays import as_array
 from smt_trainer.cli import main
 from smt_trainer.delta.delta import DELTA_FILE, MANIFEST, Delta
-from smt_trainer.delta.merge import merge_checkpoint
 from smt_trainer.manifest import CHECKSUM, sealed
+from smt_trainer.merging.merge import merge_checkpoint
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.selection.block_scores import MANIFEST as SCORES_MANIFEST
-from smt_trainer.selection.dependencies import Dependency
+from smt_trainer.selection.dependency_search import Dependency
 
 REFUSED, SAME, FORGED = "refused", "accepted, same content", "accepted with a forged checksum"
 

@@ -8,7 +8,7 @@ from recipes.parts.evaluation import Evaluation
 from recipes.parts.merged import Comparison
 from recipes.parts.report import DELTA_FILES, Run, write_report
 from smt_trainer import BlockScores, SMTConfig
-from smt_trainer.delta.moved import Moved
+from smt_trainer.merging.moved import Moved
 
 TASK = SimpleNamespace(name="riddles", measures={"accuracy": "share of riddles solved", "loss": "nats per token"})
 LABELS = {"accuracy": {"old": ["yes", "no"], "new": ["yes", "yes", "yes"]}}

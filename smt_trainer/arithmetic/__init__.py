@@ -1,0 +1,1 @@
+"""Differences and sums: of two checkpoints, of several deltas."""

@@ -1,0 +1,1 @@
+"""What others read: LoRA adapters of PEFT, weight patches of inference servers."""

@@ -1,0 +1,77 @@
+"""Where what a delta holds lies in the files of a checkpoint. Imports no torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from smt_trainer.arrays import WEIGHTS, cast
+from smt_trainer.delta.delta import Delta
+from smt_trainer.errors import SMTError
+from smt_trainer.merging.expert_files import find_experts
+from smt_trainer.merging.parts import Part
+from smt_trainer.merging.renamed import find_renamed
+from smt_trainer.merging.site import Site
+from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.names import find_names
+
+
+def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+    """Return where the weights with blocks lie in a checkpoint, by the names of their modules."""
+    keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.places)
+    parts = {name: [Part(keys[f"{name}.weight"])] for name in delta.block_arrays if f"{name}.weight" in keys}
+    others = [name for name in delta.block_arrays if name not in parts]
+    experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
+    if experts:
+        parts |= find_experts(experts, checkpoint)
+    missing = [name for name in others if name not in parts]
+    if missing:
+        parts |= find_renamed(missing, checkpoint)
+    refuse_missing([f"{name}.weight" for name in others if name not in parts], checkpoint.folder)
+    return parts
+
+
+def find_sites(delta: Delta, parts: Mapping[str, list[Part]], checkpoint: Checkpoint) -> dict[str, list[Site]]:
+    """Return the blocks of a delta by the names of the tensors in a checkpoint that they lie in."""
+    selection, sites = delta.selection, {}
+    for name, found in parts.items():
+        grid, indices = selection.grids[name], selection.block_indices[name]
+        whole = Site(name, grid, indices, delta.block_arrays[name], found[0].expert)
+        for part in found:
+            rows = checkpoint.places[part.key].shape[0]
+            site = whole if len(found) == 1 else whole.rows(part.first_row, rows)
+            if len(site.blocks):
+                sites.setdefault(part.key, []).append(site)
+    return sites
+
+
+def find_whole(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
+    """Return the names in a checkpoint of the tensors that a delta stores whole, without those that it lacks."""
+    names = {key: key for key in checkpoint.places} | checkpoint.renamed
+    return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
+
+
+def find_grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    """Return the tensors with blocks that have fewer rows in a checkpoint, in full, where blocks hold the others."""
+    found = {}
+    for key, (site, *_) in sites.items():
+        place = checkpoint.places[key]
+        before, *others = place.shape
+        # A part of a weight that the checkpoint stores in parts has fewer rows than the weight, and lacks none.
+        if site.expert is not None or before >= site.grid.stored_shape[0]:
+            continue
+        rows = delta.selection.new_rows(site.name, before)
+        if rows and tuple(others) == site.grid.stored_shape[1:] and place.dtype in WEIGHTS:
+            base = checkpoint.array(place)
+            found[key] = np.concatenate([base, np.zeros((len(rows), *others), base.dtype)])
+            site.put(found[key], cast(site.blocks, place.dtype))
+    return found
+
+
+def refuse_missing(names: list[str], folder: Path) -> None:
+    """Raise `SMTError` if there are tensors that a checkpoint lacks."""
+    if names:
+        raise SMTError(
+            f"{folder} has no tensor `{names[0]}`. If its architecture renames tensors on loading, or the delta has "
+            "a new head, merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
+        )

@@ -1,0 +1,115 @@
+"""Take a delta out of a merged checkpoint: copy its files, then write the base's values where the delta has its own.
+
+A delta holds trained values, not differences, so neither it nor the merged checkpoint knows what stood there before.
+That comes from the base, of which only these places are read (and all of it once, to prove that the checkpoint is base
+plus delta). Whoever cannot keep the base keeps the way back instead, which is as small as the delta:
+
+    smt extract MERGED BASE back      the delta that makes the base of the merged checkpoint
+    smt merge MERGED back OUT         later, without the base
+
+Nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from smt_trainer.delta.folder import copy_of_base
+from smt_trainer.delta.onto import DEQUANTIZED
+from smt_trainer.errors import SMTError
+from smt_trainer.files import new_folder
+from smt_trainer.merging.merge import check_outside, copying, open_both
+from smt_trainer.merging.placement import Placement
+from smt_trainer.merging.verify import MERGED, compare_tensors
+from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.sparse.fingerprint import read_sample
+
+logger = logging.getLogger(__name__)
+
+
+def unmerge(
+    merged: str | Path,
+    delta_folder: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path,
+    base_revision: str | None = None,
+    onto: str | None = None,
+) -> Path:
+    """Write the base that a delta was merged into, bit for bit, in the files of the merged checkpoint.
+
+    The files beside the weights are the base's.
+
+    Args:
+        merged: folder of the merged checkpoint.
+        delta_folder: folder or hub name of the delta.
+        output: folder to make; it appears whole or not at all.
+        base: folder or hub name of the base, which holds the values that the delta replaced.
+        base_revision: revision of a base on the hub.
+        onto: "original" if a delta of a quantised base was merged onto the weights that it was made of.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        SMTError: as in `merge_checkpoint`; the merged checkpoint is not base plus delta, or `onto` is "dequantized".
+            Nothing is written.
+    """
+    merged, delta_folder, output = Path(merged), Path(delta_folder), Path(output)
+    if onto == DEQUANTIZED:
+        raise SMTError(
+            "a merge onto='dequantized' replaced every quantised weight, so nothing of the base is left in it. "
+            "Use the base itself."
+        )
+    checkpoint, delta_folder = open_both(base, delta_folder, output, base_revision, None)
+    check_outside(output, merged)
+    found = Checkpoint.open(merged, MERGED)
+    placement = Placement.load(delta_folder, checkpoint, onto)
+    _, problems = compare_tensors(checkpoint, placement, found)
+    if problems:
+        (where, problem), others = problems[0], len(problems) - 1
+        raise SMTError(
+            f"{merged} is not {checkpoint.folder} with the delta merged into it: `{where}` {problem}"
+            f"{f', and {others} other tensors' if others else ''}. See smt verify, and give what was merged."
+        )
+    originals = _originals(placement, checkpoint, found)
+    with new_folder(output) as stage, copying(found, stage) as copies:
+        for number, (name, copy) in enumerate(copies.items(), 1):
+            copy.result()
+            originals.write(stage / name)
+            logger.info("%s is the base's again (%d of %d).", name, number, len(copies))
+        copy_of_base(checkpoint, stage)
+        if found.index is not None:
+            (stage / found.index).write_bytes((merged / found.index).read_bytes())
+        _prove(originals, stage)
+    return output
+
+
+def _originals(placement: Placement, checkpoint: Checkpoint, merged: Checkpoint) -> Placement:
+    """Return the base's values at the places of a delta, to be written into copies of the merged files."""
+
+    def weight(key: str) -> np.ndarray:
+        return checkpoint.array(placement.places[key])
+
+    sites = {
+        key: [replace(site, blocks=site.take(weight(key))) for site in found] for key, found in placement.sites.items()
+    }
+    return replace(
+        placement,
+        sites=sites,
+        whole={key: weight(key) for key in placement.whole},
+        places={key: merged.places[key] for key in placement.places},
+    )
+
+
+def _prove(originals: Placement, stage: Path) -> None:
+    """Raise `SMTError` unless a folder has the fingerprint of the delta's base."""
+    places, base = Checkpoint.open(stage).places, originals.delta.base
+    if differing := base.differences(places, lambda key, stride, rows: read_sample(stage, places[key], stride, rows)):
+        raise SMTError(
+            f"`{differing[0]}` of what was written is not the base's. Was a file changed meanwhile? Run again."
+        )

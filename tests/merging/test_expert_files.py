@@ -1,0 +1,135 @@
+"""Deltas of experts on checkpoints that store them together, one by one, or transposed."""
+
+import pytest
+import tiny
+import torch
+from architectures import EXPERTS, GROUPED
+from weight_patches import apply_patches
+
+from smt_trainer import Delta, SMTError, applied, compose_deltas, from_delta, merge_checkpoint, unmerge, verify_merge
+from smt_trainer.export.lora import export_lora
+from smt_trainer.export.patches import delta_patches, model_patches
+from smt_trainer.sparse.convert import convert_to_smt
+
+LOCAL = GROUPED | {"num_local_experts": 4}
+# Overrides, the block size, and the tensors of expert 1 that its blocks lie in.
+STORED = {
+    "Qwen3MoeForCausalLM": (
+        GROUPED | EXPERTS | {"num_experts": 4},
+        16,
+        {f"mlp.experts.1.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
+    ),
+    # One block row covers the gate and the up projection, 32 rows each.
+    "OlmoeForCausalLM": (
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+        (64, 32),
+        {f"mlp.experts.1.{name}.weight" for name in ("gate_proj", "up_proj", "down_proj")},
+    ),
+    "MixtralForCausalLM": (LOCAL, 32, {f"block_sparse_moe.experts.1.{name}.weight" for name in ("w1", "w2", "w3")}),
+    "GptOssForCausalLM": (LOCAL, 16, {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}),
+    "Llama4ForCausalLM": (
+        LOCAL | {"intermediate_size_mlp": 96},
+        16,
+        {"feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"},
+    ),
+}
+
+
+@pytest.fixture(params=STORED)
+def trained(request, tmp_path):
+    """Train all blocks of some experts; return the model, and the folder of its base (in shards) and delta."""
+    overrides, block_size, _ = STORED[request.param]
+    tiny.build(request.param, **overrides).save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    model = type(tiny.build(request.param, **overrides)).from_pretrained(tmp_path / "base")
+    fields = {"target_modules": "experts", "block_size": block_size, "budget": 40, "score": "random"}
+    if request.param == "OlmoeForCausalLM":
+        fields["budget"] = 10
+    convert_to_smt(model, tiny.choose(model, tiny.config(**fields)))
+    tiny.disturb(model)
+    Delta.of(model).save(tmp_path / "delta")
+    return model, tmp_path
+
+
+def test_merging_gives_the_trained_model(trained):
+    model, folder = trained
+    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
+    merged = type(model).from_pretrained(folder / "merged")
+    assert torch.equal(tiny.logits(merged), tiny.logits(model))
+    base, after = tiny.saved_tensors(folder / "base"), tiny.saved_tensors(folder / "merged")
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, base[name])}
+    path = "model.layers.1."
+    _, _, expected = STORED[type(model).__name__]
+    of_expert = {name.removeprefix(path) for name in changed if name.startswith(path)}
+    assert of_expert & expected and all("experts" in name for name in changed)
+    assert not verify_merge(folder / "base", folder / "delta", folder / "merged").problems
+
+
+def test_a_wrong_merge_is_found(trained):
+    _, folder = trained
+    found = verify_merge(folder / "base", folder / "delta", folder / "base").problems
+    assert found and all("experts" in name and "has the base's" in problem for name, problem in found)
+
+
+def test_loading_and_saving_give_the_trained_model(trained):
+    model, folder = trained
+    expected = tiny.logits(model)
+    assert torch.equal(tiny.logits(from_delta(folder / "delta", base=str(folder / "base"))), expected)
+    rewritten = from_delta(folder / "delta", base=str(folder / "base"), merge=False)
+    rewritten.save_pretrained(folder / "saved")
+    assert tiny.saved_tensors(folder / "saved").keys() == tiny.saved_tensors(folder / "base").keys()
+    assert torch.equal(tiny.logits(type(model).from_pretrained(folder / "saved")), expected)
+
+
+def test_patches_give_the_trained_model(trained):
+    model, folder = trained
+    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
+    state = tiny.saved_tensors(folder / "base")
+    apply_patches(state, delta_patches(folder / "base", folder / "delta", max_bytes=512))
+    tiny.assert_same(state, tiny.saved_tensors(folder / "merged"))
+    base = type(model).from_pretrained(folder / "base")
+    apply_patches(base.state_dict(), model_patches(model, max_bytes=512))
+    assert torch.equal(tiny.logits(base), tiny.logits(model))
+
+
+def test_another_base_is_refused(trained):
+    model, folder = trained
+    other = type(model)(model.config)
+    other.save_pretrained(folder / "other")
+    with pytest.raises(SMTError, match=r"another base|differ"):
+        merge_checkpoint(folder / "other", folder / "delta", folder / "merged")
+    with pytest.raises(SMTError, match=r"another base|differ"):
+        from_delta(folder / "delta", base=str(folder / "other"))
+
+
+def test_a_lora_of_experts_is_refused(trained):
+    _, folder = trained
+    with pytest.raises(SMTError, match="is the matrix of an expert"):
+        export_lora(folder / "base", folder / "delta", folder / "adapter", max_rank=4096)
+
+
+def test_a_base_without_the_experts_is_refused(trained):
+    _, folder = trained
+    tiny.llama().save_pretrained(folder / "other")
+    with pytest.raises(SMTError, match="has no tensor `model"):
+        merge_checkpoint(folder / "other", folder / "delta", folder / "merged")
+
+
+def test_what_is_composed_and_taken_out_again_is_exact(trained):
+    _, folder = trained
+    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
+    compose_deltas(folder / "base", [folder / "delta"], folder / "same")
+    tiny.assert_same(Delta.load(folder / "same").blocks, Delta.load(folder / "delta").blocks)
+    compose_deltas(folder / "base", [folder / "delta", folder / "delta"], folder / "none", weights=[1, -1])
+    merge_checkpoint(folder / "base", folder / "none", folder / "as before")
+    unmerge(folder / "merged", folder / "delta", folder / "unmerged", base=folder / "base")
+    for name in ("as before", "unmerged"):
+        tiny.assert_same(tiny.saved_tensors(folder / name), tiny.saved_tensors(folder / "base"))
+
+
+def test_a_delta_is_swapped_in_and_out(trained):
+    model, folder = trained
+    base = type(model).from_pretrained(folder / "base")
+    before = tiny.weights(base)
+    with applied(base, folder / "delta"):
+        assert torch.equal(tiny.logits(base), tiny.logits(model))
+    tiny.assert_same(tiny.weights(base), before)
