@@ -53,7 +53,7 @@ class Composition:
 
 def compose_deltas(
     base: str | Path,
-    delta_folders: Sequence[str | Path],
+    deltas: Sequence[str | Path],
     output: str | Path,
     *,
     weights: Sequence[float] | None = None,
@@ -66,7 +66,7 @@ def compose_deltas(
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
-        delta_folders: folders or hub names of deltas, one or more.
+        deltas: their folders or hub names, one or more.
         output: folder to make; it appears whole or not at all.
         weights: a factor for the changes of each delta; 1 by default.
         mean: divide the sum by the number of deltas.
@@ -81,20 +81,20 @@ def compose_deltas(
             rows than in the base, would need a change; or the weights are not as many finite numbers. Nothing is
             written.
     """
-    factors, output = _checked(weights, len(delta_folders)), Path(output)
-    folders = [find_delta(folder) for folder in delta_folders]
+    factors, output = _checked(weights, len(deltas)), Path(output)
+    folders = [find_delta(delta) for delta in deltas]
     checkpoint, _ = open_both(base, folders[0], output, base_revision, None)
     check_outside(output, *folders)
-    deltas = [Delta.load(folder) for folder in folders]
-    _check_alike(deltas, folders, checkpoint)
+    loaded = [Delta.load(folder) for folder in folders]
+    _check_alike(loaded, folders, checkpoint)
     places: dict[str, Place] = {}
     parts: dict[str, list[Part]] = {}
-    for delta, folder in zip(deltas, folders, strict=True):
+    for delta, folder in zip(loaded, folders, strict=True):
         placement = Placement.of(delta, folder, checkpoint)
         refuse_grown(placement, "composed")
         places |= {name: placement.places[key] for name, key in placement.keys.items()}
         parts |= placement.parts
-    terms = Terms(on_one_grid(deltas), factors, len(deltas) if mean else 1, checkpoint, places, parts)
+    terms = Terms(on_one_grid(loaded), factors, len(loaded) if mean else 1, checkpoint, places, parts)
     composed, shared, shared_whole = terms.compose()
     with new_folder(output) as stage:
         composed.save(stage)

@@ -20,6 +20,7 @@ from smt_trainer.arithmetic.change_norms import change_norm
 from smt_trainer.arithmetic.refine import on_one_grid
 from smt_trainer.arrays import cast
 from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.hub import find_delta
 from smt_trainer.model.names import by_projection
 from smt_trainer.selection.overlap import Overlap
 from smt_trainer.sparse.fingerprint import Fingerprint
@@ -78,7 +79,7 @@ def diff_deltas(first: str | Path, second: str | Path) -> DeltaDiff:
     Raises:
         SMTError: a delta is missing or damaged, or the shapes of their weights differ.
     """
-    one, other = on_one_grid([Delta.load(first), Delta.load(second)])
+    one, other = on_one_grid([Delta.load(find_delta(delta)) for delta in (first, second)])
     modules = {name: _blocks(name, one, other) for name in one.selection.grids}
     modules = {name: part for name, part in modules.items() if part.first or part.second}
     projections = {

@@ -25,7 +25,7 @@ def add_parser(commands) -> None:
         "Tokenizer, chat template and settings are those beside the first delta.",
     )
     add_base(parser)
-    parser.add_argument("deltas", nargs="+", metavar="DELTA", help="delta folders")
+    parser.add_argument("deltas", nargs="+", metavar="DELTA", help="deltas: folders, or names on the hub")
     add_out(parser)
     parser.add_argument(
         "--weights", type=float, nargs="+", metavar="FACTOR", help="for the changes of each delta (default: 1)"

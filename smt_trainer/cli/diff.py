@@ -36,8 +36,8 @@ def add_parser(commands) -> None:
         "relative is |A - B| / |A| over the blocks of both. As both start from the base, A - B is also the difference "
         "of their changes.",
     )
-    parser.add_argument("first", metavar="A", help="delta folder")
-    parser.add_argument("second", metavar="B", help="delta folder")
+    parser.add_argument("first", metavar="A", help="delta: a folder, or a name on the hub")
+    parser.add_argument("second", metavar="B", help="another")
     add_json(parser, KEYS)
 
 

@@ -1,6 +1,7 @@
 """Read training examples from a JSON file: a list of records, or one record per line.
 
-A record has a `text`, which is learnt whole, or a `prompt` and a `completion`, of which only the completion is learnt.
+A record has a `text`, which is learnt whole; or a `prompt` and a `completion`, of which only the latter is learnt; or
+`messages`, of which only the last one is learnt, as the chat template writes it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, first_line
 from smt_trainer.files import DAMAGE, parse_json
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 NO_LABEL = -100
 
 
-def load_records(path: Path) -> list[dict[str, str]]:
+def load_records(path: Path) -> list[dict[str, Any]]:
     """Read the records of a file.
 
     Raises:
@@ -46,7 +47,8 @@ def load_records(path: Path) -> list[dict[str, str]]:
         if not _is_record(record):
             found = f"the fields {', '.join(record)}" if isinstance(record, dict) else type(record).__name__
             raise SMTError(
-                f"record {place} of {path} should have a text, or a prompt and a completion, as strings; got {found}."
+                f"record {place} of {path} should have a text, or a prompt and a completion, as strings, or two or "
+                f"more messages with a role and a content each; got {found}."
             )
     if not records:
         raise SMTError(f"{path} holds no records; the warm-up needs some.")
@@ -54,22 +56,17 @@ def load_records(path: Path) -> list[dict[str, str]]:
 
 
 def make_examples(
-    records: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, length: int
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[dict[str, Tensor]]:
     """Make token ids and labels of each record, cut to `length` tokens; leave out records with nothing to learn.
 
     Raises:
-        SMTError: no record has anything to learn.
+        SMTError: no record has anything to learn, or the chat template cannot write messages.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     examples = []
     for record in records:
-        if "text" in record:
-            prompt, learnt = [], tokenizer(record["text"])["input_ids"]
-        else:
-            prompt = tokenizer(record["prompt"])["input_ids"]
-            learnt = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([*prompt, *learnt, *end][:length])
+        prompt, learnt = _tokenize(record, tokenizer)
+        ids = torch.tensor([*prompt, *learnt][:length])
         labels = ids.clone()
         # No model predicts the first token.
         labels[: max(len(prompt), 1)] = NO_LABEL
@@ -80,6 +77,37 @@ def make_examples(
     if len(examples) < len(records):
         logger.warning("%d of %d records are left out: they have no label.", len(records) - len(examples), len(records))
     return examples
+
+
+def _tokenize(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the token ids of what comes before, and of what is learnt."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if "text" in record:
+        return [], [*tokenizer(record["text"])["input_ids"], *end]
+    if "messages" in record:
+        # The template writes all special tokens, the end of the answer among them.
+        prompt, learnt = tokenizer(_written(record["messages"], tokenizer), add_special_tokens=False)["input_ids"]
+        return prompt, learnt
+    completion = tokenizer(record["completion"], add_special_tokens=False)["input_ids"]
+    return tokenizer(record["prompt"])["input_ids"], [*completion, *end]
+
+
+def _written(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return what the chat template writes for all messages but the last, and what follows."""
+    try:
+        prompt = str(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False))
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program, and raises anything
+        raise SMTError(
+            f"the tokenizer's chat template cannot write the messages: {first_line(error)} Give one that can, or "
+            "records with a prompt and a completion."
+        ) from error
+    if not whole.startswith(prompt):
+        raise SMTError(
+            "the chat template writes the first messages differently before an answer and with it, so it is unclear "
+            "what to learn. Give records with a prompt and a completion."
+        )
+    return [prompt, whole.removeprefix(prompt)]
 
 
 def pad(features: list[dict[str, Tensor]], takes: Collection[str]) -> dict[str, Tensor | int]:
@@ -119,7 +147,14 @@ def _parse(text: str, where: str) -> Any:
 def _is_record(record: Any) -> bool:
     if not isinstance(record, dict):
         return False
+    if "messages" in record:
+        messages = record["messages"]
+        return isinstance(messages, list) and len(messages) > 1 and all(map(_is_message, messages))
     return all(_is_text(record.get(key)) for key in (["text"] if "text" in record else ["prompt", "completion"]))
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(_is_text(message.get(key)) for key in ("role", "content"))
 
 
 def _is_text(value: Any) -> bool:

@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="JSON list or JSON lines; each record has a text, or a prompt and a completion",
+        help="JSON list or JSON lines; each record has a text, a prompt and a completion, or messages",
     )
     parser.add_argument("--scores", type=Path, metavar="FILE", help="choose from these scores, without model and data")
     parser.add_argument(

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from smt_trainer.cli.options import add_base, add_command, add_json, add_merged, add_onto, add_out, leave_out_threads
+from smt_trainer.cli.options import (
+    add_base_and_delta,
+    add_command,
+    add_json,
+    add_merged,
+    add_onto,
+    add_out,
+    leave_out_threads,
+)
 from smt_trainer.cli.output import OUTPUT, write
 
 KEYS = {"output": OUTPUT}
@@ -21,8 +29,7 @@ def add_parser(commands) -> None:
         "without it later, keep the way back, as small as the delta: smt extract MERGED BASE back; later, smt merge "
         "MERGED back OUT.",
     )
-    add_base(parser)
-    parser.add_argument("delta", metavar="DELTA", help="delta folder")
+    add_base_and_delta(parser)
     add_merged(parser)
     add_out(parser)
     add_onto(parser, "as in smt merge; dequantized cannot be undone")
@@ -41,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.out,
         base=arguments.base,
         base_revision=arguments.revision,
+        delta_revision=arguments.delta_revision,
         onto=arguments.onto,
     )
     write(arguments, {"output": arguments.out}, [f"base in {arguments.out}"])

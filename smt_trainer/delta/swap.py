@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from smt_trainer.delta.checks import check_base
 from smt_trainer.delta.delta import Delta
+from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.put import check_same_blocks, differences, put_blocks, whole_destinations
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import stored_weight
@@ -70,14 +71,14 @@ def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
     Args:
         model: the plain base, which stays plain and can be saved; or a model that trains blocks, the same as the
             delta's. Either may have a delta swapped in. Train only without one: what training changes goes with it.
-        delta: in memory, or its folder; None takes out what is in, and leaves what was there before.
+        delta: in memory, or its folder or hub name; None takes out what is in, and leaves what was there before.
 
     Raises:
         SMTError: the delta is damaged, belongs to another base, has another vocabulary, or other blocks than the model
             trains; the model is plain and holds quantised weights; or it was rewritten or merged since a delta was
             swapped in. The model stays unchanged.
     """
-    new = delta if isinstance(delta, Delta | None) else Delta.load(delta)
+    new = delta if isinstance(delta, Delta | None) else Delta.load(find_delta(delta))
     current: Swapped | None = getattr(model, ATTRIBUTE, None)
     if current is not None and current.trains != is_smt_model(model):
         raise SMTError(

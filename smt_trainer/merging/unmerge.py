@@ -33,11 +33,12 @@ logger = logging.getLogger(__name__)
 
 def unmerge(
     merged: str | Path,
-    delta_folder: str | Path,
+    delta: str | Path,
     output: str | Path,
     *,
     base: str | Path,
     base_revision: str | None = None,
+    delta_revision: str | None = None,
     onto: str | None = None,
 ) -> Path:
     """Write the base that a delta was merged into, bit for bit, in the files of the merged checkpoint.
@@ -46,10 +47,11 @@ def unmerge(
 
     Args:
         merged: folder of the merged checkpoint.
-        delta_folder: folder or hub name of the delta.
+        delta: folder or hub name of the delta.
         output: folder to make; it appears whole or not at all.
         base: folder or hub name of the base, which holds the values that the delta replaced.
         base_revision: revision of a base on the hub.
+        delta_revision: revision of a delta on the hub.
         onto: "original" if a delta of a quantised base was merged onto the weights that it was made of.
 
     Returns:
@@ -59,13 +61,13 @@ def unmerge(
         SMTError: as in `merge_checkpoint`; the merged checkpoint is not base plus delta, or `onto` is "dequantized".
             Nothing is written.
     """
-    merged, delta_folder, output = Path(merged), Path(delta_folder), Path(output)
+    merged, output = Path(merged), Path(output)
     if onto == DEQUANTIZED:
         raise SMTError(
             "a merge onto='dequantized' replaced every quantised weight, so nothing of the base is left in it. "
             "Use the base itself."
         )
-    checkpoint, delta_folder = open_both(base, delta_folder, output, base_revision, None)
+    checkpoint, delta_folder = open_both(base, delta, output, base_revision, delta_revision)
     check_outside(output, merged)
     found = Checkpoint.open(merged, MERGED)
     placement = Placement.load(delta_folder, checkpoint, onto)

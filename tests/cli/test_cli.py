@@ -12,10 +12,11 @@ import tiny
 import torch
 import torch.nn.functional as F
 from reference import block_scores
+from texts import byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from smt_trainer import BlockScores, BlockSelection, __version__
+from smt_trainer import BlockScores, BlockSelection, SMTError, __version__
 from smt_trainer.cli import examples, main
 from smt_trainer.cli.examples import load_records, make_examples, pad
 
@@ -253,11 +254,45 @@ def test_a_text_is_learnt_with_its_end_token_and_a_long_one_is_cut(form, checkpo
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
 
 
+CHAT = """{% for message in messages %}<bos>{{ message.role }}: {{ message.content }}<eos>{% endfor %}
+{%- if add_generation_prompt %}<bos>assistant: {% endif %}"""
+TALK = [{"role": role, "content": text} for role, text in (("user", "a?"), ("assistant", "b"), ("user", "c?"))]
+ANSWER = {"role": "assistant", "content": "d"}
+
+
+def test_of_messages_the_last_one_is_learnt_as_the_chat_template_writes_it():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    (example,) = make_examples([{"messages": [*TALK, ANSWER]}], tokenizer, 512)
+    written = tokenizer.apply_chat_template([*TALK, ANSWER], tokenize=False)
+    assert example["input_ids"].tolist() == tokenizer(written, add_special_tokens=False)["input_ids"]
+    learnt = example["labels"][example["labels"] != -100]
+    assert tokenizer.decode(learnt) == "d<eos>"
+    assert example["labels"][-len(learnt) :].tolist() == learnt.tolist()
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "the tokenizer's chat template cannot write the messages: .*chat_template"),
+        ("{{ raise_exception('no such role') }}", "cannot write the messages: no such role Give one"),
+        ("{{ messages | length }}", "writes the first messages differently before an answer and with it"),
+    ],
+)
+def test_messages_that_a_template_cannot_write_are_refused(template, message):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(SMTError, match=message):
+        make_examples([{"messages": [*TALK, ANSWER]}], tokenizer, 512)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('[{"text": "a"}, {"prompt": "b"}]', "record 2 of data should have a text, or a prompt and a completion"),
         ('{"text": "a"}\n{"text": 3}', "record 2 of data should have"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "record 1 of data .* or two or more messages"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}', "record 1 of data should have"),
         ('{"text": "a"}\n7', "record 2 of data should have .* got int"),
         ('{"text": "a"}\n{"text', "line 2 of data is not JSON"),
         ("", "data holds no records"),

@@ -3,13 +3,24 @@
 import json
 from dataclasses import replace
 
+import arithmetic
 import huggingface_hub
 import pytest
 import tiny
 import torch
 import transformers
 
-from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, push_delta, save_delta
+from smt_trainer import (
+    SMTError,
+    applied,
+    convert_to_smt,
+    diff_deltas,
+    from_delta,
+    load_delta,
+    merge_and_unload,
+    push_delta,
+    save_delta,
+)
 from smt_trainer.cli import main
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
 from smt_trainer.delta.hub import find_delta
@@ -49,6 +60,15 @@ def test_a_delta_is_put_into_a_model_by_name(trained, base):
     tiny.assert_same(tiny.logits(model), trained[first])
 
 
+def test_deltas_are_swapped_and_compared_by_name(trained, base, tmp_path):
+    _, newest = trained.values()
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    with applied(model, "me/delta"):
+        tiny.assert_same(tiny.logits(model), newest)
+    assert diff_deltas("me/delta", tmp_path / "second").total.difference == 0
+    assert diff_deltas(tmp_path / "first", "me/delta").total.difference > 0
+
+
 def test_only_the_delta_is_sent_either_way(trained, hub, tmp_path):
     hub.upload("me/delta", tmp_path / "second")
     assert set(LEFT_BY_RUNS) <= hub.files("me/delta").keys()
@@ -68,7 +88,7 @@ def test_the_recorded_commit_of_the_base_is_loaded_even_if_the_base_moves_on(tra
         from_delta("me/delta", base_revision="main")
 
 
-def test_the_command_line_merges_verifies_and_exports_by_names_and_revisions(trained, hub, tmp_path, capsys):
+def test_the_command_line_merges_verifies_exports_and_unmerges_by_names_and_revisions(trained, hub, tmp_path, capsys):
     first, _ = trained
     base, merged = hub.repositories["someone/base"].branches["main"], tmp_path / "merged"
     tiny.llama(seed=1).save_pretrained(tmp_path / "moved")
@@ -78,6 +98,9 @@ def test_the_command_line_merges_verifies_and_exports_by_names_and_revisions(tra
     tiny.assert_same(tiny.logits(transformers.AutoModelForCausalLM.from_pretrained(merged)), trained[first])
     assert main(["verify", *names, str(merged), *revisions, "--logits"]) == 0
     assert main(["export", *names, str(tmp_path / "lora"), "--format", "lora", *revisions]) == 0
+    assert main(["unmerge", *names, str(merged), str(tmp_path / "back"), *revisions]) == 0
+    arithmetic.assert_equal(tiny.saved_tensors(tmp_path / "back"), tiny.saved_tensors(tmp_path / "base"))
+    assert main(["unmerge", *names, str(merged), str(tmp_path / "other"), "--revision", base]) == 2
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("someone/base", base)
     assert main(["merge", *names, str(tmp_path / "again"), "--revision", base]) == 0
