@@ -29,6 +29,7 @@ from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.put import check_same_blocks, differences, put_blocks, whole_destinations
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import stored_weight
+from smt_trainer.model.merged import is_merged, mark_merged
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import base_name
@@ -90,13 +91,13 @@ def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
     if current is not None:
         _write(model, current.delta, current.before)
         vars(model).pop(ATTRIBUTE)
-        vars(model)["smt_merged"] = current.was_merged
+        mark_merged(model, current.was_merged)
     if new is not None:
-        was_merged = getattr(model, "smt_merged", False)
+        was_merged = is_merged(model)
         vars(model)[ATTRIBUTE] = Swapped(new, _read(model, new), new.base, was_merged, is_smt_model(model))
         _write(model, new, {**new.blocks, **new.whole})
         # Its values are no longer those of the base that it was loaded from.
-        vars(model)["smt_merged"] = True
+        mark_merged(model)
 
 
 @contextlib.contextmanager

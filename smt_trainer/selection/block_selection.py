@@ -16,6 +16,7 @@ from smt_trainer.files import load_json, write_text
 from smt_trainer.manifest import check_format, check_keys, read_base, read_config, refusing_damage, sealed, unsealed
 from smt_trainer.model.grid import BlockGrid, numel, read_grids
 from smt_trainer.model.hub import cached_commit
+from smt_trainer.model.merged import is_merged
 from smt_trainer.model.names import by_projection
 from smt_trainer.settings import is_int
 
@@ -176,7 +177,7 @@ def base_name(model: nn.Module) -> str | None:
 
     A model that a delta was merged into has no name: it is no longer the base that it was loaded from.
     """
-    if getattr(model, "smt_merged", False):
+    if is_merged(model):
         return None
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)

@@ -12,6 +12,7 @@ from torch import nn
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import find_expert
 from smt_trainer.model.made_up import made_up, new_rows
+from smt_trainer.model.merged import mark_merged
 from smt_trainer.model.quantised import floating_dtype, is_quantised, quantization_of
 from smt_trainer.model.tensor_parallel import is_tensor_parallel, style_of
 from smt_trainer.model.whole import find_whole, get_whole, stored_whole
@@ -146,7 +147,7 @@ def merge_and_unload(model: Model, *, onto: str | None = None) -> Model:
         parameter.requires_grad_(name in state.was_trainable)
     del model.smt_state
     # Its values are no longer those of the base it was loaded from.
-    model.smt_merged = True  # pyrefly: ignore[bad-argument-type]  # as in `set_state`
+    mark_merged(model)
     return model
 
 

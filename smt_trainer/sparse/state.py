@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.merged import is_merged
 from smt_trainer.model.sharded import full_shape, full_tensor
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
@@ -54,7 +55,7 @@ def has_quantised_blocks(model: nn.Module) -> bool:
 def get_state(model: nn.Module) -> SMTState:
     """Return the state of a rewritten model. Raise `SMTError` for a plain one."""
     state = getattr(model, "smt_state", None)
-    if state is None and getattr(model, "smt_merged", False):
+    if state is None and is_merged(model):
         raise SMTError("this model is merged already, as from_delta gives it unless merge=False; it is a plain model.")
     if state is None:
         raise SMTError("this model trains no blocks; train it with SMTTrainer, or call convert_to_smt or load_delta.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.merged import is_merged
 from smt_trainer.sparse.plain import plain_state_dict
 from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.distributed import is_sharding
@@ -31,7 +32,7 @@ def match_reference(trainer: Trainer) -> None:
         return
     remedy = "Pass ref_model=copy.deepcopy(model) before training."
     if is_sharding(trainer.accelerator):
-        if is_smt_model(model) or getattr(model, "smt_merged", False):
+        if is_smt_model(model) or is_merged(model):
             raise SMTError(f"the reference model is the untuned base, and it is sharded over ranks already. {remedy}")
         return
     ours = plain_state_dict(model)

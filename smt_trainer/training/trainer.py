@@ -34,6 +34,7 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.folder import refuse_full_model
 from smt_trainer.errors import SMTError
+from smt_trainer.model.merged import is_merged
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.targets import count_parameters, frozen_names
 from smt_trainer.scores import SCORERS
@@ -224,7 +225,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         Selection and scores of all blocks are kept in the output folder.
         """
         self._report = {}
-        if getattr(self.model, "smt_merged", False):
+        if is_merged(self.model):
             logger.warning(
                 "A delta was merged into this model, and the blocks to come lie on top of it: their delta will fit no "
                 "checkpoint that there is. Save the merged model first, with save_pretrained, and train that. To go on "
