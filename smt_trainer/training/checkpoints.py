@@ -231,3 +231,12 @@ def last_checkpoint(folder: Path) -> str | None:
         except SMTError as error:
             logger.warning("%s is incomplete and is skipped: %s", checkpoint.name, error)
     return None
+
+
+def refuse_no_checkpoint(folder: Path) -> None:
+    """Raise `SMTError` if a folder holds a delta that is no checkpoint, such as the one that `save_model` writes."""
+    if (folder / DELTA_FILE).is_file() and not (folder / TRAINER_STATE_NAME).is_file():
+        raise SMTError(
+            f"{folder} holds a delta, but no {TRAINER_STATE_NAME} to resume from. Give a checkpoint of a run; or, to "
+            "train the blocks of that delta further, from step 0, call load_delta(model, folder) before SMTTrainer."
+        )

@@ -48,7 +48,12 @@ from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.training.activation_checkpointing import let_backward_stop_early
 from smt_trainer.training.callback import CompiledWriteBack, DeepSpeedWriteBack, SMTCallback
-from smt_trainer.training.checkpoints import SavesDelta, last_checkpoint, warn_of_missing_optimizer
+from smt_trainer.training.checkpoints import (
+    SavesDelta,
+    last_checkpoint,
+    refuse_no_checkpoint,
+    warn_of_missing_optimizer,
+)
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
@@ -155,7 +160,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         A run interrupted before its first checkpoint restarts with the blocks already chosen, without another warm-up.
 
         Raises:
-            SMTError: the checkpoint, or the selection in the output folder, was made under another `smt_config`.
+            SMTError: the checkpoint, or the selection in the output folder, was made under another `smt_config`; or
+                what was given is a delta and no checkpoint.
             ValueError: True was given, and the output folder holds neither (Trainer's own).
         """
         self._was_interrupted = False
@@ -164,6 +170,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             self._was_interrupted = checkpoint is None and (self._output_folder / SELECTION_FILE).is_file()
             if checkpoint is not None or self._was_interrupted:
                 resume_from_checkpoint = checkpoint
+        elif resume_from_checkpoint:
+            refuse_no_checkpoint(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def call_model_init(self, trial=None):

@@ -12,7 +12,7 @@ import tiny
 import torch
 import training_script
 
-from smt_trainer import SMTError, convert_to_smt
+from smt_trainer import SMTError, convert_to_smt, load_delta
 from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE, last_checkpoint
 
@@ -132,6 +132,20 @@ def test_a_checkpoint_of_another_base_is_refused(uninterrupted, tmp_path):
     trainer = tiny.smt_trainer(tiny.llama(seed=1), tmp_path)
     with pytest.raises(SMTError, match="other values in"):
         trainer.train(resume_from_checkpoint=str(uninterrupted[0] / "checkpoint-2"))
+
+
+def test_a_delta_that_is_no_checkpoint_is_refused_and_trained_further_as_said(uninterrupted, tmp_path):
+    delta = tmp_path / "delta"
+    shutil.copytree(uninterrupted[0] / "checkpoint-2", delta)
+    (delta / "trainer_state.json").unlink()
+    model = tiny.llama()
+    trainer = tiny.smt_trainer(model, tmp_path / "refused")
+    with pytest.raises(SMTError, match=r"no trainer_state.json to resume from\. .* call load_delta"):
+        trainer.train(resume_from_checkpoint=str(delta))
+    assert not is_smt_model(model)
+    trainer = tiny.smt_trainer(load_delta(model, delta), tmp_path / "further")
+    trainer.train()
+    assert trainer.state.global_step == trainer.args.max_steps
 
 
 def test_a_checkpoint_of_the_stock_trainer_is_refused(tmp_path):
