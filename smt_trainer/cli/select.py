@@ -24,6 +24,8 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError, first_line
 
 FIELDS = [*SMTConfig.deciding("targets", "scores", "warm-up", "choice"), "accumulator_device"]
+# Flags that say how the data are read, beside those of the configuration.
+READING = ("batch", "seq", "checkpointing", "accumulation", "dtype", "seed")
 WARMUP_FIELDS = {*SMTConfig.deciding("warm-up"), "accumulator_device"}
 KEYS = {"output": OUTPUT, "selection": BLOCKS}
 
@@ -50,6 +52,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--seed", type=seed, default=42, help="seed for the order of the data")
     add_config_flags(parser, FIELDS)
     add_json(parser, KEYS)
+    parser.set_defaults(usual={name: parser.get_default(name) for name in READING})
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -59,12 +62,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.scores is None and not (arguments.model and arguments.data):
         raise SMTError("give a model and --data to choose the blocks from, or the --scores of an earlier run.")
     given = given_fields(arguments, FIELDS)
-    if arguments.scores is not None and (vain := sorted(given.keys() & WARMUP_FIELDS)):
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in vain)
+    vain = {*(given.keys() & WARMUP_FIELDS), *(name for name in READING if _differs(arguments, name))}
+    if arguments.scores is not None and vain:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(vain))
         raise SMTError(f"{flags} would change the warm-up, and the scores come from one that is over. Leave it out.")
     selection = _choose_again(arguments, given) if arguments.scores else _choose(arguments, SMTConfig(**given))
     result = {"output": str(arguments.output), "selection": blocks(selection)}
     write(arguments, result, [selection.summary(), f"selection in {arguments.output}"])
+
+
+def _differs(arguments: argparse.Namespace, name: str) -> bool:
+    return getattr(arguments, name) != arguments.usual[name]
 
 
 def _choose_again(arguments: argparse.Namespace, given: dict):
