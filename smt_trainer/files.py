@@ -117,6 +117,8 @@ def write_text(path: Path, text: str) -> None:
 
 def check_new(output: Path) -> None:
     """Raise `SMTError` unless `output` does not exist or is an empty folder, and is no link."""
+    if output.resolve() == Path.cwd():
+        raise SMTError(f"{output} is the working folder, which cannot be replaced; give another one.")
     if output.is_symlink():
         raise SMTError(f"{output} is a link; give the folder itself, which must be new or empty.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,13 @@ def test_the_files_of_a_folder_are_on_the_disk_before_it_appears(tmp_path, monke
         for path in paths:
             path.write_text("text")
     assert sorted(flushed) == sorted(path.stat().st_ino for path in (tmp_path / "output").rglob("*") if path.is_file())
+
+
+def test_the_working_folder_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", "new/..", str(tmp_path)):
+        with pytest.raises(SMTError, match="is the working folder"), new_folder(Path(name)):
+            pass
 
 
 def test_a_folder_that_failed_does_not_appear(tmp_path):

@@ -89,7 +89,7 @@ class Delta:
 
     @classmethod
     def of(cls, model: nn.Module, *, master: bool = False) -> Delta:
-        """Return the delta of a rewritten model; a collective when the model is sharded over ranks.
+        """Return the delta of a rewritten model as it is now; a collective when the model is sharded over ranks.
 
         Args:
             model: rewritten by `convert_to_smt`, `load_delta` or SMTTrainer.
@@ -110,7 +110,8 @@ class Delta:
             blocks[name] = as_array(full_tensor(linear.blocks).to("cpu", dtype)[linear.row_major_order()])
         held = Held.of(model)
         warn_of_others(model, held)
-        whole = {name: as_array(full_tensor(tensor)) for name, tensor in held.tensors.items()}
+        copies = {name: full_tensor(tensor).detach().to("cpu", copy=True) for name, tensor in held.tensors.items()}
+        whole = {name: as_array(tensor) for name, tensor in copies.items()}
         unnamed = sorted((state.made_up | held.unnamed) & whole.keys())
         dtype = str(state.weight_dtype).removeprefix("torch.")
         return cls(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,9 +24,12 @@ from smt_trainer.selection.block_selection import base_name
 from smt_trainer.selection.tokens import lost_rows
 from smt_trainer.sparse.convert import rewrite_as
 from smt_trainer.sparse.fit import base_dtype, find_linears
+from smt_trainer.sparse.held import Held
 from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.state import SMTState, get_state, is_smt_model
 from smt_trainer.sparse.write_back import write_back
+
+logger = logging.getLogger(__name__)
 
 
 def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto: str | None = None) -> None:
@@ -40,6 +44,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
     if is_smt_model(model):
         check_same_blocks(model, delta)
         destinations = whole_destinations(model, delta)
+        _reset_others(model, delta, destinations)
     else:
         quantization = quantization_of(model)
         check_onto(delta, onto, is_quantised=quantization is not None)
@@ -122,6 +127,22 @@ def check_same_blocks(model: nn.Module, delta: Delta) -> None:
         raise SMTError(
             "the delta holds other blocks than this model trains, or blocks of another base. Load it into the plain "
             "base model instead."
+        )
+
+
+def _reset_others(model: nn.Module, delta: Delta, destinations: Mapping[str, Tensor]) -> None:
+    """Give what a rewritten model has learned, and a delta does not hold, the values of the base, as far as known."""
+    statistics = get_state(model).statistics
+    others = sorted(Held.of(model).tensors.keys() - delta.whole.keys())
+    for name in others:
+        if name in statistics:
+            assign(destinations[name], statistics[name])
+    if kept := [name for name in others if name not in statistics]:
+        logger.warning(
+            "The delta does not hold %d tensors that this model trains, such as `%s`, and they keep their values: the "
+            "model is not the one that the delta was saved from. For that one, load the delta into the plain base.",
+            len(kept),
+            kept[0],
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_lin
 from smt_trainer.sparse.plain import CANNOT_HOLD, save_as_before, save_as_plain
 from smt_trainer.sparse.state import SMTState, get_state, has_quantised_blocks, set_state
 
+if TYPE_CHECKING:
+    from smt_trainer.model.kinds import Target
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -46,6 +49,7 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
             tokens that the selection leaves out. Nothing is changed.
     """
     linears = find_linears(model, selection)
+    _refuse_replaced_forwards(linears)
     dtype = base_dtype(model, linears)
     whole = find_whole(model, selection.config, linears)
     stored = stored_whole(model.state_dict(keep_vars=True), whole)
@@ -62,6 +66,17 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     left_out = {*new, *stored} - rows.keys()
     base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, left_out, rows)
     return rewrite_as(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
+
+
+def _refuse_replaced_forwards(linears: Mapping[str, Target]) -> None:
+    """Raise `SMTError` if a linear would go on computing what somebody has put in place of its `forward`."""
+    modules = {name: linear for name, linear in linears.items() if isinstance(linear, nn.Module)}
+    replaced = [name for name, one in modules.items() if "forward" in vars(one) and not is_tensor_parallel(one)]
+    if replaced:
+        raise SMTError(
+            f"the forward of `{replaced[0]}` is replaced on the instance (a device map or an offloading hook), so its "
+            "blocks would get no gradient. Load the model without that."
+        )
 
 
 def rewrite_as(model: Model, state: SMTState) -> Model:

@@ -81,6 +81,13 @@ def warn_of_others(model: nn.Module, held: Held) -> None:
             len(lost),
             lost[0],
         )
+    if under := [name for name, linear in smt_linears(model) if linear.parameter.requires_grad]:
+        logger.warning(
+            "%d weights with blocks, such as that of `%s`, require a gradient, but only their blocks are trained. To "
+            "train them whole, name them in modules_to_save.",
+            len(under),
+            under[0],
+        )
     if found := sorted(held.unfrozen):
         logger.warning(
             "The delta holds %d tensors whole, such as `%s`, since they require a gradient though the blocks were to "

@@ -49,7 +49,8 @@ class KeptInput(NamedTuple):
 
     def columns(self, start: int, length: int) -> Tensor:
         """Compute columns `start` to `start + length` of x [T, I], over its flattened tokens."""
-        x, *others = (_columns(tensor, start, length) for tensor in self.tensors)
+        factors = self.tensors[:-1] if self.steps[-1:] == ("rows",) else self.tensors
+        x, *others = (_columns(tensor, start, length) for tensor in factors)
         for step in self.steps:
             if step == "mul":
                 x = x * others.pop(0)
@@ -75,8 +76,6 @@ class KeptInput(NamedTuple):
 
 
 def _columns(tensor: Tensor, start: int, length: int) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
     flat = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor
     return flat if flat.ndim == 0 or flat.shape[-1] == 1 else flat.narrow(-1, start, length)
 

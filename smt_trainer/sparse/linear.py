@@ -45,6 +45,8 @@ class BlockLinear(nn.Module):
     group: ClassVar[Callable[[Tensor, BlockGrid], tuple[Any, Tensor, Tensor]]] = staticmethod(group_blocks)
     # Whether the weight holds the values of the blocks; a quantised one cannot.
     is_written: ClassVar[bool] = True
+    # Whether something has changed the blocks without a trace, such as a callback through `.data`; it may do so again.
+    leaves_no_trace: bool = False
     # Of an expert's matrix, its place among those in one parameter, and their number.
     stacked: tuple[int, int] | None = None
     # Stands for the blocks in forward, where they get their gradient together with others (`listed_experts.py`).
@@ -106,7 +108,8 @@ class BlockLinear(nn.Module):
     def _restore(self) -> nn.Module:
         for name in ("blocks", "block_indices", "positions", "grid", "plan", "_written"):
             delattr(self, name)
-        vars(self).pop("_views", None)
+        for name in ("_views", "leaves_no_trace"):
+            vars(self).pop(name, None)
         self.__class__ = vars(self).pop("linear_class")
         return self
 
@@ -135,15 +138,23 @@ class BlockLinear(nn.Module):
 
         A weight that has them stays untouched: autograd refuses to go back through one that was written since.
         """
-        if is_sharded(self.blocks) or is_sharded(self.parameter) or self.parameter.is_meta or not self.is_written:
-            return
-        held = self.grid.gather(self.base_weight(), self.block_indices)
-        if not torch.equal(held, self.blocks.detach().to(held.dtype)):
+        if self.differs():
+            self.leaves_no_trace = self.leaves_no_trace or not self._has_trace()
             write_back([self])
 
+    def differs(self) -> bool:
+        """Return whether the weight has other values than the blocks; False where finding out is a collective, or there
+        are no values."""
+        if is_sharded(self.blocks) or is_sharded(self.parameter) or self.parameter.is_meta or not self.is_written:
+            return False
+        held = self.grid.gather(self.base_weight(), self.block_indices)
+        return not torch.equal(held, self.blocks.detach().to(held.dtype))
+
     def __setstate__(self, state) -> None:
-        # A copy of the model is followed as the original is.
+        # A copy of the model is followed as the original is. Its blocks count their changes anew.
         super().__setstate__(state)
+        if self.is_written and not is_sharded(self.blocks):
+            self._written = self.blocks, -1
         follow(self)
 
     def mark_written(self) -> None:
@@ -151,11 +162,20 @@ class BlockLinear(nn.Module):
         self._written = self.blocks, self.blocks._version
 
     def is_stale(self) -> bool:
-        """Return whether an operation has changed the blocks since they were written into the weight.
+        """Return whether the weight lacks values of the blocks, as far as a forward can tell.
 
-        Changes through `.data`, and those that a fused optimizer makes, go unnoticed here, as do changes of sharded
-        blocks, which forward sees gathered.
+        Seen are changes by an operation, and other blocks in their place (`torch.func.functional_call`). Changes
+        through `.data`, and those that a fused optimizer makes, are seen only once `write_if_whole` has found some.
+        Sharded blocks, which forward sees gathered, are written by others.
         """
+        if self._has_trace():
+            return True
+        written, _ = self._written
+        replaced = written is not self.blocks and not is_sharded(written)
+        return (replaced or self.leaves_no_trace) and self.differs()
+
+    def _has_trace(self) -> bool:
+        """Return whether an operation has changed the blocks since they were written into the weight."""
         written, version = self._written
         return written is self.blocks and version != written._version
 

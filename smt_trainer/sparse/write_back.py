@@ -4,7 +4,8 @@ It happens wherever the two could come apart, whoever changed the blocks:
 
     after the step of any optimizer of the process that holds them     a hook (`follow`), so any trainer or loop will do
     in a forward that finds that an operation has changed them         by their version (`BlockLinear.is_stale`)
-    before evaluation and before a state dict is made                  for changes that leave no trace (`.data`)
+    before evaluation and before a state dict is made                  for changes that leave no trace (`.data`); from
+                                                                       then on every forward compares
 
 Sharded blocks are written by the hook alone, and by the trainer under DeepSpeed, whose optimizer holds other tensors.
 A quantised weight holds no blocks: there forward reads the blocks themselves (`quantised_linear.py`).

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
 from collections import deque
-from collections.abc import Iterator, MutableMapping, MutableSet
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,38 +33,62 @@ def plain_data_preserved(owner: object, apart: tuple[object, ...] = ()) -> Itera
     """Restore the attributes of `owner` that hold plain data on exit, and remove those that were added.
 
     Trainers and their users gather metrics there in each training step. Plain data are numbers, text, small tensors and
-    arrays, and containers of these; a container stays the same object.
+    arrays, and containers of these; each stays the same object.
 
     Args:
         owner: any object.
         apart: values to leave alone, such as data sets.
     """
     before = {
-        name: (value, copy.deepcopy(value))
+        name: value
         for name, value in vars(owner).items()
         if not any(value is other for other in apart) and _is_plain(value)
     }
-    names = set(vars(owner))
+    names, contents = set(vars(owner)), _contents(before.values())
     try:
         yield
     finally:
         for name in [name for name, value in vars(owner).items() if name not in names and _is_plain(value)]:
             del vars(owner)[name]
-        for name, (value, saved) in before.items():
-            vars(owner)[name] = _refilled(value, saved)
+        vars(owner).update(before)
+        for holder, content in contents:
+            _refill(holder, content)
 
 
-def _refilled(container, content):
-    """Give a container its content back, and return it; return the content of anything else."""
-    if isinstance(container, (list, deque)):
-        container.clear()
-        container.extend(content)
-    elif isinstance(container, (MutableMapping, MutableSet)):
-        container.clear()
-        container |= content  # pyrefly: ignore[unsupported-operation]  # dictionaries and sets have it
+def _contents(values: Iterable[object]) -> list[tuple[Any, Any]]:
+    """Return all lists, dictionaries, tensors and others that can change within plain values, each with a copy of what
+    is in it. The copies hold the same objects, so that references between them survive."""
+    found: dict[int, tuple[Any, Any]] = {}
+    left = deque(values)
+    while left:
+        value = left.popleft()
+        if id(value) in found:
+            continue
+        if isinstance(value, torch.Tensor):
+            found[id(value)] = value, value.detach().clone()
+        elif isinstance(value, (list, dict, set, deque, np.ndarray)):
+            found[id(value)] = value, value.copy()
+        if isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, (list, tuple, deque)):
+            left.extend(value)
+    return list(found.values())
+
+
+def _refill(holder: Any, content: Any) -> None:
+    """Give a container, a tensor or an array its content back."""
+    if isinstance(holder, torch.Tensor):
+        with torch.inference_mode():  # it may have been made in there
+            holder.copy_(content)
+    elif isinstance(holder, np.ndarray):
+        if holder.flags.writeable:
+            holder[...] = content
+    elif isinstance(holder, (list, deque)):
+        holder.clear()
+        holder.extend(content)
     else:
-        return content
-    return container
+        holder.clear()
+        holder.update(content)
 
 
 def _is_plain(value: object) -> bool:

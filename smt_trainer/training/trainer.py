@@ -19,7 +19,6 @@ Private methods of Trainer that this folder relies on. Overridden: `_inner_train
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import logging
 import time
@@ -116,7 +115,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         self._saves_checkpoint = False
         self._was_interrupted = False
         self._report: dict[str, float] = {}
-        self._found: tuple[weakref.ref, tuple, Candidates] | None = None
+        self._found: tuple[weakref.ref, SMTConfig, tuple, Candidates] | None = None
+        self._given: tuple[SMTConfig, BlockSelection | None] | None = None
         if args:
             args = (uncompiled(args[0]), *args[1:])
         if "model" in kwargs:
@@ -295,14 +295,15 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         """Return the candidates of the model, which are looked for, and warned about, once."""
         flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
         if self._found is not None:
-            model, found_flags, candidates = self._found
-            unchanged = found_flags == flags and candidates.num_parameters == count_parameters(self.model)
+            model, config, found_flags, candidates = self._found
+            unchanged = (config, found_flags) == (self.smt_config, flags)
+            unchanged = unchanged and candidates.num_parameters == count_parameters(self.model)
             if model() is self.model and unchanged:
                 return candidates
         candidates = find_candidates(self.model, self.smt_config)
         refuse_partitioned_experts(self.accelerator, self.model, candidates.grids)
         refuse_sharded_tokens(self.accelerator, new_token_grids(self.model, self.smt_config, candidates.grids))
-        self._found = weakref.ref(self.model), flags, candidates
+        self._found = weakref.ref(self.model), replace(self.smt_config), flags, candidates
         return candidates
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -325,10 +326,13 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         stack.enter_context(bare_autocast(self.accelerator))
         return stack
 
-    @functools.cached_property
+    @property
     def _given_selection(self) -> BlockSelection | None:  # pyrefly: ignore[bad-override]  # it is no plain attribute
         """The configured selection, trained as this trainer's configuration says."""
-        return given_selection(self.smt_config, None if is_smt_model(self.model) else self.model)
+        if self._given is None or self._given[0] != self.smt_config:
+            selection = given_selection(self.smt_config, None if is_smt_model(self.model) else self.model)
+            self._given = replace(self.smt_config), selection
+        return self._given[1]
 
     @property
     def smt_callbacks(self) -> list[SMTCallback]:

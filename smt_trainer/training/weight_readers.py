@@ -66,4 +66,6 @@ class RefuseWeightReaders(TrainerCallback):
 
 
 def _can_watch(linear: BlockLinear) -> bool:
-    return linear.is_written and linear.stacked is None and type(linear.weight) is nn.Parameter
+    plain = linear.is_written and linear.stacked is None and type(linear.weight) is nn.Parameter
+    # One that somebody has unfrozen stays so; saving says that it learns in its blocks alone.
+    return plain and not linear.weight.requires_grad

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from smt_trainer import (
     SMTError,
+    applied,
     convert_to_smt,
     from_delta,
     load_delta,
@@ -67,6 +68,16 @@ def test_a_delta_can_be_loaded_into_the_model_that_trains_its_blocks(delta):
     tiny.step(trained, **tiny.batch())
     assert not torch.equal(tiny.logits(trained), expected)
     assert torch.equal(tiny.logits(load_delta(trained, folder)), expected)
+
+
+def test_a_delta_in_memory_stays_as_it_is_when_the_model_trains_on(tmp_path):
+    model = tiny.llama()
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", train_norm=True)))
+    delta, expected = Delta.of(model), tiny.logits(model)
+    tiny.step(model.train(), **tiny.batch())
+    assert not torch.equal(tiny.logits(model), expected)
+    with applied(model, delta):
+        assert torch.equal(tiny.logits(model), expected)
 
 
 @pytest.mark.parametrize("master", [False, True])

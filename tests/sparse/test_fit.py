@@ -57,6 +57,13 @@ def target_trained_whole(model):
     return selection, "modules_to_save"
 
 
+def replaced_forward(model):
+    projection = model.model.layers[1].self_attn.q_proj
+    selection = tiny.every_block(model, ["model.layers.1.self_attn.q_proj"])
+    projection.forward = projection.forward
+    return selection, "the forward of `model.layers.1.self_attn.q_proj` is replaced on the instance"
+
+
 MISFITS = [
     other_shape,
     other_names,
@@ -65,6 +72,7 @@ MISFITS = [
     not_a_linear,
     shared_weight,
     tied_head,
+    replaced_forward,
     unknown_module_to_save,
     target_trained_whole,
 ]

@@ -134,3 +134,36 @@ def test_a_finer_dtype_and_swapped_blocks_change_no_base(base, tmp_path, caplog)
         save_delta(model, tmp_path / "second")
     save_delta(model.double(), tmp_path / "third")
     assert not caplog.text
+
+
+def test_what_a_delta_does_not_hold_is_named_when_it_is_loaded_into_a_model_that_trains_it(base, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    convert_to_smt(model, tiny.choose(model))
+    save_delta(model, tmp_path / "delta")
+    load_delta(model, tmp_path / "delta")
+    assert not caplog.text
+    model.model.norm.weight.requires_grad_(True)
+    load_delta(model, tmp_path / "delta")
+    assert "does not hold 1 tensors that this model trains, such as `model.norm.weight`" in caplog.text
+
+
+def test_statistics_that_a_delta_does_not_hold_are_those_of_the_base_again(tmp_path, caplog):
+    model = tiny.llama()
+    model.register_buffer("seen", torch.zeros(()))
+    convert_to_smt(model, tiny.choose(model))
+    save_delta(model, tmp_path / "delta")
+    model.seen += 1
+    load_delta(model, tmp_path / "delta")
+    assert model.seen == 0 and not caplog.text
+
+
+def test_a_weight_with_blocks_that_was_unfrozen_is_named(base, tmp_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    selection = tiny.choose(model)
+    convert_to_smt(model, selection)
+    name = next(iter(selection.block_indices))
+    model.get_submodule(name).weight.requires_grad_(True)
+    trainer = SMTTrainer(model=model, args=tiny.arguments(tmp_path), train_dataset=tiny.examples())
+    trainer.train()
+    trainer.save_model()
+    assert f"1 weights with blocks, such as that of `{name}`, require a gradient" in caplog.text

@@ -198,6 +198,58 @@ def test_a_change_without_a_trace_is_in_the_weight_before_evaluation(kind):
     assert torch.equal(layer.grid.gather(layer.weight, layer.block_indices), layer.blocks)
 
 
+def save(layer: BlockLinear) -> None:
+    layer.state_dict()
+
+
+@pytest.mark.parametrize("look", [nn.Module.eval, save])
+def test_changes_without_a_trace_are_in_every_forward_once_one_was_seen(look, kind):
+    layer, x = smt_linear(kind), torch.randn(5, 32)
+    expected, own = layer(x), layer.blocks.detach().clone()
+    # As a callback that averages blocks does around an evaluation.
+    layer.blocks.data.copy_(own + 1)
+    look(layer)
+    assert not torch.equal(layer(x), expected)
+    layer.blocks.data.copy_(own)
+    layer.train()
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_copy_made_before_its_blocks_were_written_computes_with_them(kind):
+    layer, x = smt_linear(kind), torch.randn(5, 32)
+    shift(layer)
+    other = copy.deepcopy(layer)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_a_copy_whose_blocks_have_changed_as_often_as_the_originals_sees_it(kind):
+    layer, x = smt_linear(kind), torch.randn(5, 32)
+    for _ in range(3):
+        shift(layer)
+    write_back([layer])
+    other = copy.deepcopy(layer)
+    for _ in range(layer.blocks._version - other.blocks._version):
+        shift(other, 2.0)
+    assert torch.equal(other(x), dense(other)(x)) and not torch.equal(other(x), layer(x))
+
+
+def dense(layer: BlockLinear) -> nn.Module:
+    """Return the plain twin of a layer."""
+    return copy.deepcopy(layer).to_linear()
+
+
+def test_blocks_that_stand_in_for_others_are_used_and_leave_no_trace(kind):
+    layer, x = smt_linear(kind), torch.randn(5, 32)
+    expected, others = layer(x), (layer.blocks.detach() + 1).requires_grad_()
+    found = torch.func.functional_call(layer, {"blocks": others}, x)
+    found.square().sum().backward()
+    assert torch.equal(layer(x), expected)
+    shift(layer)
+    y = layer(x)
+    y.square().sum().backward()
+    assert torch.equal(y, found) and torch.equal(layer.blocks.grad, others.grad)
+
+
 def test_a_layer_used_twice_sums_its_gradients(kind):
     layer, x = smt_linear(kind), torch.randn(5, 32)
     (layer(x) + layer(2 * x)).sum().backward()

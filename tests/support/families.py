@@ -39,8 +39,14 @@ ROTATED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3
 
 
 def of_text(model: nn.Module) -> dict[str, Tensor]:
-    """Four sequences."""
-    return tiny.batch()
+    """Four sequences, one of them shorter than the others."""
+    batch, mask = tiny.batch(), torch.ones(4, tiny.LENGTH, dtype=torch.long)
+    mask[0, :2] = 0
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": mask,
+        "labels": batch["labels"].masked_fill(mask == 0, -100),
+    }
 
 
 def of_images(model: nn.Module) -> dict[str, Tensor]:

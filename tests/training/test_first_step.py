@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -121,6 +122,23 @@ def test_what_a_trainer_counts_is_as_without_a_warm_up(tmp_path):
     without = tiny.smt_trainer(tiny.llama(), tmp_path, selection, kind=Counting)
     without.train()
     assert repr(with_warm_up.counts()) == repr(without.counts())
+
+
+def test_references_between_plain_data_survive():
+    owner = type("Owner", (), {})()
+    owner.by_name = {"losses": [1.0], "steps": collections.Counter(a=0)}
+    owner.losses, owner.pair = owner.by_name["losses"], (torch.zeros(2), np.zeros(2))
+    tensor, array = owner.pair
+    with plain_data_preserved(owner):
+        owner.losses.append(2.0)
+        owner.by_name["steps"]["a"] -= 1
+        owner.by_name["new"] = []
+        tensor.add_(1)
+        array += 1
+        owner.pair = ()
+    assert owner.by_name == {"losses": [1.0], "steps": {"a": 0}}
+    assert owner.losses is owner.by_name["losses"]
+    assert owner.pair == (tensor, array) and not tensor.any() and not array.any()
 
 
 def test_plain_data_are_restored_and_everything_else_is_left_alone():

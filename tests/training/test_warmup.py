@@ -359,6 +359,20 @@ def test_select_chooses_what_training_would_and_leaves_the_model_and_the_run_as_
         trainer.select()
 
 
+def test_another_configuration_of_a_trainer_is_obeyed(tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path)
+    trainer.select()
+    trainer.smt_config = tiny.config(target_modules=["up_proj"], block_size=32, budget=2)
+    chosen = trainer.select()
+    assert chosen.blocks_by_projection() == {"up_proj": 2}
+    assert {grid.block_shape for grid in chosen.grids.values()} == {(32, 32)}
+    trainer.smt_config = tiny.config(selection=tiny.choose(tiny.llama()))
+    assert trainer.select().blocks_by_projection().keys() == {"q_proj", "k_proj", "v_proj"}
+    trainer.smt_config = tiny.config(selection=chosen)
+    trainer.train()
+    assert trainer.smt_selection.blocks_by_projection() == {"up_proj": 2}
+
+
 def test_scores_of_another_model_are_refused_when_the_trainer_is_made(tmp_path):
     tiny.smt_trainer(tiny.llama(), tmp_path).select()
     with pytest.raises(SMTError, match=r"scores of `model\.layers\.0\.self_attn\.q_proj` are of a weight of 64x64"):
