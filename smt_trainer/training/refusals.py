@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
@@ -11,6 +13,7 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import expert_stacks, matrices_of
+from smt_trainer.model.made_up import new_rows
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_partitioned
 from smt_trainer.model.targets import narrow, refuse_adapters
@@ -88,7 +91,8 @@ def refuse_other_blocks(model: nn.Module, config: SMTConfig, given: BlockSelecti
     """Raise `SMTError` if a rewritten model trains other blocks than a configuration, or its selection, asks for."""
     selection = get_state(model).selection
     differences = (given.config if given else config).differences(selection.config)
-    if given and _listed(given) != _listed(selection):
+    new = new_rows(model)
+    if given and _listed(given, new) != _listed(selection, new):
         differences.append("selection: other blocks")
     if differences:
         raise SMTError(
@@ -98,8 +102,14 @@ def refuse_other_blocks(model: nn.Module, config: SMTConfig, given: BlockSelecti
         )
 
 
-def _listed(selection: BlockSelection) -> dict[str, list]:
-    return {name: indices.tolist() for name, indices in selection.block_indices.items()}
+def _listed(selection: BlockSelection, new: Mapping[str, range]) -> dict[str, list]:
+    """Return the blocks of each module, without those in rows of new tokens, which training adds by itself."""
+    listed = {}
+    for name, indices in selection.block_indices.items():
+        rows, height = new.get(f"{name}.weight", range(0)), selection.grids[name].block_rows
+        if blocks := [[row, column] for row, column in indices.tolist() if row * height not in rows]:
+            listed[name] = blocks
+    return listed
 
 
 def _refuse_unfollowed_experts(trainer) -> None:

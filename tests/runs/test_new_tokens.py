@@ -57,6 +57,17 @@ def trained(base, folder, steps: int = 4, resume=None, **fields):
     return trainer
 
 
+def test_a_delta_is_trained_further_with_the_selection_that_it_came_from(base, tmp_path):
+    given = tiny.choose(load(base))
+    trained(base, tmp_path / "run", selection=given).save_model(tmp_path / "delta")
+    model = load_delta(load(base), tmp_path / "delta")
+    data = [{name: rows[0] for name, rows in batch().items()}] * 8
+    SMTTrainer(model, tiny.arguments(tmp_path), train_dataset=data, smt_config=tiny.config(selection=given)).train()
+    other = tiny.choose(load(base), tiny.config(budget=11, score="random"))
+    with pytest.raises(SMTError, match="selection: other blocks"):
+        SMTTrainer(model, tiny.arguments(tmp_path), train_dataset=data, smt_config=tiny.config(selection=other))
+
+
 @pytest.mark.parametrize(
     "fields", [{}, {"target_modules": ["embed_tokens", "q_proj"], "block_size": 16}], ids=["", "blocks"]
 )
