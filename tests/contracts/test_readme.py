@@ -179,7 +179,13 @@ def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
 
 @pytest.mark.parametrize(
     ("study", "following"),
-    [("anatomy", "**[depth]"), ("depth", "**[depth-all]"), ("depth-all", "**[warmup]"), ("warmup", "## A probe")],
+    [
+        ("methods", "**[anatomy]"),
+        ("anatomy", "**[depth]"),
+        ("depth", "**[depth-all]"),
+        ("depth-all", "**[warmup]"),
+        ("warmup", "## A probe"),
+    ],
 )
 def test_the_means_of_a_study_are_those_of_its_committed_runs(study, following):
     report = (ROOT / f"recipes/studies/results/{study}.md").read_text(encoding="utf-8")
@@ -187,6 +193,32 @@ def test_the_means_of_a_study_are_those_of_its_committed_runs(study, following):
     text = text.partition(f"**[{study}]")[2].partition(following)[0]
     means = re.findall(r"\d\.\d{3} ± \d\.\d{3}", text)
     assert len(means) > 3 and all(mean.lstrip("+-") in report for mean in means)
+
+
+def test_the_figures_of_full_fine_tuning_are_those_of_the_committed_runs():
+    folder = ROOT / "recipes/studies/results"
+    text = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    results = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    def means(count: int, **run) -> tuple[float, float]:
+        """Return the loss on new numbers and on general text, over the first seeds."""
+        wanted = {"task": "math", "split": "test", "selected_on": None} | run
+        found = [one["means"] for one in results if wanted.items() <= one["run"].items() and one["run"]["seed"] < 4]
+        assert len(found) == count
+        return tuple(
+            sum(one[measure][name] for one in found) / count
+            for measure, name in (("loss", "new numbers"), ("forgetting", "general text"))
+        )
+
+    untuned, full = means(1, method="none"), means(3, method="full")
+    small = means(3, method="smt-low-all", budget=0.0084, fields="{}")
+    lora = means(3, method="lora-all", budget=0.0084)
+    random = means(3, method="smt-all", budget=0.0084, rate=0.03, fields='{"score": "random"}')
+    assert f"Full fine-tuning reached {full[0]:.3f}, forgot {full[1] - untuned[1]:.3f}." in README
+    shares = [round(100 * (untuned[0] - reached) / (untuned[0] - full[0])) for reached, _ in (small, lora)]
+    assert f"reach {small[0]:.3f} ({small[1]:.3f}): {shares[0]} % of what" in text
+    assert f"LoRA on all linears {shares[1]} % ({lora[0]:.3f})" in text
+    assert f"(random blocks with the same seeds {random[0]:.3f})" in text and f"({random[1]:.3f})." in text
 
 
 def test_the_figures_of_another_processor_are_those_of_the_committed_runs():
