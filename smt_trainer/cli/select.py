@@ -62,17 +62,16 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.scores is None and not (arguments.model and arguments.data):
         raise SMTError("give a model and --data to choose the blocks from, or the --scores of an earlier run.")
     given = given_fields(arguments, FIELDS)
-    vain = {*(given.keys() & WARMUP_FIELDS), *(name for name in READING if _differs(arguments, name))}
+    vain = {
+        *(given.keys() & WARMUP_FIELDS),
+        *(name for name in READING if getattr(arguments, name) != arguments.usual[name]),
+    }
     if arguments.scores is not None and vain:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(vain))
         raise SMTError(f"{flags} would change the warm-up, and the scores come from one that is over. Leave it out.")
     selection = _choose_again(arguments, given) if arguments.scores else _choose(arguments, SMTConfig(**given))
     result = {"output": str(arguments.output), "selection": blocks(selection)}
     write(arguments, result, [selection.summary(), f"selection in {arguments.output}"])
-
-
-def _differs(arguments: argparse.Namespace, name: str) -> bool:
-    return getattr(arguments, name) != arguments.usual[name]
 
 
 def _choose_again(arguments: argparse.Namespace, given: dict):

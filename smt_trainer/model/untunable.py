@@ -19,6 +19,7 @@ from smt_trainer.model.tensor_parallel import is_tensor_parallel, why_no_slice
 if TYPE_CHECKING:
     from smt_trainer.model.kinds import Linear, Target
 
+REPLACED = "is replaced on the instance (a device map or an offloading hook)"
 HOW_TO_LOAD = "load it unquantised, or quantised by bitsandbytes (BitsAndBytesConfig)"
 
 
@@ -46,7 +47,7 @@ def why_no_embedding(model: nn.Module, embedding: nn.Embedding) -> str | None:
         return f"its class, {type(embedding).__name__}, has a forward of its own, which does more than look rows up"
     others = sharing(model, embedding)
     if any("forward" in vars(module) for module in (embedding, *others)):
-        return "its forward, or that of a tied head, is replaced on the instance (a device map or an offloading hook)"
+        return f"its forward, or that of a tied head, {REPLACED}"
     strange = next((module for module in others if not (type(module) is nn.Linear and module.weight is weight)), None)
     if strange is not None:
         return (
@@ -66,7 +67,7 @@ def _why_no_expert(matrix: ExpertMatrix, shared: set[int]) -> str | None:
     if not is_known(experts):
         return f"it is not known which way round a {type(experts).__name__} keeps the matrices of its experts"
     if "forward" in vars(experts):
-        return "the forward of its module is replaced on the instance (a device map or an offloading hook)"
+        return f"the forward of its module {REPLACED}"
     return None
 
 
@@ -88,7 +89,7 @@ def _why_no_linear(linear: Linear, shared: set[int]) -> str | None:
     elif not has_linear_forward(linear):
         return f"its class, {type(linear).__name__}, has a forward of its own, which the rewritten linear would replace"
     if "forward" in vars(linear):
-        return "its forward is replaced on the instance (a device map or an offloading hook)"
+        return f"its forward {REPLACED}"
     if isinstance(linear, NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight without calling it"
     return None

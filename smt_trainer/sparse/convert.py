@@ -15,6 +15,7 @@ from smt_trainer.model.made_up import made_up, new_rows
 from smt_trainer.model.merged import mark_merged
 from smt_trainer.model.quantised import floating_dtype, is_quantised, quantization_of
 from smt_trainer.model.tensor_parallel import is_tensor_parallel, style_of
+from smt_trainer.model.untunable import REPLACED
 from smt_trainer.model.whole import find_whole, get_whole, stored_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.selection.tokens import lost_rows
@@ -74,8 +75,8 @@ def _refuse_replaced_forwards(linears: Mapping[str, Target]) -> None:
     replaced = [name for name, one in modules.items() if "forward" in vars(one) and not is_tensor_parallel(one)]
     if replaced:
         raise SMTError(
-            f"the forward of `{replaced[0]}` is replaced on the instance (a device map or an offloading hook), so its "
-            "blocks would get no gradient. Load the model without that."
+            f"the forward of `{replaced[0]}` {REPLACED}, so its blocks would get no gradient. Load the model without "
+            "that."
         )
 
 

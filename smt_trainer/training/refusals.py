@@ -91,9 +91,10 @@ def refuse_other_blocks(model: nn.Module, config: SMTConfig, given: BlockSelecti
     """Raise `SMTError` if a rewritten model trains other blocks than a configuration, or its selection, asks for."""
     selection = get_state(model).selection
     differences = (given.config if given else config).differences(selection.config)
-    new = new_rows(model)
-    if given and _listed(given, new) != _listed(selection, new):
-        differences.append("selection: other blocks")
+    if given:
+        new = new_rows(model)
+        if _listed(given, new) != _listed(selection, new):
+            differences.append("selection: other blocks")
     if differences:
         raise SMTError(
             f"this model trains blocks already, which were chosen under another smt_config (ours first: "

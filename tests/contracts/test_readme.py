@@ -17,6 +17,8 @@ from smt_trainer.settings import settings
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCHMARKS = (ROOT / "recipes/benchmarks/results/README.md").read_text(encoding="utf-8")
+STUDIES_RESULTS = ROOT / "recipes/studies/results"
+STUDIES = " ".join((STUDIES_RESULTS / "README.md").read_text(encoding="utf-8").split())
 STUDY = (ROOT / "recipes/selection_study/results/README.md").read_text(encoding="utf-8")
 READMES = [
     Path("README.md"),
@@ -159,8 +161,8 @@ def test_the_ratios_beside_the_benchmarks_are_those_of_their_reports():
 
 
 def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
-    report = (ROOT / "recipes/studies/results/methods.md").read_text(encoding="utf-8")
-    text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
+    report = (STUDIES_RESULTS / "methods.md").read_text(encoding="utf-8")
+    text = STUDIES
     row = next(line for line in report.splitlines() if line.startswith("| LoRA, 0.84 % | +"))
     _, _, numbers, templates, general, _ = (
         cell.strip(" |+-") for cell in row.removeprefix("| LoRA, 0.84 % |").split(" | ")
@@ -188,17 +190,19 @@ def test_the_figures_of_the_methods_are_those_of_the_committed_runs():
     ],
 )
 def test_the_means_of_a_study_are_those_of_its_committed_runs(study, following):
-    report = (ROOT / f"recipes/studies/results/{study}.md").read_text(encoding="utf-8")
-    text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
-    text = text.partition(f"**[{study}]")[2].partition(following)[0]
+    report = (STUDIES_RESULTS / f"{study}.md").read_text(encoding="utf-8")
+    text = STUDIES.partition(f"**[{study}]")[2].partition(following)[0]
     means = re.findall(r"\d\.\d{3} ± \d\.\d{3}", text)
     assert len(means) > 3 and all(mean.lstrip("+-") in report for mean in means)
 
 
+def runs(name: str) -> list[dict]:
+    """Read a committed file of runs."""
+    return [json.loads(line) for line in (STUDIES_RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
 def test_the_figures_of_full_fine_tuning_are_those_of_the_committed_runs():
-    folder = ROOT / "recipes/studies/results"
-    text = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
-    results = [json.loads(line) for line in (folder / "runs.jsonl").read_text(encoding="utf-8").splitlines()]
+    text, results = STUDIES, runs("runs")
 
     def means(count: int, **run) -> tuple[float, float]:
         """Return the loss on new numbers and on general text, over the first seeds."""
@@ -222,12 +226,8 @@ def test_the_figures_of_full_fine_tuning_are_those_of_the_committed_runs():
 
 
 def test_the_figures_of_another_processor_are_those_of_the_committed_runs():
-    results = ROOT / "recipes/studies/results"
-    first, again = (
-        {str(result["run"]): result["means"] for result in map(json.loads, path.read_text("utf-8").splitlines())}
-        for path in (results / "runs.jsonl", results / "again.jsonl")
-    )
-    text = " ".join((results / "README.md").read_text(encoding="utf-8").split())
+    first, again = ({str(one["run"]): one["means"] for one in runs(name)} for name in ("runs", "again"))
+    text = STUDIES
 
     def pair(run: str, measure: str, name: str) -> str:
         return " for ".join(f"{means[run][measure][name]:.3f}" for means in (again, first))
@@ -239,9 +239,8 @@ def test_the_figures_of_another_processor_are_those_of_the_committed_runs():
 
 
 def test_the_figures_of_where_blocks_lie_are_those_of_the_committed_runs():
-    report = (ROOT / "recipes/studies/results/inputs.md").read_text(encoding="utf-8")
-    text = " ".join((ROOT / "recipes/studies/results/README.md").read_text(encoding="utf-8").split())
-    text = text.partition("**[inputs]")[2].partition("**[methods]")[0]
+    report = (STUDIES_RESULTS / "inputs.md").read_text(encoding="utf-8")
+    text = STUDIES.partition("**[inputs]")[2].partition("**[methods]")[0]
     rows = [line.strip("| ").split(" | ") for line in report.splitlines()]
     learned = {cells[0]: cells[6] for cells in rows if len(cells) == 10}
     forgot = {cells[0]: cells[8][:5] for cells in rows if len(cells) == 10}
