@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def _temporary(path: Path) -> Generator[Path]:
     """Make a new file beside `path` and yield its own path; it is locked as long as the context lasts."""
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
@@ -126,7 +126,7 @@ def check_new(output: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path) -> Generator[Path]:
     """Yield a hidden folder beside `output`, which becomes `output` if the context ends without an exception.
 
     A folder that a killed process left is emptied and used again.
@@ -154,7 +154,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(stage: Path, output: Path) -> Iterator[None]:
+def _locked(stage: Path, output: Path) -> Generator[None]:
     """Make a folder if needed, and lock it; the lock ends with the process at the latest."""
     if stage.is_symlink():
         raise SMTError(f"{stage} is a link; remove it.")

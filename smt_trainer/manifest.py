@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def _checksum(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) ->
 
 
 @contextlib.contextmanager
-def refusing_damage(what: str) -> Iterator[None]:
+def refusing_damage(what: str) -> Generator[None]:
     """Raise `SMTError` for whatever the content of a damaged file raises in this context."""
     try:
         yield

@@ -1,6 +1,6 @@
 """How a model reads many sequences without training: its mode, and the batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 @contextmanager
-def inference(model: PreTrainedModel) -> Iterator[None]:
+def inference(model: PreTrainedModel) -> Generator[None]:
     """Put `model` in evaluation mode without gradients. Restore its mode, training or evaluation, afterwards."""
     was_training = model.training
     model.eval()
@@ -21,7 +21,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel, number: int) -> Iterator[tqdm]:
+def evaluating(model: PreTrainedModel, number: int) -> Generator[tqdm]:
     """Put `model` in evaluation mode as `inference` does, and show the progress over `number` questions."""
     with inference(model), tqdm(total=number, desc="Evaluating", unit="question") as progress:
         yield progress

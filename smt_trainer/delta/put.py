@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +85,7 @@ def differences(model: nn.Module, delta: Delta) -> list[str]:
 
 
 @contextlib.contextmanager
-def _vocabulary_of(delta: Delta, model: nn.Module) -> Iterator[None]:
+def _vocabulary_of(delta: Delta, model: nn.Module) -> Generator[None]:
     """Give a model as many token embeddings as the delta has, if the delta stores them, or those that the model lacks;
     take this back if the context ends in an exception."""
     before = {name: model.get_parameter(name).detach() for name in embeddings(model)}

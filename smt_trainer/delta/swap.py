@@ -16,7 +16,7 @@ swap and the forwards that follow it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, delta: Delta | str | Path) -> Iterator[nn.Module]:
+def applied(model: nn.Module, delta: Delta | str | Path) -> Generator[nn.Module]:
     """Swap a delta in within this context; afterwards swap in what was there before.
 
     Raises:
@@ -139,7 +139,7 @@ def _check(model: nn.Module, delta: Delta) -> None:
 
 
 @contextlib.contextmanager
-def _swapped_out(model: nn.Module, current: Swapped) -> Iterator[None]:
+def _swapped_out(model: nn.Module, current: Swapped) -> Generator[None]:
     """Give a plain model the values of its base within this context."""
     _write(model, current.delta, current.before)
     try:

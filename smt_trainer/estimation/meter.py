@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -178,7 +178,7 @@ def _key(storage: UntypedStorage) -> int:
 
 
 @contextlib.contextmanager
-def _like_elsewhere() -> Iterator[None]:
+def _like_elsewhere() -> Generator[None]:
     """Within this context, make attention one operation on the meta device, and autocast known to be off there."""
     originals = attention, autocasts = F.scaled_dot_product_attention, torch.is_autocast_enabled
 

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -121,7 +121,7 @@ def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | 
 
 
 @contextlib.contextmanager
-def copying(checkpoint: Checkpoint, stage: Path) -> Iterator[dict[str, Future]]:
+def copying(checkpoint: Checkpoint, stage: Path) -> Generator[dict[str, Future]]:
     """Copy the weights in the background, two files at a time; give up if the context ends in an exception."""
     cancelled = threading.Event()
     with ThreadPoolExecutor(2, thread_name_prefix="copy") as pool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ Observe = Callable[[str, "Target", Tensor], Callable[[Tensor], None] | None]
 
 
 @contextlib.contextmanager
-def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bool = False) -> Iterator[None]:
+def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bool = False) -> Generator[None]:
     """Observe the calls of targets within this context.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ def stored_weight(model: nn.Module, name: str) -> Tensor:
 @contextlib.contextmanager
 def watching_products(
     matrices: Mapping[str, ExpertMatrix], observer: Callable[[str, dict[int, str]], Observer]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Report the products of experts within this context.
 
     Args:

@@ -6,6 +6,8 @@ models have no base as one child (CLIP's for images, HGNetV2's). Theirs is what 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from smt_trainer.model.kinds import named_layers, weight_shape
@@ -19,7 +21,7 @@ def head_names(model: nn.Module) -> list[str]:
     """Name the children of a model that hold its new head, such as `score`; none but for the classes with one."""
     if not any(task in type(model).__name__ for task in HEADED_CLASSES):
         return []
-    base = getattr(model, "base_model_prefix", "")
+    base: Any = getattr(model, "base_model_prefix", "")
     children = dict(model.named_children())
     has_base = children.pop(base, None) is not None
     return [name for name, child in children.items() if _has_matrix(child) and (has_base or _classifies(child, model))]

@@ -12,6 +12,7 @@ import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,7 @@ def made_up(model: nn.Module) -> list[str]:
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     if not any(hasattr(parameter, MARK) for parameter in parameters.values()):
         return []
-    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    ignored: Any = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     shapes = _stored_shapes(model, parameters)
     resized = {name for name in embeddings(model) if name in shapes and shapes[name] != full_shape(parameters[name])}
     return [

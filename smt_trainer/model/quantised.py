@@ -57,7 +57,7 @@ def _scales(linear: Any) -> Tensor:
     return linear.weight.SCB if linear.state.SCB is None else linear.state.SCB
 
 
-def compute_dtype(linear: nn.Module, x: Tensor) -> torch.dtype:
+def compute_dtype(linear: Any, x: Tensor) -> torch.dtype:
     """Return the dtype in which a quantised linear multiplies an input: its own, that of autocast, or the input's."""
     own, device = getattr(linear, "compute_dtype", None), x.device.type
     if own is not None:

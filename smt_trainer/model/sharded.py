@@ -34,6 +34,10 @@ if TYPE_CHECKING:
         ds_process_group: dist.ProcessGroup
 
 
+# Newer releases of torch deprecate the older name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Part(NamedTuple):
     """A rectangle of a weight as a matrix that this rank holds; `values` starts at weight[row, column]."""
 
@@ -103,7 +107,7 @@ def _gather(parameters: list[DTensor]) -> Iterator[Tensor]:
     locals_ = [parameter.to_local().detach().flatten() for parameter in parameters]
     message = torch.cat([F.pad(local, (0, size - len(local))) for local, size in zip(locals_, sizes, strict=True)])
     received = message.new_empty(ranks * len(message))
-    dist.all_gather_into_tensor(received, message, group=mesh.get_group(dimension))
+    _all_gather(received, message, group=mesh.get_group(dimension))
     for parameter, part in zip(parameters, received.view(ranks, -1).split(sizes, dim=1), strict=True):
         yield part.flatten()[: parameter.numel()].view(parameter.shape)
 

@@ -158,7 +158,8 @@ def _names_of(name: str, target: Target) -> list[str]:
 
 def _heads(model: nn.Module) -> set[str]:
     """Name the modules that no keyword means: the output embeddings and the head of a task."""
-    output = getattr(model, "get_output_embeddings", lambda: None)()
+    find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output = find_output()
     return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
 
 

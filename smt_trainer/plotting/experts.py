@@ -47,7 +47,7 @@ def plot_experts(selection: BlockSelection, path: str | Path | None = None) -> F
             mine = [row for row in rows if row.projection == projection]
             for row in mine:
                 shares[layers.index(row.layer), row.expert] = row.trained / row.blocks
-            mesh = axis.pcolormesh(
+            axis.pcolormesh(
                 np.arange(experts + 1),
                 np.arange(len(layers) + 1),
                 shares,
@@ -62,7 +62,7 @@ def plot_experts(selection: BlockSelection, path: str | Path | None = None) -> F
             axis.tick_params(length=0)
             axis.spines[:].set(visible=True, color=RULE)
         axes[-1].set_xlabel("expert")
-        bar = figure.colorbar(mesh, ax=list(axes), format=PERCENT, ticks=[0, most])
+        bar = figure.colorbar(axes[0].collections[0], ax=list(axes), format=PERCENT, ticks=[0, most])
         bar.set_label("share trained")
         bar.outline.set_visible(False)
         figure.suptitle(f"Trained experts of {model_name(selection)}", x=0.01, ha="left")

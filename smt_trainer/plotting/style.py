@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +44,7 @@ LOOK = {
 
 
 @contextlib.contextmanager
-def drawing(path: str | Path | None, width: float, height: float) -> Iterator[Figure]:
+def drawing(path: str | Path | None, width: float, height: float) -> Generator[Figure]:
     """Yield a figure of a size in inches to draw on; at the end of the context, write it to `path`, if given.
 
     Raises:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,7 @@ class Accumulated(Scorer):
         self.copies = _Copies()
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Iterator[None]:
+    def attached(self, hold: bool = False) -> Generator[None]:
         with weight_gradients(self.targets, self._hold if hold else self._add):
             yield
         self.copies.finish()

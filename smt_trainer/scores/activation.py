@@ -22,7 +22,7 @@ ties, then row order. Ranks average the sums of squares, which scales all scores
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,7 @@ class Activation(Scorer):
         }
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Iterator[None]:
+    def attached(self, hold: bool = False) -> Generator[None]:
         # Without a graph, no activation is kept and no checkpointed layer runs twice.
         with watching_calls(self.targets, self._add), torch.no_grad():
             yield

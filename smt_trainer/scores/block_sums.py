@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -60,7 +60,7 @@ class BlockSums(Scorer):
         }
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Iterator[None]:
+    def attached(self, hold: bool = False) -> Generator[None]:
         self.step_sums = {name: torch.zeros_like(total) for name, total in self.sums.items()} if hold else self.sums
         with self.observing():
             yield
@@ -97,7 +97,7 @@ class GradSigned(BlockSums):
     """`grad_signed`: |mean over the block of G|, what the authors' released code ranks by."""
 
     @contextlib.contextmanager
-    def observing(self) -> Iterator[None]:
+    def observing(self) -> Generator[None]:
         formed = {name: one for name, one in self.targets.items() if _is_formed(one)}
         linears = {name: one for name, one in self.targets.items() if name not in formed}
         with output_gradients(linears, self._observe), weight_gradients(formed, self._add):

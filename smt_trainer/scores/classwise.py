@@ -18,7 +18,7 @@ it uses its running statistics.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Generator, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +60,7 @@ class QMTaylor(BlockSums):
         self.places: dict[int, int] = {}
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Iterator[None]:
+    def attached(self, hold: bool = False) -> Generator[None]:
         self.step_counts = torch.zeros_like(self.counts) if hold else self.counts
         with super().attached(hold):
             yield

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class LossScale:
 
 
 @contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Generator[None]:
     """Freeze every parameter; restore `requires_grad` on exit."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
@@ -127,7 +127,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def statistics_preserved(model: nn.Module, scorer: Scorer) -> Iterator[None]:
+def statistics_preserved(model: nn.Module, scorer: Scorer) -> Generator[None]:
     """Restore on exit the buffers of a model; within, let batch normalisation use its running statistics if the scorer
     needs them, also where the model is in training."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and scorer.needs_running_statistics]
@@ -144,7 +144,7 @@ def statistics_preserved(model: nn.Module, scorer: Scorer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def buffers_preserved(model: nn.Module) -> Iterator[None]:
+def buffers_preserved(model: nn.Module) -> Generator[None]:
     """Restore on exit the buffers that forward may change, such as the statistics of batch normalisation.
 
     Buffers outside the state dict are caches. Forward computes them again from attributes that are not restored either.

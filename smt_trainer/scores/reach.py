@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,7 @@ class Reach:
         self.passed: set[str] = set()
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> Generator[None]:
         """Note calls and gradients within this context; enter it after the scorer's, whose hooks change outputs."""
         with watching_calls(self.targets, self._note):
             yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -54,7 +54,7 @@ class Scorer(ABC):
         self.targets, self.grids, self.config, self.seed = targets, grids, config, seed
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Iterator[None]:
+    def attached(self, hold: bool = False) -> Generator[None]:
         """Observe the targets within this context; remove all hooks at its end, even after an exception.
 
         With `hold`, keep each optimizer step's contribution apart until the caller takes it with `take_step`.
@@ -82,7 +82,7 @@ class Scorer(ABC):
 
 
 @contextlib.contextmanager
-def weight_gradients(targets: Mapping[str, Target], consume: Callable[[str, Tensor], None]) -> Iterator[None]:
+def weight_gradients(targets: Mapping[str, Target], consume: Callable[[str, Tensor], None]) -> Generator[None]:
     """Form the gradients of the targets' weights within this context.
 
     Each time backward has formed one, call `consume` with the module's name and the gradient, then free it: only one
@@ -149,7 +149,7 @@ class _Kept(torch.autograd.Function):
 @contextlib.contextmanager
 def output_gradients(
     targets: Mapping[str, Target], observe: Callable[[str, Target, Tensor], Callable[[Tensor], None]]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Observe the output gradients of the targets within this context; form no weight gradient.
 
     Each call of a target calls `observe` with the target's name, the target and its input x. Backward then calls what

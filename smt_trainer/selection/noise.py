@@ -5,7 +5,7 @@ It runs on one token repeated, or on images of noise; the weights of its layers 
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ IMAGE_SIZE = 32
 @contextlib.contextmanager
 def layers_output_noise(
     model: nn.Module, linears: Mapping[str, nn.Module], grids: Mapping[str, BlockGrid]
-) -> Iterator[Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
+) -> Generator[Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]:
     """Make the linears output noise within this context.
 
     Yields a function from the outputs that are set to 0 (module name -> [O] bool) to the inputs that are then 0 at all
@@ -65,7 +65,7 @@ def layers_output_noise(
         return {name: zero.cpu() for name, zero in is_zero.items()}
 
     # Run without the head, which may need particular tokens.
-    body = getattr(model, "base_model", model)
+    body: Any = getattr(model, "base_model", model)
     inputs = _inputs(model, generator)
     training = [module for module in model.modules() if module.training]
     forwards = {linear: functools.partial(forward, name) for name, linear in linears.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from smt_trainer.sparse.sparse_experts import reaching, together
 
 
 @contextlib.contextmanager
-def arriving_together(model: nn.Module) -> Iterator[None]:
+def arriving_together(model: nn.Module) -> Generator[None]:
     """Let the blocks of a rewritten model's listed experts get their gradients together within this context."""
     linears: dict[nn.Module, list[BlockLinear]] = {}
     for _, experts, caller in expert_lists(model):

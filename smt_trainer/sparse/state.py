@@ -54,7 +54,7 @@ def has_quantised_blocks(model: nn.Module) -> bool:
 
 def get_state(model: nn.Module) -> SMTState:
     """Return the state of a rewritten model. Raise `SMTError` for a plain one."""
-    state = getattr(model, "smt_state", None)
+    state: Any = getattr(model, "smt_state", None)
     if state is None and is_merged(model):
         raise SMTError("this model is merged already, as from_delta gives it unless merge=False; it is a plain model.")
     if state is None:

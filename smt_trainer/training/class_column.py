@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Generator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ def _missing(column: str, columns: list[str]) -> SMTError:
 
 
 @contextlib.contextmanager
-def collating_classes(trainer, column: str | None) -> Iterator[None]:
+def collating_classes(trainer, column: str | None) -> Generator[None]:
     """Make data loaders that give the classes of a column beside each batch, while this context lasts.
 
     The trainer's own collator receives the same features as in training.

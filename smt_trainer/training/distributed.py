@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 
 import torch
@@ -33,7 +33,7 @@ def is_sharding(accelerator: Accelerator) -> bool:
 
 
 @contextlib.contextmanager
-def warmup_model(model: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
+def warmup_model(model: nn.Module, accelerator: Accelerator) -> Generator[nn.Module]:
     """Yield the model for the warm-up: the model itself on its device, or under FSDP2 a sharded copy of it."""
     if accelerator.distributed_type != DistributedType.FSDP:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -69,7 +69,7 @@ def bare_autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: bool = True) -> Iterator[None]:
+def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: bool = True) -> Generator[None]:
     """Let `accelerator.backward` work for an unprepared model within this context.
 
     It uses the warm-up's own loss scale; DeepSpeed's engine does not exist yet. If only forward is needed, backward

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from transformers import Trainer, TrainerState
@@ -16,7 +16,7 @@ from transformers.trainer_utils import has_length
 
 
 @contextlib.contextmanager
-def at_first_step(trainer: Trainer, loader, steps: int) -> Iterator[None]:
+def at_first_step(trainer: Trainer, loader, steps: int) -> Generator[None]:
     """Let a trainer look as at its first step within this context.
 
     Args:

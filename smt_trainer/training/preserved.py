@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ LARGEST_COUNTER = 2**16
 
 
 @contextlib.contextmanager
-def rng_preserved() -> Iterator[None]:
+def rng_preserved() -> Generator[None]:
     """Restore the random states of Python, NumPy, the CPU and this process's GPU on exit."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -29,7 +29,7 @@ def rng_preserved() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_data_preserved(owner: object, apart: tuple[object, ...] = ()) -> Iterator[None]:
+def plain_data_preserved(owner: object, apart: tuple[object, ...] = ()) -> Generator[None]:
     """Restore the attributes of `owner` that hold plain data on exit, and remove those that were added.
 
     Trainers and their users gather metrics there in each training step. Plain data are numbers, text, small tensors and

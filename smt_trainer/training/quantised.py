@@ -11,14 +11,14 @@ require a gradient for reentrant checkpointing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 MARK = "_hf_peft_config_loaded"
 
 
 @contextlib.contextmanager
-def admitting_quantised(trainer: Any, model: Any) -> Iterator[None]:
+def admitting_quantised(trainer: Any, model: Any) -> Generator[None]:
     """Let the constructor of Trainer within this context take a model, or what its `model_init` makes, as it is."""
     marked = []
 

@@ -7,7 +7,7 @@ resumed run needs. Trainer refuses checkpoints of such models, whose own weights
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,7 @@ BESIDE = ("fsdp_size", "dp_replicate_size", "pp_size")
 
 
 @contextlib.contextmanager
-def admitting_checkpoints(model: Any, given: Iterable[Any]) -> Iterator[None]:
+def admitting_checkpoints(model: Any, given: Iterable[Any]) -> Generator[None]:
     """Let the constructor of Trainer, within this context and with these arguments, take a model that is cut over ranks
     together with checkpoints."""
     arguments = next((one for one in given if isinstance(one, TrainingArguments)), None)
@@ -43,7 +43,7 @@ def admitting_checkpoints(model: Any, given: Iterable[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def saving_gathered(model: nn.Module) -> Iterator[None]:
+def saving_gathered(model: nn.Module) -> Generator[None]:
     """Let `save_pretrained` write a state dict that is gathered already, on one rank alone."""
     config: Any = getattr(model, "config", None)
     layout = getattr(config, "distributed_config", None)

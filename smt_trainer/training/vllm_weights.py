@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def as_merged(model: nn.Module) -> Iterator[None]:
+def as_merged(model: nn.Module) -> Generator[None]:
     """Let `model.named_parameters()` name the parameters of the merged model, with its values, within this context."""
     blocks = set()
     for _, linear in smt_linears(model):

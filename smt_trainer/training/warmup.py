@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -86,7 +86,7 @@ class Warmup:
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
     @contextlib.contextmanager
-    def as_in_training(self) -> Iterator[Iterator[tuple[list, Tensor | int | None]]]:
+    def as_in_training(self) -> Generator[Iterator[tuple[list, Tensor | int | None]]]:
         """Let the trainer's methods work on the bare model, and leave no trace in the trainer or the random states.
 
         Yields the micro-batches of each step in the order of the main loop, epoch after epoch, and their number of

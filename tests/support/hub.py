@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -186,7 +186,7 @@ def _hash(content: bytes) -> str:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Hub]:
+def serving() -> Generator[Hub]:
     """Serve an empty hub on a free port."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"hub": hub}))
@@ -202,7 +202,7 @@ def serving() -> Iterator[Hub]:
 
 
 @contextlib.contextmanager
-def used(cache: Path) -> Iterator[Hub]:
+def used(cache: Path) -> Generator[Hub]:
     """Serve an empty hub, and let this process and its children use it, with a cache of its own."""
     with serving() as hub, pytest.MonkeyPatch.context() as patch:
         for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache), "HF_TOKEN": "hf_none"}.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from transformers.integrations.tensor_parallel import apply_tensor_parallelism, 
 
 
 @contextlib.contextmanager
-def silent_ranks(count: int) -> Iterator[None]:
+def silent_ranks(count: int) -> Generator[None]:
     """Let this process be the first of several, between which nothing is sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
@@ -25,7 +25,7 @@ def silent_ranks(count: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_rank(folder: Path) -> Iterator[None]:
+def only_rank(folder: Path) -> Generator[None]:
     """Let this process be all ranks."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
     try:

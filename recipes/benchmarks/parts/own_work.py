@@ -5,7 +5,7 @@ than the ratio of step times.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -50,7 +50,7 @@ def own_work(training: Training, tokens: Tensor, rounds: int) -> dict[str, dict]
 
 
 @contextlib.contextmanager
-def watched(training: Training, parts: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, Seconds]]:
+def watched(training: Training, parts: Mapping[str, tuple[Any, str]]) -> Generator[dict[str, Seconds]]:
     """Time each part within this context, summed over its calls."""
     spent = dict.fromkeys((*parts, OPTIMIZER), Seconds(0.0, 0.0))
 
