@@ -6,7 +6,9 @@ untuned base, whether the deltas were merged in memory or the model trains block
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +20,19 @@ from smt_trainer.training.distributed import is_sharding
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+
+def is_reference_given(trainer: Trainer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a reference model is among the arguments that a trainer was made with.
+
+    A subclass may take them as `*args, **kwargs`: the first class that names its `ref_model` says which one it is.
+    """
+    for kind in type(trainer).__mro__:
+        names = list(inspect.signature(kind.__init__).parameters)
+        if "ref_model" in names:
+            position = names.index("ref_model") - 1
+            return (args[position] if position < len(args) else kwargs.get("ref_model")) is not None
+    return False
 
 
 @torch.no_grad()

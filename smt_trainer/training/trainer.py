@@ -19,7 +19,6 @@ Private methods of Trainer that this folder relies on. Overridden: `_inner_train
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import time
 import weakref
@@ -56,7 +55,7 @@ from smt_trainer.training.checkpoints import (
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.quantised import admitting_quantised
-from smt_trainer.training.reference import match_reference
+from smt_trainer.training.reference import is_reference_given, match_reference
 from smt_trainer.training.refusals import (
     refuse_bound_optimizer,
     refuse_misplaced,
@@ -136,7 +135,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
         elif self.model_init is None and self._given_selection is None:
             self._find_candidates()
-        if not self._has_given_reference(args, kwargs):
+        if not is_reference_given(self, args, kwargs):
             match_reference(self)
         self._gradients, self._readers = ExpectGradients(), RefuseWeightReaders()
         self.add_callback(self._gradients)
@@ -148,11 +147,6 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             self.add_callback(CompiledWriteBack())
         if not self.smt_callbacks:
             self.add_callback(SMTCallback())
-
-    def _has_given_reference(self, args: tuple, kwargs: dict) -> bool:
-        """Return whether the arguments of the trainer behind this one hold a reference model."""
-        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
-        return given.get("ref_model") is not None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train as Trainer does. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.

@@ -151,6 +151,34 @@ def test_the_reference_of_dpo_stays_the_base(given, precomputed, make, base):
 REFERENCES = {"DPO": {}, "KTO": {}, "GRPO": {"beta": 0.1}, "RLOO": {"beta": 0.1}}
 
 
+class HandsOn(trl.DPOTrainer):
+    """A subclass that names none of the arguments which it hands on."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+@pytest.mark.parametrize("kind", [trl.DPOTrainer, HandsOn])
+def test_a_given_reference_keeps_its_values(kind, by_position, base, tokenizer, tmp_path):
+    model, reference = AutoModelForCausalLM.from_pretrained(base), tiny.llama(1, vocab_size=len(tokenizer))
+    expected = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    assert all(not torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items() if "proj" in name)
+    args = (model, reference) if by_position else ()
+    kwargs = {} if by_position else {"model": model, "ref_model": reference}
+    *_, examples = STOCK["DPO"]
+    trainer = type("SMTDPO", (SMTTrainerMixin, kind), {})(
+        *args,
+        **kwargs,
+        smt_config=tiny.config(),
+        args=trl.DPOConfig(str(tmp_path), **RUN),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+    )
+    assert trainer.ref_model is reference
+    tiny.assert_same(dict(reference.state_dict()), expected)
+
+
 @pytest.mark.parametrize("trained", ["merged", "rewritten"])
 @pytest.mark.parametrize("name", REFERENCES)
 def test_the_reference_is_the_model_handed_over(name, trained, make, base):
