@@ -88,7 +88,7 @@ class Comparison:
         )
 
     def _fields(self, how: Sparse, model: PreTrainedModel) -> dict[str, Any]:
-        """Return the fields of SMTConfig: those of the command line, but for what the method is about."""
+        """Return the command line's SMTConfig fields without the budget, overridden by those that define the method."""
         new = new_modules(model)
         whole = {"modules_to_save": new, "exclude_modules": new} if new else {}
         given = self.smt_config.to_dict() | how.fields | whole
@@ -107,7 +107,7 @@ class Comparison:
         _quiet(reader)
         selection = trainer.smt_selection.summary()
         moved = np.abs(predict(reader, self.test) - outputs).max()
-        # The trained model is needed no more: in place.
+        # The trained model is not needed any more, so it is merged in place.
         trained, stored = merge_and_unload(trainer.model).state_dict(), merged.state_dict()
         return {
             "selection": selection,
@@ -124,7 +124,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bars()
-    # For each load of the base, a bar and a table that says that its head is new.
+    # Otherwise each load of the base shows a progress bar and a table saying that its head is new.
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     comparison = Comparison(recipe, smt_config, training)
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def drawn(examples: Examples, recipe: ClassifyArguments, seed: int) -> Examples:
-    """Return as many random examples as asked for; validation examples are the same for every seed."""
+    """Return as many random examples as asked for. The validation split does not depend on the seed."""
     train, held_out = examples.train, examples.held_out
     if recipe.evaluate_on == "validation":
         parts = train.train_test_split(0.2, seed=SEED)
@@ -162,7 +162,7 @@ def drawn(examples: Examples, recipe: ClassifyArguments, seed: int) -> Examples:
 
 
 def first(examples: Dataset, number: int | None, seed: int) -> Dataset:
-    """Return `number` random examples, or all."""
+    """Return `number` random examples, or all if it is None."""
     return examples if number is None else examples.shuffle(seed=seed).select(range(min(number, len(examples))))
 
 
@@ -173,7 +173,7 @@ def predict(trainer: Trainer, examples: Dataset) -> np.ndarray:
 
 
 def _quiet(trainer: Trainer) -> None:
-    """Leave the lines of each step out: there is a run for each method."""
+    """Remove the progress bar and the log lines of each step, since there is a run for each method."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
 

@@ -26,7 +26,7 @@ def main() -> None:
     recipe, decoding, smt_config, training = parse_arguments()
     logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # It logs a line for each product in 8 bits.
+    # bitsandbytes logs a line for each product in 8 bits.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     disable_progress_bars()
 

@@ -1,8 +1,8 @@
-"""Make the runs that the studies lack. A finished run is never made again, a killed one is begun again.
+"""Perform the runs that the studies still lack. A finished run is never repeated; a killed one starts over.
 
 python -m recipes.queue methods plateau --processes 2
 
-The learning rates are tuned on the way: which runs follow depends on the results so far.
+This includes tuning the learning rates, so which runs come next depends on the results so far.
 """
 
 import argparse
@@ -29,11 +29,11 @@ logger = logging.getLogger("recipes.queue")
 
 RESULTS = Path("recipes/studies/results/runs.jsonl")
 ATTEMPTS = 2
-"""How often a run is begun before it is given up."""
+"""How many times a run is tried before it is given up."""
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Work until nothing is missing or the time is over. Return 1 if runs failed."""
+    """Work until no run is missing or the time is up. Return 1 if runs failed."""
     arguments = parse(words)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     studies = [STUDIES[name] for name in arguments.studies]
@@ -55,10 +55,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("studies", nargs="*", default=list(STUDIES), help=f"among {', '.join(STUDIES)}; default: all")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of results, to read and to append to")
-    parser.add_argument("--processes", type=int, default=1, help="runs at one time")
-    parser.add_argument("--threads", type=int, default=1, help="processor threads of each")
-    parser.add_argument("--minutes", type=float, help="begin no run after this time")
-    parser.add_argument("--list", action="store_true", help="only list what is missing, as far as it is known")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="processor threads of each run")
+    parser.add_argument("--minutes", type=float, help="start no run after this time")
+    parser.add_argument("--list", action="store_true", help="only list the missing runs, as far as they are known")
     arguments = parser.parse_args(words)
     if unknown := set(arguments.studies) - STUDIES.keys():
         parser.error(f"no study named {', '.join(sorted(unknown))}; there are {', '.join(STUDIES)}.")
@@ -71,10 +71,10 @@ def missing(studies: Sequence[Study], store: Store) -> dict[Run, None]:
 
 
 class Queue:
-    """Processes that make runs, and the one file that takes their results.
+    """Worker processes that perform runs, and the one file that collects their results.
 
     Attributes:
-        failed: run -> how often it was begun without a result.
+        failed: run -> number of failed attempts, until one succeeds.
     """
 
     def __init__(self, store: Store, processes: int, threads: int) -> None:
@@ -82,7 +82,7 @@ class Queue:
         self.failed: Counter[Run] = Counter()
 
     def work(self, studies: Sequence[Study], deadline: float | None) -> None:
-        """Make what is missing, in order, until `deadline` on the monotonic clock."""
+        """Perform the missing runs in order; start none after `deadline`, a time of `time.monotonic`."""
         running: dict[Future, Run] = {}
         pool = self._pool()
         while True:
@@ -98,7 +98,7 @@ class Queue:
             for future in done:
                 self._take(future, running.pop(future))
             if any(isinstance(future.exception(), BrokenProcessPool) for future in done):
-                # One process was killed, and the pool lost all others with it.
+                # A worker was killed, which breaks the pool and loses the other runs, too.
                 running.clear()
                 pool.shutdown(cancel_futures=True)
                 pool = self._pool()
@@ -120,21 +120,21 @@ class Queue:
 
 
 def start_worker(threads: int) -> None:
-    """Prepare a process that makes runs."""
+    """Set up a worker process."""
     torch.set_num_threads(threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """End this process when the queue is gone: nobody would take its result."""
+    """End this process when the queue's process ends, since nothing would collect its result."""
     if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
 
 
 def describe(run: Run) -> str:
-    """Return a run in one line."""
+    """Describe a run in one line."""
     budget = "" if run.budget is None else f" {100 * run.budget:g} %"
     more = "".join(
         f" {each}" for each in (run.fields, run.selected_on, run.dtype) if each not in ("{}", None, "bfloat16")

@@ -1,14 +1,14 @@
-"""Tensors as numpy arrays, so that what lies in a file is checked and merged without torch.
+"""Handle tensors as numpy arrays, so that files are checked and merged without torch.
 
-numpy has no bfloat16 and no float8. An array of these holds their bits, in a dtype whose one field has their name:
-numpy moves such values but does not calculate with them. Dtypes are called as torch calls them.
+numpy has no bfloat16 and no float8. Arrays of these hold the bits, in a structured dtype with one field named after the
+type: numpy can move such values but not calculate with them. Dtypes have torch's names.
 
     bfloat16 to float32   its 16 bits, then 16 zeros
     float32 to bfloat16   the upper 16 bits of x + 0x7FFF + bit 16 of x, read as integers: to nearest, ties to even
     float64 or an integer to 16 bits: by way of float32, as in torch
     a bfloat16 is finite  if not all bits of its exponent, 0x7F80, are set
 
-Imports torch only where a tensor is given or asked for, and to read float8.
+Imports torch only to convert from or to a tensor, and to calculate with float8.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """Return the values of a tensor, which share its memory if it lies row by row on the CPU.
+    """Return a tensor as an array, which shares its memory if the tensor is contiguous on the CPU.
 
     Raises:
-        SMTError: it has a dtype that no file of ours can hold, such as that of a quantised tensor.
+        SMTError: the tensor's dtype is none of `DTYPES`, such as a quantised tensor's.
     """
     import torch
 
@@ -63,7 +63,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 
 def as_tensor(values: np.ndarray) -> Tensor:
-    """Return an array as a tensor, which shares its memory if torch can write to it."""
+    """Return an array as a tensor, which shares its memory if the array is contiguous, aligned and writable."""
     import torch
 
     writable = np.require(values, requirements=["C", "A", "W"])
@@ -79,11 +79,11 @@ def all_finite(values: np.ndarray) -> bool:
 
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return values in another dtype, rounded as torch rounds them; the same array if it has this dtype."""
+    """Return values in another dtype, rounded as torch rounds them; the same array if it already has this dtype."""
     if dtype_name(values) == dtype:
         return values
     values = _with_arithmetic(values)
-    # What is too large for a dtype becomes infinite, and a NaN stays one.
+    # Values too large for the dtype become infinite, and NaN stays NaN.
     with np.errstate(over="ignore", invalid="ignore"):
         if dtype in ("bfloat16", "float16"):
             values = values.astype(np.float32, copy=False)
@@ -91,13 +91,13 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def wider(first: str, second: str) -> str:
-    """Return the smallest of the dtypes `WEIGHTS` that holds every value of two of them."""
+    """Return the smallest dtype in `WEIGHTS` that holds every value of both dtypes."""
     sizes = {DTYPES[name].itemsize: name for name in (first, second)}
     return "float32" if first != second and len(sizes) == 1 else sizes[max(sizes)]
 
 
 def _with_arithmetic(values: np.ndarray) -> np.ndarray:
-    """Return values in a dtype of numpy's own; those of bfloat16 and float8 as float32."""
+    """Return values in a dtype that numpy can calculate with: bfloat16 and float8 as float32, others unchanged."""
     name = dtype_name(values)
     if name == "bfloat16":
         return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
@@ -107,6 +107,6 @@ def _with_arithmetic(values: np.ndarray) -> np.ndarray:
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
-    # Rounding would make another number of some NaNs.
+    # Rounding would turn some NaNs into other values.
     rounded = np.where(np.isnan(values), 0x7FC0, rounded)
     return rounded.astype(np.uint16).view(DTYPES["bfloat16"])

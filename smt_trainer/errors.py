@@ -9,7 +9,7 @@ UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"))
 class SMTError(ValueError):
     """Bad input. The message says what was expected, what came, and what to do about it.
 
-    Messages quote names from files. They are one line, in which what a terminal would obey is escaped.
+    Messages quote names from files, so they are made one line, and characters that a terminal would obey are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -17,17 +17,17 @@ class SMTError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """Return a text as one printable line."""
+    """Return a string as one printable line."""
     return printable(" ".join(text.splitlines()))
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an exception says."""
+    """Return the first line of an exception's message."""
     return str(error).partition("\n")[0]
 
 
 def printable(text: str) -> str:
-    """Return a text with every unprintable character as its escape sequence (`\\x1b`)."""
+    """Return a string with every unprintable character as its escape sequence (`\\x1b`)."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(

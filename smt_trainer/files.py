@@ -1,8 +1,8 @@
-"""Read and write files so that a crash never leaves half a file, and a damaged one raises nothing but `SMTError`.
+"""Read and write files so that a crash never leaves half a file, and a damaged file raises nothing but `SMTError`.
 
-What is being written has a hidden name beside its own, `.NAME.XXXXXXXX.partial` for a file and `.NAME.partial` for a
-folder, and a lock that ends with the process. So the next process that writes NAME knows what a killed one left, and
-removes it.
+A file or folder NAME is first written under a hidden name next to it, `.NAME.XXXXXXXX.partial` for a file and
+`.NAME.partial` for a folder, and locked until the process ends. So the next process that writes NAME recognises what a
+killed process left, and removes it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DAMAGE = (
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move that file to `path` in one step.
+    """Call `write` with a temporary file next to `path`, then move that file to `path` in one step.
 
     Raises:
         OSError: the file could not be written, for example to a full disk.
@@ -60,7 +60,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Generator[Path]:
-    """Make a new file beside `path` and yield its own path; it is locked as long as the context lasts."""
+    """Create a temporary file next to `path` and yield its path; it is locked within this context."""
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         if fcntl is None:
@@ -68,7 +68,7 @@ def _temporary(path: Path) -> Generator[Path]:
             yield Path(name)
             return
         try:
-            # Before the lock, another process may have taken the file for one that was left.
+            # Before it was locked, another process may have taken the file for a leftover and removed it.
             if _lock(descriptor) is not False and _is_at(descriptor, Path(name)):
                 yield Path(name)
                 return
@@ -77,23 +77,23 @@ def _temporary(path: Path) -> Generator[Path]:
 
 
 def _remove_left(path: Path) -> None:
-    """Remove the temporary files for `path` of processes that were killed; those of others are locked."""
+    """Remove the temporary files for `path` that killed processes left; those of running processes are locked."""
     if fcntl is None:
         return
     for file in path.parent.glob(f".{glob.escape(path.name)}.{'[a-z0-9_]' * 8}{PARTIAL}"):
-        # It may be another user's, or no file, and another process may be quicker.
+        # It may belong to another user or not be a file, or another process may remove it first.
         with contextlib.suppress(OSError):
             descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
             try:
                 if _lock(descriptor) and _is_at(descriptor, file):
                     file.unlink()
-                    logger.warning("%s, which a killed process left, is removed.", file)
+                    logger.warning("Removed %s, which a killed process left.", file)
             finally:
                 os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
-    """Lock what a descriptor stands for until it is closed; return whether it was free, None if that cannot be told."""
+    """Lock the open file or folder until its descriptor is closed. Return whether it was free; None without locks."""
     if fcntl is None:
         return None
     try:
@@ -106,7 +106,7 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether a path still leads to what a descriptor stands for."""
+    """Return whether a path still leads to the file or folder that a descriptor has open."""
     return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
@@ -116,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_new(output: Path) -> None:
-    """Raise `SMTError` unless `output` does not exist or is an empty folder, and is no link."""
+    """Raise `SMTError` unless `output` is new or an empty folder, and neither a link nor the working folder."""
     if output.resolve() == Path.cwd():
         raise SMTError(f"{output} is the working folder, which cannot be replaced; give another one.")
     if output.is_symlink():
@@ -127,7 +127,7 @@ def check_new(output: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Generator[Path]:
-    """Yield a hidden folder beside `output`, which becomes `output` if the context ends without an exception.
+    """Yield a hidden folder next to `output`, which becomes `output` if the context ends without an exception.
 
     A folder that a killed process left is emptied and used again.
 
@@ -155,7 +155,7 @@ def new_folder(output: Path) -> Generator[Path]:
 
 @contextlib.contextmanager
 def _locked(stage: Path, output: Path) -> Generator[None]:
-    """Make a folder if needed, and lock it; the lock ends with the process at the latest."""
+    """Create a folder if needed, and lock it within this context; the lock ends with the process at the latest."""
     if stage.is_symlink():
         raise SMTError(f"{stage} is a link; remove it.")
     stage.mkdir(exist_ok=True)
@@ -175,7 +175,7 @@ def _locked(stage: Path, output: Path) -> Generator[None]:
 def _empty(folder: Path) -> None:
     left = list(folder.iterdir())
     if left:
-        logger.warning("What a killed process left in %s is removed.", folder)
+        logger.warning("Removing what a killed process left in %s.", folder)
     for path in left:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -210,7 +210,7 @@ def _umask() -> int:
 
 
 def load_json(path: Path, what: str) -> Any:
-    """Parse a JSON file. Raises `SMTError`, naming `what` was expected, if it is missing or damaged."""
+    """Parse a JSON file. Raise `SMTError` if it is missing or damaged; the message says `what` was expected."""
     if not path.is_file():
         raise SMTError(f"no {what} at {path}: expected a JSON file. Check the path.")
     try:
@@ -220,7 +220,7 @@ def load_json(path: Path, what: str) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON in UTF-8 as the standard has it. Raise one of `DAMAGE` also for NaN and for a key given twice."""
+    """Parse JSON strictly: raise one of `DAMAGE` also for NaN, Infinity and a key given twice."""
     return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repetition)
 
 

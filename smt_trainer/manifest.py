@@ -1,6 +1,6 @@
-"""The manifest of a delta, a selection or scores: format, configuration, grids, base. One reader for all three.
+"""Read the manifest of a delta, a selection or scores: format, configuration, grids, base.
 
-A delta and scores keep theirs as JSON in the metadata of their safetensors file; a selection is a manifest alone.
+Deltas and scores store it as JSON in the metadata of their safetensors file; a selection's file is just a manifest.
 
 Its `checksum` is SHA-256 over the rest of the manifest and, name by name, over each tensor's dtype, shape and bytes. It
 finds damage, not forgery: whoever changes a file on purpose can write a new checksum.
@@ -27,7 +27,7 @@ CHECKSUM = "checksum"
 
 
 def load_sealed(path: Path, key: str, expected: str, what: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the manifest, without its checksum, and the tensors of a safetensors file.
+    """Load the manifest and the tensors of a safetensors file; verify the checksum and remove it from the manifest.
 
     Args:
         path: the file.
@@ -36,7 +36,7 @@ def load_sealed(path: Path, key: str, expected: str, what: str) -> tuple[dict[st
         what: what the file should be, for messages.
 
     Raises:
-        SMTError: the file is missing or damaged, it has no such manifest or another format, or the checksum differs.
+        SMTError: the file is missing or damaged, it has no such manifest or another format, or no matching checksum.
     """
     tensors, metadata = load_arrays(path, what)
     text = metadata.get(key)
@@ -51,12 +51,12 @@ def load_sealed(path: Path, key: str, expected: str, what: str) -> tuple[dict[st
 
 
 def sealed(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
-    """Return a manifest with the checksum of itself and of the tensors that it describes."""
+    """Return a manifest with a checksum of its content and of the tensors that it describes."""
     return {**manifest, CHECKSUM: _checksum(manifest, tensors or {})}
 
 
 def unsealed(manifest: Mapping[str, Any], what: str, tensors: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
-    """Return a manifest without its checksum. Raise `SMTError` if it has one that differs."""
+    """Return a manifest without its checksum. Raise `SMTError` if the checksum is wrong; it may be missing."""
     values = dict(manifest)
     if CHECKSUM in values and values.pop(CHECKSUM) != _checksum(values, tensors or {}):
         raise SMTError(
@@ -76,7 +76,7 @@ def _checksum(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) ->
 
 @contextlib.contextmanager
 def refusing_damage(what: str) -> Generator[None]:
-    """Raise `SMTError` for whatever the content of a damaged file raises in this context."""
+    """Turn any exception that a damaged file's content causes in this context into `SMTError`."""
     try:
         yield
     except SMTError:
@@ -88,7 +88,7 @@ def refusing_damage(what: str) -> Generator[None]:
 
 
 def check_format(values: Mapping[str, Any], expected: Any, what: str) -> None:
-    """Raise `SMTError` if a manifest has another format than this version reads."""
+    """Raise `SMTError` unless a manifest has the format that this version reads."""
     if values["format"] != expected:
         raise SMTError(
             f"the {what} has format {values['format']}, this version of smt_trainer reads {expected}; install the "
@@ -97,7 +97,7 @@ def check_format(values: Mapping[str, Any], expected: Any, what: str) -> None:
 
 
 def read_base(values: Mapping[str, Any]) -> str | None:
-    """Return the name of the base in a manifest, fit to be shown. Raise `SMTError` if it is neither text nor null."""
+    """Return the name of the base in a manifest, made printable. Raise `SMTError` unless it is a string or null."""
     name = values["base_model"]
     if name is not None and not isinstance(name, str):
         raise SMTError(f"base_model must be a name or null, got {type(name).__name__}. The file is damaged.")
@@ -105,7 +105,7 @@ def read_base(values: Mapping[str, Any]) -> str | None:
 
 
 def read_config(values: Mapping[str, Any]) -> SMTConfig:
-    """Return the configuration in a manifest. Raise `SMTError` if it is malformed or names another selection."""
+    """Return the configuration in a manifest. Raise `SMTError` if it is malformed or has a selection of its own."""
     config = SMTConfig.from_dict(values["config"])
     if config.selection is not None:
         raise SMTError("the configuration in a manifest must have no selection of its own. The file is damaged.")
@@ -113,7 +113,7 @@ def read_config(values: Mapping[str, Any]) -> SMTConfig:
 
 
 def check_keys(values: Mapping[str, Any], expected: set[str], what: str) -> None:
-    """Raise `SMTError` unless a manifest is an object with just these keys."""
+    """Raise `SMTError` unless a manifest is an object with exactly these keys."""
     if not isinstance(values, Mapping) or set(values) != expected:
         found = sorted(set(values) ^ expected) if isinstance(values, Mapping) else type(values).__name__
         raise SMTError(f"the {what} is damaged: missing or unknown {found}. Save or download it again.")

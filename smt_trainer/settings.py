@@ -1,8 +1,8 @@
-"""How a field of `SMTConfig` says everything about itself, once.
+"""Declare all properties of an `SMTConfig` field in one place.
 
-A field has a type, a default, a help text, what it decides, and a `Kind`: how its value is read from text and checked.
-From these come the checks of the configuration, the flags of the command line, what a resumed run may change, the table
-in the README and `help(SMTConfig)`.
+A field has a type, a default, a help text, what it decides, and a `Kind`, which parses its value from text and checks
+it. From these come the checks of the configuration, the flags of the command line, what a resumed run may change, the
+table in the README and `help(SMTConfig)`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Kind:
     """The values that a field may have.
 
     Attributes:
-        flag: keyword arguments of argparse for the field's flag; its text goes through the kind as well.
+        flag: keyword arguments for the `add_argument` of the field's flag; the kind checks the parsed value, too.
     """
 
     flag: Mapping[str, Any] = {}
 
     def __call__(self, name: str, value: Any) -> Any:
-        """The value of the field `name` as the configuration keeps it. Raises `SMTError` for any other value."""
+        """Return the value of the field `name` as the configuration stores it. Raise `SMTError` if it is invalid."""
         raise NotImplementedError
 
 
@@ -73,9 +73,9 @@ class Whole(Kind):
 
 
 class Names(Kind):
-    """Names of modules or their endings, a keyword, or a regular expression: one text that no module can be called.
+    """Names of modules or their endings, a keyword, or a regular expression: a string that cannot be a module's name.
 
-    A text alone and a list of it are the same, since a command line gives a list even of one word.
+    A string and a list of just this string mean the same, since a command line gives a list even for one word.
     """
 
     flag: Mapping[str, Any] = {"nargs": "+"}
@@ -94,7 +94,7 @@ class Names(Kind):
 
 
 class NameList(Kind):
-    """A list of names, which may be empty; one name stands for a list of it."""
+    """A list of names, which may be empty; a single string is taken as a list of one name."""
 
     flag: Mapping[str, Any] = {"nargs": "+"}
 
@@ -134,7 +134,7 @@ class BlockSize(Kind):
 
 
 class Budget(Kind):
-    """A count, a fraction, or either for each group; as text `"100"`, `"0.0084"` or `"attention=0.0042,mlp=100"`."""
+    """A count or a fraction, or one for each group; as text `"100"`, `"0.0084"` or `"attention=0.0042,mlp=100"`."""
 
     def __call__(self, name: str, value: Any) -> float | int | dict[str, float | int]:
         if isinstance(value, str):
@@ -180,13 +180,13 @@ class Path(Kind):
 
 
 class Setting(str):
-    """A field's help text, which carries what else the field says of itself.
+    """A field's help text, with the field's other properties as attributes.
 
-    It is a string because `HfArgumentParser` hands all of a field's metadata to argparse, which knows `help` alone.
+    It is a string because `HfArgumentParser` passes all of a field's metadata to argparse, which accepts only `help`.
 
     Attributes:
-        default: its value where none is given; None where it may be None.
-        kind: the values it may have otherwise.
+        default: the value if none is given; a field whose default is None may be None.
+        kind: the values that it may have otherwise.
         decides: what the field decides.
     """
 
@@ -195,26 +195,26 @@ class Setting(str):
     decides: Decides
 
     def take(self, name: str, value: Any) -> Any:
-        """The value that the field `name` keeps of a given one. Raises `SMTError` for one that it may not have."""
+        """Return the value to store in the field `name`; None means its default. Raise `SMTError` if it is invalid."""
         # HfArgumentParser gives None for a list that is not on the command line.
         value = self.default if value is None else value
         return None if value is None else self.kind(name, value)
 
 
 def setting(default: Any, kind: Kind, decides: Decides, help: str) -> Any:
-    """A field of a configuration. Given as None it takes its default."""
+    """Declare a field of a configuration; the value None means its default."""
     described = Setting(help)
     described.default, described.kind, described.decides = default, kind, decides
     return dataclasses.field(default=default, metadata={"help": described})
 
 
 def settings(config: Any) -> dict[str, Setting]:
-    """Field name -> its setting, of a configuration or its class, in their order."""
+    """Return field name -> setting of a configuration or its class, in the order of the fields."""
     return {field.name: field.metadata["help"] for field in dataclasses.fields(config)}
 
 
 def describe(config: type) -> str:
-    """All fields of a configuration with their defaults and help, for its docstring."""
+    """Describe all fields of a configuration, with their defaults and help, for its docstring."""
     margin = " " * 8
     return "\n".join(
         f"    {name} (default {text.default!r})\n"
@@ -224,7 +224,7 @@ def describe(config: type) -> str:
 
 
 def parse_amount(name: str, text: str) -> float | int:
-    """A count such as `"100"`, or a fraction such as `"0.0084"`. Raises `SMTError` for anything but a number."""
+    """Parse a count such as `"100"` or a fraction such as `"0.0084"`. Raise `SMTError` for anything but a number."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -234,12 +234,12 @@ def parse_amount(name: str, text: str) -> float | int:
 
 
 def is_int(value: Any) -> bool:
-    """Whether a value is a whole number and no truth value."""
+    """Return whether a value is an int and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_amount(value: Any) -> bool:
-    """Whether a value is a count >= 1 or a fraction in (0, 1]."""
+    """Return whether a value is a count >= 1 or a fraction in (0, 1]."""
     return (is_int(value) and value >= 1) or (isinstance(value, float) and 0.0 < value <= 1.0)
 
 

@@ -1,14 +1,14 @@
-"""The header of a safetensors file: which tensors it has, and where they lie. Imports neither torch nor numpy.
+"""Read the header of a safetensors file: which tensors it has, and where they lie. Imports neither torch nor numpy.
 
 A safetensors file is the length of its header (8 bytes, little endian), the header (JSON), and the tensors' bytes. The
-header gives each tensor's dtype, shape and `data_offsets`, which count from the header's end, and in `__metadata__` any
-texts.
+header gives each tensor's dtype, shape and `data_offsets`, which count from the header's end, and in `__metadata__`
+arbitrary strings.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import DAMAGE, parse_json
 from smt_trainer.settings import is_int
 
-LONGEST_HEADER = 100_000_000  # that of safetensors
+LONGEST_HEADER = 100_000_000  # the limit of safetensors
 # safetensors' name of a dtype -> torch's, and the bytes of a value.
 DTYPES = {
     **{"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)},
@@ -28,12 +28,12 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor lies.
+class StoredTensor:
+    """A tensor in a safetensors file.
 
     Attributes:
         file: name of the file in its folder.
-        dtype: as torch calls it, such as "bfloat16"; as safetensors does if it is none of `DTYPES`.
+        dtype: torch's name, such as "bfloat16"; safetensors' own if it is none of `DTYPES`.
         shape: of the tensor.
         start: its first byte in the file.
         size: its bytes.
@@ -45,9 +45,14 @@ class Place:
     start: int
     size: int
 
+    def rows(self, first: int, count: int) -> StoredTensor:
+        """Return `count` rows of this tensor from `first` on, which are neighbours in the file, as a tensor."""
+        size = self.size // self.shape[0]
+        return replace(self, shape=(count, *self.shape[1:]), start=self.start + first * size, size=count * size)
 
-def read_header(path: Path, what: str) -> tuple[dict[str, Place], dict[str, str]]:
-    """Return tensor name -> place, and the metadata, of a safetensors file.
+
+def read_header(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return tensor name -> where it lies, and the metadata, of a safetensors file.
 
     Args:
         path: the file.
@@ -62,29 +67,29 @@ def read_header(path: Path, what: str) -> tuple[dict[str, Place], dict[str, str]
         with open(path, "rb") as file:
             length, total = int.from_bytes(file.read(8), "little"), path.stat().st_size
             if length > min(LONGEST_HEADER, total - 8):
-                raise ValueError("its header is longer than the file")
+                raise ValueError("its header is longer than the file, or than safetensors allows")
             header = parse_json(file.read(length))
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise ValueError("its metadata are no texts")
-        places = {name: _place(path.name, entry, 8 + length) for name, entry in header.items()}
+            raise ValueError("its metadata are not strings")
+        tensors = {name: _stored_tensor(path.name, entry, 8 + length) for name, entry in header.items()}
         end = 8 + length
-        for place in sorted(places.values(), key=lambda place: (place.start, place.size)):
-            if place.start != end:
+        for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.size)):
+            if stored.start != end:
                 raise ValueError("its tensors overlap or leave gaps")
-            end += place.size
+            end += stored.size
         if end != total:
             raise ValueError(f"it has {total:,} bytes, its header describes {end:,}")
     except (OSError, *DAMAGE) as error:
         raise SMTError(f"{path} is damaged or truncated ({error}); save or download the {what} again.") from error
-    return places, metadata
+    return tensors, metadata
 
 
-def _place(file: str, entry: dict[str, Any], offset: int) -> Place:
+def _stored_tensor(file: str, entry: dict[str, Any], offset: int) -> StoredTensor:
     (start, end), shape, code = entry["data_offsets"], entry["shape"], entry["dtype"]
     if not all(is_int(number) and number >= 0 for number in [start, end - start, *shape]) or not isinstance(code, str):
-        raise ValueError("a tensor has no proper place")
+        raise ValueError("a tensor has an invalid dtype, shape or place")
     dtype, size = DTYPES.get(code, (code, None))
     if size is not None and math.prod(shape) * size != end - start:
-        raise ValueError(f"{end - start:,} bytes are no {code} of shape {shape}")
-    return Place(file, dtype, tuple(shape), offset + start, end - start)
+        raise ValueError(f"{end - start:,} bytes cannot hold a {code} tensor of shape {shape}")
+    return StoredTensor(file, dtype, tuple(shape), offset + start, end - start)

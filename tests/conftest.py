@@ -60,12 +60,12 @@ def base(llama, tmp_path):
 def delta(tmp_path):
     """Save a delta of the tiny Llama with changed blocks; return its folder and the rewritten model."""
     from smt_trainer import convert_to_smt, save_delta
-    from smt_trainer.sparse.linear import smt_linears
+    from smt_trainer.sparse.block_module import block_modules
     from smt_trainer.sparse.write_back import write_back
 
     model = tiny.llama()
     convert_to_smt(model, tiny.choose(model))
-    linears = [linear for _, linear in smt_linears(model)]
+    linears = [linear for _, linear in block_modules(model)]
     with torch.no_grad():
         for linear in linears:
             linear.blocks += torch.randn_like(linear.blocks) / 8

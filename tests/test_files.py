@@ -38,7 +38,7 @@ def test_the_next_write_removes_what_a_killed_process_left_and_nothing_else(tmp_
     before = {path.name for path in tmp_path.iterdir()}
     write_text(tmp_path / "file.txt", "text")
     assert {path.name for path in tmp_path.iterdir()} == before - {LEFT} | {"file.txt"}
-    assert warnings() == [f"{tmp_path / LEFT}, which a killed process left, is removed."]
+    assert warnings() == [f"Removed {tmp_path / LEFT}, which a killed process left."]
 
 
 def test_without_locks_nothing_is_taken_for_left(tmp_path, monkeypatch):

@@ -51,22 +51,22 @@ def test_writing_to_a_loaded_array_changes_no_file(tmp_path):
 @pytest.mark.parametrize("name", TENSORS)
 def test_writing_to_an_open_array_changes_its_bytes_of_the_file_alone(name, tmp_path):
     save_file(TENSORS, tmp_path / "file")
-    before, place = (tmp_path / "file").read_bytes(), read_header(tmp_path / "file", "file")[0][name]
-    array = open_array(tmp_path / "file", place)
+    before, stored = (tmp_path / "file").read_bytes(), read_header(tmp_path / "file", "file")[0][name]
+    array = open_array(tmp_path / "file", stored)
     assert same(as_tensor(array.copy()), TENSORS[name])
-    array[...] = as_array(torch.ones(place.shape).to(TENSORS[name].dtype))
+    array[...] = as_array(torch.ones(stored.shape).to(TENSORS[name].dtype))
     after = (tmp_path / "file").read_bytes()
-    expected = TENSORS | {name: torch.ones(place.shape).to(TENSORS[name].dtype)}
+    expected = TENSORS | {name: torch.ones(stored.shape).to(TENSORS[name].dtype)}
     assert all(same(tensor, expected[key]) for key, tensor in load_file(tmp_path / "file").items())
-    assert after[: place.start] == before[: place.start]
-    assert after[place.start + place.size :] == before[place.start + place.size :]
+    assert after[: stored.start] == before[: stored.start]
+    assert after[stored.start + stored.size :] == before[stored.start + stored.size :]
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
         ({"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}, "has a tensor of F4; expected one of float32"),
-        ({"dtype": "BF16", "shape": [3], "data_offsets": [0, 8]}, r"8 bytes are no BF16 of shape \[3\]"),
+        ({"dtype": "BF16", "shape": [3], "data_offsets": [0, 8]}, r"8 bytes cannot hold a BF16 tensor of shape \[3\]"),
     ],
 )
 def test_a_tensor_of_an_unknown_dtype_or_another_size_is_refused(entry, message, tmp_path):
@@ -80,7 +80,7 @@ def test_a_tensor_of_an_unknown_dtype_or_another_size_is_refused(entry, message,
 def test_metadata_that_are_no_texts_are_refused(metadata, tmp_path):
     header = json.dumps({"__metadata__": metadata}).encode()
     (tmp_path / "file").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(SMTError, match="its metadata are no texts"):
+    with pytest.raises(SMTError, match="its metadata are not strings"):
         load_arrays(tmp_path / "file", "file")
 
 
@@ -104,7 +104,7 @@ def test_a_tensor_of_an_unknown_dtype_has_bits(tmp_path):
 def test_an_array_opened_to_read_cannot_be_written(name, tmp_path):
     save_file(TENSORS, tmp_path / "file")
     (tmp_path / "file").chmod(0o444)
-    place = read_header(tmp_path / "file", "file")[0][name]
-    array = open_array(tmp_path / "file", place, writable=False)
+    stored = read_header(tmp_path / "file", "file")[0][name]
+    array = open_array(tmp_path / "file", stored, writable=False)
     assert same(as_tensor(array.copy()), TENSORS[name])
     assert not array.size or not array.flags.writeable

@@ -14,11 +14,11 @@ from smt_trainer.tensor_header import read_header
 def test_the_bytes_at_each_place_are_those_of_the_tensor(base):
     data = (base / SINGLE_FILE).read_bytes()
     tensors = load_file(base / SINGLE_FILE)
-    places = read_header(base / SINGLE_FILE, "base")[0]
-    assert places.keys() == tensors.keys()
-    for key, place in places.items():
-        assert (place.file, place.shape) == (SINGLE_FILE, tuple(tensors[key].shape))
-        assert data[place.start : place.start + place.size] == tensors[key].numpy().tobytes()
+    found = read_header(base / SINGLE_FILE, "base")[0]
+    assert found.keys() == tensors.keys()
+    for key, stored in found.items():
+        assert (stored.file, stored.shape) == (SINGLE_FILE, tuple(tensors[key].shape))
+        assert data[stored.start : stored.start + stored.size] == tensors[key].numpy().tobytes()
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -31,11 +31,11 @@ def test_a_damaged_header_is_refused_or_describes_the_same_file(data, base):
         changed[data.draw(st.integers(0, length - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(changed)
     try:
-        places, _ = read_header(path, "base")
+        found, _ = read_header(path, "base")
     except SMTError:
-        places = {}
+        found = {}
     finally:
         path.write_bytes(original)
-    ends = sorted((place.start, place.start + place.size) for place in places.values())
+    ends = sorted((stored.start, stored.start + stored.size) for stored in found.values())
     assert all(8 <= start <= end <= len(original) for start, end in ends)
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))

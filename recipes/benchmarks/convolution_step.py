@@ -1,9 +1,9 @@
-"""Measure time, FLOPs and memory of a training step of ResNet-50: chosen rows of its convolutions beside all and none.
+"""Measure time, FLOPs and memory of a training step of ResNet-50 that trains rows of its convolutions, all or nothing.
 
 python -m recipes.benchmarks.convolution_step --output recipes/benchmarks/results
 
-Rows are random, equally many of each convolution. `frozen` trains nothing, but backward goes through all layers down to
-the images. Each round takes one step of each, in a new random order.
+Rows are random, the same fraction of each convolution. `frozen` trains nothing, but backward goes through all layers
+down to the images. Each round takes one step of each variant, in a new random order.
 """
 
 import argparse
@@ -32,7 +32,7 @@ FROZEN, ROWS, FULL = "frozen", "rows", "full"
 
 
 class Step:
-    """A model of which a part is trained, and its training step."""
+    """A model that is trained in part, and its training step."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self.model, self.batch = model.train(), batch
@@ -41,7 +41,7 @@ class Step:
 
     def backward(self) -> None:
         """Run forward and backward."""
-        # Otherwise nothing requires a gradient in a frozen model.
+        # Otherwise nothing in a frozen model would require a gradient.
         pixels = self.batch["pixel_values"].detach().requires_grad_()
         self.model(**self.batch | {"pixel_values": pixels}).loss.backward()
 
@@ -67,7 +67,7 @@ def trained_rows(model: nn.Module, budget: float) -> nn.Module:
 
 
 def count(step: Step) -> dict[str, int]:
-    """Return trained parameters, FLOPs, and bytes that autograd keeps for backward beside weights and buffers."""
+    """Return trained parameters, FLOPs, and bytes that autograd keeps for backward besides weights and buffers."""
     own = {each.untyped_storage().data_ptr() for each in (*step.model.parameters(), *step.model.buffers())}
     kept: dict[int, Tensor] = {}
 

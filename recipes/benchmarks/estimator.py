@@ -21,7 +21,7 @@ from smt_trainer import SMTConfig
 from smt_trainer.estimation.estimate import estimate
 
 LARGE = "Llama-2-7B"
-# Method -> the estimate's name for it.
+# Method -> its name in the estimate.
 ESTIMATED = {SMT: "smt", "LoRA": "lora", FULL: "full"}
 
 

@@ -1,4 +1,4 @@
-"""Measure what the fingerprint of a base takes beside loading the base.
+"""Measure how long the fingerprint of a base takes, compared with loading the base.
 
 python -m recipes.benchmarks.fingerprint --output recipes/benchmarks/results
 
@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.parts.markdown import provenance, table
 from recipes.parts.reporting import command, hardware, versions
-from smt_trainer.sparse.fingerprint import RUN, RUNS, Fingerprint
+from smt_trainer.model.fingerprint import RUN, RUNS, Fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors", "smt_trainer")
 SEED = 0

@@ -2,9 +2,9 @@
 
 python -m recipes.benchmarks.fuzz_readers --cases 50000 --output recipes/benchmarks/results
 
-A case is one mutation of one file: of its bytes, its header or a field of its JSON. In three of ten, whoever damaged
-the file made a checksum that fits. A reader must refuse with SMTError or return the content that was saved. What it
-accepts with a forged checksum is inspected, compared, put into a model and merged; only SMTError may come of that.
+A case is one mutation of one file: of its bytes, its header or a field of its JSON. In three of ten cases the checksum
+is forged to fit the damage. A reader must refuse with SMTError or return the content that was saved. What it accepts
+with a forged checksum is inspected, compared, put into a model and merged; only SMTError may be raised by that.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(cases: int, seed: int) -> dict[str, Any]:
             begun, rng = time.monotonic(), random.Random(f"{seed} {case}")
             try:
                 _, outcome = attack(readers[name], originals[name], expected[name], rng)
-            except Exception:  # what a reader raises beside its own error is what is looked for
+            except Exception:  # any error but the reader's own is a failure to report
                 outcome = FAILED
                 failures.append({"case": case, "reader": name, "traceback": traceback.format_exc()})
             longest = max(longest, time.monotonic() - begun)

@@ -1,10 +1,10 @@
-"""Measure what `smt merge` takes beside copying the base.
+"""Measure how long `smt merge` takes, compared with copying the base.
 
 python -m recipes.benchmarks.merge --output recipes/benchmarks/results
 
 A checkpoint in three shards and a delta have random weights. Each round copies the base with `cp -r`, merges the delta
-into it with `smt merge`, and imports torch, each in a process of its own and from a warm disk cache, in a new random
-order. The time is that of the whole process.
+into it with `smt merge`, and imports torch, each in its own process and from a warm disk cache, in a new random order.
+The time is that of the whole process.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from recipes.parts.reporting import command, hardware, versions
 from smt_trainer import SMTConfig, convert_to_smt, save_delta
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.selection.choose import select_blocks
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 PACKAGES = ("numpy", "torch", "transformers", "safetensors", "smt_trainer")
 SEED = 0
 SHAPE, SHARD = Shape(12, 2048, 32, 8, 8192, 32000, tie_word_embeddings=True), 600_000_000
-# What the console script does; then the peak of its resident memory in KiB.
+# Runs the console script, then prints the peak of its resident memory in KiB.
 SMT = """import sys
 from smt_trainer.cli import main
 assert main(sys.argv[1:]) == 0
@@ -80,7 +80,7 @@ def measure(shape: Shape, shard: int, config: SMTConfig, rounds: int) -> dict:
 
 
 def write(folders: Folders, shape: Shape, shard: int, config: SMTConfig) -> int:
-    """Write a base in bfloat16, and a delta that moves the value of each chosen weight; return the parameters."""
+    """Write a base in bfloat16, and a delta that changes each chosen weight; return the number of parameters."""
     torch.manual_seed(SEED)
     model = shape.build().bfloat16()
     model.save_pretrained(folders.base, max_shard_size=shard)
@@ -89,7 +89,7 @@ def write(folders: Folders, shape: Shape, shard: int, config: SMTConfig) -> int:
     parameters = count_parameters(model)
     convert_to_smt(model, select_blocks(scores, grids, config, parameters))
     with torch.no_grad():
-        for _, linear in smt_linears(model):
+        for _, linear in block_modules(model):
             linear.blocks += 1
     save_delta(model, folders.delta)
     return parameters

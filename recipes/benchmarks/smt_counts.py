@@ -1,12 +1,12 @@
-"""Count what SMT's tables train, beside the percentages of the paper (He et al., 2405.15525).
+"""Count what SMT's tables train, and compare with the percentages in the paper (He et al., 2405.15525).
 
 python -m recipes.benchmarks.smt_counts --output recipes/benchmarks/results
 
-Of P parameters, a budget p is n blocks of m = 256 x 256 weights with n m as near to p P as whole blocks allow. PEFT's
-percentage, and the one that the authors' code prints, counts what is trained among all parameters once more,
-p' = t / (P + t), so a printed p' is a budget of p' / (1 - p'). LoRA and DoRA are PEFT's, with adapters on q, k, v, up
-and down. Where no rank is known, it is the one that comes nearest to the printed percentage: t is linear in the rank.
-All models are on the meta device, and which blocks are chosen does not change how many.
+A budget p of P parameters is n blocks of m = 256 x 256 weights, with n m as near to p P as whole blocks allow. The
+percentages that PEFT and the authors' code print add the t trained parameters to the total once more, p' = t / (P + t),
+so a printed p' is a budget of p' / (1 - p'). LoRA and DoRA are PEFT's, with adapters on q, k, v, up and down. A rank that
+is not known is taken to be the nearest one to the printed percentage: t is linear in the rank. All models are on the
+meta device; which blocks are chosen does not change their number.
 """
 
 import argparse
@@ -41,7 +41,7 @@ SMT = {
 }
 # Table 4, LLaMA-7B: percentages of MLPs and of attention.
 TABLE_4 = [(0.84, 0.0), (0.42, 0.42), (0.21, 0.63), (0.0, 0.84)]
-# Model, method, rank if known, percentage, tables. Liu et al. (2402.09353), where table 2's come from, give the ranks.
+# Model, method, rank if known, percentage, tables. Table 2's are from Liu et al. (2402.09353), who give the ranks.
 ADAPTERS = [
     ("LLaMA-7B", "LoRA", 32, 0.83, "2"),
     ("LLaMA-7B", "DoRA", 32, 0.84, "2"),
@@ -80,19 +80,19 @@ def measure() -> dict:
 
 
 def build(model: str) -> LlamaForCausalLM:
-    """Build a model without values."""
+    """Build a model on the meta device."""
     with torch.device("meta"):
         return SHAPES[model].build()
 
 
 def select(model: str, **fields) -> BlockSelection:
-    """Choose blocks of 256 x 256."""
+    """Choose random blocks of 256 x 256."""
     config = SMTConfig(score="random", block_size=BLOCK, **fields)
     return BlockScores.of(build(model), config, [], SEED).select()
 
 
 def count_blocks(model: str, percentage: float) -> dict:
-    """Return the blocks of q, k and v that a percentage of all parameters is, and that a printed one is."""
+    """Count the blocks of q, k and v for a percentage of all parameters, and for the same percentage as printed."""
     share = percentage / 100
     selection, printed = select(model, budget=share), select(model, budget=share / (1 - share))
     return {
@@ -106,7 +106,7 @@ def count_blocks(model: str, percentage: float) -> dict:
 
 
 def count_groups(mlp: float, attention: float) -> dict:
-    """Return the blocks of LLaMA-7B's MLPs and of its q, k and v for a percentage of each."""
+    """Count the blocks of LLaMA-7B's MLPs and of its q, k and v for a percentage of each."""
     budget = {group: share / 100 for group, share in {"mlp": mlp, "qkv": attention}.items() if share}
     targets = {"mlp": ["gate_proj", "up_proj", "down_proj"], "qkv": ["q_proj", "k_proj", "v_proj"]}
     selection = select("LLaMA-7B", budget=budget, target_modules=[name for group in budget for name in targets[group]])
@@ -116,14 +116,14 @@ def count_groups(mlp: float, attention: float) -> dict:
 
 
 def count_projection(name: str) -> dict:
-    """Return the blocks of one projection of LLaMA-7B that table 6's 0.84 % is, and how many the projection has."""
+    """Count the blocks for table 6's 0.84 % in one projection of LLaMA-7B, and all blocks of the projection."""
     selection = select("LLaMA-7B", budget=0.0084, target_modules=[name])
     candidates = sum(grid.num_blocks for grid in selection.grids.values())
     return {"projection": name, "blocks": selection.num_blocks, "candidates": candidates}
 
 
 def count_adapters(model: str, method: str, rank: int | None, percentage: float) -> dict:
-    """Return what LoRA or DoRA trains, by default at the rank nearest to a percentage as PEFT prints it."""
+    """Count what LoRA or DoRA trains, by default at the rank nearest to a percentage as PEFT prints it."""
     known = rank is not None
     if rank is None:
         (first, total), (second, _) = peft_counts(model, method, 1), peft_counts(model, method, 2)
@@ -142,7 +142,7 @@ def count_adapters(model: str, method: str, rank: int | None, percentage: float)
 
 
 def peft_counts(model: str, method: str, rank: int) -> tuple[int, int]:
-    """Return the trained and all parameters of PEFT's model."""
+    """Return the numbers of trained and of all parameters of PEFT's model."""
     with torch.device("meta"):
         config = LoraConfig(r=rank, target_modules=ADAPTED, use_dora=method == "DoRA")
         return get_peft_model(build(model), config).get_nb_trainable_parameters()

@@ -1,11 +1,11 @@
-"""Count what SPSFT's tables 2 and 7 train, beside the figures of the paper (Li and Bhaskara, 2502.11439).
+"""Count what SPSFT's tables 2 and 7 train, and compare with the figures in the paper (Li and Bhaskara, 2502.11439).
 
 python -m recipes.benchmarks.spsft_counts --output recipes/benchmarks/results
 
-Table 2: rows of all linears and convolutions outside the heads, and the heads whole. A ratio of 5 % is of the weights
-of these layers; with dependents it is 2.5 %, and the columns come on top (section 4.3). Table 7: as many rows of each
-linear of Llama. Rows are random; which are chosen hardly changes their number. Only shapes are read, except in the
-search for dependents, which runs the model.
+Table 2: rows of all linears and convolutions outside the heads, and the heads whole. The ratio of 5 % refers to the
+weights of these layers; with dependents it is 2.5 %, and the columns come on top (section 4.3). Table 7: equally many
+rows of each linear of Llama. Rows are random; which ones are chosen hardly changes their number. Only shapes are read,
+except in the search for dependents, which runs the model.
 """
 
 import argparse
@@ -63,11 +63,11 @@ def measure(models: dict[str, Callable[[int], nn.Module]], labels: dict[str, int
 
 
 def count_images(name: str, build: Callable[[int], nn.Module], labels: dict[str, int]) -> list[dict]:
-    """Return a row for each data set, which has as many labels."""
+    """Return a row for each data set; `labels` holds their numbers of labels."""
     torch.manual_seed(SEED)
     model = build(1)
     weights = count_parameters(model) - of_heads(model)
-    # The heads do not matter to what is chosen.
+    # The heads do not affect what is chosen.
     ratio = {
         "rows": trained(model, replace(ROWS, budget=RATIO, budget_of="targets")),
         "dependents": trained(model, replace(ROWS, train_dependents=True, budget=RATIO / 2 * share(model))),
@@ -88,12 +88,12 @@ def share(model: nn.Module) -> float:
 
 
 def trained(model: nn.Module, config: SMTConfig) -> int:
-    """Return the weights in the chosen rows, and in the columns that depend on them."""
+    """Count the weights in the chosen rows, and in the columns that depend on them."""
     return BlockScores.of(model, config, [], SEED).select().trainable_parameters
 
 
 def of_heads(model: nn.Module) -> int:
-    """Return the parameters of the heads."""
+    """Count the parameters of the heads."""
     return sum(count_parameters(head) for name, head in model.named_children() if name in HEADS)
 
 
@@ -103,7 +103,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def count_llama(name: str, modules: str, rows: int) -> dict:
-    """Return what training as many rows of each linear of a Llama trains."""
+    """Count the weights in `rows` rows of each linear of a Llama."""
     with torch.device("meta"):
         model = MODELS[name].build()
     targets = "all-linear" if modules == "all linears" else MLP

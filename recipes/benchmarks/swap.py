@@ -1,9 +1,9 @@
-"""Measure how long it takes to change the delta of a model in memory, beside PEFT's change of a LoRA.
+"""Measure how long it takes to switch the delta of a model in memory, compared with switching LoRA adapters in PEFT.
 
 python -m recipes.benchmarks.swap --output recipes/benchmarks/results
 
-One base holds two deltas, and a copy of it two adapters of LoRA with as many weights. Each round changes from one to
-the other in both, and runs a forward of the plain base, of the base with a delta swapped in, and of PEFT's model, in a
+There are two deltas for one base, and two LoRA adapters with as many weights on a copy of it. Each round switches from
+one to the other in both, and runs a forward of the plain base, the base with a delta swapped in, and PEFT's model, in a
 new random order.
 """
 
@@ -29,7 +29,7 @@ from recipes.parts.reporting import command, hardware, versions
 from smt_trainer import Delta, SMTConfig, convert_to_smt, swap
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.selection.choose import select_blocks
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
 SEED, MODEL, TOKENS = 0, "SmolLM2-135M", 128
@@ -52,7 +52,7 @@ def measure(shape: Shape, budgets: tuple[float, ...], rounds: int) -> dict:
 
 
 def measure_budget(shape: Shape, budget: float, rounds: int) -> dict:
-    """Return the seconds of each action at one budget, and the trained weights of both methods."""
+    """Return the seconds of each action at one budget, and the number of trained weights of both methods."""
     torch.manual_seed(SEED)
     base = shape.build().eval()
     adapted, trained = with_adapters(copy.deepcopy(base), budget)
@@ -95,13 +95,13 @@ def tuned(base: nn.Module, budget: float, seed: int) -> Delta:
     scores = {name: torch.rand(grid.shape) for name, grid in grids.items()}
     convert_to_smt(model, select_blocks(scores, grids, config, count_parameters(model)))
     with torch.no_grad():
-        for _, linear in smt_linears(model):
+        for _, linear in block_modules(model):
             linear.blocks += 1
     return Delta.of(model)
 
 
 def with_adapters(model: nn.Module, budget: float) -> tuple[peft.PeftModel, int]:
-    """Return a model with two adapters of LoRA, and the weights of each."""
+    """Return a model with two LoRA adapters, and the number of weights of each."""
     targets = find_targets(model, SMTConfig())
     config = adapter_config("LoRA", targets, budget * count_parameters(model), SEED)
     adapted = peft.get_peft_model(model, config)

@@ -1,4 +1,4 @@
-"""Measure time and memory of a training step: SMT against other methods with equally many parameters.
+"""Measure time and memory of a training step: SMT against other methods with as many trained parameters.
 
 python -m recipes.benchmarks.training_step --output recipes/benchmarks/results
 """
@@ -31,13 +31,13 @@ DEPTHS_BUDGET = 0.0084
 
 
 def compare(setting: Setting, methods: Sequence[str], budgets: Sequence[float], rounds: int) -> dict:
-    """Measure all methods at all budgets, and SMT's time over that of each other method."""
+    """Measure all methods at all budgets, and the ratio of SMT's step time to that of each other method."""
     each = [Variant(method, budget) for budget in budgets for method in methods if method != FULL]
     first, second = Variant(FLOOR), Variant(SECOND_FLOOR)
     full = [Variant(FULL)] if FULL in methods else []
     middle = len(each) // 2
     variants = [first, *full, *each[:middle], second, *each[middle:]]
-    # First, while nothing else is in memory.
+    # Peaks are measured first, while nothing else is in memory.
     peak_bytes = peaks({variant: partial(start, variant) for variant in variants}, setting)
     rows, samples = measure(setting, variants, rounds)
     sparse = [variant for variant in each if variant.method == SMT]
@@ -67,7 +67,7 @@ def curves(setting: Setting, rounds: int) -> dict:
 
 
 def measure(setting: Setting, variants: Sequence[Variant], rounds: int) -> tuple[dict[Variant, dict], list[Round]]:
-    """Return a row for each variant. The first step of each is slow, so it is counted and not timed."""
+    """Return a row for each variant. The slow first step of each is counted but not timed."""
     # Models are reference cycles: those of an earlier call may still be in memory.
     gc.collect()
     model, tokens = setting.build(), setting.tokens()
@@ -137,7 +137,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="timed steps of each method")
     parser.add_argument("--curve-rounds", type=int, default=2, help="timed steps for the curves; 0 skips them")
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32; bf16 with --base or if a GPU is needed")
-    parser.add_argument("--base", choices=BITS, help="let bitsandbytes quantise the linears; default: plain weights")
+    parser.add_argument("--base", choices=BITS, help="quantise the linears with bitsandbytes; default: plain weights")
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")

@@ -1,4 +1,4 @@
-"""Run every command of `smt` on deltas of a real model, as a user would, and measure what it takes.
+"""Run every command of `smt` on deltas of a real model, as a user would, and measure time and size of output.
 
 python -m recipes.benchmarks.verbs --output recipes/benchmarks/results
 """
@@ -46,7 +46,7 @@ def train(base: str, seed: int, folder: Path) -> None:
     """Write a delta of a few steps on random tokens."""
     model = load_model(base, "float32")
     generator = torch.Generator().manual_seed(seed)
-    # Plain words and pieces of words.
+    # The upper half of the vocabulary: plain words and pieces of words.
     tokens = torch.randint(model.config.vocab_size // 2, model.config.vocab_size, (16, LENGTH), generator=generator)
     arguments = TrainingArguments(
         str(folder),
@@ -81,7 +81,7 @@ def measure(folder: Path) -> list[dict]:
 
 
 def spent(words: str, written: Path | None, folder: Path) -> dict:
-    """Run `smt` with these words; return seconds by the clock and of the processor, and the bytes that it writes."""
+    """Run `smt` with these arguments; return seconds of the clock and of the processor, and the bytes written."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run([Path(sys.executable).with_name("smt"), *words.split()], cwd=folder, check=True)
     clock, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -99,7 +99,7 @@ def of_call(words: str, action: Callable[[], object]) -> dict:
 
 
 def proofs(folder: Path) -> dict[str, bool]:
-    """Return statements about what was written, and whether they hold."""
+    """Check what was written; return statement -> whether it holds."""
 
     def same(first: str, second: str) -> bool:
         return filecmp.cmp(folder / first / WEIGHTS, folder / second / WEIGHTS, shallow=False)

@@ -1,4 +1,4 @@
-"""Measure a step of the gradient warm-up for each score and of a training step.
+"""Measure a warm-up step for each score, and compare it with training steps.
 
 python -m recipes.benchmarks.warmup --output recipes/benchmarks/results
 """
@@ -33,10 +33,10 @@ def compare(setting: Setting, rounds: int) -> dict:
     """Time steps of the warm-up for each score, of training and of a floor in turn, with ratios within each round."""
     scores = [score for score, scorer in SCORERS.items() if scorer.needs_warmup]
     if setting.targets == "experts":
-        # It tells examples apart, of which a router knows nothing.
+        # It tells examples apart, but a router sends single tokens to the experts.
         scores.remove("qm_taylor")
     variants = {FLOOR: Variant(FLOOR), SMT: Variant(SMT, BUDGET), LORA: Variant("LoRA", _budget_of_rank(setting, 8))}
-    # First, while nothing else is in memory.
+    # Peaks are measured first, while nothing else is in memory.
     starts = {name: partial(training.start, variant) for name, variant in variants.items()}
     peak_bytes = peaks(starts | {score: partial(scoring.start, score) for score in scores}, setting)
     model, tokens = setting.build(), setting.tokens()

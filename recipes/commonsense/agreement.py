@@ -3,8 +3,8 @@
 make commonsense test-clients
 .venv-clients/bin/python -m recipes.commonsense.agreement runs/commonsense --output recipes/commonsense/results
 
-Both read the base, the trained model (base and delta) and the merged checkpoint in float32: in bfloat16, likelihoods
-tie.
+Both evaluate the base, the trained model (base and delta) and the merged checkpoint, all in float32: in bfloat16,
+likelihoods tie.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def main() -> None:
 def compare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: dict[str, Dataset]
 ) -> dict[str, float | int]:
-    """Answer the questions both ways."""
+    """Answer the questions by the recipe and by the harness, and count the equal answers."""
     decoding = Decoding(generate=False, batch_tokens=BATCH_TOKENS)
     ours = COMMONSENSE.evaluate(model, tokenizer, questions, decoding)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +84,7 @@ def compare(
 
 
 def load_form(form: str, base: str, run: Path, dtype: str) -> PreTrainedModel:
-    """Load one form of the model of a run, which was trained in `dtype`, in float32."""
+    """Load one of `FORMS` of a run's model in float32. The run trained in `dtype`."""
     if form == "trained":
         return from_delta(run / "delta", base=base, dtype=getattr(torch, dtype)).float()
     return load_model(base if form == "base" else str(run / "merged"), "float32")

@@ -1,4 +1,4 @@
-"""The task of the SMT paper's main experiment: eight sets of questions that offer their answers."""
+"""The task of the SMT paper's main experiment: eight sets of questions with answers to choose from."""
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ class Commonsense:
         questions: dict[str, Dataset],
         decoding: Decoding,
     ) -> Evaluation:
-        """Measure `model` on the questions of each set. Without generation only by likelihood."""
+        """Measure `model` on the questions of each set; without generation, by likelihood only."""
         measures = self.measures if decoding.generate else [LIKELIEST]
         result = Evaluation({measure: {} for measure in measures}, {}, {measure: {} for measure in measures})
         with evaluating(model, sum(map(len, questions.values()))) as progress:

@@ -1,1 +1,1 @@
-"""The classification of texts, SPSFT's tables 3 and 5."""
+"""Text classification: SPSFT's tables 3 and 5."""

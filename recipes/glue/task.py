@@ -1,4 +1,4 @@
-"""The classification of texts or pairs of texts, and regression on them, as in GLUE (SPSFT, tables 3 and 5)."""
+"""Classification of texts or pairs of texts, and regression, as in GLUE (SPSFT, tables 3 and 5)."""
 
 from collections.abc import Mapping
 
@@ -26,7 +26,7 @@ from recipes.parts.measures_of_labels import (
 
 PAIR, CORRELATIONS = {"accuracy": accuracy, "F1": f1}, {"Pearson": pearson, "Spearman": spearman}
 MEASURES = {"cola": {"Matthews": matthews}, "mrpc": PAIR, "qqp": PAIR}
-"""Task of GLUE -> what it asks for, if that is not the accuracy."""
+"""GLUE task -> its measures, if they are not the accuracy."""
 
 
 class Glue:
@@ -42,7 +42,7 @@ class Glue:
         return load_texts(source, label_column)
 
     def resolve(self, model: str) -> str:
-        """Return the folder of the tiny encoder, trained on first use, or any other name itself."""
+        """Return the folder of the tiny encoder, which is trained on first use; return any other name unchanged."""
         return resolve_tiny() if model == TINY_BERT else model
 
     def processor(self, base: str) -> PreTrainedTokenizerBase:
@@ -64,7 +64,7 @@ class Glue:
         return DataCollatorWithPadding(processor)
 
     def measures(self, source: str | None, classes: list[str]) -> Mapping[str, Measure]:
-        """Return what GLUE asks for; for other data the accuracy, or correlations of a regression; and the loss."""
+        """Return the GLUE task's measures, else the accuracy, or correlations for a regression; and always the loss."""
         if not classes:
             return CORRELATIONS | {"squared error": squared_error}
         return MEASURES.get(source or "", {"accuracy": accuracy}) | {"loss": cross_entropy}

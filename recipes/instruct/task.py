@@ -42,7 +42,7 @@ class Instruct:
 
         Raises:
             FileNotFoundError: `source` is a JSON file that does not exist.
-            ValueError: there is no `source`, a record has another form, or there are too few.
+            ValueError: `source` is None, a record lacks a field, or there are too few records.
         """
         records = _read(source)
         test, train = cut(records, min(MOST_TEST_RECORDS, int(LARGEST_TEST_SHARE * len(records))), SEED)
@@ -84,7 +84,7 @@ def _read(source: str | None) -> list[Record]:
 
 
 def _record(alpaca: Record) -> Record:
-    # The prompt would show only the input of a record that has one, without its instruction.
+    # Joined, because the prompt shows only the input of a record that has one, without its instruction.
     question = f"{alpaca['instruction']}\n\n{alpaca['input']}".rstrip()
     return {"instruction": question, "input": "", "output": alpaca["output"], "answer": alpaca["output"]}
 

@@ -18,7 +18,7 @@ ACCURACY, TOKENS, LOSS = "accuracy", "accuracy by token", "loss"
 class Math:
     """GSM-Symbolic, or LLM-Adapters' math files; a `recipes.parts.task.Task`.
 
-    The loss says little on LLM-Adapters' test sets: their outputs are a language model's, and often wrong.
+    The loss says little on LLM-Adapters' test sets: a language model wrote their outputs, which are often wrong.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Math:
         questions: dict[str, Dataset],
         decoding: Decoding,
     ) -> Evaluation:
-        """Measure `model` on the questions of each set; without generation by the worked solutions alone."""
+        """Measure `model` on the questions of each set; without generation, on the worked solutions only."""
         values: dict[str, dict[str, list[float]]] = {ACCURACY: {}} if decoding.generate else {}
         values |= {TOKENS: {}, LOSS: {}}
         texts = {}
@@ -57,7 +57,7 @@ class Math:
 
 
 def metric_of(question_set: str) -> SolutionAccuracy:
-    """Return the metric of a question set: strict for GSM-Symbolic, whose solutions mark their answer by "####"."""
+    """Return the metric of a question set: strict for GSM-Symbolic, whose solutions mark their answer with "####"."""
     return SolutionAccuracy("strict" if question_set in (NEW_NUMBERS, NEW_TEMPLATES) else "flexible")
 
 

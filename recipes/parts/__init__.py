@@ -1,1 +1,1 @@
-"""What the recipes share."""
+"""Code that the recipes share."""

@@ -7,11 +7,11 @@ import evaluate
 
 
 class Accuracy(evaluate.Metric):
-    """Share of texts that are right, by the rule or for the question set `config_name`.
+    """Share of generated texts that are right. `config_name` names the rule or the question set.
 
     `compute(predictions=texts, references=answers)` returns {"accuracy": share in [0, 1]}.
 
-    A subclass says what it measures in `description`, and what is right in `is_right`.
+    A subclass sets `description` and implements `is_right`.
     """
 
     description: str

@@ -1,4 +1,4 @@
-"""PEFT's methods as baselines, each with the size that comes closest to a number of trained parameters."""
+"""PEFT's methods as baselines, each sized to train as close to a given number of parameters as possible."""
 
 from collections.abc import Callable, Mapping
 
@@ -11,12 +11,12 @@ ADAPTERS = ("LoRA", "rsLoRA", "DoRA", "MiSS", "SHiRA", "Super-Tuning", "WaveFT")
 def adapter_config(method: str, linears: Mapping[str, nn.Linear], parameters: float, seed: int) -> peft.PeftConfig:
     """Return the configuration of `method` that trains about `parameters` parameters.
 
-    A rank is the same for all linears but for LoRA, rsLoRA and DoRA, where the first linears get one more until the
-    number is met. LoRA's alpha is twice the rank, as in LLM-Adapters' recipes.
+    All linears get the same rank, except with LoRA, rsLoRA and DoRA, where the first linears get one more until the
+    number of parameters is met. LoRA's alpha is twice the rank, as in LLM-Adapters' recipes.
 
     Args:
         method: one of `ADAPTERS`.
-        linears: module name -> linear, those to adapt.
+        linears: module name -> linear, for the linears to adapt.
         parameters: number of trained parameters wanted.
         seed: seed of the weights that SHiRA and WaveFT choose.
     """
@@ -55,7 +55,7 @@ def adapter_config(method: str, linears: Mapping[str, nn.Linear], parameters: fl
 
 
 def _raised(linears: Mapping[str, nn.Linear], rank: int, missing: float) -> dict[str, int]:
-    """Return the linears whose rank is one more than `rank`, so that about `missing` parameters are added."""
+    """Return name -> `rank` + 1 for the first linears, as many as add about `missing` parameters."""
     pattern = {}
     for name, linear in linears.items():
         each = linear.in_features + linear.out_features

@@ -54,7 +54,7 @@ class RecipeArguments:
 
     beside: Literal[ADAPTERS] | None = field(
         default=None,
-        metadata={"help": "Also train this method of PEFT, with as many parameters on the same records, and compare."},
+        metadata={"help": "Also train this PEFT method, with as many parameters on the same records, and compare."},
     )
     beside_rate: float | None = field(
         default=None, metadata={"help": "The learning rate of that method. Default: --learning_rate."}
@@ -91,9 +91,9 @@ def parsed(kinds: tuple[type, ...]) -> tuple[Any, ...]:
 
 
 def resumed_from(training: TrainingArguments) -> str | bool | None:
-    """Return what `train` resumes from: the checkpoint given, or for "true" whatever an earlier run left.
+    """Return the `resume_from_checkpoint` of `train`: the path given, or for "true" whether an earlier run can resume.
 
-    That is its last checkpoint or, from before the first, its selection (both True), or nothing (None).
+    That is True if it left a checkpoint or, before the first one, a selection, and None otherwise.
     """
     given = training.resume_from_checkpoint
     if given is None or given.lower() != "true":

@@ -1,4 +1,4 @@
-"""A method of PEFT beside SMT: the same base, records, order, steps and number of trained parameters."""
+"""Train a PEFT method to compare SMT with: same base, records, order, steps and number of trained parameters."""
 
 from dataclasses import dataclass, replace
 
@@ -11,13 +11,13 @@ from smt_trainer import SMTTrainer
 
 @dataclass(frozen=True)
 class Beside:
-    """The result of the other method.
+    """The result of the PEFT method.
 
     Attributes:
-        method: its name.
+        method: name of the method.
         rate: its learning rate.
         trained: number of its trained parameters.
-        result: its evaluation, by likelihood alone.
+        result: its evaluation, without generated answers.
     """
 
     method: str
@@ -27,13 +27,13 @@ class Beside:
 
 
 def train_beside(method: str, rate: float, trainer: SMTTrainer, model: PreTrainedModel) -> Trainer:
-    """Train a method as `trainer` has trained, on the same kinds of modules.
+    """Train a PEFT method with the arguments, data and target modules of a finished SMT run.
 
     Args:
         method: one of `recipes.parts.adapters.ADAPTERS`.
         rate: its learning rate.
-        trainer: a trainer that is done.
-        model: its base, loaded anew.
+        trainer: the trainer of the finished run.
+        model: the base of that run, freshly loaded.
     """
     adapter = Adapter(method, method, trainer.smt_config.target_modules)
     rival = adapter.trainer(

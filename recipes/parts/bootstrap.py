@@ -1,7 +1,7 @@
-"""How sure a difference between two models is, for measures that are no means over examples, such as F1.
+"""Bootstrap interval of a difference between two models, for measures that are not means over examples, such as F1.
 
 Both models predict the same N examples. B times, draw N of them with replacement and measure both models on the draw;
-the interval holds the middle 95 % of the B differences. It says nothing about other seeds of training.
+the interval holds the middle 95 % of the B differences. It does not cover other seeds of training.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def difference(
     """Return the measure of `outputs` minus that of `reference`, and the ends of the 95 % interval.
 
     Args:
-        outputs, reference: [N, C], of two models for the same examples.
+        outputs, reference: [N, C], outputs of two models for the same examples.
         labels: [N].
     """
     generator = np.random.default_rng(seed)

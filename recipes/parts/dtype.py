@@ -1,4 +1,4 @@
-"""The dtype of the weights: bfloat16 where it is faster, else float32. The trained blocks are float32 either way."""
+"""Choose the dtype of the weights: bfloat16 where it is faster, else float32. Trained blocks are float32 either way."""
 
 import logging
 import time
@@ -16,9 +16,9 @@ WORK, REPEATS = 2**28, 3
 
 
 def fastest_dtype(config: PretrainedConfig) -> str:
-    """Return "bfloat16" or "float32" for a model of this width on this machine, and log why.
+    """Return the faster of "bfloat16" and "float32" for a model of this width on this machine, and log why.
 
-    A GPU decides by what it supports, a processor by a measurement that takes a fraction of a second.
+    On a GPU, bfloat16 is chosen if supported; on a processor, by a measurement that takes a fraction of a second.
     """
     if torch.cuda.is_available():
         found = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -36,7 +36,7 @@ def fastest_dtype(config: PretrainedConfig) -> str:
 
 
 def has_bfloat16_products() -> bool:
-    """Tell whether the processor multiplies bfloat16 itself."""
+    """Tell whether the processor has instructions for products of bfloat16."""
     return any(present for name, present in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
 
 

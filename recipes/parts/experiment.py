@@ -36,14 +36,14 @@ class Experiment:
     """One model on one task: the data, the trainer, and how the model is loaded, measured and merged.
 
     Attributes:
-        output: folder for all that is written.
+        output: folder for everything that is written.
         dtype: dtype that the model is loaded in.
         loading: further arguments of `from_pretrained`.
         quantization: how the base is quantised; None if it is not.
-        merged_onto: the weights that the delta is merged into; None for the base's own.
-        questions: question set -> the questions that are measured.
+        merged_onto: the `onto` of `from_delta` when merging; None unless the base is quantised.
+        questions: question set -> the questions to evaluate on.
         trainer: trains the model.
-        timer: the seconds of its steps.
+        timer: records the seconds of its steps.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Experiment:
         )
 
     def evaluate_untuned(self) -> Evaluation:
-        """Measure the model before training, unless a run that is resumed has done so."""
+        """Measure the model before training, or return what the run being resumed measured."""
         subject = Subject.of(self.task, self.trainer.model, self.questions, self.decoding)
         earlier = kept(subject, self.output) if self.trainer.args.resume_from_checkpoint else None
         before = broadcast_object_list([earlier])[0]
@@ -108,8 +108,8 @@ class Experiment:
         """Let each rank answer its share of the questions, and return the whole result on all ranks.
 
         Args:
-            trainer: its model is measured.
-            generate: generate answers, where the recipe does.
+            trainer: trainer whose model is measured.
+            generate: False generates no answers, whatever the recipe says.
         """
         rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
         share = {name: records.shard(ranks, rank) for name, records in self.questions.items()}
@@ -118,9 +118,9 @@ class Experiment:
         return Evaluation.joined(parts)
 
     def train_beside(self) -> Beside:
-        """Train and measure the other method from the same base."""
+        """Train and measure the PEFT method from the same base."""
         method = self.recipe.beside
-        logger.info("Training %s beside it", method)
+        logger.info("Training %s for comparison", method)
         rate = self.recipe.beside_rate or self.trainer.args.learning_rate
         rival = train_beside(method, rate, self.trainer, self._load())
         return Beside(method, rate, trained_parameters(rival.model), self.evaluate(rival, generate=False))

@@ -1,4 +1,4 @@
-"""Texts that a model generates after the prompts of records."""
+"""Generate texts after the prompts of records."""
 
 import torch
 from datasets import Dataset

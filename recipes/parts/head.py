@@ -1,7 +1,7 @@
 """Scores of a few tokens at the last position, in float32 at least.
 
-The logits z = W h of a bfloat16 model have 8 significant bits, so different answers often tie. W and h have no more,
-but their product does:
+The logits z = W h of a bfloat16 model have 8 significant bits, so different answers often tie. W and h have 8 bits,
+too, but their exact product has more:
 
     z_t = sum_j W_tj h_j + b_t        in float32, for the offered tokens t only, at the last position only
 
@@ -20,11 +20,11 @@ from smt_trainer.sparse.linear import SMTLinear
 def last_scores(model: PreTrainedModel, tokens: list[int], **inputs) -> Tensor:
     """Return scores [rows, tokens] at the last position that rank `tokens` as the likelihood does.
 
-    They are the logits that precede any scaling, or the model's own logits where its head is no plain linear or where
-    what follows the head reorders them.
+    These are the logits before any scaling. If the head is not a plain linear, or if the model reorders the logits
+    after it, they are the model's own logits.
 
     Args:
-        inputs: of the model's forward.
+        inputs: arguments of the model's forward.
     """
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -37,7 +37,7 @@ def last_scores(model: PreTrainedModel, tokens: list[int], **inputs) -> Tensor:
         seen.append((scores, output[:, -1, tokens]))
 
     head = model.get_output_embeddings()
-    # Another class may hold a packed weight, or add to the product.
+    # A head of another class may hold a packed weight, or add to the product.
     hook = head.register_forward_hook(compute, prepend=True) if type(head) in (nn.Linear, SMTLinear) else nullcontext()
     with hook:
         logits = model(**inputs, logits_to_keep=1).logits[:, -1, tokens]

@@ -1,4 +1,4 @@
-"""How a model reads many sequences without training: its mode, and the batches."""
+"""Inference on many sequences: evaluation mode, and batches of similar length."""
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager

@@ -8,6 +8,6 @@ from smt_trainer.files import write_text
 
 
 def write_json(path: Path, content: Mapping) -> None:
-    """Write `content` to `path` in one step."""
+    """Write `content` to `path` atomically."""
     lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")

@@ -1,4 +1,4 @@
-"""How measures are shown: an accuracy in % with one digit, a loss with three."""
+"""Format measures: an accuracy in % with one digit, a loss with three."""
 
 from collections.abc import Mapping
 
@@ -28,8 +28,8 @@ def table(evaluations: Mapping[str, Evaluation]) -> str:
     """Return the means as a Markdown table: a row for each question set, the last for their unweighted average.
 
     Args:
-        evaluations: what heads the columns ("untuned", "tuned") -> evaluation. All answer the same questions, the first
-            one by all measures.
+        evaluations: heading of the columns ("untuned", "tuned") -> evaluation. All are on the same questions; the first
+            has all measures.
     """
     some = next(iter(evaluations.values()))
     sizes = {name: len(values) for name, values in next(iter(some.values.values())).items()}

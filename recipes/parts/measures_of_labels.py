@@ -1,4 +1,4 @@
-"""How predictions of labels are measured. N examples, C classes; z are the outputs [N, C] or, of a regression, [N, 1].
+"""Measures of predicted labels. N examples, C classes; the outputs z are [N, C] or, for a regression, [N, 1].
 
 Predicted class: argmax of z. With n_tp, n_fp, n_fn, n_tn the numbers of true and false positives and
 negatives of class 1,
@@ -18,7 +18,7 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
 def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of right classes."""
+    """Return the share of examples whose class is predicted correctly."""
     return float((outputs.argmax(1) == labels).mean())
 
 
@@ -29,13 +29,13 @@ def worst_class(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 
 def f1(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the harmonic mean of precision and recall of class 1; 0 without any in labels and predictions."""
+    """Return the harmonic mean of precision and recall of class 1; 0 if neither labels nor predictions have it."""
     true_positive, false_positive, false_negative, _ = _counts(outputs, labels)
     return 2 * true_positive / max(1, 2 * true_positive + false_positive + false_negative)
 
 
 def matthews(outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Return the correlation of predicted and true class, of two."""
+    """Return Matthews' correlation of predicted and true class, for two classes."""
     tp, fp, fn, tn = _counts(outputs, labels)
     product = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return (tp * tn - fp * fn) / product**0.5 if product else 0.0
@@ -75,7 +75,7 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return the ranks from 0; equal values have the mean of theirs."""
+    """Return the ranks, from 0; equal values all get the mean of their ranks."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     last = count.cumsum() - 1
     return (last - (count - 1) / 2)[place]

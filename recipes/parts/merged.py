@@ -1,4 +1,4 @@
-"""The merged checkpoint of a run, and whether it is the trained model."""
+"""Write the merged checkpoint of a run, and compare it with the trained model."""
 
 import shutil
 from pathlib import Path
@@ -12,11 +12,11 @@ from recipes.parts.inference import inference
 from recipes.parts.prompt import encode_prompt
 from recipes.parts.task import Decoding, Task
 from smt_trainer import from_delta
-from smt_trainer.merging.moved import Moved, moved
+from smt_trainer.merging.logit_difference import LogitDifference, compare_logits
 
 
 class Comparison(NamedTuple):
-    """A merged model beside the trained one.
+    """A merged model compared with the trained one.
 
     Attributes:
         equal: whether the logits of the prompts are bit-identical and the answers to the questions the same.
@@ -24,14 +24,14 @@ class Comparison(NamedTuple):
     """
 
     equal: bool
-    moved: Moved
+    moved: LogitDifference
 
 
 def write_merged(base: str, delta: Path, output: Path, tokenizer: PreTrainedTokenizerBase, **loading: Any) -> None:
     """Write base plus delta as a plain checkpoint, replacing an earlier one.
 
     Args:
-        loading: more for `from_delta`: the dtype, and for a quantised base what the delta is put onto.
+        loading: further arguments of `from_delta`: the dtype, and for a quantised base `onto`.
     """
     shutil.rmtree(output, ignore_errors=True)
     from_delta(delta, base=base, **loading).save_pretrained(output)
@@ -52,4 +52,4 @@ def compare(
         logits = [[model(ids[None].to(model.device)).logits for ids in prompts] for model in (trained, merged)]
         answers = [task.evaluate(model, tokenizer, questions, decoding) for model in (trained, merged)]
         equal = all(map(torch.equal, *logits)) and answers[0] == answers[1]
-        return Comparison(equal, moved(trained, merged, prompts))
+        return Comparison(equal, compare_logits(trained, merged, prompts))

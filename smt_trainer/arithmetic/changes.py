@@ -15,13 +15,13 @@ from smt_trainer.arithmetic.pair import Pair
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
+from smt_trainer.model.fingerprint import Fingerprint, persistent_buffers, saved_tensors
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import find_names
 from smt_trainer.model.skeleton import skeleton
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.selection.choose import select_blocks
-from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers, saved_tensors
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Changes:
         # Of experts, a checkpoint may hold other tensors than the model.
         linears = {name: one for name, one in find_targets(model, config).items() if isinstance(one, nn.Module)}
         grids = target_grids(linears, config)
-        stored, differing = pair.base.places, pair.differing()
+        stored, differing = pair.base.tensors, pair.differing()
         own = dict.fromkeys(
             [name for name, _ in saved_tensors(model)] + [name for name, _ in persistent_buffers(model)]
         )
@@ -109,9 +109,9 @@ class Changes:
         # As in training, the fingerprint leaves out parameters that the delta holds whole.
         left_out = {name for name, _ in self.model.named_parameters() if name in whole}
         named = [name for name, _ in saved_tensors(self.model) if name in self.keys]
-        places = {name: self.pair.base.places[self.keys[name]] for name in named}
-        dtype = places[f"{next(iter(blocks))}.weight"].dtype
-        base = Fingerprint.read(self.pair.base.folder, places, dtype, left_out)
+        tensors = {name: self.pair.base.tensors[self.keys[name]] for name in named}
+        dtype = tensors[f"{next(iter(blocks))}.weight"].dtype
+        base = Fingerprint.read(self.pair.base.folder, tensors, dtype, left_out)
         arrays = {name: np.array(self.pair.tensors(self.keys[name])[1]) for name in whole}
         return Delta(selection, blocks, arrays, base, dtype, type(self.model).__name__, sorted(whole))
 

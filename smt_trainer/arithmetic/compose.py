@@ -18,13 +18,13 @@ from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import check_onto, in_words
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
+from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.merge import check_outside, open_both
-from smt_trainer.merging.parts import Part
-from smt_trainer.merging.placement import Placement, refuse_grown
+from smt_trainer.merging.plan import MergePlan, refuse_grown
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.names import count_projections
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.tensor_header import Place
+from smt_trainer.tensor_header import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ def compose_deltas(
     check_outside(output, *folders)
     loaded = [Delta.load(folder) for folder in folders]
     _check_alike(loaded, folders, checkpoint)
-    places: dict[str, Place] = {}
-    parts: dict[str, list[Part]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    parts: dict[str, list[MatrixRows]] = {}
     for delta, folder in zip(loaded, folders, strict=True):
-        placement = Placement.of(delta, folder, checkpoint)
-        refuse_grown(placement, "composed")
-        places |= {name: placement.places[key] for name, key in placement.keys.items()}
-        parts |= placement.parts
-    terms = Terms(on_one_grid(loaded), factors, len(loaded) if mean else 1, checkpoint, places, parts)
+        plan = MergePlan.of(delta, folder, checkpoint)
+        refuse_grown(plan, "composed")
+        tensors |= {name: plan.tensors[key] for name, key in plan.keys.items()}
+        parts |= plan.parts
+    terms = Terms(on_one_grid(loaded), factors, len(loaded) if mean else 1, checkpoint, tensors, parts)
     composed, shared, shared_whole = terms.compose()
     with new_folder(output) as stage:
         composed.save(stage)

@@ -21,9 +21,9 @@ from smt_trainer.arithmetic.refine import on_one_grid
 from smt_trainer.arrays import cast
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.hub import find_delta
+from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.names import by_projection
 from smt_trainer.selection.overlap import Overlap
-from smt_trainer.sparse.fingerprint import Fingerprint
 
 
 @dataclass(frozen=True)

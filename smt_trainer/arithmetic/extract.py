@@ -23,7 +23,7 @@ from smt_trainer.delta.folder import copy_to_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, new_folder
 from smt_trainer.merging.merge import check_outside
-from smt_trainer.merging.placement import Placement
+from smt_trainer.merging.plan import MergePlan
 from smt_trainer.merging.verify import compare_tensors
 from smt_trainer.selection.block_selection import BlockSelection
 
@@ -134,4 +134,4 @@ def _name(base: str | Path, pair: Pair) -> str:
 
 def _differences(pair: Pair, stage: Path) -> list[tuple[str, str]]:
     """Return in which tensors a delta merged onto the base does not give the tuned checkpoint, bit for bit, and how."""
-    return compare_tensors(pair.base, Placement.load(stage, pair.base), pair.tuned)[1]
+    return compare_tensors(pair.base, MergePlan.load(stage, pair.base), pair.tuned)[1]

@@ -36,28 +36,28 @@ class Pair:
         for one in (pair.base, pair.tuned):
             if one.is_quantised:
                 raise SMTError(f"{one.folder} is quantised; give the plain weights, of both checkpoints.")
-        for key in {**pair.base.places, **pair.tuned.places}:
+        for key in {**pair.base.tensors, **pair.tuned.tensors}:
             pair._check_alike(key)
         return pair
 
     def tensors(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a tensor of the base and of the tuned checkpoint, read-only; the files stay mapped."""
-        before, after = (one.array(one.places[key]) for one in (self.base, self.tuned))
+        before, after = (one.array(one.tensors[key]) for one in (self.base, self.tuned))
         return before, after
 
     def differing(self) -> set[str]:
         """Return the names of the tensors that differ in any bit, reading both checkpoints once, by threads."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            counts = pool.map(self._count_differing, self.base.places)
-            return {key for key, count in zip(self.base.places, counts, strict=True) if count}
+            counts = pool.map(self._count_differing, self.base.tensors)
+            return {key for key, count in zip(self.base.tensors, counts, strict=True) if count}
 
     def _count_differing(self, key: str) -> int:
         return differing(
-            *(map_bits(one.folder / one.places[key].file, one.places[key]) for one in (self.base, self.tuned))
+            *(map_bits(one.folder / one.tensors[key].file, one.tensors[key]) for one in (self.base, self.tuned))
         )
 
     def _check_alike(self, key: str) -> None:
-        ours, theirs = self.base.places.get(key), self.tuned.places.get(key)
+        ours, theirs = self.base.tensors.get(key), self.tuned.tensors.get(key)
         if ours is None or theirs is None:
             has, lacks = (self.base, self.tuned) if theirs is None else (self.tuned, self.base)
             raise SMTError(

@@ -27,9 +27,9 @@ from smt_trainer.arrays import WEIGHTS, cast, dtype_name, wider
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
-from smt_trainer.merging.parts import Part, read_matrix
+from smt_trainer.merging.matrix_rows import MatrixRows, read_matrix
 from smt_trainer.model.checkpoint import Checkpoint
-from smt_trainer.tensor_header import Place
+from smt_trainer.tensor_header import StoredTensor
 
 # What decides which tensors are trained whole.
 OF_WHOLE = ("modules_to_save", "train_norm", "train_bias", "lowest_layer")
@@ -44,7 +44,7 @@ class Terms:
         factors: c_k of each.
         count: K.
         checkpoint: the base.
-        places: name of a whole tensor in the deltas -> where it lies in the base; without what is new in the model.
+        tensors: name of a whole tensor in the deltas -> where it lies in the base; without what is new in the model.
         parts: name of a module -> where its weight lies in the base.
     """
 
@@ -52,8 +52,8 @@ class Terms:
     factors: list[float]
     count: int
     checkpoint: Checkpoint
-    places: Mapping[str, Place]
-    parts: Mapping[str, list[Part]]
+    tensors: Mapping[str, StoredTensor]
+    parts: Mapping[str, list[MatrixRows]]
 
     def compose(self) -> tuple[Delta, dict[str, int], list[str]]:
         """Return the composed delta, module -> number of shared blocks, and the names of shared whole tensors."""
@@ -100,7 +100,7 @@ class Terms:
         if len(held) == 1 and held[0][1] == self.count == 1:
             return first
         needs_base = not _is_one(math.fsum(factor for _, factor in held) / self.count)
-        before = self._base(name) if name in self.places and needs_base else None
+        before = self._base(name) if name in self.tensors and needs_base else None
         found = [values for values in (*(values for values, _ in held), before) if values is not None]
         shapes, dtypes = {values.shape for values in found}, {dtype_name(values) for values in found}
         if len(shapes) > 1 or not dtypes <= {*WEIGHTS} or (needs_base and before is None):
@@ -135,7 +135,7 @@ class Terms:
         return all(name in delta.base.checksums for delta in self.deltas)
 
     def _base(self, name: str) -> np.ndarray:
-        return self.checkpoint.array(self.places[name])
+        return self.checkpoint.array(self.tensors[name])
 
 
 def _is_one(share: Any) -> Any:

@@ -94,15 +94,13 @@ def _choose(arguments: argparse.Namespace, config: SMTConfig):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+    from smt_trainer.model.activation_checkpointing import checkpoint_activations
     from smt_trainer.training.trainer import SMTTrainer
 
     examples = make_examples(records, _load(AutoTokenizer, arguments.model), arguments.seq)
     model = _load(AutoModelForCausalLM, arguments.model, dtype=arguments.dtype)
     if arguments.checkpointing:
-        # Early 5.x versions of transformers have only the second name; later ones warn about it.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.disable_input_require_grads()
+        checkpoint_activations(model)
     training = TrainingArguments(
         str(arguments.output),
         per_device_train_batch_size=arguments.batch,

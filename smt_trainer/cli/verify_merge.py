@@ -11,7 +11,7 @@ from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, a
 from smt_trainer.cli.output import table, write
 
 if TYPE_CHECKING:
-    from smt_trainer.merging.moved import Moved
+    from smt_trainer.merging.logit_difference import LogitDifference
     from smt_trainer.merging.verify import Verification
 
 # Problems that are printed; --json has all.
@@ -77,7 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     return int(bool(problems))
 
 
-def _lines(found: Verification, problems: list[tuple[str, str]], logits: Moved | None, merged: str) -> Iterator[str]:
+def _lines(
+    found: Verification, problems: list[tuple[str, str]], logits: LogitDifference | None, merged: str
+) -> Iterator[str]:
     if found.tensors:
         counts: dict[str, Iterable[int]] = {**found.tensors}
         counts["all"] = map(sum, zip(*found.tensors.values(), strict=True))
@@ -96,11 +98,11 @@ def _lines(found: Verification, problems: list[tuple[str, str]], logits: Moved |
     yield f"{'NOT ' * bool(problems)}verified: {merged} {said} the base with the delta merged into it"
 
 
-def _compare_logits(arguments: argparse.Namespace) -> Moved:
+def _compare_logits(arguments: argparse.Namespace) -> LogitDifference:
     """Compare base and delta with the merged checkpoint. Raise `SMTError` if one of them cannot be loaded."""
     from smt_trainer.delta.load import from_delta
     from smt_trainer.errors import SMTError
-    from smt_trainer.merging.moved import moved_by_merging
+    from smt_trainer.merging.logit_difference import compare_with_merged
 
     try:
         trained = from_delta(
@@ -111,7 +113,7 @@ def _compare_logits(arguments: argparse.Namespace) -> Moved:
             onto=arguments.onto,
             dtype="auto",
         ).eval()
-        found = moved_by_merging(trained, Path(arguments.merged))
+        found = compare_with_merged(trained, Path(arguments.merged))
     except SMTError:
         raise
     except Exception as error:  # an odd file makes transformers raise anything

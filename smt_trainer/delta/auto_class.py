@@ -1,10 +1,10 @@
-"""The class of transformers by which a trained model is loaded, and the task that the hub files it under."""
+"""Which transformers class loads a trained model, and which task the hub lists it under."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# (auto class, its table of classes, the hub's name of its task). A class in several tables goes by the first.
+# (auto class, its table of classes, the hub's name of its task). For a class in several tables, the first counts.
 TABLES = (
     ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING", "text-generation"),
     ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", "text2text-generation"),
@@ -25,7 +25,7 @@ TABLES = (
 
 
 class LoadedBy(NamedTuple):
-    """The name of a class, whether transformers has it, and the task of the model, if the hub has a name for it."""
+    """The name of the class that loads a model, whether transformers has it, and the hub's name of the task, if any."""
 
     name: str
     is_known: bool
@@ -33,11 +33,11 @@ class LoadedBy(NamedTuple):
 
 
 def loaded_by(architecture: str) -> LoadedBy:
-    """Return how a class of models is loaded: by the auto class that gives just this class for its configuration, or by
-    its own name.
+    """Return what loads a model class: the auto class that maps its configuration to exactly this class, or else the
+    class itself.
 
     Args:
-        architecture: name of the class, such as "LlamaForCausalLM".
+        architecture: name of the model class, such as "LlamaForCausalLM".
     """
     import transformers
 

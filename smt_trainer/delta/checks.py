@@ -12,9 +12,9 @@ import numpy as np
 from smt_trainer.arrays import WEIGHTS, all_finite, cast, dtype_name, wider
 from smt_trainer.errors import SMTError, printable
 from smt_trainer.manifest import check_keys
+from smt_trainer.model.fingerprint import RUN
 from smt_trainer.model.names import matches
 from smt_trainer.settings import is_int
-from smt_trainer.sparse.fingerprint import RUN
 
 if TYPE_CHECKING:
     from smt_trainer.delta.delta import Delta

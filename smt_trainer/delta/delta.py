@@ -28,8 +28,8 @@ from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, refuse_full_model
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically, write_text
 from smt_trainer.manifest import load_sealed, refusing_damage, sealed
+from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.fingerprint import Fingerprint
 from smt_trainer.tensor_file import save_arrays
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Delta:
     Attributes:
         selection: the blocks, their model and how they were chosen.
         block_arrays: module name -> trained values [n, br, bc], in the order of `selection.block_indices`.
-        whole_arrays: name of a parameter or buffer -> values, for what is trained or was made up whole.
-        base: checksums of the base (see `sparse/fingerprint.py`).
+        whole_arrays: name of a parameter or buffer -> values, for what is trained whole or newly initialised.
+        base: checksums of the base (see `model/fingerprint.py`).
         weight_dtype: dtype of the base weights in training, such as "bfloat16"; merging into this dtype is exact.
         architecture: class of the trained model, such as "LlamaForCausalLM".
         unnamed: whole tensors that the configuration does not name: loading made them up, forward changes them, a user
@@ -100,19 +100,19 @@ class Delta:
             SMTError: the model trains no blocks.
         """
         from smt_trainer.model.sharded import full_tensor
-        from smt_trainer.sparse.held import Held, warn_of_others
-        from smt_trainer.sparse.linear import smt_linears
+        from smt_trainer.sparse.block_module import block_modules
         from smt_trainer.sparse.state import get_state
+        from smt_trainer.sparse.whole_tensors import WholeTensors, warn_of_others
 
         state, blocks = get_state(model), {}
-        for name, linear in smt_linears(model):
+        for name, linear in block_modules(model):
             dtype = linear.blocks.dtype if master else linear.weight_dtype
             blocks[name] = as_array(full_tensor(linear.blocks).to("cpu", dtype)[linear.row_major_order()])
-        held = Held.of(model)
+        held = WholeTensors.of(model)
         warn_of_others(model, held)
         copies = {name: full_tensor(tensor).detach().to("cpu", copy=True) for name, tensor in held.tensors.items()}
         whole = {name: as_array(tensor) for name, tensor in copies.items()}
-        unnamed = sorted((state.made_up | held.unnamed) & whole.keys())
+        unnamed = sorted((state.newly_initialised | held.unnamed) & whole.keys())
         dtype = str(state.weight_dtype).removeprefix("torch.")
         return cls(
             state.selection, blocks, whole, state.base, dtype, architecture_of(model), unnamed, state.quantization

@@ -15,18 +15,18 @@ from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.onto import check_onto, check_same_quantisation
 from smt_trainer.errors import SMTError
-from smt_trainer.model.made_up import embeddings, made_up, new_rows
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.names import plain_name
+from smt_trainer.model.newly_initialised import embeddings, new_rows, newly_initialised
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import assign, full_shape
 from smt_trainer.model.whole import find_whole
-from smt_trainer.selection.block_selection import base_name
 from smt_trainer.selection.tokens import lost_rows
-from smt_trainer.sparse.convert import rewrite_as
-from smt_trainer.sparse.fit import base_dtype, find_linears
-from smt_trainer.sparse.held import Held
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
+from smt_trainer.sparse.convert import convert_checked
+from smt_trainer.sparse.fit import base_dtype, match_targets
 from smt_trainer.sparse.state import SMTState, get_state, is_smt_model
+from smt_trainer.sparse.whole_tensors import WholeTensors
 from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         if quantization is not None:
             check_same_quantisation(delta, quantization)
         with _vocabulary_of(delta, model):
-            linears = find_linears(model, delta.selection)
+            linears = match_targets(model, delta.selection)
             if has_weights:
                 check_base(delta, base_name(model), differences(model, delta))
             _refuse_lost(model, delta)
@@ -63,8 +63,8 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         named = tuple(f"{name}." for name in whole)
         whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
         state = SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed))
-        rewrite_as(model, replace(state, quantization=quantization))
-    dtypes = {name: linear.weight_dtype for name, linear in smt_linears(model)}
+        convert_checked(model, replace(state, quantization=quantization))
+    dtypes = {name: linear.weight_dtype for name, linear in block_modules(model)}
     dtypes |= {name: destinations[name].dtype for name in delta.whole}
     warn_of_rounding(delta, {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()})
     put_blocks(model, delta.blocks)
@@ -74,9 +74,9 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
 
 def put_blocks(model: nn.Module, blocks: Mapping[str, Tensor]) -> None:
     """Set the blocks of a rewritten model, in the order of selections, and write them into its weights."""
-    for name, linear in smt_linears(model):
+    for name, linear in block_modules(model):
         assign(linear.blocks, blocks[name][linear.row_major_order().argsort()])
-    write_back(linear for _, linear in smt_linears(model))
+    write_back(linear for _, linear in block_modules(model))
 
 
 def differences(model: nn.Module, delta: Delta) -> list[str]:
@@ -108,13 +108,13 @@ def _vocabulary_of(delta: Delta, model: nn.Module) -> Generator[None]:
 
 
 def _refuse_lost(model: nn.Module, delta: Delta) -> None:
-    """Raise `SMTError` if loading made up parameters of a model that the delta does not hold."""
+    """Raise `SMTError` if a model has newly initialised parameters that the delta does not hold."""
     rows = new_rows(model).keys() - lost_rows(model, delta.selection)
-    lost = [name for name in made_up(model) if name not in delta.whole and name not in rows]
+    lost = [name for name in newly_initialised(model) if name not in delta.whole and name not in rows]
     if lost:
         raise SMTError(
-            f"loading made up `{lost[0]}` of the {type(model).__name__}, and the delta does not hold it. Load the base "
-            f"as {delta.architecture or 'the class of training'}."
+            f"loading newly initialised `{lost[0]}` of the {type(model).__name__}, and the delta does not hold it. "
+            f"Load the base as {delta.architecture or 'the class of training'}."
         )
 
 
@@ -133,7 +133,7 @@ def check_same_blocks(model: nn.Module, delta: Delta) -> None:
 def _reset_others(model: nn.Module, delta: Delta, destinations: Mapping[str, Tensor]) -> None:
     """Give what a rewritten model has learned, and a delta does not hold, the values of the base, as far as known."""
     statistics = get_state(model).statistics
-    others = sorted(Held.of(model).tensors.keys() - delta.whole.keys())
+    others = sorted(WholeTensors.of(model).tensors.keys() - delta.whole.keys())
     for name in others:
         if name in statistics:
             assign(destinations[name], statistics[name])

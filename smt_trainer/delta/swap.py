@@ -28,16 +28,16 @@ from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.put import check_same_blocks, differences, put_blocks, whole_destinations
 from smt_trainer.errors import SMTError
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.experts import stored_weight
+from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.merged import is_merged, mark_merged
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_sharded
-from smt_trainer.selection.block_selection import base_name
-from smt_trainer.sparse.fingerprint import Fingerprint
-from smt_trainer.sparse.fit import find_linears
-from smt_trainer.sparse.held import Held
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
+from smt_trainer.sparse.fit import match_targets
 from smt_trainer.sparse.state import is_smt_model
+from smt_trainer.sparse.whole_tensors import WholeTensors
 from smt_trainer.sparse.write_back import one_by_one
 
 # The attribute of a model that says what is swapped in.
@@ -127,7 +127,7 @@ def _check(model: nn.Module, delta: Delta) -> None:
             "deltas are swapped in whole weights, and those of this model are spread over ranks. Load the base with "
             "the delta in it: from_delta(delta, base=..., distributed_config=...)."
         )
-    find_linears(model, delta.selection)
+    match_targets(model, delta.selection)
     whole_destinations(model, delta)
     current: Swapped | None = getattr(model, ATTRIBUTE, None)
     if current is None:
@@ -152,7 +152,7 @@ def _check_trained(model: nn.Module, delta: Delta) -> None:
     """Raise `SMTError` unless a delta holds just what a rewritten model trains."""
     check_same_blocks(model, delta)
     whole_destinations(model, delta)
-    differing = sorted(Held.of(model).tensors.keys() ^ delta.whole)
+    differing = sorted(WholeTensors.of(model).tensors.keys() ^ delta.whole)
     if differing:
         raise SMTError(
             f"the delta or this model, which trains the same blocks, holds `{differing[0]}` alone, such as statistics "
@@ -166,7 +166,7 @@ def _read(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
     destinations = whole_destinations(model, delta) if delta.whole else {}
     found = {name: destinations[name].detach().clone() for name in delta.whole}
     if is_smt_model(model):
-        return found | {name: linear.blocks.detach()[linear.row_major_order()] for name, linear in smt_linears(model)}
+        return found | {name: linear.blocks.detach()[linear.row_major_order()] for name, linear in block_modules(model)}
     for name, indices in delta.selection.block_indices.items():
         weight, grid = stored_weight(model, name), delta.selection.grids[name]
         if one_by_one(grid, weight):

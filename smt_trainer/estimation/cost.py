@@ -35,9 +35,10 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError, first_line
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.estimation.quantised import QuantisedBase
+from smt_trainer.model.activation_checkpointing import checkpoint_activations
 from smt_trainer.model.names import layer_index
 from smt_trainer.scores import Scorer
-from smt_trainer.scores.collect import frozen
+from smt_trainer.scores.preserved import frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,10 +88,10 @@ class Step:
     def cost(self, model: PreTrainedModel, sums: list[Tensor] | None = None) -> Cost:
         """Return the cost of one training step, or of one warm-up step if its `sums` are given."""
         if self.checkpointing:
-            _checkpoint(model)
+            checkpoint_activations(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad and sums is None]
         added = bytes_of(tensors_of(model)) - self.dense + bytes_of(sums or [])
-        quantised = self.base.hold(model)
+        quantised = self.base.keep_inputs(model)
         weights = self.dense - bytes_of(quantised) + self.base.nbytes
         optimizer = 2 * bytes_of(trained) + STEP_COUNT_BYTES * len(trained)
         share = [1 / self.ranks if self.zero_stage >= stage else 1 for stage in range(4)]
@@ -132,14 +133,6 @@ def warmup_cost(model: PreTrainedModel, scorer: Scorer, config: SMTConfig, step:
 def _start_at_loss(_, __, output) -> None:
     """Make the loss a leaf, so that backward begins and ends there."""
     output.loss.requires_grad_(True)
-
-
-def _checkpoint(model: PreTrainedModel) -> None:
-    """Turn on activation checkpointing as SMTTrainer does: without a gradient for the embeddings."""
-    # Early 5.x versions of transformers know only the second name; later ones warn about it.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    model.disable_input_require_grads()
 
 
 def _gathered(model: nn.Module) -> int:

@@ -34,20 +34,21 @@ from smt_trainer.estimation.adapters import equal_rank, with_adapters
 from smt_trainer.estimation.cost import Cost, Step, bytes_of, tensors_of, warmup_cost
 from smt_trainer.estimation.quantised import QuantisedBase
 from smt_trainer.estimation.without_values import builder, without_linear_weights
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
-from smt_trainer.model.kinds import named_targets
+from smt_trainer.model.kinds import targets_named
 from smt_trainer.model.targets import find_targets
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.block_scores import BlockScores
-from smt_trainer.selection.block_selection import BlockSelection, base_name
+from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.selection.dependencies import find_dependencies
 from smt_trainer.selection.given import resolve_selection
-from smt_trainer.sparse.convert import rewrite
-from smt_trainer.sparse.fit import find_linears
+from smt_trainer.sparse.convert import convert_modules
+from smt_trainer.sparse.fit import match_targets
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -129,8 +130,7 @@ def estimate(
     plain = build()
     base = QuantisedBase.of(plain, bits)
     selection = _choose(plain, config, build)
-    everything = named_targets(plain)
-    targets = {name: everything[name] for name in selection.grids}
+    targets = targets_named(plain, selection.grids)
     _refuse_kinds(targets, zero_stage)
     whole = find_whole(plain, config, selection.block_indices)
     base.refuse_whole(whole)
@@ -146,7 +146,7 @@ def estimate(
     master_dtype, trained = getattr(torch, config.master_dtype), selection.trainable_parameters
     return Estimate(
         selection,
-        smt=step.cost(rewrite(build(), selection, whole, master_dtype)),
+        smt=step.cost(convert_modules(build(), selection, whole, master_dtype)),
         warmup=warmup_cost(plain, scorers[config.score], config, step),
         lora=step.cost(with_adapters(build(), selection, whole, rank)),
         full=replace(step, base=QuantisedBase()).cost(build()),
@@ -161,14 +161,13 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     """Return the configured selection, or as many blocks at random places."""
     if config.selection is not None:
         selection = resolve_selection(config.selection, config, model)
-        find_linears(model, selection)
+        match_targets(model, selection)
         return selection
     dependencies = None
     if config.train_dependents:
         dependencies = find_dependencies(without_linear_weights(build), config, find_targets(model, config))
     candidates = find_candidates(model, config, dependencies)
-    everything = named_targets(model)
-    targets = {name: everything[name] for name in candidates.grids}
+    targets = targets_named(model, candidates.grids)
     scores = make_scorer(targets, candidates.grids, replace(config, score="random")).scores()
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from smt_trainer.errors import SMTError
 from smt_trainer.model.kinds import is_transposed, named_linears
 from smt_trainer.model.names import lies_in
-from smt_trainer.sparse.linear import BlockLinear
+from smt_trainer.sparse.block_module import BlockModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ class QuantisedBase:
                     "which have no gradient. Remove it from modules_to_save, or estimate without bits."
                 )
 
-    def hold(self, model: nn.Module) -> list[Tensor]:
+    def keep_inputs(self, model: nn.Module) -> list[Tensor]:
         """Let the linears of a model on the meta device keep of their input what quantised ones keep.
 
         Args:
@@ -107,7 +107,7 @@ class QuantisedBase:
         """
         linears = [model.get_submodule(name) for name in self.sizes]
         for linear in linears:
-            if self.bits == INT8 and not isinstance(linear, BlockLinear):
+            if self.bits == INT8 and not isinstance(linear, BlockModule):
                 linear.register_forward_hook(_keep_input, prepend=True)
         return [linear.get_parameter("weight") for linear in linears]
 

@@ -31,8 +31,9 @@ from smt_trainer.export.adapter_config import ADAPTER_CONFIG, adapter_config
 from smt_trainer.export.lora_onto import advice, check_lora_onto, quantised_values
 from smt_trainer.export.saved_modules import saved_modules
 from smt_trainer.files import new_folder
+from smt_trainer.merging.matrix_rows import read_matrix
 from smt_trainer.merging.merge import open_both
-from smt_trainer.merging.placement import Placement, refuse_grown
+from smt_trainer.merging.plan import MergePlan, refuse_grown
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.settings import is_int
@@ -94,17 +95,17 @@ def export_lora(
     check_lora_onto(loaded, onto, checkpoint)
     _refuse_experts(loaded)
     ranks = _ranks(loaded, max_rank)
-    placement = Placement.of(loaded, delta_folder, checkpoint)
-    refuse_grown(placement, "written as an adapter")
-    for stored in placement.other_dtypes if onto != DEQUANTIZED else ():
+    plan = MergePlan.of(loaded, delta_folder, checkpoint)
+    refuse_grown(plan, "written as an adapter")
+    for stored in plan.other_dtypes if onto != DEQUANTIZED else ():
         logger.warning(
             "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
             stored,
             *[loaded.weight_dtype] * 2,
         )
-    saved = saved_modules(placement, checkpoint)
+    saved = saved_modules(plan, checkpoint)
     quantised = quantised_values(loaded, delta_folder, onto, checkpoint)
-    arrays, error = _factors_of_all(placement, checkpoint, dtype, quantised)
+    arrays, error = _factors_of_all(plan, checkpoint, dtype, quantised)
     arrays |= {f"{PREFIX}{name}": values for name, values in loaded.whole_arrays.items()}
     with new_folder(output) as stage:
         save_arrays(arrays, stage / ADAPTER_FILE, {"format": "pt"})
@@ -142,19 +143,20 @@ def _by_rows(grid: BlockGrid, block_indices: np.ndarray, blocks: np.ndarray) -> 
 
 
 def _factors_of_all(
-    placement: Placement, checkpoint: Checkpoint, dtype: str, quantised: Mapping[str, np.ndarray]
+    plan: MergePlan, checkpoint: Checkpoint, dtype: str, quantised: Mapping[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], float]:
     """Return the factors of all modules under PEFT's names, and the largest |stored - D|.
 
     `quantised` has what training had in place of the checkpoint's values under the blocks.
     """
     arrays, largest = {}, 0.0
-    for key, (site,) in placement.sites.items():
-        place, name = placement.places[key], site.name
+    trained_in, selection = plan.delta.weight_dtype, plan.delta.selection
+    for name, blocks in plan.delta.block_arrays.items():
+        grid, indices = selection.grids[name], selection.block_indices[name]
         before = quantised.get(name)
         if before is None:
-            before = cast(site.take(checkpoint.array(place)), placement.delta.weight_dtype)
-        change = cast(cast(site.blocks, placement.delta.weight_dtype), "float64") - cast(before, "float64")
+            before = cast(grid.split(read_matrix(checkpoint, plan.parts[name]))[*indices.T], trained_in)
+        change = cast(cast(blocks, trained_in), "float64") - cast(before, "float64")
         # Of the dtype, but in numbers that numpy knows.
         stored = cast(cast(change, dtype), "float32")
         if not np.isfinite(change).all():
@@ -163,7 +165,7 @@ def _factors_of_all(
         if not np.isfinite(error):
             raise SMTError(f"the change of `{name}` is too large for {dtype}; use float32 or bfloat16.")
         largest = max(largest, error)
-        b, a = factors(site.grid, site.block_indices, stored)
+        b, a = factors(grid, indices, stored)
         arrays |= {f"{PREFIX}{name}.lora_A.weight": cast(a, dtype), f"{PREFIX}{name}.lora_B.weight": cast(b, dtype)}
     return arrays, largest
 

@@ -24,12 +24,12 @@ from smt_trainer.export.weight_patch import (
     patches_of_blocks,
     patches_of_whole,
 )
-from smt_trainer.merging.placement import Placement
+from smt_trainer.merging.plan import MergePlan
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 from smt_trainer.model.sharded import full_tensor
-from smt_trainer.sparse.held import Held
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import get_state, has_quantised_blocks
+from smt_trainer.sparse.whole_tensors import WholeTensors
 
 
 def delta_patches(
@@ -68,22 +68,22 @@ def delta_patches(
             "and load the merged checkpoint."
         )
     checkpoint = Checkpoint.open(find_checkpoint(base, base_revision))
-    placement = Placement.load(find_delta(delta, delta_revision), checkpoint, onto)
-    if placement.is_resized:
+    plan = MergePlan.load(find_delta(delta, delta_revision), checkpoint, onto)
+    if plan.is_resized:
         raise SMTError(
             "the delta has another vocabulary than its base, and a patch cannot change the shape of a tensor. Merge, "
             "and load the merged checkpoint."
         )
-    return _of_placement(placement, max_bytes)
+    return _of_plan(plan, max_bytes)
 
 
-def _of_placement(placement: Placement, max_bytes: int) -> Iterator[WeightPatch]:
-    for key, site in ((key, site) for key, sites in placement.sites.items() for site in sites):
-        place = placement.places[key]
-        indices, blocks = torch.from_numpy(site.block_indices), as_tensor(cast(site.blocks, place.dtype))
-        stacked = None if site.expert is None else (site.expert, place.shape[0])
+def _of_plan(plan: MergePlan, max_bytes: int) -> Iterator[WeightPatch]:
+    for key, site in ((key, site) for key, sites in plan.sites.items() for site in sites):
+        stored = plan.tensors[key]
+        indices, blocks = torch.from_numpy(site.block_indices), as_tensor(cast(site.blocks, stored.dtype))
+        stacked = None if site.expert is None else (site.expert, stored.shape[0])
         yield from patches_of_blocks(key, site.grid, indices, blocks, max_bytes, stacked)
-    whole = {key: as_tensor(cast(values, placement.places[key].dtype)) for key, values in placement.whole.items()}
+    whole = {key: as_tensor(cast(values, plan.tensors[key].dtype)) for key, values in plan.whole.items()}
     yield from patches_of_whole(whole, max_bytes)
 
 
@@ -115,10 +115,10 @@ def model_patches(model: nn.Module, *, max_bytes: int = MAX_BYTES) -> Iterator[W
 
 
 def _of_model(model: nn.Module, max_bytes: int) -> Iterator[WeightPatch]:
-    for name, linear in smt_linears(model):
+    for name, linear in block_modules(model):
         blocks = full_tensor(linear.blocks).to(linear.weight_dtype)
         key, indices = linear.weight_name(name), linear.block_indices
         yield from patches_of_blocks(key, linear.grid, indices, blocks, max_bytes, linear.stacked)
     yield from patches_of_whole(
-        {name: full_tensor(tensor) for name, tensor in Held.of(model).tensors.items()}, max_bytes
+        {name: full_tensor(tensor) for name, tensor in WholeTensors.of(model).tensors.items()}, max_bytes
     )

@@ -12,25 +12,25 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from smt_trainer.errors import SMTError
-from smt_trainer.merging.placement import Placement, vocabulary_sizes
+from smt_trainer.merging.plan import MergePlan, vocabulary_sizes
 from smt_trainer.merging.tied import may_tie
 from smt_trainer.model.checkpoint import Checkpoint
 
 INSTEAD = "Merge it instead (smt merge), or load it with from_delta."
 
 
-def saved_modules(placement: Placement, checkpoint: Checkpoint) -> list[str]:
+def saved_modules(plan: MergePlan, checkpoint: Checkpoint) -> list[str]:
     """Return the names of the modules that a delta's whole tensors make up, in the delta's order.
 
     Args:
-        placement: of the delta, on the base.
+        plan: of the delta, on the base.
         checkpoint: the base.
 
     Raises:
         SMTError: a tensor makes up no module, has other rows than in the base, may be tied to another one, or is a
             running statistic; or PEFT, which goes by endings, would take another module for one of these.
     """
-    delta, keys = placement.delta, placement.keys
+    delta, keys = plan.delta, plan.keys
     whole, of_base = delta.whole_arrays, {**delta.base.checksums, **delta.base.codes}
     statistics = sorted({*delta.unnamed} & {*of_base})
     if statistics:
@@ -38,10 +38,10 @@ def saved_modules(placement: Placement, checkpoint: Checkpoint) -> list[str]:
             f"PEFT's LoRA has no place for `{statistics[0]}`, which forward changes or a script has unfrozen. {INSTEAD}"
         )
     for name, values in whole.items():
-        if name in keys and values.shape != placement.places[keys[name]].shape:
+        if name in keys and values.shape != plan.tensors[keys[name]].shape:
             raise SMTError(
                 f"the delta has another vocabulary than the base (`{name}`: {len(values)} rows for "
-                f"{placement.places[keys[name]].shape[0]}), and PEFT's LoRA keeps that of the base. {INSTEAD}"
+                f"{plan.tensors[keys[name]].shape[0]}), and PEFT's LoRA keeps that of the base. {INSTEAD}"
             )
     config = checkpoint.config or {}
     tied = [name for name in keys if name in whole and _is_embedding(whole[name], vocabulary_sizes(config))]

@@ -40,7 +40,7 @@ def as_loaded(checkpoint: Checkpoint, transforms: Iterable[Any]) -> Iterator[Loa
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     sources = {pattern: (one, place) for one in converters for place, pattern in enumerate(one.source_patterns)}
-    for key in checkpoint.places:
+    for key in checkpoint.tensors:
         name, pattern = rename_source_key(key, renamings, converters)
         converter, place = (None, 0) if pattern is None else sources[pattern]
         yield Loaded(key, name, converter, place)

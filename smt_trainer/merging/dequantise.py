@@ -13,11 +13,11 @@ import torch
 from smt_trainer.arrays import as_array
 from smt_trainer.delta.folder import copy_others
 from smt_trainer.delta.load import as_config, from_delta
-from smt_trainer.merging.moved import moved_by_merging
+from smt_trainer.merging.logit_difference import compare_with_merged
 from smt_trainer.model.checkpoint import CONFIG, Checkpoint
 from smt_trainer.model.quantised import floating_dtype
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.dequantise import dense_state_dict
-from smt_trainer.sparse.linear import smt_linears
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ def save_dequantised(model: Any, folder: Path) -> None:
 
 def values_under_blocks(trained: Any, delta: Delta, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Return module -> the dequantised values [n, br, bc] of a trained model's base under the blocks of a delta."""
-    linears, found = dict(smt_linears(trained)), {}
+    linears, found = dict(block_modules(trained)), {}
     for name in names:
         indices = torch.from_numpy(delta.selection.block_indices[name])
         found[name] = as_array(linears[name].grid.gather(linears[name].base_weight(), indices))
@@ -72,6 +72,6 @@ def values_under_blocks(trained: Any, delta: Delta, names: Iterable[str]) -> dic
 
 def log_difference(trained: Any, merged: Path) -> None:
     """Log how far a merged checkpoint is from the trained model."""
-    found = moved_by_merging(trained, merged)
+    found = compare_with_merged(trained, merged)
     if found is not None:
         logger.info("The merged model beside the trained one %s.", found)

@@ -13,14 +13,14 @@ from typing import Any
 
 from smt_trainer.errors import SMTError
 from smt_trainer.merging.conversion import as_loaded
-from smt_trainer.merging.parts import Part
+from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.model.checkpoint import Checkpoint, parts_of
 from smt_trainer.model.names import find_names
 
 IN_MEMORY = "merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)"
 
 
-def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Part]]:
+def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[MatrixRows]]:
     """Return where the matrices of experts lie.
 
     Args:
@@ -34,8 +34,8 @@ def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Par
         SMTError: loading the checkpoint does more to the experts than to stack them.
     """
     stack_of = {name: name.rpartition(".")[0] for name in names}
-    stored = find_names(set(stack_of.values()), checkpoint.places)
-    found = {name: [Part(stored[stack], 0, _number(name))] for name, stack in stack_of.items() if stack in stored}
+    stored = find_names(set(stack_of.values()), checkpoint.tensors)
+    found = {name: [MatrixRows(stored[stack], 0, _number(name))] for name, stack in stack_of.items() if stack in stored}
     if len(found) == len(names):
         return found
     converted = _converted(checkpoint)
@@ -45,8 +45,8 @@ def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Par
         if name not in found and keys:
             found[name], first = [], 0
             for _, key in sorted(keys):
-                found[name].append(Part(key, first, None))
-                first += checkpoint.places[key].shape[0]
+                found[name].append(MatrixRows(key, first, None))
+                first += checkpoint.tensors[key].shape[0]
     return found
 
 
@@ -64,7 +64,7 @@ def _converted(checkpoint: Checkpoint) -> dict[tuple[str, int], list[tuple[int, 
         transforms += get_checkpoint_conversion_mapping(str(part.get("model_type"))) or []
     found: dict[tuple[str, int], list[tuple[int, str]]] = {}
     for key, stack, converter, place in as_loaded(checkpoint, transforms):
-        if converter is None:
+        if converter is None or len(converter.target_patterns) > 1:
             continue
         if not _only_stacks(converter):
             raise SMTError(

@@ -9,17 +9,17 @@ from smt_trainer.arrays import WEIGHTS, cast
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
 from smt_trainer.merging.expert_files import find_experts
-from smt_trainer.merging.parts import Part
+from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.renamed import find_renamed
 from smt_trainer.merging.site import Site
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.names import find_names
 
 
-def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
+def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[MatrixRows]]:
     """Return where the weights with blocks lie in a checkpoint, by the names of their modules."""
-    keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.places)
-    parts = {name: [Part(keys[f"{name}.weight"])] for name in delta.block_arrays if f"{name}.weight" in keys}
+    keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.tensors)
+    parts = {name: [MatrixRows(keys[f"{name}.weight"])] for name in delta.block_arrays if f"{name}.weight" in keys}
     others = [name for name in delta.block_arrays if name not in parts]
     experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
     if experts:
@@ -31,15 +31,17 @@ def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[Part]]:
     return parts
 
 
-def find_sites(delta: Delta, parts: Mapping[str, list[Part]], checkpoint: Checkpoint) -> dict[str, list[Site]]:
+def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: Checkpoint) -> dict[str, list[Site]]:
     """Return the blocks of a delta by the names of the tensors in a checkpoint that they lie in."""
     selection, sites = delta.selection, {}
     for name, found in parts.items():
         grid, indices = selection.grids[name], selection.block_indices[name]
         whole = Site(name, grid, indices, delta.block_arrays[name], found[0].expert)
         for part in found:
-            rows = checkpoint.places[part.key].shape[0]
+            rows = checkpoint.tensors[part.key].shape[0]
             site = whole if len(found) == 1 else whole.rows(part.first_row, rows)
+            if part.within is not None:
+                site = site.within(part.within.start, rows)
             if len(site.blocks):
                 sites.setdefault(part.key, []).append(site)
     return sites
@@ -47,7 +49,7 @@ def find_sites(delta: Delta, parts: Mapping[str, list[Part]], checkpoint: Checkp
 
 def find_whole(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
     """Return the names in a checkpoint of the tensors that a delta stores whole, without those that it lacks."""
-    names = {key: key for key in checkpoint.places} | checkpoint.renamed
+    names = {key: key for key in checkpoint.tensors} | checkpoint.renamed
     return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
 
 
@@ -55,16 +57,16 @@ def find_grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkp
     """Return the tensors with blocks that have fewer rows in a checkpoint, in full, where blocks hold the others."""
     found = {}
     for key, (site, *_) in sites.items():
-        place = checkpoint.places[key]
-        before, *others = place.shape
+        stored = checkpoint.tensors[key]
+        before, *others = stored.shape
         # A part of a weight that the checkpoint stores in parts has fewer rows than the weight, and lacks none.
         if site.expert is not None or before >= site.grid.stored_shape[0]:
             continue
         rows = delta.selection.new_rows(site.name, before)
-        if rows and tuple(others) == site.grid.stored_shape[1:] and place.dtype in WEIGHTS:
-            base = checkpoint.array(place)
+        if rows and tuple(others) == site.grid.stored_shape[1:] and stored.dtype in WEIGHTS:
+            base = checkpoint.array(stored)
             found[key] = np.concatenate([base, np.zeros((len(rows), *others), base.dtype)])
-            site.put(found[key], cast(site.blocks, place.dtype))
+            site.put(found[key], cast(site.blocks, stored.dtype))
     return found
 
 

@@ -110,14 +110,14 @@ def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, on
 def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | None) -> None:
     """Copy the weights, write the trained values into the copies as they are ready, and copy the other files."""
     with copying(checkpoint, stage) as copies:
-        from smt_trainer.merging.placement import Placement
+        from smt_trainer.merging.plan import MergePlan
 
-        placement = Placement.load(delta_folder, checkpoint, onto)
+        plan = MergePlan.load(delta_folder, checkpoint, onto)
         for number, (name, copy) in enumerate(copies.items(), 1):
             copy.result()
-            placement.write(stage / name)
+            plan.write(stage / name)
             logger.info("%s is merged (%d of %d).", name, number, len(copies))
-        copy_others(checkpoint, delta_folder, stage, resized=placement.is_resized)
+        copy_others(checkpoint, delta_folder, stage, resized=plan.is_resized)
 
 
 @contextlib.contextmanager

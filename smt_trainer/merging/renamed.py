@@ -9,35 +9,43 @@ from __future__ import annotations
 
 from smt_trainer.errors import SMTError
 from smt_trainer.merging.conversion import as_loaded
-from smt_trainer.merging.parts import Part
+from smt_trainer.merging.fused import split_rows
+from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.names import find_names
 
 
-def find_renamed(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Part]]:
+def find_renamed(names: list[str], checkpoint: Checkpoint) -> dict[str, list[MatrixRows]]:
     """Return where weights lie that a checkpoint has under other names, by the names of linears and of the matrices of
-    experts. Note the names in `checkpoint.renamed`."""
-    checkpoint.renamed.update(_renamed(checkpoint))
-    weights = find_names([f"{name}.weight" for name in names], checkpoint.renamed)
-    found = {key.removesuffix(".weight"): [Part(checkpoint.renamed[other])] for key, other in weights.items()}
+    experts. Note the names in `checkpoint.renamed` and `checkpoint.fused`."""
+    _look_up(checkpoint)
+    located = {name: MatrixRows(key) for name, key in checkpoint.renamed.items()}
+    for name, (key, first, count) in checkpoint.fused.items():
+        located[name] = MatrixRows(key, within=slice(first, first + count))
+    weights = find_names([f"{name}.weight" for name in names], located)
+    found = {key.removesuffix(".weight"): [located[other]] for key, other in weights.items()}
     # A name that ends in a number may be that of a linear in a list, too.
     numbers = {name: name.rpartition(".") for name in names if name not in found}
     stacks = find_names({stack for stack, _, _ in numbers.values()}, checkpoint.renamed)
     for name, (stack, _, number) in numbers.items():
         if stack in stacks and number.isdecimal():
-            found[name] = [Part(checkpoint.renamed[stacks[stack]], 0, int(number))]
+            found[name] = [MatrixRows(checkpoint.renamed[stacks[stack]], 0, int(number))]
     return found
 
 
-def _renamed(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return name in the model -> name in the checkpoint, of all tensors that loading renames and does not change."""
+def _look_up(checkpoint: Checkpoint) -> None:
+    """Note the tensors of a checkpoint that loading renames or splits, and does not change otherwise."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from smt_trainer.model.skeleton import skeleton
 
     try:
-        transforms = get_model_conversion_mapping(skeleton(checkpoint))
+        model = skeleton(checkpoint)
     except SMTError:  # a class of the user's own, of which nothing is known
-        return {}
-    loaded = as_loaded(checkpoint, transforms)
-    return {name: key for key, name, converter, _ in loaded if converter is None and name != key}
+        return
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for loaded in as_loaded(checkpoint, get_model_conversion_mapping(model)):
+        if loaded.converter is not None:
+            checkpoint.fused.update(split_rows(loaded, shapes, checkpoint))
+        elif loaded.name != loaded.key:
+            checkpoint.renamed[loaded.name] = loaded.key

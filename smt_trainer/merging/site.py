@@ -63,6 +63,13 @@ class Site:
         inside = (indices[:, 0] >= 0) & (indices[:, 0] < count // fine.block_rows)
         return Site(self.name, replace(fine, out_features=count), indices[inside], blocks[inside], self.expert)
 
+    def within(self, first: int, count: int) -> Site:
+        """Return this site in a tensor of `count` rows, in which the matrix begins at row `first`."""
+        fine = replace(self.grid, block_rows=math.gcd(self.grid.block_rows, first, count))
+        indices, blocks = cut_blocks(self.grid, fine, self.block_indices, self.blocks)
+        indices = indices + np.array([first // fine.block_rows, 0])
+        return Site(self.name, replace(fine, out_features=count), indices, blocks, self.expert)
+
     def matrix(self, tensor: Any) -> Any:
         """Return the matrix in a tensor, a view."""
         return tensor if self.expert is None else tensor[self.expert]

@@ -12,12 +12,12 @@ def tied_copies(key: str, checkpoint: Checkpoint, taken: set[str]) -> list[str]:
     transformers ties input and output embeddings that are stored twice if the configuration says so and the values
     agree. `BertLMPredictionHead` does so with a bias. A configuration that says nothing leaves it to the values.
     """
-    place = checkpoint.places[key]
+    place = checkpoint.tensors[key]
     if not may_tie(checkpoint.config or {}):
         return []
     return [
         name
-        for name, other in checkpoint.places.items()
+        for name, other in checkpoint.tensors.items()
         if name not in taken
         and (other.dtype, other.shape) == (place.dtype, place.shape)
         and _can_be_tied(key, name, len(place.shape))

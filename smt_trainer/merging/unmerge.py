@@ -23,10 +23,9 @@ from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
 from smt_trainer.merging.merge import check_outside, copying, open_both
-from smt_trainer.merging.placement import Placement
+from smt_trainer.merging.plan import MergePlan
 from smt_trainer.merging.verify import MERGED, compare_tensors
 from smt_trainer.model.checkpoint import Checkpoint
-from smt_trainer.sparse.fingerprint import read_sample
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +69,15 @@ def unmerge(
     checkpoint, delta_folder = open_both(base, delta, output, base_revision, delta_revision)
     check_outside(output, merged)
     found = Checkpoint.open(merged, MERGED)
-    placement = Placement.load(delta_folder, checkpoint, onto)
-    _, problems = compare_tensors(checkpoint, placement, found)
+    plan = MergePlan.load(delta_folder, checkpoint, onto)
+    _, problems = compare_tensors(checkpoint, plan, found)
     if problems:
         (where, problem), others = problems[0], len(problems) - 1
         raise SMTError(
             f"{merged} is not {checkpoint.folder} with the delta merged into it: `{where}` {problem}"
             f"{f', and {others} other tensors' if others else ''}. See smt verify, and give what was merged."
         )
-    originals = _originals(placement, checkpoint, found)
+    originals = _originals(plan, checkpoint, found)
     with new_folder(output) as stage, copying(found, stage) as copies:
         for number, (name, copy) in enumerate(copies.items(), 1):
             copy.result()
@@ -87,31 +86,29 @@ def unmerge(
         copy_of_base(checkpoint, stage)
         if found.index is not None:
             (stage / found.index).write_bytes((merged / found.index).read_bytes())
-        _prove(originals, stage)
+        _prove(originals, checkpoint, stage)
     return output
 
 
-def _originals(placement: Placement, checkpoint: Checkpoint, merged: Checkpoint) -> Placement:
+def _originals(plan: MergePlan, checkpoint: Checkpoint, merged: Checkpoint) -> MergePlan:
     """Return the base's values at the places of a delta, to be written into copies of the merged files."""
 
     def weight(key: str) -> np.ndarray:
-        return checkpoint.array(placement.places[key])
+        return checkpoint.array(plan.tensors[key])
 
-    sites = {
-        key: [replace(site, blocks=site.take(weight(key))) for site in found] for key, found in placement.sites.items()
-    }
+    sites = {key: [replace(site, blocks=site.take(weight(key))) for site in found] for key, found in plan.sites.items()}
     return replace(
-        placement,
+        plan,
         sites=sites,
-        whole={key: weight(key) for key in placement.whole},
-        places={key: merged.places[key] for key in placement.places},
+        whole={key: weight(key) for key in plan.whole},
+        tensors={key: merged.tensors[key] for key in plan.tensors},
     )
 
 
-def _prove(originals: Placement, stage: Path) -> None:
-    """Raise `SMTError` unless a folder has the fingerprint of the delta's base."""
-    places, base = Checkpoint.open(stage).places, originals.delta.base
-    if differing := base.differences(places, lambda key, stride, rows: read_sample(stage, places[key], stride, rows)):
+def _prove(originals: MergePlan, checkpoint: Checkpoint, stage: Path) -> None:
+    """Raise `SMTError` unless a folder has the fingerprint of the delta's base, which is known to be a checkpoint's."""
+    loaded = replace(Checkpoint.open(stage), renamed=checkpoint.renamed, fused=checkpoint.fused).loaded
+    if differing := originals.delta.base.differences_on_disk(stage, loaded):
         raise SMTError(
             f"`{differing[0]}` of what was written is not the base's. Was a file changed meanwhile? Run again."
         )

@@ -32,7 +32,7 @@ from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.errors import SMTError
 from smt_trainer.files import DAMAGE, parse_json
-from smt_trainer.merging.placement import Placement
+from smt_trainer.merging.plan import MergePlan
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 from smt_trainer.tensor_file import map_bits
 
@@ -101,53 +101,51 @@ def verify_merge(
         raise SMTError(f"no {MERGED} at {merged}: expected a folder. Check the path.")
     delta_folder = find_delta(delta, delta_revision)
     checkpoint = Checkpoint.open(find_checkpoint(base, base_revision))
-    placement = Placement.load(delta_folder, checkpoint, onto)
+    plan = MergePlan.load(delta_folder, checkpoint, onto)
     try:
         found = Checkpoint.open(merged, MERGED)
     except SMTError as error:
         return Verification({}, 0, [("weights", str(error))])
-    tensors, problems = compare_tensors(checkpoint, placement, found)
-    problems += _compare_files(checkpoint, placement, delta_folder, merged)
-    return Verification(tensors, len(checkpoint.places), problems)
+    tensors, problems = compare_tensors(checkpoint, plan, found)
+    problems += _compare_files(checkpoint, plan, delta_folder, merged)
+    return Verification(tensors, len(checkpoint.tensors), problems)
 
 
 def compare_tensors(
-    checkpoint: Checkpoint, placement: Placement, merged: Checkpoint
+    checkpoint: Checkpoint, plan: MergePlan, merged: Checkpoint
 ) -> tuple[dict[str, Counts], list[tuple[str, str]]]:
     """Return the counts of each tensor that a delta trains, and what is wrong with any tensor of a merged checkpoint:
     whether its values are those of base and delta, in whichever files they lie."""
     tensors, problems = {}, []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compared = pool.map(lambda key: _compare(key, checkpoint, placement, merged), checkpoint.places)
-        for key, (counts, problem) in zip(checkpoint.places, compared, strict=True):
+        compared = pool.map(lambda key: _compare(key, checkpoint, plan, merged), checkpoint.tensors)
+        for key, (counts, problem) in zip(checkpoint.tensors, compared, strict=True):
             if counts is not None:
                 tensors[key] = counts
             if problem:
                 problems.append((key, problem))
-    problems += [(key, "is not in the base") for key in merged.places if key not in checkpoint.places]
+    problems += [(key, "is not in the base") for key in merged.tensors if key not in checkpoint.tensors]
     return tensors, problems
 
 
-def _compare(
-    key: str, checkpoint: Checkpoint, placement: Placement, merged: Checkpoint
-) -> tuple[Counts | None, str | None]:
+def _compare(key: str, checkpoint: Checkpoint, plan: MergePlan, merged: Checkpoint) -> tuple[Counts | None, str | None]:
     """Return the counts of a tensor that the delta trains, and what is wrong with any tensor."""
-    before, after = checkpoint.places[key], merged.places.get(key)
-    shape = placement.whole[key].shape if key in placement.whole else before.shape
+    before, after = checkpoint.tensors[key], merged.tensors.get(key)
+    shape = plan.whole[key].shape if key in plan.whole else before.shape
     if after is None:
         return None, "is missing"
     if (after.dtype, after.shape) != (before.dtype, shape):
         return None, f"should be {before.dtype} of {list(shape)}, is {after.dtype} of {list(after.shape)}"
     old, new = map_bits(checkpoint.folder / before.file, before), map_bits(merged.folder / after.file, after)
-    if key in placement.whole:
-        trained = bits(cast(placement.whole[key], before.dtype)).reshape(-1)
+    if key in plan.whole:
+        trained = bits(cast(plan.whole[key], before.dtype)).reshape(-1)
         changed = differing(old, new) if len(old) == len(new) else len(new)
         return _judge(Counts(len(new), len(new), changed), changed, differing(new, trained))
     changed = differing(old, new)
-    if key not in placement.sites:
+    if key not in plan.sites:
         return None, f"is not trained, and {changed:,} of {len(new):,} values are not the base's" if changed else None
     count = changed_inside = wrong = 0
-    for site in placement.sites[key]:
+    for site in plan.sites[key]:
         trained = bits(cast(site.blocks, before.dtype))
         blocks_before, blocks = (site.take(values.reshape(shape)) for values in (old, new))
         count += trained.size
@@ -174,10 +172,10 @@ def differing(first: np.ndarray, second: np.ndarray) -> int:
 
 
 def _compare_files(
-    checkpoint: Checkpoint, placement: Placement, delta_folder: Path, merged: Path
+    checkpoint: Checkpoint, plan: MergePlan, delta_folder: Path, merged: Path
 ) -> Iterator[tuple[str, str]]:
     """Yield the files beside the weights that are not as merging writes them, and what is wrong with each."""
-    expected = other_files(checkpoint, delta_folder, resized=placement.is_resized)
+    expected = other_files(checkpoint, delta_folder, resized=plan.is_resized)
     expected.pop(README, None)
     found = set(files_beside_weights(merged)) - {README}
     for name, content in sorted(expected.items()):

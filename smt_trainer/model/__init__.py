@@ -1,1 +1,1 @@
-"""Reading a plain model: its grids, names, targets, and what is trained whole."""
+"""Read a plain model: its grids, names, targets, and what is trained whole."""

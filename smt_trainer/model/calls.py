@@ -1,7 +1,7 @@
 """Observe the calls of targets: their inputs x [..., I], and in backward the gradients dy [..., O] of their outputs.
 
-A linear is observed by a hook, an expert's matrix by the products that its module takes (`products.py`). There x and dy
-are the rows [T_e, .] of the tokens that were sent to the expert; a product without any is no call.
+A linear is observed by a hook, an expert's matrix through the products that its module computes (`products.py`). For
+an expert, x and dy are the rows [T_e, .] of the tokens routed to it; a product with no such row is not reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smt_trainer.model.products import Observer, Routing
 if TYPE_CHECKING:
     from smt_trainer.model.kinds import Target
 
-# Takes name, target and x of a call; returns what takes dy, or None.
+# Takes name, target and x of a call; returns a function that takes dy, or None.
 Observe = Callable[[str, "Target", Tensor], Callable[[Tensor], None] | None]
 
 
@@ -30,8 +30,8 @@ def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bo
 
     Args:
         targets: by name.
-        observe: called with name, target and x of each call. Backward calls what it returns with dy.
-        start: whether an output that requires no gradient is let require one, as where all weights are frozen.
+        observe: called with name, target and x of each call. Backward calls the function that it returns with dy.
+        start: whether to make outputs require a gradient if they do not, as when all weights are frozen.
     """
     handles = []
     try:
@@ -100,7 +100,7 @@ def _started(output: Tensor) -> Tensor:
 
 
 class _Started(torch.autograd.Function):
-    """Lets a tensor require a gradient and still be changed in place, unlike a leaf."""
+    """Makes a tensor require a gradient but, unlike a leaf, still allows in-place changes."""
 
     @staticmethod
     def forward(ctx, y: Tensor, anchor: Tensor) -> Tensor:

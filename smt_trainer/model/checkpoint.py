@@ -1,4 +1,4 @@
-"""A checkpoint on disk: which files hold its weights, and where in them each tensor lies. Imports no torch."""
+"""Read a checkpoint on disk: which files hold its weights, and where in them each tensor lies. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
 from smt_trainer.model.hub import fetch, is_folder
 from smt_trainer.tensor_file import open_array
-from smt_trainer.tensor_header import Place, read_header
+from smt_trainer.tensor_header import StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG = "config.json"
-# What its files are called in messages.
+# What messages call a checkpoint, unless told otherwise.
 BASE = "base"
 # The key of config.json that names the file of the weights.
 EXPLICIT = "transformers_weights"
@@ -28,7 +28,7 @@ CHUNK = 2**22
 
 
 def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return a configuration and those in it, such as that of a language model in one that also sees."""
+    """Return a configuration and those nested in it, such as the language model's in a vision-language model's."""
     return [config, *(value for value in config.values() if isinstance(value, dict))]
 
 
@@ -39,30 +39,40 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         index: name of the file that lists the shards; None for a checkpoint in one file.
-        places: tensor name -> where it lies.
+        tensors: tensor name -> where it lies.
         config: content of its config.json; None without one.
         renamed: name that loading gives to a tensor -> its name here; filled where it is looked for.
+        fused: name that loading gives to rows of a tensor -> its name here, the first of these rows and their number;
+            filled where they are looked for.
     """
 
     folder: Path
     index: str | None
-    places: dict[str, Place]
+    tensors: dict[str, StoredTensor]
     config: dict[str, Any] | None
     renamed: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+
+    @property
+    def loaded(self) -> dict[str, StoredTensor]:
+        """Tensor name -> where it lies, also under the names that loading is known to give."""
+        renamed = {name: self.tensors[key] for name, key in self.renamed.items()}
+        fused = {name: self.tensors[key].rows(first, count) for name, (key, first, count) in self.fused.items()}
+        return self.tensors | renamed | fused
 
     @property
     def files(self) -> list[str]:
         """Names of the files that hold the weights."""
-        return sorted({place.file for place in self.places.values()})
+        return sorted({stored.file for stored in self.tensors.values()})
 
     @property
     def is_quantised(self) -> bool:
-        """Whether its configuration says that weights are quantised."""
+        """Whether the configuration says that the weights are quantised."""
         return "quantization_config" in (self.config or {})
 
-    def array(self, place: Place) -> np.ndarray:
+    def array(self, stored: StoredTensor) -> np.ndarray:
         """Return a tensor of one of its files, read-only; the file stays mapped."""
-        return open_array(self.folder / place.file, place, writable=False)
+        return open_array(self.folder / stored.file, stored, writable=False)
 
     @classmethod
     def open(cls, folder: Path, what: str = BASE) -> Checkpoint:
@@ -73,8 +83,8 @@ class Checkpoint:
             what: what it should be, for messages.
 
         Raises:
-            SMTError: one of them is damaged, a shard is missing or not a plain file name, a tensor is stored twice, or
-                the folder holds no weights in safetensors format.
+            SMTError: a file is damaged, a shard is missing or not a plain file name, a tensor is stored twice, or the
+                folder holds no weights in safetensors format.
         """
         config = load_json(folder / CONFIG, f"configuration of the {what}") if (folder / CONFIG).is_file() else None
         if config is not None and not isinstance(config, dict):
@@ -85,39 +95,39 @@ class Checkpoint:
         if not name.endswith(".json"):
             return cls(folder, None, read_header(folder / name, what)[0], config)
         shard_of = _read_index(folder / name, what)
-        places: dict[str, Place] = {}
+        tensors: dict[str, StoredTensor] = {}
         for shard in sorted(set(shard_of.values())):
             found, _ = read_header(folder / shard, what)
-            if both := sorted(found.keys() & places.keys()):
-                raise SMTError(f"{folder} stores `{both[0]}` twice, in {places[both[0]].file} and {shard}. Repair it.")
-            places |= found
-        if missing := [key for key in shard_of if key not in places or places[key].file != shard_of[key]]:
+            if both := sorted(found.keys() & tensors.keys()):
+                raise SMTError(f"{folder} stores `{both[0]}` twice, in {tensors[both[0]].file} and {shard}. Repair it.")
+            tensors |= found
+        if missing := [key for key in shard_of if key not in tensors or tensors[key].file != shard_of[key]]:
             raise SMTError(
                 f"{folder / name} places `{missing[0]}` in {shard_of[missing[0]]}, which lacks it. Repair it."
             )
-        return cls(folder, name, places, config)
+        return cls(folder, name, tensors, config)
 
     def are_equal(self, *keys: str) -> bool:
-        """Return whether two tensors of one size have the same bytes."""
+        """Return whether tensors of equal size have the same bytes."""
         with contextlib.ExitStack() as stack:
             files = []
-            for place in (self.places[key] for key in keys):
-                files.append(stack.enter_context(open(self.folder / place.file, "rb")))
-                files[-1].seek(place.start)
-            size = self.places[keys[0]].size
+            for stored in (self.tensors[key] for key in keys):
+                files.append(stack.enter_context(open(self.folder / stored.file, "rb")))
+                files[-1].seek(stored.start)
+            size = self.tensors[keys[0]].size
             lengths = [min(CHUNK, size - start) for start in range(0, size, CHUNK)]
             return all(len({file.read(length) for file in files}) == 1 for length in lengths)
 
 
 def find_checkpoint(base: str | Path, revision: str | None, what: str = BASE) -> Path:
-    """Return the folder of a base, or `what` it should be: itself, or its download from the hub, of whose weights only
-    those are fetched that transformers would read. Raise `SMTError` if there is none."""
+    """Return the folder of a base (or `what` it should be): itself if local, else its download from the hub. Of the
+    weights, download only those that transformers would read. Raise `SMTError` if there is none."""
     if is_folder(base, revision):
         return Path(base)
     folder = fetch(what, base, revision, BESIDE_WEIGHTS)
     config = load_json(folder / CONFIG, f"configuration of the {what}") if (folder / CONFIG).is_file() else {}
     explicit = config.get(EXPLICIT) if isinstance(config, dict) else None
-    # The folder is called as the commit, so all is of one.
+    # The folder is named after the commit, so all files come from the same one.
     fetch(what, base, folder.name, [str(explicit or SINGLE_FILE), INDEX_FILE])
     name = _weights_file(folder, {EXPLICIT: explicit}, what)
     if name.endswith(".json"):
@@ -126,7 +136,7 @@ def find_checkpoint(base: str | Path, revision: str | None, what: str = BASE) ->
 
 
 def _weights_file(folder: Path, config: dict[str, Any], what: str) -> str:
-    """Return the name of the file that transformers reads first: a file with all weights before an index of shards."""
+    """Return the file that transformers reads: the one in config.json, else all weights in one file, else an index."""
     explicit = config.get(EXPLICIT)
     if explicit is not None:
         _check_plain(explicit, folder / CONFIG)
@@ -152,7 +162,7 @@ def _read_index(path: Path, what: str) -> dict[str, str]:
 
 
 def _check_plain(name: Any, where: Path) -> None:
-    """Raise `SMTError` unless a name from a file is plain, so that nothing outside its folder is read or written."""
+    """Raise `SMTError` unless a name read from a file is a plain one, so that all files lie in the same folder."""
     plain = isinstance(name, str) and name == Path(name).name and not name.startswith(".") and "\\" not in name
     if not plain or not name.isprintable() or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise SMTError(

@@ -1,14 +1,14 @@
-"""Convolutions as matrices: what is a row, what is a column, and the gradient of chosen rows.
+"""Treat convolutions as matrices: their rows, columns, products and gradients.
 
 A convolution of g groups has a weight W [O, I/g, *kernel]. Group j reads the input channels from j I/g on and computes
 the output channels from j O/g on. At the output position p, for the output channel o of group j,
 
     y[o, p] = bias[o] + sum over c, k of W[o, c, k] x[j I/g + c, stride p - padding + dilation k]
 
-Its grid cuts W as a matrix [O, K] with K = I/g * k, where k is the number of weights in a kernel. A row is what
-computes one output channel (SPSFT's neuron); a column, as a block, is what reads one input channel: the O/g x k weights
-of one c in one group. A transposed convolution stores W [I, O/g, *kernel], whose rows compute no channel; it is no
-target.
+Its grid cuts W as a matrix [O, K] with K = I/g * k, where k is the number of weights in a kernel. A row computes one
+output channel (SPSFT's neuron). With granularity="column", a block is all weights that read one input channel: the
+O/g x k weights of one c in one group. A transposed convolution stores W [I, O/g, *kernel]. Its rows do not compute one
+output channel each, so it is not a target.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PRODUCTS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def is_convolution(module: object) -> TypeIs[Convolution]:
-    """Return whether a module is a convolution, and no transposed one."""
+    """Return whether a module is a convolution that is not transposed."""
     return isinstance(module, PLAIN)
 
 
@@ -44,7 +44,7 @@ def is_transposed_convolution(module: nn.Module) -> TypeIs[_ConvTransposeNd]:
 
 
 def has_plain_forward(conv: Convolution) -> bool:
-    """Return whether the class of a convolution computes just what torch's does."""
+    """Return whether a convolution's class has the forward of torch's own class."""
     return any((type(conv).forward, type(conv)._conv_forward) == (k.forward, k._conv_forward) for k in PLAIN)
 
 
@@ -54,7 +54,7 @@ def matrix_shape(conv: Convolution) -> tuple[int, int]:
 
 
 def as_convolution(grid: BlockGrid, conv: Convolution, granularity: str) -> BlockGrid:
-    """Return a grid over [O, K] as the grid of a convolution; one of columns becomes one of input channels."""
+    """Turn a grid over [O, K] into a convolution's grid; for columns, make each block one input channel."""
     grid = replace(grid, kernel=tuple(conv.kernel_size), groups=conv.groups)
     if granularity != "column":
         return grid
@@ -63,7 +63,7 @@ def as_convolution(grid: BlockGrid, conv: Convolution, granularity: str) -> Bloc
 
 
 class Geometry(NamedTuple):
-    """How a convolution moves over a padded input, each tuple with a number for each dimension of space."""
+    """How a convolution moves over a padded input; each tuple has one number per spatial dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -71,15 +71,15 @@ class Geometry(NamedTuple):
     groups: int
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return y [N, O, *space] of x [N, I, *space] and W [O, I/g, *kernel]."""
+        """Convolve x [N, I, *space] with W [O, I/g, *kernel]; return y [N, O, *space]."""
         return PRODUCTS[len(self.stride)](x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def input_gradient(self, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        """Return dx, shaped as x, whose values do not matter."""
+        """Return dx in the shape of x; the values of x do not matter."""
         return self._backward(dy, x, weight, [True, False, False])[0]
 
     def weight_gradient(self, dy: Tensor, x: Tensor, channels: int, kernel: tuple[int, ...]) -> Tensor:
-        """Return dW [O, channels, *kernel] for `channels` input channels a group, in dy's dtype."""
+        """Return dW [O, channels, *kernel] for `channels` input channels per group, in dy's dtype."""
         shape = dy.new_empty(dy.shape[1], channels, *kernel)
         return self._backward(dy, x.to(dy.dtype), shape, [False, True, False])[1]
 
@@ -91,8 +91,8 @@ class Geometry(NamedTuple):
 
 
 def padded(conv: Convolution, x: Tensor) -> tuple[Tensor, Geometry]:
-    """Return an input [N, I, *space] or [I, *space] as a batch, padded where zeros on both sides alike do not do, and
-    how the convolution moves over it."""
+    """Return an input [N, I, *space] or [I, *space] as a batch, and how the convolution moves over it. Padding
+    beyond the same number of zeros on both sides is already applied to the batch."""
     if x.ndim == len(conv.kernel_size) + 1:
         x = x.unsqueeze(0)
     sides = _sides(conv)
@@ -112,8 +112,8 @@ def weight_gradient(conv: Convolution, x: Tensor, dy: Tensor) -> Tensor:
 
 
 def squared_inputs(conv: Convolution, x: Tensor) -> Tensor:
-    """Return [g, K] in float32: for each group and column of W, the sum of x^2 over all that the weights of this column
-    multiply, of an input [N, I, *space]. It is the weight gradient of a depthwise convolution of x^2 under ones."""
+    """Return [g, K] in float32: for each group and column of W, the sum of x^2 over all elements of x [N, I, *space]
+    that the column's weights multiply. It is the weight gradient of a depthwise convolution of x^2 for dy = 1."""
     x, geometry = padded(conv, x.detach())
     squares = x.float().square().sum(0, keepdim=True)
     geometry, kernel = geometry._replace(groups=conv.in_channels), tuple(conv.kernel_size)
@@ -123,11 +123,11 @@ def squared_inputs(conv: Convolution, x: Tensor) -> Tensor:
 
 
 def _sides(conv: Convolution) -> list[tuple[int, int]]:
-    """Return the width of the padding before and after each dimension of space."""
+    """Return the width of the padding before and after each spatial dimension."""
     if conv.padding == "valid":
         return [(0, 0)] * len(conv.kernel_size)
     if conv.padding == "same":
-        # Of an odd width, torch puts the larger half after.
+        # If the width is odd, torch puts the larger half after.
         widths = [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
         return [(width // 2, width - width // 2) for width in widths]
     return [(int(width), int(width)) for width in conv.padding]

@@ -1,8 +1,8 @@
-"""The matrices of experts that a module keeps in 3-D parameters, each as a target of its own.
+"""Treat each matrix of each expert as a target of its own, where a module keeps them in 3-D parameters.
 
 transformers keeps the experts of a layer in `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I] (or without a gate in
-`up_proj`), or each matrix transposed. Expert 7's are called `...experts.gate_up_proj.7` and `...experts.down_proj.7`
-and cut into blocks like any other weight. How the parameters lie in files is the business of `merging/expert_files.py`.
+`up_proj`), or each matrix transposed. Those of expert 7 are called `...experts.gate_up_proj.7` and
+`...experts.down_proj.7` and cut into blocks like any other weight. `merging/expert_files.py` finds them in files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from smt_trainer.errors import SMTError
 from smt_trainer.model.products import Observer, Role, WatchedStack
 
-# The classes without transformers' mark that keep each matrix transposed, or not.
+# Classes without transformers' `is_transposed` -> whether they keep each matrix transposed.
 UNMARKED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
 
 
@@ -40,7 +40,7 @@ class ExpertMatrix:
     @property
     def stack(self) -> nn.Parameter:
         """The parameter [E, O, I], or [E, I, O] where transposed."""
-        # While forward runs, the attribute of this name is a watched stack.
+        # While forward runs, the attribute with this name is a watched stack.
         return self.experts._parameters[self.leaf]  # pyrefly: ignore[bad-return]
 
     @property
@@ -61,7 +61,7 @@ class ExpertMatrix:
 
 
 def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield name, module and leaf of each 3-D parameter with experts, in the model's order."""
+    """Yield the name, module and leaf of each 3-D parameter that holds experts, in the model's order."""
     for name, module in model.named_modules():
         is_rewritten = "block_indices" in module._buffers
         if "expert" in f"{name}.{type(module).__name__}".lower() and not is_rewritten:
@@ -71,24 +71,24 @@ def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def matrices_of(name: str, experts: nn.Module, leaf: str) -> dict[str, ExpertMatrix]:
-    """Return the matrices of one 3-D parameter by the names of targets."""
+    """Return target name -> matrix, for all experts in one 3-D parameter."""
     count = len(experts._parameters[leaf])  # pyrefly: ignore[bad-argument-type]
     return {f"{name}.{index}": ExpertMatrix(experts, leaf, index) for index in range(count)}
 
 
 def is_known(experts: nn.Module) -> bool:
-    """Return whether it is known which way round a module of experts keeps its matrices."""
+    """Return whether it is known if a module of experts keeps its matrices transposed."""
     return hasattr(experts, "is_transposed") or type(experts).__name__ in UNMARKED
 
 
 def is_transposed_stack(experts: nn.Module) -> bool:
-    """Return whether a module of experts keeps W^T [I, O] for each matrix; False where that is not known."""
+    """Return whether a module of experts keeps W^T [I, O] for each matrix; False if that is not known."""
     marked: Any = getattr(experts, "is_transposed", None)
     return UNMARKED.get(type(experts).__name__, False) if marked is None else bool(marked)
 
 
 def find_expert(model: nn.Module, name: str) -> ExpertMatrix | None:
-    """Return the matrix of an expert by the name of a target; None if there is none of this name."""
+    """Return the expert's matrix with this target name; None if there is none."""
     stack, _, index = name.rpartition(".")
     parent, _, leaf = stack.rpartition(".")
     with contextlib.suppress(AttributeError):
@@ -109,10 +109,10 @@ def stored_weight(model: nn.Module, name: str) -> Tensor:
 def watching_products(
     matrices: Mapping[str, ExpertMatrix], observer: Callable[[str, dict[int, str]], Observer]
 ) -> Generator[None]:
-    """Report the products of experts within this context.
+    """Report the matrix products of experts within this context.
 
     Args:
-        matrices: target name -> matrix; products of others are not reported.
+        matrices: target name -> matrix; products of other parameters are not reported.
         observer: makes an observer for a parameter from its name and {expert: target name}.
     """
     stacks: dict[tuple[nn.Module, str], dict[int, str]] = {}
@@ -130,7 +130,7 @@ def watching_products(
 
 def watch_stack(experts: nn.Module, leaf: str, observe: Observer) -> list[RemovableHandle]:
     """Report the products of a 3-D parameter to an observer from now on; return the handles of the hooks that do so."""
-    # A copy of the model copies what a partial function holds, but not a closure.
+    # Copying the model copies what a partial function holds, but not what a closure holds.
     return [
         experts.register_forward_pre_hook(functools.partial(_start, leaf, observe)),
         experts.register_forward_hook(functools.partial(_end, leaf), always_call=True),
@@ -140,7 +140,7 @@ def watch_stack(experts: nn.Module, leaf: str, observe: Observer) -> list[Remova
 def _start(leaf: str, observe: Observer, experts: nn.Module, inputs: tuple) -> None:
     watched, stack = vars(experts).get(leaf), ExpertMatrix(experts, leaf, 0).stack
     observers = (observe,) if watched is None else (*watched.role.observers, observe)
-    # An attribute of its own goes before the parameter.
+    # An instance attribute takes precedence over the parameter of the same name.
     vars(experts)[leaf] = WatchedStack.of(stack, Role(leaf, is_transposed_stack(experts), observers))
 
 

@@ -1,4 +1,4 @@
-"""How a weight is cut into blocks.
+"""Cut weights into blocks.
 
 A weight W of `nn.Linear` is [O, I] (out features x in features). A grid of blocks of br x bc weights cuts it into
 R = O / br block rows and C = I / bc block columns; block (r, c) is W[r*br:(r+1)*br, c*bc:(c+1)*bc]. The paper's
@@ -35,8 +35,8 @@ MOST_PARAMETERS, LONGEST_NAME = 10**14, 1000
 class BlockGrid:
     """The grid of one [out_features, in_features] weight; `transposed` if the weight is stored as [in, out].
 
-    The weight of a convolution with this `kernel` and these `groups` is stored as [O, I/g, *kernel]. That of an
-    `embedding` has tokens for out features.
+    A convolution's weight, with this `kernel` and `groups`, is stored as [O, I/g, *kernel]. In an `embedding`, the
+    out features are tokens.
 
     Raises:
         SMTError: the block does not divide the weight, or the kernel or the groups do not.
@@ -69,12 +69,12 @@ class BlockGrid:
             or self.in_features % math.prod(self.kernel)
         ):
             raise SMTError(
-                f"a weight of {self.out_features}x{self.in_features} is none of a convolution with a kernel of "
-                f"{list(self.kernel)} in {self.groups} groups."
+                f"a weight of {self.out_features}x{self.in_features} cannot belong to a convolution with a kernel "
+                f"of {list(self.kernel)} in {self.groups} groups."
             )
 
         if self.embedding and (self.transposed or self.kernel):
-            raise SMTError("a weight is that of an embedding, of a Conv1D or of a convolution, and not two of these.")
+            raise SMTError("a weight is an embedding's, a Conv1D's or a convolution's, and not two of these.")
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -119,13 +119,13 @@ class BlockGrid:
         return self.block_rows * self.block_columns
 
     def touched(self, block_indices: np.ndarray) -> tuple[int, int]:
-        """Return how many rows and how many columns of the weight the blocks at `block_indices` [n, 2] touch. A change
-        in these blocks has at most the lesser of the two as its rank."""
+        """Return how many rows and how many columns of the weight the blocks at `block_indices` [n, 2] touch. The
+        smaller of the two bounds the rank of a change in these blocks."""
         rows, columns = (len(np.unique(lines)) for lines in block_indices.T)
         return rows * self.block_rows, columns * self.block_columns
 
     def lines_within(self, rank_cap: int) -> tuple[int, int]:
-        """Return the most block rows, and the most block columns, that make up at most `rank_cap` rows or columns."""
+        """Return how many block rows, and how many block columns, fit within `rank_cap` rows or columns."""
         rows, columns = self.shape
         return min(rows, rank_cap // self.block_rows), min(columns, rank_cap // self.block_columns)
 
@@ -148,21 +148,21 @@ class BlockGrid:
         embedding = values.get("embedding", False)
         if len(sizes) != 4 or not all(is_int(size) for size in sizes) or not isinstance(transposed, bool):
             raise SMTError(
-                f"a grid must have four whole numbers and be transposed or not, got {sizes} and {transposed!r}. The "
+                f"a grid must have four whole numbers and a boolean `transposed`, got {sizes} and {transposed!r}. The "
                 "file is damaged; create it again."
             )
         if not isinstance(embedding, bool):
-            raise SMTError(f"a grid is that of an embedding or not, got {embedding!r}. The file is damaged.")
+            raise SMTError(f"`embedding` of a grid must be true or false, got {embedding!r}. The file is damaged.")
         if not isinstance(kernel, list) or len(kernel) > 3 or not all(is_int(size) for size in [*kernel, groups]):
             raise SMTError(
-                f"the kernel of a grid must be up to three whole numbers and its groups one, got {kernel!r} and "
-                f"{groups!r}. The file is damaged; create it again."
+                f"the kernel of a grid must be up to three whole numbers and its groups a whole number, got "
+                f"{kernel!r} and {groups!r}. The file is damaged; create it again."
             )
         return cls(*sizes, transposed=transposed, kernel=tuple(kernel), groups=groups, embedding=embedding)
 
     def split(self, weight: Any) -> Any:
-        """Return a view [R, C, br, bc] of a weight of `stored_shape`, which is a tensor or a numpy array; writing to
-        the view writes to the weight, unless it is that of a convolution and not contiguous."""
+        """Return a view [R, C, br, bc] of a weight of `stored_shape`, a tensor or a numpy array. Writing to the view
+        writes to the weight, unless the weight is a convolution's and not contiguous."""
         rows, columns = self.shape
         weight = weight.T if self.transposed else weight
         return weight.reshape(rows, self.block_rows, columns, self.block_columns).swapaxes(1, 2)
@@ -180,7 +180,7 @@ class BlockGrid:
     def scatter_(self, weight: Tensor, block_indices: Tensor, blocks: Tensor) -> None:
         """Write `blocks` [n, br, bc] at `block_indices` [n, 2] of a weight of `stored_shape`, in its dtype."""
         rows, columns = block_indices.to(weight.device).long().unbind(1)
-        # That of a convolution may be laid out with its channels last.
+        # A convolution's weight may be laid out with its channels last.
         whole = weight.contiguous() if self.kernel else weight
         self.split(whole)[rows, columns] = blocks.to(weight.device, weight.dtype)
         if whole is not weight:
@@ -213,8 +213,8 @@ def read_grids(modules: Mapping[str, Mapping[str, Any]], num_parameters: int) ->
     """Return the grids that a manifest describes, by module name.
 
     Raises:
-        SMTError: a grid or a name is malformed, or the weights are more than the model's parameters. So what a file
-            says cannot ask for more memory than a model of its size.
+        SMTError: a grid or a name is malformed, or the grids have more weights than the model has parameters. So a
+            damaged file cannot make its reader allocate more memory than a model of the stated size takes.
     """
     grids = {name: BlockGrid.from_dict(module) for name, module in modules.items()}
     weights = numel(grids.values())
@@ -225,7 +225,7 @@ def read_grids(modules: Mapping[str, Mapping[str, Any]], num_parameters: int) ->
         )
     for name in grids:
         if not name or len(name) > LONGEST_NAME or printable(name) != name:
-            raise SMTError(f"a module is called {name[:100]!r}, which no module can be. The file is damaged.")
+            raise SMTError(f"a module is called {name[:100]!r}, which is no valid module name. The file is damaged.")
     return grids
 
 

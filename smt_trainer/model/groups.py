@@ -1,11 +1,12 @@
-"""What the keywords of `target_modules` mean: to which group a weight belongs, by its name.
+"""Decide by a weight's name which keywords of `target_modules` select it.
 
-'attention' is what lies in an attention, 'qkv' its query, key and value projections. 'experts' is what a router chooses
-from, 'mlp' that and every other weight of a layer that transforms the features of each token, shared experts included.
-State-space, recurrent and convolutional mixers are neither; 'all-linear' has them, too. No keyword means a router or
-what else steers with a number for a token, a head or an expert. Names reach everything.
+'attention' selects the linears of attention modules, 'qkv' only their query, key and value projections. 'experts'
+selects routed experts; 'mlp' these and all other weights of a layer that transform the features of each token, shared
+experts included. State-space, recurrent and convolutional mixers belong to neither 'attention' nor 'mlp', but
+'all-linear' includes them. No keyword selects routers and other linears that steer with one number per token, head or
+expert. Names can select any module.
 
-`tests/contracts/families.md` shows what this makes of each family of models.
+`tests/contracts/families.md` shows the result for each family of models.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Collection
 from smt_trainer.model.names import expert_index, layer_index, lies_in, matches
 
 GROUPS = ("qkv", "attention", "mlp", "experts")
-# The keywords that mean linears and experts; 'all-conv' means convolutions (`targets.py`).
+# The keywords that select linears and experts; 'all-conv' selects convolutions (`targets.py`).
 LINEAR_KEYWORDS = (*GROUPS, "all-linear")
 
 # Names of the query, key and value projections, separate or fused, in transformers' architectures.
@@ -25,15 +26,15 @@ QKV_NAMES = frozenset(
     "qkv qkv_proj query_key_value Wqkv W_pack wqkv c_attn q_attn att_proj in_proj in_proj_qkv in_proj_qkvz qkv_linear "
     "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
 )
-# Names that mean an attention wherever they are: in Nemotron-H and RecurrentGemma all mixers have the same name.
+# Attention projections, whatever the module around them: in Nemotron-H and RecurrentGemma all mixers have one name.
 ATTENTION_NAMES = frozenset("q_proj k_proj v_proj qkv_proj o_proj".split())
-# Their few outputs would also make the blocks of all other weights small: routers, the gates of gated delta nets (one
-# output for each head), DeepSeek's indexer and Gemma 3n's mixing of its four streams.
+# Linears with so few outputs that they would make the blocks of all other weights small, too: routers, the gates of
+# gated delta nets (one output per head), DeepSeek's indexer and Gemma 3n's mixing of its four streams.
 STEERING_NAMES = frozenset(
     "gate router shared_expert_gate in_proj_a in_proj_b in_proj_ba a_proj b_proj igate_preact fgate_preact "
     "indexer modality_router prediction_coefs correction_coefs".split()
 )
-# Mixers of tokens that are no attention, and the side paths of Gemma 3n and of Zamba.
+# Token mixers other than attention, and the side paths of Gemma 3n and of Zamba.
 OTHER_NAMES = frozenset(
     "in_proj out_proj x_proj dt_proj linear_x linear_y linear_out mlstm_layer laurel per_layer_input_gate "
     "per_layer_projection altup_projections altup_unembed_projections linear".split()
@@ -41,26 +42,26 @@ OTHER_NAMES = frozenset(
 
 
 def in_group(name: str, group: str) -> bool:
-    """Return whether a target is in 'qkv', 'attention', 'mlp' or 'experts', or matches the name or ending of a module.
-    An expert's matrix also has the name of its parameter, and that of its module."""
+    """Return whether a target belongs to a group: 'qkv', 'attention', 'mlp', 'experts', or a module's name or ending.
+    An expert's matrix also matches by the name of its parameter or module."""
     if group in GROUPS:
         return is_meant(name, group)
     return any(matches(each, [group]) for each in with_stack(name))
 
 
 def with_stack(name: str) -> list[str]:
-    """Return the name of a target; for an expert's that ends in its number, also those of parameter and module."""
+    """Return a target's name; if it is an expert's and ends in its number, also those of its parameter and module."""
     stack, _, index = name.rpartition(".")
     return [name, stack, stack.rpartition(".")[0]] if index == str(expert_index(name)) else [name]
 
 
 def is_meant(name: str, keyword: str, apart: Collection[str] = ()) -> bool:
-    """Return whether a keyword means a weight.
+    """Return whether a keyword selects a weight.
 
     Args:
         name: full name of the weight's module, or of its parameter.
         keyword: one of `LINEAR_KEYWORDS`.
-        apart: modules of which no keyword means anything.
+        apart: modules in which no keyword selects anything.
     """
     *path, leaf = name.split(".")
     parts = {*path, leaf}

@@ -1,7 +1,8 @@
-"""Find the head that transformers puts on a model for a task, and that fine-tuning usually begins with random values.
+"""Find the head that transformers puts on a model for a task; fine-tuning usually starts with random values in it.
 
-It is all that holds a matrix beside the base: `score`, `classifier`, which may be a sequence, or a pooler and it. A few
-models have no base as one child (CLIP's for images, HGNetV2's). Theirs is what has as many outputs as there are labels.
+The head is every child with a matrix except the base model: `score`, or `classifier` (which may be an `nn.Sequential`),
+or a pooler and a classifier. In a few models the base is not a single child (CLIP's for images, HGNetV2's). There the
+head is every child with a layer that has as many outputs as the model has labels.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ from typing import Any
 
 from torch import nn
 
-from smt_trainer.model.kinds import named_layers, weight_shape
+from smt_trainer.model.kinds import named_linears_and_convolutions, weight_shape
 from smt_trainer.model.sharded import full_shape
 
-# Parts of the names of the classes that have one: for sentences, tokens, images, videos, sounds and time series.
+# Parts of the names of classes with a head: for sentences, tokens, images, videos, sounds and time series.
 HEADED_CLASSES = ("Classification", "ForMultipleChoice", "ForQuestionAnswering")
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Name the children of a model that hold its new head, such as `score`; none but for the classes with one."""
+    """Return the names of the children that form a model's head, such as `score`; empty for classes without one."""
     if not any(task in type(model).__name__ for task in HEADED_CLASSES):
         return []
     base: Any = getattr(model, "base_model_prefix", "")
@@ -28,11 +29,11 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Return whether a module has more than a norm has."""
+    """Return whether a module has a parameter with more than one dimension, unlike a norm."""
     return any(len(full_shape(parameter)) > 1 for parameter in module.parameters())
 
 
 def _classifies(module: nn.Module, model: nn.Module) -> bool:
     """Return whether a module holds a layer with as many outputs as its model has labels."""
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    return any(weight_shape(layer)[0] == labels for layer in named_layers(module).values())
+    return any(weight_shape(layer)[0] == labels for layer in named_linears_and_convolutions(module).values())

@@ -1,4 +1,4 @@
-"""Folders by their path, or by their name on the Hugging Face hub. Imports huggingface_hub only to fetch one."""
+"""Find folders by their path or their name on the Hugging Face hub. Imports huggingface_hub only for the latter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from smt_trainer.errors import SMTError
 
 
 def is_folder(name: str | Path, revision: str | None) -> bool:
-    """Return whether a base or delta lies in a folder. Raise `SMTError` for a file, and for a revision of a folder."""
+    """Return whether a base or delta is a local folder. Raise `SMTError` for a file, and for a revision of a folder."""
     found = Path(name).is_dir()
     if Path(name).is_file():
         raise SMTError(f"{name} is a file. Give the folder that it lies in.")
@@ -22,7 +22,7 @@ def is_folder(name: str | Path, revision: str | None) -> bool:
 
 
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
-    """Return the folder in the hub's cache with a commit of a repository; None if it is not there."""
+    """Return the folder of a repository's revision in the hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -34,9 +34,9 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
 
 
 def cached_commit(name: str) -> str | None:
-    """Return the commit of the main branch that the hub's cache holds, if no other commit there has other weights.
+    """Return the main branch's commit in the hub's cache; None if another cached commit has other weights.
 
-    So it is the one that a model was loaded from, which transformers 5.23 no longer says.
+    So a model must have been loaded from these weights. transformers 5.23 no longer records the commit itself.
     """
     folder = cached_folder(name)
     if folder is None:
@@ -46,10 +46,10 @@ def cached_commit(name: str) -> str | None:
 
 
 def fetch(what: str, name: str | Path, revision: str | None, patterns: Iterable[str], **access: Any) -> Path:
-    """Return the folder in the hub's cache with those files of a repository that match one of the patterns.
+    """Download the files of a repository that match any of the patterns; return their folder in the hub's cache.
 
     Args:
-        what: the repository should hold, for messages.
+        what: what the repository should hold, for messages.
         name: of the repository, such as "user/model".
         revision: branch, tag or commit; by default the newest commit of the main branch.
         patterns: of file names, such as "*.json".
@@ -67,7 +67,7 @@ def fetch(what: str, name: str | Path, revision: str | None, patterns: Iterable[
     )
     reasons = {
         errors.HFValidationError: "it is not a folder, and cannot be a name on the hub. Check the path.",
-        errors.GatedRepoError: "its owner lets in whom they choose. Ask on its page, and log in (hf auth login).",
+        errors.GatedRepoError: "it is gated. Ask for access on its page, and log in (hf auth login).",
         errors.RepositoryNotFoundError: "it is not a folder, and the hub shows no repository of this name. Check the "
         "name; if it is private, log in (hf auth login).",
         errors.RevisionNotFoundError: f"it has no revision {revision!r}. Its page lists branches, tags and commits.",

@@ -1,13 +1,14 @@
-"""The kinds of weights that can be targets, and how each is stored.
+"""Distinguish the kinds of weights that can be targets, and how each is stored.
 
-A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O]. It computes just
-x W^T + b, since the rewritten linear does; a subclass with a `forward` of its own may compute something else. The same
-holds for convolutions (`convolution.py`) and embeddings (`embedding.py`). The matrices of experts lie together in 3-D
-parameters (`experts.py`).
+A linear is an `nn.Linear` with weight W [O, I], or GPT-2's `Conv1D`, which stores W^T [I, O]. To be tuned, it must
+compute just x W^T + b, as the rewritten linear does; a subclass with its own `forward` may compute something else. The
+same holds for convolutions (`convolution.py`) and embeddings (`embedding.py`). The matrices of experts lie together in
+3-D parameters (`experts.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from smt_trainer.model.convolution import has_plain_forward, is_convolution, mat
 from smt_trainer.model.embedding import has_lookup_forward, is_embedding
 from smt_trainer.model.experts import ExpertMatrix, expert_stacks, matrices_of
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import full_shape
 
 if TYPE_CHECKING:
@@ -54,12 +56,18 @@ def named_targets(model: nn.Module) -> dict[str, Target]:
     return found
 
 
+def targets_named(model: nn.Module, names: Iterable[str]) -> dict[str, Target]:
+    """Return the targets of a model, wrapped or not, that have these full names."""
+    targets = {plain_name(name): target for name, target in named_targets(model).items()}
+    return {name: targets[name] for name in names}
+
+
 def named_linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Return all linears of a model by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_linear(module)}
 
 
-def named_layers(model: nn.Module) -> dict[str, Linear]:
+def named_linears_and_convolutions(model: nn.Module) -> dict[str, Linear]:
     """Return all linears and convolutions of a model by full name, in the model's order."""
     return {name: module for name, module in model.named_modules() if is_linear(module) or is_convolution(module)}
 
@@ -69,8 +77,8 @@ def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
     return isinstance(module, nn.Linear) or is_transposed(module)
 
 
-def is_layer_of(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
-    """Return whether a grid may be that of a target: whether it is stored so, and a convolution moves so."""
+def fits_grid(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
+    """Return whether a grid can describe a target: same kind and layout; for a convolution, same kernel and groups."""
     if isinstance(target, ExpertMatrix):
         return not (grid.kernel or grid.embedding) and target.is_transposed == grid.transposed
     if is_convolution(target):
@@ -81,7 +89,7 @@ def is_layer_of(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
 
 
 def kind_of(grid: BlockGrid) -> str:
-    """Return what a grid cuts the weight of, with its article, for a message."""
+    """Return the kind of module whose weight a grid cuts, with its article, for a message."""
     if grid.kernel:
         return f"a convolution of {grid.groups} groups" if grid.groups > 1 else "a convolution"
     if grid.embedding:
@@ -105,7 +113,7 @@ def stores_transpose(target: Target) -> bool:
 
 
 def has_linear_forward(linear: nn.Module) -> bool:
-    """Return whether the class of a linear computes x W^T + b; its `forward` may be inherited, but not its own."""
+    """Return whether a module's class has, or inherits, a known `forward`: x W^T + b, a convolution or a lookup."""
     if is_convolution(linear):
         return has_plain_forward(linear)
     if is_embedding(linear):
@@ -125,12 +133,12 @@ def has_plain_weight(linear: Linear | nn.Embedding) -> bool:
 
 
 def parameter_of(target: Target) -> Tensor:
-    """Return the parameter that holds a target's weight, of an expert's matrix together with others."""
+    """Return the parameter that holds a target's weight; for an expert's matrix, together with other experts'."""
     return target.stack if isinstance(target, ExpertMatrix) else target.weight
 
 
 def weight_shape(target: Target) -> tuple[int, int]:
-    """Return (O, I) of a target's weight W; of a convolution's as a matrix (O, K)."""
+    """Return (O, I) of a target's weight W; for a convolution, (O, K) of its weight as a matrix."""
     if isinstance(target, ExpertMatrix):
         return target.weight_shape
     if is_convolution(target):

@@ -1,8 +1,8 @@
-"""Find the language model in a model of images, sounds and text.
+"""Find the language model in a multimodal model.
 
-transformers gives the part that reads and writes text a configuration of its own, `text_config`, and the whole model
-the token embeddings of that part. Towers that see or hear and projectors lie outside. A few models (Phi-4 multimodal,
-GIT) have configurations for their towers only, and the rest is the language model.
+In transformers, the part that reads and writes text has its own configuration, `text_config`, and the whole model's
+`get_input_embeddings` returns the token embeddings of that part. Vision and audio towers and projectors lie outside it.
+A few models (Phi-4 multimodal, GIT) have configurations only for their towers; the rest is the language model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TOWERS = ("vision_config", "audio_config")
 
 
 def find_language_model(model: nn.Module) -> str:
-    """Return the name of the language model in a larger model; "" where there is none, or the whole model is one."""
+    """Return the name of the language model in a larger model; "" if there is none, or the whole model is one."""
     text_config, embeddings = _configuration(model, "text_config"), _token_embeddings(model)
     if text_config is None or embeddings is None:
         return ""
@@ -24,8 +24,8 @@ def find_language_model(model: nn.Module) -> str:
 
 
 def find_towers(model: nn.Module) -> list[str]:
-    """Return the names of the outermost modules around towers, and not around the token embeddings, in a model that
-    has configurations for its towers and none for its text."""
+    """Return the names of the outermost modules that contain a tower but not the token embeddings. Empty unless the
+    model has configurations for its towers and none for its text."""
     configs = [config for name in TOWERS if (config := _configuration(model, name)) is not None]
     embeddings = _token_embeddings(model)
     if not configs or embeddings is None or _configuration(model, "text_config") is not None:
@@ -45,13 +45,13 @@ def _configuration(model: nn.Module, name: str) -> object | None:
 
 
 def _token_embeddings(model: nn.Module) -> object | None:
-    # A model of images may have none, and transformers then raises.
+    # A vision model may have none; transformers then raises.
     with contextlib.suppress(NotImplementedError, AttributeError):
         return model.get_input_embeddings()  # pyrefly: ignore[not-callable]
 
 
 def modules_beside(model: nn.Module, inner: str) -> list[str]:
-    """Return the names of the modules that hold a weight and lie neither in nor around an inner module."""
+    """Return the names of the outermost modules with parameters that are neither in nor around an inner module."""
     path, found = "", []
     for part in inner.split("."):
         around = f"{path}." if path else ""

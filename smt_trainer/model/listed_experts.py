@@ -1,6 +1,7 @@
-"""Experts that are modules in a list: `mlp.experts.7.up_proj`, where `experts` is a `ModuleList` or `ModuleDict`.
+"""Find experts that are modules in a list: `mlp.experts.7.up_proj`, with a `ModuleList` or `ModuleDict` `experts`.
 
-Their linears are targets like any others. But a router decides which of them a forward calls, and on each rank others.
+Their linears are targets like any others. But a router decides which of them a forward calls, so ranks call different
+ones.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from smt_trainer.model.names import HOLDER
+from smt_trainer.model.names import EXPERT_BLOCKS
 
 LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
 def expert_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
     """Yield the name of each list of experts, the list, and the module whose forward calls the experts: the list itself
-    or the next one around it that has a forward. The trained blocks of 3-D parameters are no such list."""
+    or the nearest module around it that has a forward. Lists of trained blocks (of 3-D parameters) are skipped."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
         path = name.split(".")
         called = f"{path[-1]}.{type(module).__name__}".lower()
-        if isinstance(module, LISTS) and "expert" in called and HOLDER not in path:
+        if isinstance(module, LISTS) and "expert" in called and EXPERT_BLOCKS not in path:
             around = (modules[".".join(path[:length])] for length in range(len(path), -1, -1))
             yield name, module, next((one for one in around if type(one).forward is not nn.Module.forward), model)

@@ -1,4 +1,4 @@
-"""Whether the values of a plain model are a base's with a delta merged into them, so that they have no checkpoint.
+"""Mark plain models that a delta was merged into, since no checkpoint holds their values.
 
 Imports no torch.
 """
@@ -19,5 +19,5 @@ def is_merged(model: nn.Module) -> bool:
 
 
 def mark_merged(model: nn.Module, merged: bool = True) -> None:
-    """Note in a model whether a delta is merged into it."""
+    """Mark a model as having a delta merged into it, or remove the mark."""
     vars(model)[ATTRIBUTE] = merged

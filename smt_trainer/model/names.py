@@ -1,7 +1,7 @@
-"""What the full name of a module tells: its layer, its projection, and whether a pattern matches it.
+"""Read the full name of a module: its layer, its projection, and whether a pattern matches it.
 
-`model.layers.7.self_attn.v_proj` lies in layer 7, whose path is `model.layers.7`. A *projection* is all modules that
-have one place in every layer, here `v_proj`.
+`model.layers.7.self_attn.v_proj` lies in layer 7, whose path is `model.layers.7`. A *projection* is the modules in the
+same place of every layer, here `v_proj`.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from collections.abc import Iterable
 
 from smt_trainer.errors import SMTError
 
-# Modules that accelerate and torch.compile put around others; checkpoints do not have their names.
+# Wrappers of torch.compile and activation checkpointing; the names in checkpoints do not have these parts.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 # Name of the module that holds the trained blocks of experts (`sparse/experts.py`); plain models do not have it.
-HOLDER = "smt_experts"
+EXPERT_BLOCKS = "smt_experts"
 
-# Names of modules that may stand before a name in one place and not in another.
+# How many leading parts, such as `model.`, a name may have in one place and lack in another.
 MOST_PREFIXES = 2
 
 
 def unwrapped(name: str) -> str:
-    """The name of a module or parameter without the names of wrappers on its path."""
+    """Return the name of a module or parameter without the names of wrappers on its path."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def plain_name(name: str) -> str:
-    """The name that a module or parameter of a wrapped or rewritten model has, or stands for, in the plain one."""
-    return unwrapped(name).replace(f"{HOLDER}.", "")
+    """Return the name in the plain model that corresponds to a name in a wrapped or rewritten one."""
+    return unwrapped(name).replace(f"{EXPERT_BLOCKS}.", "")
 
 
 def matches(name: str, patterns: str | Iterable[str]) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their endings."""
+    """Match as PEFT does: a string is a regular expression for the whole name, a list holds names or their endings."""
     if isinstance(patterns, str):
         try:
             return re.fullmatch(patterns, name) is not None
@@ -44,7 +44,7 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
 
 
 def is_excluded(name: str, patterns: str | Iterable[str] | None) -> bool:
-    """Return whether a list names a module or one in which it lies, or a regular expression matches its whole name."""
+    """Return whether a list names a module or one around it, or a regular expression matches its whole name."""
     if patterns is None or isinstance(patterns, str):
         return bool(patterns) and matches(name, patterns)
     parts = name.split(".")
@@ -52,15 +52,15 @@ def is_excluded(name: str, patterns: str | Iterable[str] | None) -> bool:
 
 
 def lies_in(name: str, module: str) -> bool:
-    """Return whether a full name is that of a module, or of something in it."""
+    """Return whether a full name belongs to a module or to something in it."""
     return f"{name}.".startswith(f"{module}.")
 
 
 def layer_path(name: str) -> str:
-    """A module's path up to the number of its layer: `encoder.layers.7.fc1` -> `encoder.layers.7`.
+    """Return a module's path up to the number of its layer: `encoder.layers.7.fc1` -> `encoder.layers.7`.
 
-    The number of a layer follows the name of a list. A number at the beginning is the place in a pipeline, as in
-    `0.auto_model.encoder.layer.3.output`, unless the name is nothing else. Outside the layers the path is "".
+    The number of a layer follows the name of a list. A number at the beginning is instead the place in a pipeline, as
+    in `0.auto_model.encoder.layer.3.output`, unless it is the whole name. Outside the layers the path is "".
     """
     path = name.split(".")
     place = next((place for place, part in enumerate(path) if _is_number(part) and (place or len(path) == 1)), None)
@@ -68,22 +68,22 @@ def layer_path(name: str) -> str:
 
 
 def layer_index(name: str) -> int:
-    """The number of a module's layer (`model.layers.7.self_attn.q_proj` -> 7); -1 outside the layers."""
+    """Return the number of a module's layer (`model.layers.7.self_attn.q_proj` -> 7); -1 outside the layers."""
     return int(layer_path(name).rpartition(".")[2] or -1)
 
 
 def expert_index(name: str) -> int:
-    """The number of an expert (`mlp.experts.gate_up_proj.7`, `mlp.experts.7.w1` -> 7); -1 for other modules."""
+    """Return the number of an expert (`mlp.experts.gate_up_proj.7`, `mlp.experts.7.w1` -> 7); -1 for other modules."""
     path = name.split(".")
     place = next((place for place, part in enumerate(path) if "experts" in part.lower()), len(path))
     return next((int(part) for part in path[place:] if _is_number(part)), -1)
 
 
 def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
-    """Projection -> its modules, in order.
+    """Return projection -> its modules, in order.
 
-    A projection is called by the last part of its modules' names. Where several share that (T5's `q`), the parts in
-    which they differ come first: `decoder.EncDecAttention.q`.
+    A projection is labelled with the last part of its modules' names. If several share it (T5's `q`), the parts in
+    which they differ are put before it: `decoder.EncDecAttention.q`.
     """
     paths: dict[tuple[str, ...], list[str]] = {}
     for name in names:
@@ -99,17 +99,17 @@ def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def count_projections(names: Iterable[str]) -> str:
-    """Modules by projection, for a message: `q_proj (2), v_proj (2)`."""
+    """Count modules by projection, for a message: `q_proj (2), v_proj (2)`."""
     return ", ".join(f"{label} ({len(modules)})" for label, modules in by_projection(names).items())
 
 
 def _is_number(part: str) -> bool:
-    """Whether a part of a name is a number that `int` reads: digits of ASCII, and not thousands of them."""
+    """Return whether a part of a name is a number that `int` reads: fewer than 10 ASCII digits."""
     return part.isascii() and part.isdigit() and len(part) < 10
 
 
 def find_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
-    """Return, for each wanted name, the one of `names` that is the same but for a prefix on either side."""
+    """Map each wanted name to the one of `names` that equals it up to a prefix on either side, if just one does."""
     names = set(names)
     longer: dict[str, list[str]] = {}
     for name in names:
@@ -125,6 +125,6 @@ def find_names(wanted: Iterable[str], names: Iterable[str]) -> dict[str, str]:
 
 
 def _endings(name: str) -> list[str]:
-    """Return what is left of a name without its first part, its first two parts, and so on: `model.` and the like."""
+    """Return a name without its first part, such as `model.`, and so on up to `MOST_PREFIXES`; keep two parts."""
     parts = name.split(".")
     return [".".join(parts[place:]) for place in range(1, min(len(parts) - 1, MOST_PREFIXES + 1))]

@@ -1,17 +1,16 @@
-"""See the matrix products of a module that keeps the matrices of several experts in one 3-D parameter.
+"""Observe the matrix products of a module that keeps the matrices of several experts in one 3-D parameter.
 
-Let W [E, ., .] be such a parameter. Expert e computes y = x W_e^T for those rows of x, tokens, that the router sends
-to it. The implementations of transformers write this in several ways (`integrations/moe.py`), here with a token in each
-row:
+Let W [E, ., .] be such a parameter. Expert e computes y = x W_e^T for the rows of x (tokens) that the router sends to
+it. transformers implements this in several ways (`integrations/moe.py`), shown here with one token per row:
 
     eager         F.linear(x, W[e])     x @ W[e] where W_e^T is stored     x, y [T_e, .]
     batched_mm    torch.bmm(W[ids], x)                                     x, y [S, ., 1], row s goes to ids[s]
     grouped_mm    grouped_mm(x, W^T, offs)                                 x, y [S, .], expert e's rows end at offs[e]
     Llama 4       torch.bmm(x, W)                                          x, y [E, T, .], all rows go to each expert
 
-While a module is watched, its forward reads a `WatchedStack` in the place of W: the same values, but it follows its own
-selections and transpositions and reports each product, with its `Routing`. The product itself is the model's own, left
-as it is. An operation that is none of these raises an error: its gradient would be lost.
+While a module is watched, its forward reads a `WatchedStack` instead of W: it has the same values, but tracks how it is
+indexed and transposed and reports each product, with its `Routing`. The model still computes the product itself. Any
+other operation raises an error, since its gradient would be lost.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Routing(ABC):
     """Which rows of the input and the output of a product belong to which expert."""
 
     def among(self, experts: Collection[int]) -> Collection[int]:
-        """Return those of some experts that may have rows; asking a GPU how many would make it wait."""
+        """Return which of these experts may have rows; to know for certain would need a GPU synchronisation."""
         return experts
 
     @abstractmethod
@@ -86,21 +85,21 @@ class Grouped(Routing):
         return features[self.ends[expert - 1] if expert else 0 : self.ends[expert]]
 
 
-# Takes the input x and the output y of a product; returns y, or what stands for it.
+# Takes the input x, the output y and the routing of a product; returns y or its replacement.
 Observer = Callable[[Tensor, Tensor, Routing], Tensor]
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a tensor is to its stack.
+    """How a tensor was derived from a stack of experts' matrices.
 
     Attributes:
         name: of the parameter, for messages.
         transposed: whether the parameter holds W_e^T [I, O] for each expert.
         observers: what each product is reported to.
-        turned: whether the last two dimensions have changed places.
-        routing: which rows its products will have; None as long as it holds all experts.
-        reported: the products so far.
+        turned: whether the last two dimensions are swapped.
+        routing: which rows of its products belong to which expert; None while it holds all experts.
+        reported: routings of the products so far.
     """
 
     name: str
@@ -111,10 +110,10 @@ class Role:
     reported: list[Routing] = field(default_factory=list)
 
     def report(self, x: Tensor, y: Tensor, routing: Routing, *, is_turned: bool) -> Tensor:
-        """Report a product, in which the matrix stood as [I, O] if `is_turned`, else as [O, I]."""
+        """Report a product, which took the matrix as [I, O] if `is_turned`, else as [O, I]; return its output."""
         if (self.transposed != self.turned) != is_turned:
             raise SMTError(
-                f"the forward of the experts multiplies `{self.name}` the other way round than its class says "
+                f"the forward of the experts uses `{self.name}` the other way round from what its class says "
                 f"(is_transposed={self.transposed}). Leave it out with exclude_modules=['{self.name}']."
             )
         self.reported.append(routing)
@@ -124,7 +123,7 @@ class Role:
 
 
 class WatchedStack(Tensor):
-    """A stack of experts' matrices, or what is selected from it, that reports its products."""
+    """A stack of experts' matrices, or a selection from it, that reports its matrix products."""
 
     role: Role
 
@@ -150,10 +149,10 @@ class WatchedStack(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if isinstance(result, Tensor):
-            # They may lie in a list, as `torch.cat` takes them.
+            # The argument may be nested in a list, as for `torch.cat`.
             name = next(each.role.name for each in tree_leaves((args, kwargs)) if isinstance(each, WatchedStack))
             raise SMTError(
-                f"the forward of the experts takes `{getattr(func, '__name__', func)}` of `{name}`, and only matrix "
+                f"the forward of the experts applies `{getattr(func, '__name__', func)}` to `{name}`, but only matrix "
                 "products can be followed. Load the model with experts_implementation='eager', 'batched_mm' or "
                 f"'grouped_mm', or leave these experts out: exclude_modules=['{name}']."
             )
@@ -161,11 +160,11 @@ class WatchedStack(Tensor):
 
 
 def _select(func: Callable, stack: WatchedStack, index: Any) -> Tensor:
-    """W[e] and W[ids]."""
+    """Track W[e] and W[ids]."""
     role, values = stack.role, func(stack.plain, index)
     if role.routing is not None or not isinstance(index, (int, Tensor)):
         raise SMTError(
-            f"the forward of the experts reads `{role.name}[{index}]`; expected an expert, or a list of them."
+            f"the forward of the experts reads `{role.name}[{index}]`; expected an expert's index, or several."
         )
     is_list = isinstance(index, Tensor) and index.ndim > 0
     routing = Gathered(index) if is_list else OneExpert(int(index))
@@ -173,7 +172,7 @@ def _select(func: Callable, stack: WatchedStack, index: Any) -> Tensor:
 
 
 def _turn(func: Callable, stack: WatchedStack, *dimensions: int) -> Tensor:
-    """W^T, of each expert."""
+    """Track W_e^T of each expert."""
     role, values = stack.role, func(stack.plain, *dimensions)
     if dimensions and {dimension % stack.ndim for dimension in dimensions} != {stack.ndim - 1, stack.ndim - 2}:
         raise SMTError(
@@ -183,7 +182,7 @@ def _turn(func: Callable, stack: WatchedStack, *dimensions: int) -> Tensor:
 
 
 def _keep(func: Callable, stack: WatchedStack, *args: Any, **kwargs: Any) -> Tensor:
-    """The same values, cast or moved."""
+    """Track the same values, cast or moved."""
     return WatchedStack.of(func(stack.plain, *args, **kwargs), stack.role)
 
 
@@ -194,7 +193,7 @@ def _linear(func: Callable, input: Tensor, weight: WatchedStack, bias: Tensor | 
 
 
 def _matmul(func: Callable, input: Tensor, other: Tensor) -> Tensor:
-    """x W[e]^T with one expert; x W^T or W x with one expert in each row, or all in the first dimension."""
+    """Report x W[e]^T of one expert; x W^T or W x with one expert per row, or with all in the first dimension."""
     if isinstance(input, WatchedStack):
         role = input.role
         y = func(input.plain, other)
@@ -220,7 +219,7 @@ def _expect_routing(role: Role, func: Callable, is_known: bool = True, routing: 
     routing = routing or role.routing
     if routing is None or not is_known:
         raise SMTError(
-            f"the forward of the experts takes `{func.__name__}` of `{role.name}` in a way that does not tell which "
+            f"the forward of the experts applies `{func.__name__}` to `{role.name}` in a way that does not tell which "
             f"rows belong to which expert. Leave these experts out: exclude_modules=['{role.name}']."
         )
     return routing
@@ -235,6 +234,6 @@ FOLLOWED: dict[Any, Callable] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm, torch.mm), _matmul),
     torch._grouped_mm: _grouped,
-    # What transformers takes where torch has no grouped product.
+    # What transformers uses where torch has no grouped product.
     "transformers::grouped_mm_fallback": _grouped,
 }

@@ -1,11 +1,11 @@
-"""Weights that bitsandbytes has quantised: what they are, and their values.
+"""Recognise weights that bitsandbytes has quantised, and compute their values.
 
     4 bits   NF4 or FP4: Q(W) = code[index] * absmax, an index for each weight and an absmax for each 64 of them, which
-             double quantisation holds in 8 bits
+             double quantisation stores in 8 bits
     8 bits   LLM.int8: Q(W) = index * scale / 127, a scale for each row
 
-bitsandbytes' linears compute with Q(W), made for each product and dropped: 4 bits in their `compute_dtype`, 8 bits with
-inputs that are quantised, too. Weights of other libraries are not known here; a linear that has one is no target.
+bitsandbytes' linears compute with Q(W): with 4 bits they dequantise it for each product in their `compute_dtype`, with
+8 bits they quantise the inputs, too. Weights quantised by other libraries are not recognised and cannot be targets.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from smt_trainer.model.sharded import full_tensor
 
 
 def bits_of(linear: object) -> int | None:
-    """Return 4 or 8 if bitsandbytes has quantised a linear's weight to as many bits, else None."""
+    """Return 4 or 8 if bitsandbytes has quantised a linear's weight to this many bits, else None."""
     weight: Any = getattr(linear, "weight", None)
     if type(weight).__module__.partition(".")[0] != "bitsandbytes":
         return None
@@ -48,12 +48,12 @@ def dequantised(linear: Any, dtype: torch.dtype) -> Tensor:
 
 
 def dense_weight(linear: Any) -> Tensor:
-    """Return the whole values of a linear's weight, detached; of a quantised one as a new tensor in float32."""
+    """Return the full values of a linear's weight, detached; for a quantised weight, a new tensor in float32."""
     return dequantised(linear, torch.float32) if is_quantised(linear) else full_tensor(linear.weight)
 
 
 def _scales(linear: Any) -> Tensor:
-    """Return the scale [O] of each row, which bitsandbytes moves at the first forward."""
+    """Return the scale of each row [O]; bitsandbytes moves them from the weight to the state at the first forward."""
     return linear.weight.SCB if linear.state.SCB is None else linear.state.SCB
 
 
@@ -66,7 +66,7 @@ def compute_dtype(linear: Any, x: Tensor) -> torch.dtype:
 
 
 def floating_dtype(model: nn.Module) -> torch.dtype:
-    """Return the dtype that a model was loaded in: that of its first parameter of floats."""
+    """Return the dtype that a model was loaded in: that of its first floating-point parameter."""
     return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
 
 
@@ -77,10 +77,10 @@ def quantization_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights when the model is evaluated on a CPU, for good.
+    """Permanently stop bitsandbytes from repacking 4-bit weights when the model is evaluated on a CPU.
 
-    A repacked weight has coarser scales, which nothing brings back, and a product without a gradient: all layers before
-    it would silently stop learning after the first evaluation.
+    Repacking makes a weight's scales coarser for good, and no gradient passes through products with it: all layers
+    before it would silently stop learning after the first evaluation.
 
     Raises:
         SMTError: a weight has been repacked already.
@@ -90,8 +90,8 @@ def keep_differentiable(model: nn.Module) -> None:
         if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
             raise SMTError(
                 f"bitsandbytes has repacked `{name}` for inference on a CPU, since the model was evaluated before: its "
-                "values are coarser now, and no gradient passes it. Load the model again, and make the trainer (or "
-                "call BlockScores.of or convert_to_smt) before evaluating it."
+                "values are coarser now, and no gradient passes through it. Load the model again, and make the trainer "
+                "(or call BlockScores.of or convert_to_smt) before evaluating it."
             )
         module.support_avx512bf16_for_cpu = False
 

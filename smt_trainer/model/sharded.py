@@ -1,4 +1,4 @@
-"""Parameters that FSDP2, tensor parallelism or DeepSpeed ZeRO-3 shards over ranks.
+"""Read and write parameters that FSDP2, tensor parallelism or DeepSpeed ZeRO-3 shards over ranks.
 
 FSDP2 gives each rank whole slices of a weight (a DTensor sharded in dimension 0): rows of a matrix, output channels of
 a convolution, experts. Tensor parallelism gives it rows or columns of a matrix (dimension 0 or 1), ZeRO-3 an equal
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     class Partitioned(Tensor):
-        """What ZeRO-3 makes of a parameter."""
+        """A parameter that ZeRO-3 has partitioned."""
 
         ds_id: int
         ds_shape: torch.Size
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Part(NamedTuple):
+class LocalPart(NamedTuple):
     """A rectangle of a weight as a matrix that this rank holds; `values` starts at weight[row, column]."""
 
     values: Tensor
@@ -63,7 +63,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def full_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Return the shape of the whole parameter; of one that bitsandbytes packs into 4 bits, as it was before."""
+    """Return the shape of the whole parameter; for a weight that bitsandbytes packs into 4 bits, before packing."""
     packed = getattr(parameter, "quant_state", None)
     if packed is not None:
         return tuple(packed.shape)
@@ -93,7 +93,7 @@ def full_tensors(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _row_dimension(parameter: DTensor) -> int | None:
-    """Return the dimension of the mesh over which a parameter is sharded by rows, if there is one."""
+    """Return the mesh dimension over which a parameter is sharded by rows; None if there is none."""
     from torch.distributed.tensor import Shard
 
     return parameter.placements.index(Shard(0)) if Shard(0) in parameter.placements else None
@@ -144,13 +144,13 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def local_parts(parameter: Tensor, columns: int) -> list[Part]:
-    """Return what this rank holds of a weight, as a matrix with so many columns.
+def local_parts(parameter: Tensor, columns: int) -> list[LocalPart]:
+    """Return the parts of a weight that this rank holds, where the weight is a matrix with this many columns.
 
-    Writing to all parts of a sharded weight writes to the weight; so it does to one that is whole and contiguous.
+    Writing to the parts writes to the weight if it is sharded, or whole and contiguous.
 
     Raises:
-        SMTError: the weight is sharded over ranks in another way than by rows or columns.
+        SMTError: the weight is sharded over ranks other than by rows or columns.
     """
     if is_partitioned(parameter):
         return _flat_parts(parameter, columns)
@@ -158,13 +158,13 @@ def local_parts(parameter: Tensor, columns: int) -> list[Part]:
     if is_dtensor(parameter):
         values, (row, column, *_) = parameter.to_local().detach(), first_of(parameter)
         row = row * parameter.shape[1:].numel() // columns
-        # Of the columns of a matrix, tensor parallelism may give a rank some only.
+        # Tensor parallelism may give a rank only some columns of a matrix.
         columns = columns * values.shape[1] // parameter.shape[1]
-    return [Part(values.reshape(-1, columns), row, column)] if values.numel() else []
+    return [LocalPart(values.reshape(-1, columns), row, column)] if values.numel() else []
 
 
 def first_of(weight: DTensor) -> list[int]:
-    """Return the index at which this rank's part of a weight begins.
+    """Return the index, in each dimension, at which this rank's part of a weight begins.
 
     Raises:
         SMTError: the weight is sharded in more than one dimension, or not in equal runs (packed weights).
@@ -185,18 +185,18 @@ def first_of(weight: DTensor) -> list[int]:
     return first
 
 
-def _flat_parts(weight: Partitioned, columns: int) -> list[Part]:
+def _flat_parts(weight: Partitioned, columns: int) -> list[LocalPart]:
     """Split a flat share of the weight into the end of a row, whole rows and the start of a row."""
     share = weight.ds_tensor.detach()
     start = share.numel() * dist.get_rank(weight.ds_process_group)
     end = min(start + share.numel(), weight.ds_numel)
     # ZeRO-3 also keeps parameters below the persistence threshold whole.
-    parts = [Part(weight.detach().view(-1, columns), 0, 0)] if weight.numel() == weight.ds_numel else []
+    parts = [LocalPart(weight.detach().view(-1, columns), 0, 0)] if weight.numel() == weight.ds_numel else []
     while start < end:
         row, column = divmod(start, columns)
         length = (end - start) // columns * columns if column == 0 and end - start >= columns else 0
         length = length or min(columns - column, end - start)
         taken, share = share[:length], share[length:]
-        parts.append(Part(taken.view(-1, min(columns, length)), row, column))
+        parts.append(LocalPart(taken.view(-1, min(columns, length)), row, column))
         start += length
     return parts

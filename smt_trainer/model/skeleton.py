@@ -1,4 +1,4 @@
-"""The model of a checkpoint without its values: names, shapes, ties and kinds of modules."""
+"""Build the model of a checkpoint without its values: names, shapes, ties and kinds of modules."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Find the weights of a model that are targets (`kinds.py`), and say why the others are not (`untunable.py`).
 
-Of the keywords only 'all-conv' means convolutions, and none means embeddings; names and patterns mean all.
+Of the keywords, only 'all-conv' selects convolutions, and none selects embeddings; names and patterns can select both.
 
-A weight with `requires_grad=False` is frozen on purpose and no target, even if `target_modules` names it. Only where
-all parameters are frozen, as PEFT leaves a model after merging, this says nothing, and the targets are tuned. Nor does
-it say anything of a weight that bitsandbytes has quantised, which cannot require a gradient.
+A weight with `requires_grad=False` was frozen on purpose and is not a target, even if `target_modules` names it. There
+are two exceptions: if all parameters are frozen, as PEFT leaves a model after merging, the targets are tuned all the
+same; and a weight that bitsandbytes has quantised cannot require a gradient anyway.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ ALL_CONVOLUTIONS = "all-conv"
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     """Find the weights to choose blocks from, by full name, in the model's order.
 
-    Leave out, with a warning, a matching weight that cannot be tuned: it is frozen, shared (tied) or neither a plain
-    matrix of floats nor quantised by bitsandbytes, or the `forward` of its module is its own, is replaced on the
-    instance (offloading hooks) or is never called; or it is that of a transposed convolution. An embedding may share
-    its weight with linears, and is then the target for both. Also warn about linears of other kinds.
+    Leave out, with a warning, matching weights that cannot be tuned: those that are frozen, shared (tied) or neither a
+    plain matrix of floats nor quantised by bitsandbytes; those of modules whose `forward` is not the standard one, is
+    replaced on the instance (offloading hooks) or is never called; and those of transposed convolutions. An embedding
+    may share its weight with linears, and is then the target for both. Also warn about linears of other kinds.
 
     Raises:
         SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
@@ -63,7 +63,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     everything = named_targets(model)
     _warn_of_vain_exclusions(everything, config)
     apart = _heads(model)
-    # Without one, like CLIP, a model does not speak: it compares text with images, and no part of it is beside another.
+    # A model without a head, like CLIP, compares text with images: none of its parts is the main one.
     if apart and config.target_modules in LINEAR_KEYWORDS:
         apart |= _beside_language_model(model, everything.keys() - apart, config)
     matching = _matching(model, everything, config, apart)
@@ -79,7 +79,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
         logger.warning("%s", _about_packed(packed))
     frozen = frozen_names(model, targets)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        logger.warning("All parameters of the model are frozen (requires_grad=False). It is tuned as if none was.")
+        logger.warning("All parameters of the model are frozen (requires_grad=False). It is tuned as if none were.")
     if frozen:
         logger.warning("%s", _about_frozen(frozen, len(targets)))
         targets = {name: module for name, module in targets.items() if name not in frozen}
@@ -89,7 +89,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
 
 
 def target_grids(targets: Mapping[str, Target], config: SMTConfig) -> dict[str, BlockGrid]:
-    """Make one grid per target from the config's `granularity` and `block_size`, transposed where the weight is.
+    """Make one grid per target from the config's `granularity` and `block_size`, in the layout of the stored weight.
 
     Raises:
         SMTError: as in `make_grids`; or tensor parallelism cuts a weight into slices that its blocks do not fit.
@@ -128,7 +128,7 @@ def refuse_wrappers(model: nn.Module) -> None:
 
 
 def frozen_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Keep the names of the targets whose weight is frozen, unless all of the model is."""
+    """Return the names of the targets whose weight is frozen; none if the whole model is frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return []
     targets = named_targets(model)
@@ -142,7 +142,7 @@ def _is_frozen(target: Target) -> bool:
 
 
 def narrow(names: Iterable[str], config: SMTConfig) -> list[str]:
-    """Keep the names of targets that this configuration also asks for."""
+    """Keep the names of targets that this configuration selects, too."""
     return [name for name in names if _is_wanted(with_stack(name), config, apart=set())]
 
 
@@ -152,26 +152,26 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _names_of(name: str, target: Target) -> list[str]:
-    """Return the names by which a configuration may ask for a target."""
+    """Return the names by which a configuration may select a target."""
     return with_stack(name) if isinstance(target, ExpertMatrix) else [name]
 
 
 def _heads(model: nn.Module) -> set[str]:
-    """Name the modules that no keyword means: the output embeddings and the head of a task."""
+    """Return the names of the modules that no keyword selects: the output embeddings and the head of a task."""
     find_output: Any = getattr(model, "get_output_embeddings", lambda: None)
     output = find_output()
     return {*head_names(model), *(name for name, module in model.named_modules() if module is output)}
 
 
 def _beside_language_model(model: nn.Module, names: Iterable[str], config: SMTConfig) -> set[str]:
-    """Name the modules beside a language model that hold some of these targets, such as a vision tower, and say so."""
+    """Return the modules outside the language model that hold some of these targets, such as a vision tower; warn."""
     inner = find_language_model(model)
     found = modules_beside(model, inner) if inner else find_towers(model)
     found = [module for module in found if any(lies_in(name, module) for name in names)]
     if found:
         logger.warning(
             "target_modules=%r means the language model%s; %s %s left alone. A list of names or a regular "
-            "expression reaches all modules.",
+            "expression can select any module.",
             config.target_modules,
             f", `{inner}`" if inner else "",
             " and ".join(f"`{module}`" for module in found),
@@ -181,7 +181,7 @@ def _beside_language_model(model: nn.Module, names: Iterable[str], config: SMTCo
 
 
 def _is_wanted(names: list[str], config: SMTConfig, apart: set[str]) -> bool:
-    """Return whether the configuration asks for a module with any of these names."""
+    """Return whether the configuration selects a module with any of these names."""
     wanted = config.target_modules
     return (
         any(is_meant(name, wanted, apart) if wanted in LINEAR_KEYWORDS else matches(name, wanted) for name in names)
@@ -193,7 +193,7 @@ def _is_wanted(names: list[str], config: SMTConfig, apart: set[str]) -> bool:
 def _matching(
     model: nn.Module, everything: Mapping[str, Target], config: SMTConfig, apart: set[str]
 ) -> dict[str, Target]:
-    """Return the targets, and the transposed convolutions, that the configuration asks for."""
+    """Return the targets, and the transposed convolutions, that the configuration selects."""
     of_convolutions = of_embeddings = None if config.target_modules in TARGET_KEYWORDS else config
     if config.target_modules == ALL_CONVOLUTIONS:
         of_convolutions = replace(config, target_modules="all-linear")
@@ -224,7 +224,7 @@ def _about_frozen(frozen: Collection[str], count: int) -> str:
 
 
 def _packed_linears(model: nn.Module, config: SMTConfig, apart: set[str]) -> dict[str, nn.Module]:
-    """Find the modules in the place of targets that are no linears but have their features: of other formats."""
+    """Find selected modules that are no linears but have in and out features, such as linears of packed formats."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -259,7 +259,7 @@ def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching:
     names, read = config.target_modules, ""
     if isinstance(names, list):
         if keywords := sorted({*names} & {*TARGET_KEYWORDS}):
-            read = f" (in a list, {keywords[0]!r} is the name of a module; the keyword stands alone)"
+            read = f" (in a list, {keywords[0]!r} means a module of this name; give a keyword alone)"
     elif names not in TARGET_KEYWORDS:
         read = " (a regular expression for whole names; several names are a list)"
     return (

@@ -1,15 +1,15 @@
-"""Linears whose weight transformers' tensor parallelism cuts over ranks (`DistributedConfig(tp_size=...)`).
+"""Handle linears whose weight transformers' tensor parallelism cuts over ranks (`DistributedConfig(tp_size=...)`).
 
-Of W [O, I] a rank holds a slice: rows where the model's `tp_plan` says "colwise", columns where it says "rowwise". All
-ranks see the same batch. With L the extent of each slice, s where that of this rank begins, and e the edge of a block
-in that direction, either e divides L, so that a slice holds whole blocks, or L divides e, so that it holds equal parts
-of blocks. In both cases a slice has a grid of its own:
+Each rank holds a slice of W [O, I]: rows where the model's `tp_plan` says "colwise", columns where it says "rowwise".
+All ranks see the same batch. Let L be the extent of each slice, s the start of this rank's slice, and e the edge of a
+block in that direction. Either e divides L, and a slice holds whole blocks, or L divides e, and it holds equal parts of
+blocks. In both cases a slice has its own grid:
 
     min(e, L)    edge of the part of a block in the slice
     s mod e      where in its block the part begins
 
-`forward` of such a module is replaced on the instance by transformers, which cuts inputs and puts outputs together. A
-copy of the module keeps the `forward` of the original, and with it the original's weight.
+transformers replaces the `forward` of such a module on the instance, by one that splits inputs and combines outputs. A
+copy of the module keeps the original's `forward`, which computes with the original's weight.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Slice(NamedTuple):
         return parts[0], parts[1]
 
     def locate(self, grid: BlockGrid, block_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Find the blocks that the slice meets.
+        """Find the blocks that lie in the slice, wholly or in part.
 
         Returns:
-            Their numbers [m] among the `block_indices` [n, 2], and their places [m, 2] in the slice's own grid.
+            Their positions [m] among the `block_indices` [n, 2], and their indices [m, 2] in the slice's own grid.
         """
         edge = grid.block_shape[self.dimension]
         starts = block_indices[:, self.dimension] * edge
@@ -86,18 +86,18 @@ def is_tensor_parallel(module: Any) -> bool:
 
 
 def refuse_copied(model: nn.Module) -> None:
-    """Raise `SMTError` if a model is a copy of a cut one."""
+    """Raise `SMTError` if a model is a copy of one whose weights tensor parallelism cuts."""
     for name, module in model.named_modules():
         if is_tensor_parallel(module) and not _computes_with_own_weight(module):
             raise SMTError(
                 f"`{name}` of this copy of a model computes with the weight of the original, since tensor parallelism "
-                "replaces the forward of what it cuts. Load the model once more in the place of copy.deepcopy: "
+                "replaces the forward of the modules that it cuts. Load the model once more instead of copying it: "
                 "from_pretrained(..., distributed_config=...)."
             )
 
 
 def _computes_with_own_weight(module: nn.Module) -> bool:
-    """Return whether the `forward` that transformers has put in the place of a module's own was made for it."""
+    """Return whether the `forward` that replaces a module's own was made for this module, not for its original."""
     return any(cell.cell_contents is module for cell in vars(module)["forward"].__closure__ or ())
 
 
@@ -107,7 +107,7 @@ def why_no_slice(linear: Any) -> str | None:
 
     weight = linear.weight
     if type(linear) is not nn.Linear:
-        return f"it is a {type(linear).__name__}, and tensor parallelism is known of an nn.Linear only"
+        return f"it is a {type(linear).__name__}, and under tensor parallelism only an nn.Linear can be tuned"
     if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard:
         return f"tensor parallelism cuts its weight as {weight.placements}, neither by rows nor by columns"
     if weight.shape[weight.placements[0].dim] % weight.device_mesh.size():
@@ -116,7 +116,7 @@ def why_no_slice(linear: Any) -> str | None:
 
 
 def style_of(model: Any, name: str) -> Any:
-    """Return the style of transformers by which a module is cut. Raises `SMTError` if the model has no plan for it."""
+    """Return the style in which transformers cuts a module. Raise `SMTError` if the model's plan does not have it."""
     from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
     plan = getattr(model, "tp_plan", None) or {}
@@ -127,7 +127,7 @@ def style_of(model: Any, name: str) -> Any:
 
 
 def refuse_unfitting(targets: Mapping[str, Any], grids: Mapping[str, BlockGrid]) -> None:
-    """Raise `SMTError` if the slices of some target hold neither whole blocks of its grid nor equal parts of blocks."""
+    """Raise `SMTError` if the slices of a target hold neither whole blocks of its grid nor equal parts of blocks."""
     for name, target in targets.items():
         if is_tensor_parallel(target) and not (held := Slice.of(target.weight)).fits(grids[name]):
             edge = grids[name].block_shape[held.dimension]

@@ -1,4 +1,4 @@
-"""Why a weight that is asked for cannot be tuned, in words for a warning."""
+"""Explain, for a warning, why a selected weight cannot be tuned."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def shared_weights(model: nn.Module) -> set[int]:
 
 
 def why_not(model: nn.Module, target: Target, shared: set[int]) -> str | None:
-    """Return why a target of a model cannot be tuned; None if it can. `shared` are the ids of its shared weights."""
+    """Return why a target of a model cannot be tuned; None if it can. `shared` are the ids of shared weights."""
     if is_embedding(target):
         return why_no_embedding(model, target)
     return _why_no_expert(target, shared) if isinstance(target, ExpertMatrix) else _why_no_linear(target, shared)
@@ -40,7 +40,7 @@ def why_no_embedding(model: nn.Module, embedding: nn.Embedding) -> str | None:
     """Return why blocks of an embedding of a model cannot be trained; None if they can."""
     weight, option = embedding.weight, unusual_option(embedding)
     if option is not None:
-        return f"it has {option}, with which other rows change or the gradient is not that of the looked up rows"
+        return f"it has {option}, which changes the weight in forward, or its gradient"
     if not has_plain_weight(embedding):
         return f"its weight is not a plain matrix of floats but a {type(weight).__name__} of {weight.dtype}"
     if not has_lookup_forward(embedding):
@@ -61,7 +61,7 @@ def _why_no_expert(matrix: ExpertMatrix, shared: set[int]) -> str | None:
     if id(stack) in shared:
         return "its parameter is shared with another module"
     if is_dtensor(stack):
-        return "its parameter is cut over ranks, where products of experts are not known to be followed exactly"
+        return "its parameter is cut over ranks, and tracking experts' products is not known to be exact there"
     if type(stack) is not nn.Parameter or stack.dtype not in WEIGHT_DTYPES:
         return f"its parameter is not a plain tensor of floats but a {type(stack).__name__} of {stack.dtype}"
     if not is_known(experts):

@@ -1,10 +1,10 @@
-"""Find what is trained whole beside the blocks and stored in the delta: the modules named in `modules_to_save`, or by
-default the new head (`heads.py`) and every other parameter that loading made up; normalisation layers (`train_norm`);
-and biases of the linears with blocks (`train_bias`). What `modules_to_save` names is trained even if it is frozen
-(`requires_grad=False`). The others are groups, from which frozen parameters are left out, unless the whole model is
-frozen.
+"""Find what is trained whole, besides the blocks, and stored in the delta: the modules named in `modules_to_save`, or
+by default the new head (`heads.py`) and every other newly initialised parameter; normalisation layers (`train_norm`);
+and biases of the linears with blocks (`train_bias`). Modules named in `modules_to_save` are trained even if they are
+frozen (`requires_grad=False`). From the new head, norms and biases, frozen parameters are left out, unless the whole
+model is frozen.
 
-Whole parameters have no masters: they are trained in the model's dtype.
+Whole parameters have no master copy: they are trained in the model's dtype.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.heads import head_names
-from smt_trainer.model.made_up import embeddings, made_up, new_rows
 from smt_trainer.model.names import layer_index, lies_in, matches, plain_name
+from smt_trainer.model.newly_initialised import embeddings, new_rows, newly_initialised
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import is_dtensor
 
@@ -31,25 +31,25 @@ def find_whole(
         model: a plain model.
         config: its `modules_to_save`, `train_norm` and `train_bias`.
         linears: names of the linears that have blocks, or may get them.
-        stored: names of the whole tensors that a delta holds. They show what was trained, whatever is frozen here.
+        stored: names of the whole tensors in a delta. They tell what was trained, whatever is frozen in this model.
 
     Raises:
         SMTError: a name matches no module, a linear lies in a module to train whole, norms or biases are missing, or
-            a parameter that loading made up would be left out of the delta.
+            a newly initialised parameter would be left out of the delta.
     """
     linears, trained = list(linears), _with_parents(_trainable(model) if stored is None else stored)
     if config.modules_to_save is None:
         found = [name for name in head_names(model) if name in trained]
     else:
         found = _find_named(model, config.modules_to_save)
-    found += _made_up(model, config, found)
+    found += _left_newly_initialised(model, config, found)
     _refuse_quantised(model, found)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     trained_whole = {id(parameters[name]): whole for name in parameters for whole in found if lies_in(name, whole)}
     for linear in linears:
         whole = next((name for name in found if lies_in(linear, name)), None)
         if whole is None:
-            # A head may be tied to it.
+            # Its weight may be tied to a head's.
             whole = trained_whole.get(id(parameters.get(f"{linear}.weight")))
         if whole is not None:
             raise SMTError(
@@ -67,24 +67,24 @@ def find_whole(
     return tuple(dict.fromkeys(found))
 
 
-def _made_up(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:
-    """Return the parameters that loading made up outside what was found, but for new rows of the vocabulary; refuse
+def _left_newly_initialised(model: nn.Module, config: SMTConfig, found: list[str]) -> list[str]:
+    """Return the newly initialised parameters that `found` does not cover, except new rows of the vocabulary; refuse
     those that must be named."""
-    left = [name for name in made_up(model) if not any(name.startswith(f"{module}.") for module in found)]
+    left = [name for name in newly_initialised(model) if not any(name.startswith(f"{module}.") for module in found)]
     if left:
-        # Blocks hold these (`selection/tokens.py`).
+        # New rows are trained as blocks (`selection/tokens.py`).
         held = new_rows(model)
         left = [name for name in left if name not in held]
     resized = [name for name in embeddings(model) if name in left]
     if resized:
         raise SMTError(
-            f"`{resized[0]}` has other rows than the checkpoint of the model, so no base gives them back. Train it "
+            f"`{resized[0]}` has other rows than the model's checkpoint, so the base cannot restore them. Train it "
             f"whole with modules_to_save={[resized[0].split('.')[-2]]!r}, or do not resize the vocabulary."
         )
     if left and config.modules_to_save is not None:
         raise SMTError(
-            f"loading made up `{left[0]}`, which the checkpoint does not have, and modules_to_save="
-            f"{config.modules_to_save!r} leaves it out, so no base and no delta would give it back. Add it to "
+            f"loading newly initialised `{left[0]}`, which the checkpoint does not have, and modules_to_save="
+            f"{config.modules_to_save!r} leaves it out, so neither the base nor the delta could restore it. Add it to "
             "modules_to_save, or leave modules_to_save at None."
         )
     return left
@@ -107,20 +107,20 @@ def _refuse_sharded(parameters: Mapping[str, Tensor], found: list[str]) -> None:
         whole = next((one for one in found if lies_in(name, one)), None)
         if whole is not None and is_dtensor(parameter):
             raise SMTError(
-                f"`{name}` is to be trained whole, and tensor parallelism cuts it over ranks. Leave `{whole}` out of "
+                f"`{name}` is to be trained whole, but tensor parallelism cuts it over ranks. Leave `{whole}` out of "
                 "what is trained whole (modules_to_save, train_norm, train_bias), or load the model without a "
                 "distributed_config."
             )
 
 
 def get_whole(model: nn.Module, name: str) -> nn.Module | Tensor:
-    """Return the module, parameter or buffer of a name that `find_whole` found."""
+    """Return the module, parameter or buffer with a name that `find_whole` returned."""
     parent, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(parent), leaf)
 
 
 def stored_whole(state: Mapping[str, Tensor], whole: Iterable[str]) -> dict[str, Tensor]:
-    """Return the tensors of a state dict (`keep_vars`) that have, or lie under, one of the names; tied ones once."""
+    """Return the tensors of a state dict (`keep_vars=True`) with, or under, one of the names; tied ones once."""
     names = set(whole)
     prefixes, seen, found = tuple(f"{name}." for name in names), set(), {}
     for key, tensor in state.items():
@@ -132,7 +132,7 @@ def stored_whole(state: Mapping[str, Tensor], whole: Iterable[str]) -> dict[str,
 
 
 def _trainable(model: nn.Module) -> list[str]:
-    """Name the parameters that are not frozen; all of a model that is frozen whole."""
+    """Return the names of the parameters that are not frozen; of all if the whole model is frozen."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return [name for name, parameter in parameters.items() if parameter.requires_grad] or list(parameters)
 

@@ -1,4 +1,4 @@
-"""Scores: how much each block of the targets matters for the task.
+"""Score how much each block of the targets matters for the task.
 
 Let G = sum over warm-up steps t of G_t be the summed gradient of one weight W [O, I]. G_t is the gradient of one
 optimizer step's loss (over all micro-batches and ranks) at the base weights. The scores of a block are:
@@ -15,7 +15,7 @@ optimizer step's loss (over all micro-batches and ranks) at the base weights. Th
     random           uniform, seeded                     the baseline that a score has to beat (no warm-up)
 
 Ranks average sums that are linear in the data: of G, of <W, G>, of squares. Absolute values and roots are taken
-afterwards. Only `grad_abs` depends on how the data are split. Each file of this package derives its own scores.
+afterwards. Only `grad_abs` depends on how the data are split. Each file of this package explains its own scores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores of the summed gradient G, held in an accumulator as large as the targets.
+"""Compute scores from the summed gradient G, held in an accumulator as large as the targets.
 
     grad_l1      mean over the block of |G|
     grad_l2      root of the sum over the block of G^2
@@ -7,8 +7,8 @@
 ranks cannot change it. A bfloat16 accumulator takes half the memory but rounds each addition to 8 bits: a contribution
 smaller than 1/256 of the sum is lost.
 
-Sums are sharded as FSDP2 shards the gradients. Those of experts' matrices are not: every rank forms the gradient of its
-own tokens and sums it whole, as under DDP.
+Sums are sharded as FSDP2 shards the gradients, except for experts' matrices: every rank computes their whole gradient
+for its own tokens and sums it unsharded, as under DDP.
 """
 
 from __future__ import annotations
@@ -49,18 +49,19 @@ class Accumulated(Scorer):
         self.sums = {
             name: torch.zeros(shape, dtype=dtype, device=device or devices[name]) for name, shape in shapes.items()
         }
-        self.held: dict[str, Tensor] = {}
+        self.step_gradients: dict[str, Tensor] = {}
         self.copies = _Copies()
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Generator[None]:
-        with weight_gradients(self.targets, self._hold if hold else self._add):
+    def attached(self, by_step: bool = False) -> Generator[None]:
+        with weight_gradients(self.targets, self._add_to_step if by_step else self._add):
             yield
         self.copies.finish()
 
-    def _hold(self, name: str, gradient: Tensor) -> None:
+    def _add_to_step(self, name: str, gradient: Tensor) -> None:
         gradient = local_tensor(gradient)
-        self.held[name] = self.held[name].add_(gradient) if name in self.held else gradient
+        total = self.step_gradients.get(name)
+        self.step_gradients[name] = gradient if total is None else total.add_(gradient)
 
     def _add(self, name: str, gradient: Tensor) -> None:
         total, gradient = self.sums[name], local_tensor(gradient)
@@ -70,8 +71,8 @@ class Accumulated(Scorer):
             total.add_(gradient.to(total.device))
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
-        taken = [(self.sums[name], gradient) for name, gradient in self.held.items()]
-        self.held = {}
+        taken = [(self.sums[name], gradient) for name, gradient in self.step_gradients.items()]
+        self.step_gradients = {}
         return taken
 
     def statistics(self) -> Iterator[Tensor]:
@@ -113,7 +114,7 @@ def _is_sharded(target: Target) -> bool:
 
 
 def _accumulator_device(config: SMTConfig, dtype: torch.dtype, device: torch.device, count: int) -> torch.device | None:
-    """Return the CPU, or None for each weight's own device, of which the first is given; `count` sums lie there."""
+    """Return where `count` sums are kept: the CPU, or None for each weight's own device; `device` is the first's."""
     if config.accumulator_device == "auto":
         if device.type != "cuda":
             return None
@@ -122,10 +123,10 @@ def _accumulator_device(config: SMTConfig, dtype: torch.dtype, device: torch.dev
 
 
 class _Copies:
-    """Gradients on their way from the GPU to sums on the CPU.
+    """Adds gradients on the GPU to sums on the CPU.
 
-    A separate stream copies each gradient into pinned memory. It is added to its sum once later copies are under way,
-    so backward does not wait for it.
+    A separate stream copies each gradient into pinned memory. The copy is added to its sum only when later copies are
+    under way, so that backward does not wait for it.
     """
 
     def __init__(self) -> None:

@@ -1,22 +1,23 @@
-"""Scores of the inputs, which need no backward.
+"""Compute scores from the inputs of the targets; they need no backward.
 
 Let x [T, I] be the inputs of a linear over all T warm-up tokens, padding included, and c a block's columns:
 
     activation       root of the sum over tokens and columns of x[:, c]^2
-    low_activation   1 / activation; 0 where no input reaches the block, which could not learn
+    low_activation   1 / activation; 0 if no input reaches the block, which then could not learn
 
-`low_activation` chooses the weights that change the outputs least when they move. Adam moves a weight by about the
-learning rate whatever its gradient, so where inputs are large it moves the outputs far, also those of texts unlike the
-task's. The scale of inputs differs between modules: use it with scope="per_module".
+`low_activation` prefers the weights whose updates change the outputs least. Adam moves a weight by about the learning
+rate whatever its gradient, so where inputs are large the outputs change a lot, even for texts unlike the task's. The
+scale of inputs differs between modules, so use this score with scope="per_module".
 
-A convolution reads x once for each weight of its kernel, where it moves, and each group its own channels: there the sum
-is over all that the weights of a column multiply, and over rows of several groups their mean is taken.
+In a convolution, each kernel weight multiplies other elements of x as the kernel moves, and each group reads its own
+channels. There the sum is over all elements that the weights of a column multiply; for a block with rows of several
+groups, the mean over its rows is taken.
 
-An embedding multiplies its rows by ones and zeros: there the sum is how often the tokens of a block row occur, the
-padding token left out.
+An embedding multiplies its rows by ones and zeros. There the sum is how often the tokens of a block row occur, without
+the padding token.
 
-All blocks of a block column get the same score, and so do q, k and v, which share their input. Module order breaks
-ties, then row order. Ranks average the sums of squares, which scales all scores alike.
+All blocks in a block column of a linear get the same score, and so do q, k and v, which share their input. Module order
+breaks ties, then row order. Ranks average the sums of squares, which scales all scores alike.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Activation(Scorer):
         }
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Generator[None]:
+    def attached(self, by_step: bool = False) -> Generator[None]:
         # Without a graph, no activation is kept and no checkpointed layer runs twice.
         with watching_calls(self.targets, self._add), torch.no_grad():
             yield
@@ -88,7 +89,7 @@ def _sums_shape(grid: BlockGrid) -> tuple[int, int]:
 
 def _occurrences(embedding: nn.Embedding, ids: Tensor) -> Tensor:
     """Return [V] in float32: how often each token occurs, 0 for the padding token."""
-    # Not `bincount`, which the meta device of an estimate does not have.
+    # Estimates run on the meta device, which does not support `bincount`.
     ids = ids.flatten()
     counts = torch.zeros(embedding.num_embeddings, device=ids.device).index_add_(0, ids, torch.ones_like(ids).float())
     if embedding.padding_idx is not None:
@@ -97,7 +98,7 @@ def _occurrences(embedding: nn.Embedding, ids: Tensor) -> Tensor:
 
 
 def _of_rows(sums: Tensor, grid: BlockGrid) -> Tensor:
-    """Return [R, C]: the mean over the rows of each block, where a row has the sums [g, C] of its group."""
+    """Return [R, C]: the mean over the rows of each block, where each row has its group's sums, of `sums` [g, C]."""
     if grid.embedding:
         return sums.repeat(1, grid.shape[1])
     if grid.groups == 1:

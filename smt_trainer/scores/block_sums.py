@@ -1,4 +1,4 @@
-"""Scores that keep one number per block, summed in float32.
+"""Compute scores from one number per block, summed in float32.
 
     grad_signed  |mean over the block of G|
     grad_abs     sum over t of the mean over the block of |G_t|
@@ -9,15 +9,15 @@ neighbouring features of one block row or column,
 
     mean over block (r, c) of G_t = sum over tokens of p(dy)[:, r] * p(x)[:, c]
 
-so `grad_signed` needs no weight gradient, only one product of pooled activations; but a convolution's, whose weights
-multiply many places, is formed, and so is an embedding's, to which a tied head may add. The other two scores form one
-weight gradient at a time, reduce it to one number per block and drop it. Since <W, G> = sum over t of <W, G_t>,
-`taylor` needs no sum of gradients either.
+so `grad_signed` needs no weight gradient, only one product of pooled activations. It does compute the weight gradient
+of convolutions, whose weights multiply many positions, and of embeddings, to which a tied head may add. The other two
+scores compute one weight gradient at a time, reduce it to one number per block and drop it. Since <W, G> = sum over t
+of <W, G_t>, `taylor` needs no sum of gradients either.
 
 Where FSDP2 or tensor parallelism shards a weight over n ranks, each rank reduces its own part and multiplies the result
 by n. All sums are averaged over ranks, which then gives the sum over the whole block. Under tensor parallelism
-`grad_signed` forms the weight gradient, too, since a rank sees some of the features only. The gradient of an expert's
-matrix is whole under FSDP2: the one of the rank's own tokens, as under DDP.
+`grad_signed` computes the weight gradient, too, since a rank sees only some of the features. Under FSDP2, each rank has
+the whole gradient of an expert's matrix for its own tokens, as under DDP.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class BlockSums(Scorer):
     """Keeps one sum per block; its absolute value is the score.
 
     Attributes:
-        reads_weights: whether its `terms` use the weight.
+        reads_weights: whether `terms` uses the values of the weight.
     """
 
     reads_weights: ClassVar[bool] = False
@@ -60,8 +60,8 @@ class BlockSums(Scorer):
         }
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Generator[None]:
-        self.step_sums = {name: torch.zeros_like(total) for name, total in self.sums.items()} if hold else self.sums
+    def attached(self, by_step: bool = False) -> Generator[None]:
+        self.step_sums = {name: torch.zeros_like(total) for name, total in self.sums.items()} if by_step else self.sums
         with self.observing():
             yield
 
@@ -70,7 +70,7 @@ class BlockSums(Scorer):
         raise NotImplementedError
 
     def reduce(self, name: str, gradient: Tensor, terms: Callable[[BlockGrid, Tensor, Tensor], Tensor]) -> None:
-        """Add the block sums of `terms(grid, weight, gradient)` [rows, columns], which are this rank's."""
+        """Add the block sums of `terms(grid, weight, gradient)` [rows, columns] for this rank's part of the weight."""
         target, grid, gradient = self.targets[name], self.grids[name], local_tensor(gradient).flatten(1)
         weight = target.weight
         if is_quantised(target):
@@ -117,7 +117,7 @@ class GradSigned(BlockSums):
 
 
 def _is_formed(target: Target) -> bool:
-    """Return whether `grad_signed` forms the gradient of a target's weight."""
+    """Return whether `grad_signed` computes the gradient of a target's weight."""
     return is_convolution(target) or is_embedding(target) or is_tensor_parallel(target)
 
 
@@ -144,8 +144,8 @@ class Reduced(BlockSums):
 class GradAbs(Reduced):
     """`grad_abs`: sum over t of the mean over the block of |G_t|, where G_t is the gradient of one backward.
 
-    Depends on how the data are split into micro-batches, and over DDP's ranks, each of which runs its own backward.
-    FSDP2 delivers the mean over its ranks; reentrant checkpointing delivers one gradient per use of a shared layer.
+    It depends on how the data are split into micro-batches and over DDP's ranks, each of which runs its own backward.
+    FSDP2 gives the mean over its ranks; reentrant checkpointing gives one gradient per use of a shared layer.
     """
 
     @staticmethod
@@ -156,8 +156,8 @@ class GradAbs(Reduced):
 class Taylor(Reduced):
     """`taylor`: |<W, G>|, to first order the change in loss if the block is removed (SPSFT, section 3.2, eq. 6).
 
-    Under the statistics of its batch, batch normalisation takes back any factor of a row before it: <W, G> of the row
-    would be 0 but for rounding, whatever the row does. So the running statistics are used.
+    With batch statistics, batch normalisation cancels any scaling of a row before it, so <W, G> of the row would be 0
+    up to rounding, however much the row matters. So the running statistics are used.
     """
 
     needs_running_statistics = True
@@ -174,8 +174,8 @@ def add_block_sums(
     """Add `factor` times the block sums of `values` to `total` [R, C].
 
     Args:
-        values: a part of a tensor of the grid's `stored_shape`, from this row and column on. Its rows may begin and end
-            inside a block, its columns where they are fewer than those of a block.
+        values: the part of a tensor of the grid's `stored_shape` that starts at `row` and `column`. Its rows may begin
+            and end inside a block; its columns may only if they are fewer than a block's.
     """
     height, width = grid.block_shape[::-1] if grid.transposed else grid.block_shape
     values = values.flatten(1)

@@ -1,8 +1,8 @@
-"""Classes of training examples, for scores that rank by class.
+"""Find the classes of training examples, for scores that use classes.
 
-The class of an example is the value of a column of the training data, or else its label: the label itself where each
-example has one, the first label that is not -100 where each token has one. A 64-bit integer stands for a class, the
-label or a hash of the column's value, so that strings are classes as well and all ranks agree.
+The class of an example is the value of a column of the training data, or else its label: the label itself if each
+example has one, the first label that is not -100 if each token has one. A class is represented by a 64-bit integer, the
+label or a hash of the column's value, so that strings can be classes, too, and all ranks agree.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NO_LABEL = -100
 
 
 def take_classes(inputs: MutableMapping[str, Any], column: str | None) -> Tensor:
-    """Return the classes [B] of a batch's examples, int64 on the CPU, and take those of a column out of the batch.
+    """Return the classes [B] of a batch's examples, int64 on the CPU; remove those of a column from the batch.
 
     Args:
         inputs: a collated batch.
-        column: the configured `class_column`; None for the labels, which stay.
+        column: the configured `class_column`; None for the labels, which stay in the batch.
 
     Raises:
         SMTError: the batch has no classes, or its labels are not classes.
@@ -33,7 +33,7 @@ def take_classes(inputs: MutableMapping[str, Any], column: str | None) -> Tensor
         if CLASSES_KEY not in inputs:
             raise SMTError(
                 f"the batches of the warm-up come without class_column={column!r}, because the trainer's data_collator "
-                "does not collate them. Leave get_train_dataloader as it is, or class_column at None."
+                "does not collate them. Do not override get_train_dataloader, or leave class_column at None."
             )
         return inputs.pop(CLASSES_KEY).cpu()
     labels = inputs.get("labels")
@@ -51,7 +51,7 @@ def take_classes(inputs: MutableMapping[str, Any], column: str | None) -> Tensor
 
 
 def loss_terms(inputs: Mapping[str, Any], examples: int) -> Tensor:
-    """How many terms of the loss each of the examples has [B]: its labelled tokens, or one for an example's label."""
+    """Count the loss terms of each example [B]: its labelled tokens, or one if the example has a single label."""
     labels = inputs.get("labels")
     if torch.is_tensor(labels) and labels.ndim == 2 and not labels.is_floating_point():
         return (labels != NO_LABEL).sum(1).cpu()

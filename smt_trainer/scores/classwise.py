@@ -1,6 +1,6 @@
 """`qm_taylor`: the Taylor score of each class of examples, and the mean of its quantiles over the classes.
 
-G^c is what the examples of class c contribute to G. Their loss has n_c terms, one for each labelled token or, where an
+G^c is the contribution of the examples of class c to G. Their loss has n_c terms, one for each labelled token or, if an
 example has one label, for each example; n = sum over c of n_c. The gradient of the mean loss over class c is
 n / n_c * G^c, up to a factor that all classes share, so that (SPSFT, section 3.2, eq. 6 and 7)
 
@@ -11,8 +11,8 @@ Quantiles between two classes are interpolated linearly. With a single class, th
 
 One backward gives all G^c, since the gradient dy of a linear's output keeps the examples apart: G^c = dy[c]^T x[c],
 where x[c] and dy[c] hold the tokens of class c's examples. Together these products take as many FLOPs as G; each is
-reduced to one number per block and dropped. Examples must not affect each other, as they would in batch normalisation;
-it uses its running statistics.
+reduced to one number per block and dropped. Examples must not affect each other, as they would in batch normalisation,
+so it uses its running statistics.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class QMTaylor(BlockSums):
         self.places: dict[int, int] = {}
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Generator[None]:
-        self.step_counts = torch.zeros_like(self.counts) if hold else self.counts
-        with super().attached(hold):
+    def attached(self, by_step: bool = False) -> Generator[None]:
+        self.step_counts = torch.zeros_like(self.counts) if by_step else self.counts
+        with super().attached(by_step):
             yield
 
     @classmethod
@@ -98,17 +98,17 @@ class QMTaylor(BlockSums):
     def _observe(self, name: str, linear: Target, x: Tensor) -> Callable[[Tensor], None]:
         if isinstance(linear, ExpertMatrix):
             raise SMTError(
-                f"'qm_taylor' tells examples apart, and the router sends single tokens to `{name}`. Use 'taylor', or "
-                "leave the experts out."
+                f"'qm_taylor' needs separate examples, but the router sends single tokens to `{name}`. Use 'taylor', "
+                "or leave the experts out."
             )
         if is_embedding(linear):
             raise SMTError(
-                f"'qm_taylor' tells examples apart, and a head tied to `{name}` may not. Use 'taylor', or leave the "
-                "embeddings out."
+                f"'qm_taylor' needs separate examples, and a head tied to `{name}` may mix them. Use 'taylor', or "
+                "leave the embeddings out."
             )
         if x.shape[0] != len(self.classes):
             raise SMTError(
-                f"'qm_taylor' tells examples apart by the first dimension of a linear's input: `{name}` should get "
+                f"'qm_taylor' separates examples by the first dimension of a linear's input: `{name}` should get "
                 f"{len(self.classes)} examples, got shape {list(x.shape)}. Examples packed into one sequence have no "
                 "separate classes; use 'taylor', or exclude such modules."
             )
@@ -130,7 +130,7 @@ class QMTaylor(BlockSums):
         return taken
 
     def statistics(self) -> Iterator[Tensor]:
-        # Ranks see different classes; give all ranks all classes, in one order.
+        # Ranks see different classes; give all ranks all classes, in the same order.
         labels = sorted(set().union(*_gathered(list(self.places))))
         self._make_room(len(self.places) + 1)
         order = [self.places.get(label, len(self.places)) for label in labels]

@@ -1,9 +1,10 @@
-"""Which targets a warm-up reaches.
+"""Find which targets a warm-up reaches.
 
-Blocks are trained where forward calls the linear and backward passes its output. A model may instead read the weight
-and never call the linear (Mamba's `dt_proj`, WavLM's attention, fused kernels); then the weight has a gradient, and the
-score may be high, but its blocks never get one. Or it may call the linear and use its output nowhere (LLaVA's last
-vision layer). Only what no step and no rank reached is left out: an expert may see no token in most steps.
+Blocks can be trained only if forward calls the linear and backward reaches its output. A model may instead read the
+weight and never call the linear (Mamba's `dt_proj`, WavLM's attention, fused kernels); then the weight gets a gradient,
+and the score may be high, but its blocks never get one. Or it may call the linear without using its output (LLaVA's
+last vision layer). Only targets that no step on any rank reached are left out: an expert may see no token in most
+steps.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Reach:
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None]:
-        """Note calls and gradients within this context; enter it after the scorer's, whose hooks change outputs."""
+        """Record calls and gradients within this context; enter it after the scorer's, whose hooks change outputs."""
         with watching_calls(self.targets, self._note):
             yield
 
@@ -54,18 +55,18 @@ class Reach:
         self.passed.add(name)
 
     def flags(self) -> Tensor:
-        """Return [2, targets]: 1 where a target was called, and where a gradient passed it."""
+        """Return [2, targets]: 1 if forward called a target (first row), and if a gradient reached it (second row)."""
         return torch.tensor([[float(name in seen) for name in self.targets] for seen in (self.called, self.passed)])
 
     def keep(self, scores: Mapping[str, Tensor], flags: Tensor) -> dict[str, Tensor]:
-        """Return the scores of the targets that were reached; name the others in the log.
+        """Return the scores of the targets that were reached; log the names of the others.
 
         Args:
             scores: of all targets.
             flags: averaged over all ranks.
 
         Raises:
-            SMTError: none was.
+            SMTError: no target was reached.
         """
         called, passed = ({name for name, share in zip(self.targets, row, strict=True) if share} for row in flags)
         silent = [name for name in self.targets if name not in called]

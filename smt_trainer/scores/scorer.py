@@ -1,4 +1,4 @@
-"""What all scorers share."""
+"""Define the base class of scorers, and how they observe gradients."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Scorer(ABC):
         needs_warmup: whether the scorer needs batches.
         needs_backward: whether a warm-up step runs backward; if not, forward runs without a graph.
         needs_running_statistics: whether batch normalisation must use its running statistics, as in evaluation.
-        needs_all_features: whether it reads inputs or outputs of linears, of which tensor parallelism gives a rank some
-            features only.
+        needs_all_features: whether it reads inputs or outputs of linears, which tensor parallelism splits by features
+            over ranks.
 
     Args:
         targets: name -> linear or expert's matrix, in the model's order.
@@ -54,21 +54,21 @@ class Scorer(ABC):
         self.targets, self.grids, self.config, self.seed = targets, grids, config, seed
 
     @contextlib.contextmanager
-    def attached(self, hold: bool = False) -> Generator[None]:
+    def attached(self, by_step: bool = False) -> Generator[None]:
         """Observe the targets within this context; remove all hooks at its end, even after an exception.
 
-        With `hold`, keep each optimizer step's contribution apart until the caller takes it with `take_step`.
+        With `by_step`, keep each optimizer step's contribution apart until the caller takes it with `take_step`.
         """
         yield
 
     def begin_batch(self, inputs: MutableMapping[str, Any]) -> None:
-        """Look at a micro-batch before its forward, and remove from it what the model does not take."""
+        """Inspect a micro-batch before its forward, and remove from it what the model does not accept."""
         return
 
     def take_step(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each sum with the last step's contribution to it, and forget the contribution.
+        """Return each sum with the last step's contribution to it, and reset the contributions.
 
-        Contributions of gradients are floating point and carry the loss scale; counts are integers.
+        Contributions of gradients are floating point and include the loss scale; counts are integers.
         """
         return []
 
@@ -83,12 +83,12 @@ class Scorer(ABC):
 
 @contextlib.contextmanager
 def weight_gradients(targets: Mapping[str, Target], consume: Callable[[str, Tensor], None]) -> Generator[None]:
-    """Form the gradients of the targets' weights within this context.
+    """Compute the gradients of the targets' weights within this context.
 
-    Each time backward has formed one, call `consume` with the module's name and the gradient, then free it: only one
-    is alive at a time. A weight is let require a gradient, and gets back the one that it had. Of a quantised one, which
-    cannot, and of an expert's matrix, whose gradient autograd forms for all experts together, the gradient is dy^T x of
-    each product.
+    Whenever backward has computed one, call `consume` with the module's name and the gradient, then free it: only one
+    is alive at a time. Plain weights require a gradient within this context; their own `.grad` is restored afterwards.
+    Quantised weights cannot require one, and autograd would compute experts' gradients all together: for these two, the
+    gradient is computed as dy^T x of each product.
     """
     handles, before = [], {}
     plain = {name: target for name, target in targets.items() if isinstance(target, nn.Module)}
@@ -120,7 +120,7 @@ def _multiply(consume: Callable[[str, Tensor], None], name: str, target: Target,
     kept = keep_for_backward(x)
 
     def form(dy: Tensor) -> None:
-        # It must not hold x itself.
+        # This function must not hold x itself, which checkpointing or offloading may free.
         consume(name, product_gradient(target, kept().to(dy.dtype), dy))
 
     return form
@@ -133,8 +133,8 @@ def product_gradient(target: Target, x: Tensor, dy: Tensor) -> Tensor:
 
 
 def keep_for_backward(tensor: Tensor) -> Callable[[], Tensor]:
-    """Save a tensor through autograd, so that checkpointing and offloading apply to it; return what gives it back."""
-    # Older versions of torch free what a node has saved together with its output.
+    """Save a tensor through autograd, so that checkpointing and offloading apply to it; return a function to get it."""
+    # Keep the output alive: older versions of torch free a node's saved tensors together with it.
     kept = _Kept.apply(tensor, torch.ones((), requires_grad=True))
     return lambda: kept.grad_fn.saved_tensors[0]
 
@@ -150,7 +150,7 @@ class _Kept(torch.autograd.Function):
 def output_gradients(
     targets: Mapping[str, Target], observe: Callable[[str, Target, Tensor], Callable[[Tensor], None]]
 ) -> Generator[None]:
-    """Observe the output gradients of the targets within this context; form no weight gradient.
+    """Observe the output gradients of the targets within this context; compute no weight gradient.
 
     Each call of a target calls `observe` with the target's name, the target and its input x. Backward then calls what
     `observe` returned with the gradient dy of the output.

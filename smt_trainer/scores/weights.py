@@ -1,4 +1,4 @@
-"""Scores that need no warm-up: of the base weights alone, or random."""
+"""Compute scores that need no warm-up: from the base weights alone, or at random."""
 
 from __future__ import annotations
 

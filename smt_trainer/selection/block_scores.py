@@ -1,10 +1,10 @@
-"""The scores of all blocks as an artefact, so that another budget, scope or cap needs no second warm-up.
+"""The scores of all blocks, which can be saved so that another budget, scope or cap needs no second warm-up.
 
     smt_scores.safetensors   <module>  [R, C] float32, the scores of a module's blocks
                              and in its metadata the manifest: format, configuration, grids, name and number of
                              parameters of the model, checksum
-    <module> > <module>      [n, 2] int32, with `train_dependents`: rows of one and the columns of another that depend
-                             on them
+    <module> > <module>      [n, 2] int32, with `train_dependents`: pairs of a row of the first module and a column of
+                             the second that depends on it
 
 The file holds 4 bytes a block: 96 KiB for the query, key and value projections of Llama-2-7B in blocks of 256x256,
 2.3 MB for those of Llama-3.1-405B. It is plain data, the same on every machine and for every number of ranks.
@@ -34,14 +34,15 @@ from smt_trainer.manifest import (
     refusing_damage,
     sealed,
 )
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.grid import BlockGrid, read_grids
-from smt_trainer.model.kinds import is_layer_of, named_targets
+from smt_trainer.model.kinds import fits_grid, named_targets, targets_named
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.scores import make_scorer
 from smt_trainer.scores.collect import collect_scores
-from smt_trainer.selection.block_selection import BlockSelection, base_name
+from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.selection.choose import select_blocks
 from smt_trainer.selection.dependencies import add_columns
@@ -64,10 +65,10 @@ class BlockScores:
         grids: module name -> grid, for every target, in the model's order.
         scores: module name -> [R, C] float32 on the CPU.
         num_parameters: parameters of the whole model, tied weights counted once.
-        config: the configuration of their computation.
+        config: the configuration that they were computed with.
         base_model: name of the model, if known.
-        dependencies: those of the targets, with `train_dependents`.
-        unreached: the targets that are left out, since the warm-up did not reach them.
+        dependencies: the columns that depend on rows of the targets, with `train_dependents`.
+        unreached: the targets without scores, because the warm-up did not reach them.
     """
 
     grids: dict[str, BlockGrid]
@@ -108,8 +109,7 @@ class BlockScores:
         """
         keep_differentiable(model)
         candidates = find_candidates(model, config)
-        everything = named_targets(model)
-        targets = {name: everything[name] for name in candidates.grids}
+        targets = targets_named(model, candidates.grids)
         scorer = make_scorer(targets, candidates.grids, config, seed)
         scores = collect_scores(model, scorer, itertools.islice(batches, config.smt_warmup_steps))
         return cls.of_candidates(candidates, scores, config, base_name(model))
@@ -118,7 +118,7 @@ class BlockScores:
     def of_candidates(
         cls, candidates: Candidates, scores: dict[str, Tensor], config: SMTConfig, base_model: str | None
     ) -> BlockScores:
-        """Put the scores of candidates and what they are of together."""
+        """Combine candidates with the scores of their blocks."""
         grids = {name: grid for name, grid in candidates.grids.items() if name in scores}
         unreached = tuple(name for name in candidates.grids if name not in scores)
         return cls(grids, scores, candidates.num_parameters, config, base_model, candidates.dependencies, unreached)
@@ -127,16 +127,16 @@ class BlockScores:
         """Return the highest-scoring blocks within a budget; see `select_blocks`.
 
         Args:
-            config: the scores' own by default. Another one may differ in `budget`, `budget_of`, `scope`, `layer_cap`,
+            config: default: that of the scores. Another one may differ in `budget`, `budget_of`, `scope`, `layer_cap`,
                 `rank_cap`, and in `lowest_layer`, `target_modules` and `exclude_modules` if these leave fewer targets.
 
         Returns:
-            The selection. Its configuration is that of the scores, with the given fields that decide targets, choice
-            and training.
+            The selection. Its configuration is that of the scores, except for the fields that decide targets, choice
+            and training, which come from `config`.
 
         Raises:
-            SMTError: the given `score`, `block_size`, `granularity` or `train_dependents` differs, the given targets
-                have no scores, or as `select_blocks`.
+            SMTError: `config` has another `score`, `block_size`, `granularity` or `train_dependents`, or asks for
+                targets without scores; or as in `select_blocks`.
         """
         config = config or self.config
         names = narrowed(self.grids, self.config, config)
@@ -156,7 +156,7 @@ class BlockScores:
         for name, grid in self.grids.items():
             target = everything.get(name)
             shape = None if target is None else full_shape(target.weight)
-            if target is None or shape != grid.stored_shape or not is_layer_of(target, grid):
+            if target is None or shape != grid.stored_shape or not fits_grid(target, grid):
                 wanted, found = ("x".join(map(str, size)) for size in (grid.stored_shape, shape or ["no such module"]))
                 raise SMTError(
                     f"the scores of `{name}` are of a weight of {wanted}; this model has {found}. They were computed "
@@ -213,7 +213,7 @@ class BlockScores:
             return scores
 
     def _check_stored(self, readers: Mapping[str, BlockGrid]) -> None:
-        """Raise `SMTError` unless scores are finite and dependencies lie in the grids, as far as not checked yet."""
+        """Raise `SMTError` unless scores are finite and dependencies lie in the grids; `__post_init__` did the rest."""
         for name, found in self.scores.items():
             if not found.isfinite().all():
                 raise SMTError(f"the scores of `{name}` are not finite. Score the blocks again.")
@@ -228,7 +228,7 @@ class BlockScores:
                 )
         found = {one.reader for one in self.dependencies}
         if not self.grids or found & self.grids.keys() or found != readers.keys():
-            raise SMTError("the scores have no module, or other readers than dependencies. Score the blocks again.")
+            raise SMTError("the scores list no module, or readers that no dependency has. Score the blocks again.")
 
 
 def _limits(source: BlockGrid | None, one: Dependency) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The chosen blocks of a model: an artefact that can be saved and reused. Imports no torch."""
+"""The chosen blocks of a model, which can be saved and reused. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json, write_text
 from smt_trainer.manifest import check_format, check_keys, read_base, read_config, refusing_damage, sealed, unsealed
 from smt_trainer.model.grid import BlockGrid, numel, read_grids
-from smt_trainer.model.hub import cached_commit
-from smt_trainer.model.merged import is_merged
 from smt_trainer.model.names import by_projection
 from smt_trainer.settings import is_int
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 SELECTION_FILE = "smt_selection.json"
 FORMAT = 1
@@ -80,13 +78,13 @@ class BlockSelection:
         return self.trainable_parameters / numel(self.grids.values())
 
     def new_rows(self, name: str, count: int) -> range:
-        """Return the rows that a module has more than `count`, if the chosen blocks hold them all."""
+        """Return the rows of a module from row `count` on; an empty range unless the chosen blocks cover them all."""
         grid = self.grids.get(name)
         rows = range(count, grid.out_features if grid else count)
-        return rows if rows and self.holds_rows(name, rows) else range(0)
+        return rows if rows and self.covers_rows(name, rows) else range(0)
 
-    def holds_rows(self, name: str, rows: range) -> bool:
-        """Return whether the chosen blocks of a module hold all of some of its rows."""
+    def covers_rows(self, name: str, rows: range) -> bool:
+        """Return whether the chosen blocks of a module cover all of `rows`."""
         if name not in self.block_indices:
             return False
         grid = self.grids[name]
@@ -158,7 +156,7 @@ class BlockSelection:
 
     @classmethod
     def resolve(cls, selection: BlockSelection | Mapping[str, Any] | str | Path) -> BlockSelection:
-        """Return a selection given as itself, as its dictionary or as the path of its file."""
+        """Return the selection, given as a `BlockSelection`, as its dictionary or as the path of its file."""
         if isinstance(selection, BlockSelection):
             return selection
         return cls.from_dict(selection) if isinstance(selection, Mapping) else cls.load(selection)
@@ -170,20 +168,3 @@ def _read_indices(rows: Any, module: str) -> np.ndarray:
     ):
         raise SMTError(f"block_indices of `{module}` must be pairs of whole numbers. The selection is damaged.")
     return np.array(rows, np.int64)
-
-
-def base_name(model: nn.Module) -> str | None:
-    """Return the model's hub name, with its revision if known (`name@commit`); for a local base, the folder's name.
-
-    A model that a delta was merged into has no name: it is no longer the base that it was loaded from.
-    """
-    if is_merged(model):
-        return None
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
-    if not name:
-        return None
-    if Path(name).exists():
-        return Path(name).resolve().name
-    revision = getattr(config, "_commit_hash", None) or cached_commit(name)
-    return f"{name}@{revision}" if revision else name

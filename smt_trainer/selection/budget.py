@@ -7,8 +7,8 @@ others and meets its own budget.
 
 With `scope="per_module"`, a count applies to each module, and f * D is divided in proportion to the modules' sizes.
 `layer_cap` limits each layer to n blocks, or to a fraction of the layer's weights in the group. Each layer then offers
-only its best blocks up to the cap, so the targets hold less. So they do under `rank_cap`, which limits each module to
-some of its block rows, or of its block columns (see `rank.py`).
+only its best blocks up to the cap, so the targets hold less. The same is true of `rank_cap`, which limits each module
+to some of its block rows, or to some of its block columns (see `rank.py`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class BudgetGroup:
         return layers
 
     def most_blocks(self, name: str) -> int:
-        """Return the most blocks that may be chosen from one target, as far as `layer_cap` allows."""
+        """Return the most blocks that may be chosen from one target, as far as `rank_cap` allows."""
         grid, cap = self.grids[name], self.config.rank_cap
         if cap is None:
             return grid.num_blocks
@@ -64,7 +64,7 @@ class BudgetGroup:
         return max(most_rows * columns, most_columns * rows)
 
     def cap(self, names: Iterable[str]) -> tuple[int, int]:
-        """Return the most blocks and the most weights that `layer_cap` lets one layer's targets give."""
+        """Return the most blocks and the most weights that `layer_cap` allows in one layer with these targets."""
         cap, total = self.config.layer_cap, numel(self.grids[name] for name in names)
         blocks = sum(self.grids[name].num_blocks for name in names)
         if cap is None:
@@ -73,7 +73,7 @@ class BudgetGroup:
         return (min(cap, blocks), total) if isinstance(cap, int) else (blocks, int(Fraction(str(cap)) * total))
 
     def quotas(self) -> dict[str, int]:
-        """Return each module's blocks: the count, or a share in proportion to size, rounded by largest remainder."""
+        """Return each module's number of blocks: the count, or a share by size, rounded by largest remainder."""
         if self.weights is None:
             return dict.fromkeys(self.grids, self.count)
         fraction = min(1.0, self.weights / numel(self.grids.values()))
@@ -179,7 +179,7 @@ def _group(
 
 
 def _check_modules(group: BudgetGroup) -> None:
-    """Do as `check_budget_fits` does, for modules with a quota each."""
+    """Check a group as `check_budget_fits` does, with `scope="per_module"`: each module has its own quota."""
     quotas, pieces = group.quotas(), PIECES[group.config.granularity]
     if group.weights is not None:
         weights = sum(group.most_blocks(name) * grid.block_numel for name, grid in group.grids.items())

@@ -17,7 +17,7 @@ from smt_trainer.selection.dependency_search import Dependency
 
 @dataclass(frozen=True)
 class Candidates:
-    """What blocks can be chosen from.
+    """The blocks that can be chosen, by their grids.
 
     Attributes:
         grids: module name -> grid, for every target, in the model's order.
@@ -36,7 +36,7 @@ def find_candidates(model: nn.Module, config: SMTConfig, dependencies: list[Depe
     Args:
         model: may be on the meta device.
         config: what to choose from, and how much.
-        dependencies: those of the model if they are known already; otherwise `train_dependents` searches for them.
+        dependencies: the model's, if they are known already; otherwise they are searched for with `train_dependents`.
 
     Raises:
         SMTError: the configuration does not fit the model, or the targets cannot hold its budget.

@@ -126,7 +126,7 @@ def _best_of(scores: Mapping[str, Tensor], group: BudgetGroup) -> dict[str, Tens
 
 
 class _Ranking:
-    """The scores of all modules of a group, ranked together; those of -inf, and those beyond a layer's cap, left out.
+    """The blocks of all modules of a group, ranked together, without those at -inf or beyond a layer's cap.
 
     Attributes:
         flat: scores [n] of all blocks in order, -inf where left out.
@@ -143,7 +143,7 @@ class _Ranking:
             self.flat = self.flat.masked_fill(~self._within_layer_cap(), -torch.inf)
 
     def room(self) -> tuple[int, float]:
-        """Return how many blocks are left, and their weights."""
+        """Return how many blocks are left, and how many weights these hold."""
         left = self.flat.isfinite()
         return int(left.sum()), float(self.numels.repeat_interleave(self.counts)[left].sum())
 
@@ -155,7 +155,7 @@ class _Ranking:
     def best(self) -> dict[str, Tensor]:
         """Return module name -> flat positions of its blocks among the best of all modules together."""
         group, (available, weights) = self.group, self.room()
-        # With caps the scores decide how much there is, if blocks have several sizes.
+        # Under caps, with blocks of several sizes, the scores decide how much is available: check again.
         group.check_room(available, weights)
         if group.weights is not None:
             best = _best(self.flat, min(available, int(group.weights / self.numels.min()) + 1))

@@ -7,12 +7,12 @@ Llama, row i of `gate_proj` and of `up_proj` go with column i of `down_proj`, an
 of `o_proj` for each query head of its group. A row of `q_proj` or `k_proj` affects all columns of its head but
 determines none. The residual stream adds other outputs to a row's output, so it determines no column there.
 
-Convolutions have channels in place of features, and positions in place of tokens. What reads an input channel is a
-column of theirs (`model/convolution.py`). A batch normalisation shifts its channels apart, so the search goes by as if
-it was not there: in a ResNet, channel i of the first convolution of a bottleneck goes with input channel i of the
-second. The norm's own two numbers a channel are not added; `train_norm` trains them.
+Convolutions have channels in place of features, and positions in place of tokens. Their columns are the weights that
+read an input channel (`model/convolution.py`). Batch normalisation turns a channel of zeros into another constant, so
+the search replaces it by the identity: in a ResNet, channel i of the first convolution of a bottleneck goes with input
+channel i of the second. The norm's own two parameters per channel are not added; `train_norm` trains them.
 
-Which these are is found by running the model (`dependency_search.py`).
+The search runs the model (`dependency_search.py`).
 """
 
 import logging
@@ -50,7 +50,7 @@ def find_dependencies(model: nn.Module, config: SMTConfig, targets: Iterable[str
         The dependencies by source and reader, in the model's order. No reader is a source.
 
     Raises:
-        SMTError: the model takes neither or is sharded over ranks, or no column depends on the targets.
+        SMTError: the model takes other inputs or is sharded over ranks, or no column depends on the targets.
     """
     _refuse_unsuited(model)
     targets, kept = set(targets), []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.kinds import named_layers
+from smt_trainer.model.kinds import named_linears_and_convolutions
 from smt_trainer.model.targets import target_grids
 from smt_trainer.selection.noise import layers_output_noise
 
@@ -40,7 +40,7 @@ class Dependency:
 
 def all_dependencies(model: nn.Module) -> list[Dependency]:
     """Find the dependencies between any two layers of a model, by source and reader in the model's order."""
-    linears = named_layers(model)
+    linears = named_linears_and_convolutions(model)
     grids = target_grids(linears, SMTConfig(granularity="column"))
     kinds: dict[str, list[str]] = {}
     for name in linears:
@@ -49,7 +49,7 @@ def all_dependencies(model: nn.Module) -> list[Dependency]:
     with layers_output_noise(model, linears, grids) as zero_columns:
         alive = {name: ~zero for name, zero in zero_columns({}).items()}
         for kind in kinds.values():
-            # Output i of the k-th of these K linears has index i * K + k, so half of the indices is half of each.
+            # Output i of the k-th of these K linears has index i * K + k: a range of indices is a range in each linear.
             rows = max(grids[name].out_features for name in kind)
 
             def turned_zero(outputs: Tensor, kind=kind, rows=rows) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The blocks that `SMTConfig.selection` stands for, which are trained without a warm-up."""
+"""Resolve `SMTConfig.selection` to the blocks that are trained without a warm-up."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 def given_selection(config: SMTConfig, model: nn.Module | None) -> BlockSelection | None:
-    """Return the configured selection, trained as the configuration says; None if there is none.
+    """Return `config.selection` with the fields of `config` that decide the training; None if there is none.
 
-    A warning names the fields that would choose other blocks.
+    A warning names the fields that ask for other blocks and have no effect.
 
     Args:
-        config: whose `selection` is meant.
-        model: the plain model that is to train the blocks, whose new tokens are added to them; None if it does already.
+        config: has the selection.
+        model: the plain model that will train the blocks; rows of its new tokens are added to them. None if it trains
+            blocks already.
 
     Raises:
         SMTError: as in `resolve_selection`.
@@ -38,7 +39,7 @@ def given_selection(config: SMTConfig, model: nn.Module | None) -> BlockSelectio
     meaningful = {name: (defaults[name], getattr(selection.config, name)) for name in chosen_by}
     if vain := [f"{name}={value!r}" for name, value in given.items() if value not in meaningful[name]]:
         logger.warning(
-            "The blocks are those of the selection, whatever %s would choose. Leave these out, or the selection.",
+            "SMTConfig.selection fixes the blocks; %s has no effect. Leave out either these fields or the selection.",
             ", ".join(vain),
         )
     trained_by = {name: getattr(config, name) for name in SMTConfig.deciding("training")}

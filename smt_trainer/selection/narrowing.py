@@ -1,7 +1,8 @@
-"""Which configurations are served by scores that were computed under another one.
+"""Decide whether scores that were computed under one configuration can serve another.
 
-A configuration may ask for fewer targets than were scored, never for more; what decides the scores must be the same.
-What both share led to the scored modules and is not applied again, so no regular expression from a file is ever run.
+The other one may ask for fewer targets than were scored, never for more; the fields that decide the scores must be the
+same. Module patterns that both share led to the scored modules and are not applied again, so no regular expression from
+a file is ever run.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ WIDER = {
     "qkv": ("attention", "all-linear"),
     "attention": ("all-linear",),
     "mlp": ("all-linear",),
-    "experts": ("all-linear",),  # not 'mlp': those of an attention are none
+    "experts": ("all-linear",),  # not 'mlp', which leaves out the experts of an attention
 }
 
 
@@ -27,10 +28,10 @@ def narrowed(names: Iterable[str], scored: SMTConfig, asked: SMTConfig) -> list[
     Args:
         names: full names of the modules with scores.
         scored: the configuration of the scores.
-        asked: the other one.
+        asked: the configuration that is to keep them.
 
     Raises:
-        SMTError: `asked` needs other scores, or more of them as far as names tell, or keeps no module.
+        SMTError: `asked` needs other scores, or scores of more modules as far as names tell, or keeps no module.
     """
     names = list(names)
     _refuse_other(names, scored, asked)
@@ -51,7 +52,7 @@ def narrowed(names: Iterable[str], scored: SMTConfig, asked: SMTConfig) -> list[
 
 
 def newly_excluded(scored: SMTConfig, asked: SMTConfig) -> str | list[str] | None:
-    """Return what a configuration excludes beside what the scores leave out already."""
+    """Return the `exclude_modules` of a configuration; None if they are those that the scores leave out already."""
     return None if asked.exclude_modules == scored.exclude_modules else asked.exclude_modules
 
 
@@ -80,7 +81,8 @@ def _refuse_other(names: list[str], scored: SMTConfig, asked: SMTConfig) -> None
 
 
 def _narrows(ours: str | list[str], theirs: str | list[str], names: Iterable[str]) -> bool:
-    """Whether `target_modules` asks for no more than was scored; of a regular expression only a model can tell."""
+    """Return whether `target_modules` asks for no more than was scored; True for regular expressions, which only a
+    model can tell."""
     if ours == theirs:
         return True
     if isinstance(ours, list):

@@ -1,4 +1,4 @@
-"""Run a model whose layers all output noise, to see which inputs turn 0 where outputs do.
+"""Run a model whose layers all output noise, to see which inputs turn 0 when some outputs are set to 0.
 
 It runs on one token repeated, or on images of noise; the weights of its layers do not matter.
 """
@@ -17,7 +17,7 @@ from smt_trainer.model.grid import BlockGrid
 # A ReLU hides a column if it sets the noise to 0 at all tokens; the chance is 1 in 2**TOKENS.
 TOKENS = 32
 
-# Edge of an image where the model does not name one.
+# Edge of an image if the model's config names none.
 IMAGE_SIZE = 32
 
 
@@ -39,7 +39,7 @@ def layers_output_noise(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     def forward(name: str, input: Tensor) -> Tensor:
-        # The dimensions of space come after the channels.
+        # Spatial dimensions come after the channels.
         space = len(grids[name].kernel)
         if input.numel():
             zero = (input == 0).movedim(-1 - space, -1).flatten(0, -2).all(0)
@@ -90,13 +90,13 @@ def _pass(input: Tensor, *args, **kwargs) -> Tensor:
 
 
 def _inputs(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return what to run a model on: `TOKENS` equal tokens, or as many images of the size that it was made for."""
+    """Return the inputs to run a model on: `TOKENS` equal tokens, or images of the size that it was made for."""
     first, config = next(model.parameters()), getattr(model, "config", None)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = getattr(config, "image_size", None) or IMAGE_SIZE
         height, width = size if isinstance(size, list | tuple) else (size, size)
         channels = next(module.in_channels for module in model.modules() if is_convolution(module))
-        # Few images where a patch is a token.
+        # A single image if it is large: it has patches or positions enough.
         count = TOKENS if height * width <= IMAGE_SIZE**2 else 1
         pixels = torch.randn(count, channels, height, width, generator=generator)
         return {"pixel_values": pixels.to(first.device, first.dtype)}

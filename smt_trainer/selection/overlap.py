@@ -90,7 +90,7 @@ def _flat(scores: dict[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 def _places(artefact: BlockSelection | BlockScores) -> dict[str, frozenset[tuple[int, int]]]:
-    """Return module name -> (row, column) of its chosen blocks; as large as the choice, not as the grids."""
+    """Return module name -> set of (row, column) of its chosen blocks."""
     selection = artefact.select() if isinstance(artefact, BlockScores) else artefact
     return {name: frozenset(map(tuple, indices.tolist())) for name, indices in selection.block_indices.items()}
 

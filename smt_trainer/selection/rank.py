@@ -1,13 +1,13 @@
 """Blocks under a cap on the rank of a module's change.
 
 Blocks that touch p rows and q columns of a weight change it by a matrix of rank min(p, q) at most: whatever its values,
-it is a product B A with as many columns in B as rows are touched, or columns. Under a cap c, blocks of br x bc may lie
-in any floor(c / br) block rows, or in any floor(c / bc) block columns.
+it is a product B A in which B has p columns, or one in which B has q. Under a cap c, blocks of br x bc may lie in any
+floor(c / br) block rows, or in any floor(c / bc) block columns.
 
 A budget couples the modules in the search for the highest sum of scores s. A price t for each block, the Lagrange
-multiplier of the budget, parts them: a module then keeps the block rows, or the block columns, in which the excess of
-its scores over t, the sum of max(s - t, 0), is largest. Taking the lines of greatest excess, one by one, finds these,
-since the excesses of lines in one direction just add up. Bisection raises t until the kept lines have just enough
+multiplier of the budget, separates them: each keeps the block rows, or the block columns, in which the excess of its
+scores over t, the sum of max(s - t, 0), is largest. Taking the lines of greatest excess, one by one, finds these, since
+the excesses of lines in one direction just add up. Bisection raises t until the kept lines have just enough
 blocks of at least t; from these the best are chosen as without a cap.
 
 So a line counts by the blocks that the budget would pay for: not by its best block alone, which would spend lines on
@@ -45,8 +45,8 @@ def in_best_lines(
         scores: module name -> [R, C], finite and not all zero.
         grids: module name -> grid.
         rank_cap: the most rows or columns of a module's weight that its blocks may touch.
-        is_enough: says whether the blocks whose scores are not -inf meet the budget. It is asked about the kept lines
-            at a price, without the blocks that score less than the price.
+        is_enough: returns whether the blocks whose scores are not -inf meet the budget. It is called with the lines
+            kept at a price, without the blocks that score less than the price.
     """
     exact = {name: score.double() for name, score in scores.items()}
     # At this price, whatever the scores, the direction with more blocks wins.

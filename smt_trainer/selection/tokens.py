@@ -1,7 +1,7 @@
-"""Choose the rows of given tokens in the input embeddings, whatever their scores; special tokens, for example.
+"""Choose the rows of given tokens (special tokens, for example) in the input embeddings, whatever their scores.
 
-The rows of tokens that the checkpoint does not have, after `model.resize_token_embeddings`, are chosen beside any other
-blocks: no base gives them back. Where the output embeddings are not tied, they have such rows, too.
+Rows of new tokens, which `model.resize_token_embeddings` adds to those of the checkpoint, are always chosen in addition
+to other blocks, since no base can restore them. This includes the new rows of output embeddings that are not tied.
 """
 
 from __future__ import annotations
@@ -16,27 +16,28 @@ from torch import nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.kinds import named_targets
-from smt_trainer.model.made_up import new_rows
 from smt_trainer.model.names import lies_in
+from smt_trainer.model.newly_initialised import new_rows
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.model.whole import find_whole
-from smt_trainer.selection.block_selection import BlockSelection, base_name
+from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.settings import is_int
 
 
 def select_tokens(model: nn.Module, tokens: Iterable[int], beside: BlockSelection | None = None) -> BlockSelection:
-    """Select the rows of tokens in a model's input embeddings, alone or beside other blocks.
+    """Select the rows of tokens in a model's input embeddings, alone or in addition to other blocks.
 
-    Give the result as `SMTConfig.selection`, or to `convert_to_smt`. Where the output embeddings are tied, the rows are
-    theirs, too; where they are not, the rows of new tokens are selected in both. In a vocabulary that was padded
-    (Qwen's) new tokens have rows already, so nothing but this trains them.
+    Pass the result as `SMTConfig.selection`, or to `convert_to_smt`. Tied output embeddings share the rows; in output
+    embeddings that are not tied, the rows of new tokens are selected as well. In a padded vocabulary (Qwen's), new
+    tokens use rows that the checkpoint has, so they must be selected by this function.
 
     Args:
         model: plain, with `get_input_embeddings`.
         tokens: their ids, such as `tokenizer.convert_tokens_to_ids(...)`.
-        beside: the blocks to train besides, such as those of `BlockScores.select`; its configuration stays.
+        beside: other blocks to train, such as those of `BlockScores.select`; its configuration is kept.
 
     Raises:
         SMTError: a token is not in the vocabulary, the embeddings cannot be trained, or `beside` has blocks of another
@@ -65,7 +66,7 @@ def select_tokens(model: nn.Module, tokens: Iterable[int], beside: BlockSelectio
 
 
 def _as_int(token: Any) -> Any:
-    """Return the whole number that an element of an array or a tensor is; anything else as it is."""
+    """Return an integer of NumPy or torch as an `int`, and anything else unchanged."""
     try:
         return token if isinstance(token, bool) else operator.index(token)
     except TypeError:
@@ -73,7 +74,7 @@ def _as_int(token: Any) -> Any:
 
 
 def with_new_tokens(model: nn.Module, selection: BlockSelection) -> BlockSelection:
-    """Add the rows of all tokens that a plain model's checkpoint does not have, unless they are trained whole.
+    """Add the rows of all tokens that a plain model's checkpoint does not have, except in modules trained whole.
 
     Raises:
         SMTError: the embeddings cannot be trained.
@@ -93,11 +94,11 @@ def new_token_grids(model: nn.Module, config: SMTConfig, linears: Iterable[str])
 
 def lost_rows(model: nn.Module, selection: BlockSelection) -> list[str]:
     """Return the weights of a plain model that have rows which neither its checkpoint nor a selection holds."""
-    return [f"{name}.weight" for name, rows in _new_tokens(model).items() if not selection.holds_rows(name, rows)]
+    return [f"{name}.weight" for name, rows in _new_tokens(model).items() if not selection.covers_rows(name, rows)]
 
 
 def _new_beside(model: nn.Module, config: SMTConfig, linears: Iterable[str]) -> dict[str, range]:
-    """Return the rows of new tokens by the names of their modules, without modules that are trained whole."""
+    """Return module name -> rows of new tokens, without modules that are trained whole."""
     found = _new_tokens(model)
     for whole in find_whole(model, config, linears) if found else ():
         found = {name: rows for name, rows in found.items() if not lies_in(name, whole)}
@@ -114,7 +115,7 @@ def _row_grid(model: nn.Module, name: str) -> BlockGrid:
 
 
 def _with_rows(model: nn.Module, wanted: Mapping[str, Iterable[int]], beside: BlockSelection | None) -> BlockSelection:
-    """Return a selection that also holds all blocks with some rows, by the names of their modules."""
+    """Return `beside`, or an empty selection, with all blocks added that hold `wanted`: module name -> rows."""
     grids, indices = (dict(beside.grids), dict(beside.block_indices)) if beside else ({}, {})
     for name, rows in wanted.items():
         grid = grids[name] = grids.get(name) or _row_grid(model, name)

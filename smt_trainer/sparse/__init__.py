@@ -1,1 +1,1 @@
-"""The rewritten linear, its backward, and rewriting a model with it."""
+"""Modules that train only chosen blocks, their backward, and the rewriting of a model with them."""

@@ -1,4 +1,4 @@
-"""Convolutions that train only the chosen blocks, as `linear.py` has linears."""
+"""`SMTConv1d`, `SMTConv2d` and `SMTConv3d`: convolutions that train only the chosen blocks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from smt_trainer.model.convolution import padded
-from smt_trainer.sparse.linear import BlockLinear
+from smt_trainer.sparse.block_module import BlockModule
 from smt_trainer.sparse.sparse_conv import group_channels, sparse_conv
 
 if TYPE_CHECKING:
     from smt_trainer.model.convolution import Convolution
 
 
-class SMTConv(BlockLinear):
+class SMTConv(BlockModule):
     """A convolution with trainable blocks.
 
     Attributes:
@@ -30,8 +30,8 @@ class SMTConv(BlockLinear):
 
     def extra_repr(self) -> str:
         (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
-        # That of the convolution.
-        text = super(BlockLinear, self).extra_repr()
+        # The plain convolution's own.
+        text = super(BlockModule, self).extra_repr()
         return f"{text}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
 
 
@@ -48,5 +48,5 @@ class SMTConv3d(SMTConv, nn.Conv3d):  # pyrefly: ignore[inconsistent-inheritance
 
 
 def block_conv_of(conv: Convolution) -> type[SMTConv]:
-    """Return what a convolution is rewritten to."""
+    """Return the class that a convolution is rewritten to."""
     return (SMTConv1d, SMTConv2d, SMTConv3d)[len(conv.kernel_size) - 1]

@@ -11,21 +11,22 @@ from torch import nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import find_expert
-from smt_trainer.model.made_up import made_up, new_rows
+from smt_trainer.model.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.model.merged import mark_merged
+from smt_trainer.model.newly_initialised import new_rows, newly_initialised
 from smt_trainer.model.quantised import floating_dtype, is_quantised, quantization_of
 from smt_trainer.model.tensor_parallel import is_tensor_parallel, style_of
 from smt_trainer.model.untunable import REPLACED
 from smt_trainer.model.whole import find_whole, get_whole, stored_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.selection.tokens import lost_rows
+from smt_trainer.sparse.block_module import BlockModule, block_modules
 from smt_trainer.sparse.conv import block_conv_of
 from smt_trainer.sparse.dequantise import dequantise
-from smt_trainer.sparse.embedding import hold_tokens
-from smt_trainer.sparse.experts import hold_blocks
-from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
-from smt_trainer.sparse.fit import base_dtype, find_linears
-from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
+from smt_trainer.sparse.embedding import convert_embedding
+from smt_trainer.sparse.experts import convert_expert
+from smt_trainer.sparse.fit import base_dtype, match_targets
+from smt_trainer.sparse.linear import SMTConv1D, SMTLinear
 from smt_trainer.sparse.plain import CANNOT_HOLD, save_as_before, save_as_plain
 from smt_trainer.sparse.state import SMTState, get_state, has_quantised_blocks, set_state
 
@@ -49,7 +50,7 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
         SMTError: the model is already rewritten, lacks the selection's modules in the selection's shapes, or has new
             tokens that the selection leaves out. Nothing is changed.
     """
-    linears = find_linears(model, selection)
+    linears = match_targets(model, selection)
     _refuse_replaced_forwards(linears)
     dtype = base_dtype(model, linears)
     whole = find_whole(model, selection.config, linears)
@@ -58,19 +59,19 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     if lost:
         raise SMTError(
             f"`{lost[0]}` has rows for tokens that the checkpoint of the model does not have, and the selection leaves "
-            "some out, so no base and no delta would give them back. Add them: select_tokens(model, new_ids, "
+            "some out, so neither the base nor the delta could restore them. Add them: select_tokens(model, new_ids, "
             "beside=selection)."
         )
-    new = frozenset(made_up(model))
+    new = frozenset(newly_initialised(model))
     rows = {name: found.start for name, found in new_rows(model).items() if name not in stored}
     quantization = quantization_of(model)
     left_out = {*new, *stored} - rows.keys()
     base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, left_out, rows)
-    return rewrite_as(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
+    return convert_checked(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
 
 
 def _refuse_replaced_forwards(linears: Mapping[str, Target]) -> None:
-    """Raise `SMTError` if a linear would go on computing what somebody has put in place of its `forward`."""
+    """Raise `SMTError` if the `forward` of a linear is replaced on the instance, which would hide that of the class."""
     modules = {name: linear for name, linear in linears.items() if isinstance(linear, nn.Module)}
     replaced = [name for name, one in modules.items() if "forward" in vars(one) and not is_tensor_parallel(one)]
     if replaced:
@@ -80,45 +81,46 @@ def _refuse_replaced_forwards(linears: Mapping[str, Target]) -> None:
         )
 
 
-def rewrite_as(model: Model, state: SMTState) -> Model:
+def convert_checked(model: Model, state: SMTState) -> Model:
     """Rewrite a plain model that is known to fit, and store its state in it."""
     trainable = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
     statistics = {name: buffer.detach().clone() for name, buffer in persistent_buffers(model)}
-    # What loading made up is stored in any case, but trained only if the user has not frozen it.
-    frozen = state.made_up - trainable if trainable else frozenset()
-    rewrite(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype), frozen)
+    # Newly initialised parameters are stored in any case, but trained only if the user has not frozen them.
+    frozen = state.newly_initialised - trainable if trainable else frozenset()
+    convert_modules(model, state.selection, state.whole, getattr(torch, state.selection.config.master_dtype), frozen)
     set_state(model, replace(state, was_trainable=trainable, statistics=statistics))
     save_as_plain(model)
     return model
 
 
-def rewrite(
+def convert_modules(
     model: Model,
     selection: BlockSelection,
     whole: Iterable[str],
     master_dtype: torch.dtype,
     frozen: Collection[str] = (),
 ) -> Model:
-    """Rewrite a model without reading its values; it may be on the meta device.
+    """Rewrite a model, which may be on the meta device, without any checks and without storing a state.
 
     Args:
         model: a plain model that is known to fit.
         selection: the blocks to train.
         whole: full names of the modules and biases to train whole.
         master_dtype: dtype of the trainable blocks.
+        frozen: names in `whole` that are not trained.
     """
     model.requires_grad_(False)
     for name, block_indices in selection.block_indices.items():
         grid = selection.grids[name]
         expert = find_expert(model, name)
         if expert is not None:
-            hold_blocks(expert, grid, torch.from_numpy(block_indices), master_dtype)
+            convert_expert(expert, grid, torch.from_numpy(block_indices), master_dtype)
             continue
         linear: Any = model.get_submodule(name)
         if grid.embedding:
-            hold_tokens(model, linear, grid, torch.from_numpy(block_indices), master_dtype)
+            convert_embedding(model, linear, grid, torch.from_numpy(block_indices), master_dtype)
             continue
-        kind: type[BlockLinear] = SMTConv1D if grid.transposed else SMTLinear
+        kind: type[BlockModule] = SMTConv1D if grid.transposed else SMTLinear
         if grid.kernel:
             kind = block_conv_of(linear)
         if is_quantised(linear):
@@ -130,7 +132,7 @@ def rewrite(
             from smt_trainer.sparse.tensor_parallel import SlicedSMTLinear
 
             kind, linear.style = SlicedSMTLinear, style_of(model, name)
-        kind.from_linear(linear, grid, torch.from_numpy(block_indices), master_dtype)
+        kind.from_plain(linear, grid, torch.from_numpy(block_indices), master_dtype)
     for name in whole:
         part = get_whole(model, name)
         if name not in frozen and isinstance(part, (nn.Module, nn.Parameter)):
@@ -147,18 +149,18 @@ def merge_and_unload(model: Model, *, onto: str | None = None) -> Model:
     Args:
         model: rewritten.
         onto: "dequantized" for blocks in quantised weights: all quantised weights of the model become dense, in the
-            dtype of the rest of it (`sparse/dequantise.py`).
+            dtype of its other weights (`sparse/dequantise.py`).
 
     Raises:
-        SMTError: the model trains no blocks; or `onto` is left open or is not what the base needs.
+        SMTError: the model trains no blocks, or `onto` is missing for quantised weights or given for plain ones.
     """
-    refuse_open_merge(model, onto)
+    check_onto_for_merge(model, onto)
     state = get_state(model)
     save_as_before(model)
     if onto is not None:
         dequantise(model)
-    for _, linear in list(smt_linears(model)):
-        linear.to_linear()
+    for _, linear in list(block_modules(model)):
+        linear.to_plain()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in state.was_trainable)
     del model.smt_state
@@ -167,8 +169,8 @@ def merge_and_unload(model: Model, *, onto: str | None = None) -> Model:
     return model
 
 
-def refuse_open_merge(model: nn.Module, onto: str | None) -> None:
-    """Raise `SMTError` if a model trains no blocks, or it is left open, or said in vain, what they are merged onto."""
+def check_onto_for_merge(model: nn.Module, onto: str | None) -> None:
+    """Raise `SMTError` if a model trains no blocks, or `onto` is missing for quantised weights or given for plain."""
     get_state(model)
     if has_quantised_blocks(model) and onto != "dequantized":
         raise SMTError(CANNOT_HOLD)

@@ -1,7 +1,7 @@
 """Experts that train only the chosen blocks of their matrices.
 
 A module of experts keeps its class, its forward and its 3-D parameters, which stay frozen. It gets a child,
-`smt_experts`, that holds the blocks of each matrix and sees the products that forward takes:
+`smt_experts`, that holds the blocks of each matrix and watches the products that forward computes:
 
     experts.gate_up_proj                        [E, 2I, H] frozen, the blocks included
     experts.smt_experts.gate_up_proj.7.blocks   [n, br, bc] trained: those of expert 7
@@ -17,19 +17,19 @@ from torch.utils.hooks import RemovableHandle
 
 from smt_trainer.model.experts import ExpertMatrix, watch_stack
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.names import HOLDER
+from smt_trainer.model.names import EXPERT_BLOCKS
 from smt_trainer.model.products import Routing
 from smt_trainer.model.sharded import full_tensor
-from smt_trainer.sparse.linear import BlockLinear
-from smt_trainer.sparse.sparse_experts import Part, reaching, together, with_gradients
+from smt_trainer.sparse.block_module import BlockModule
+from smt_trainer.sparse.sparse_experts import ExpertBlocks, reaching, together, with_gradients
 from smt_trainer.sparse.write_back import write_back
 
 
-class BlockExpert(BlockLinear):
+class BlockExpert(BlockModule):
     """The trained blocks of one expert's matrix.
 
     Attributes:
-        matrix: whose blocks they are.
+        matrix: the matrix that holds the blocks.
     """
 
     matrix: ExpertMatrix
@@ -37,10 +37,10 @@ class BlockExpert(BlockLinear):
 
     def __init__(self, matrix: ExpertMatrix, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> None:
         super().__init__()
-        # Beside the modules, of which its module is the parent.
+        # Not a submodule: the matrix's module is an ancestor of this one.
         vars(self)["matrix"] = matrix
         self.stacked = matrix.index, len(matrix.stack)
-        self.hold(grid, block_indices, master_dtype)
+        self.take_blocks(grid, block_indices, master_dtype)
 
     @property
     def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]
@@ -54,17 +54,17 @@ class BlockExpert(BlockLinear):
     def base_weight(self) -> Tensor:
         return full_tensor(self.matrix.stack)[self.matrix.index]
 
-    def to_linear(self) -> nn.Module:
-        """Write the blocks into the parameter and leave it, in place."""
+    def to_plain(self) -> nn.Module:
+        """Write the blocks into the parameter, and remove this module from that of the experts, which is returned."""
         write_back([self])
         experts, leaf, index = self.matrix.experts, self.matrix.leaf, self.matrix.index
-        stacks: Any = experts.get_submodule(HOLDER)
+        stacks: Any = experts.get_submodule(EXPERT_BLOCKS)
         del stacks[leaf][str(index)]
         if not len(stacks[leaf]):
             stacks[leaf].detach()
             del stacks[leaf]
         if not len(stacks):
-            delattr(experts, HOLDER)
+            delattr(experts, EXPERT_BLOCKS)
         return experts
 
     def weight_name(self, name: str) -> str:
@@ -72,12 +72,12 @@ class BlockExpert(BlockLinear):
 
 
 class BlockStack(nn.ModuleDict):
-    """The trained experts of one 3-D parameter, by their numbers.
+    """The trained experts of one 3-D parameter, by their indices.
 
     Attributes:
         leaf: name of the parameter.
-        aliases: while a forward runs with a graph, the blocks of each expert (`together`).
-        is_reached: whether one of them has taken part in it.
+        aliases: expert -> an alias of its blocks (`together`), while a forward runs with a graph.
+        is_reached: whether any of the aliases has been used in that forward.
     """
 
     def __init__(self, experts: nn.Module, leaf: str) -> None:
@@ -93,13 +93,13 @@ class BlockStack(nn.ModuleDict):
         self.leaf = leaf
 
     def detach(self) -> None:
-        """Take no part in forward any more."""
+        """Remove all hooks."""
         for handle in self.handles:
             handle.remove()
 
     def _read_plain(self, experts: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Give a state dict of a plain model the blocks that its parameter holds."""
-        stack, own = state_dict.get(f"{prefix}{self.leaf}"), f"{prefix}{HOLDER}.{self.leaf}"
+        """Add to a plain model's state dict the blocks that its 3-D parameter holds."""
+        stack, own = state_dict.get(f"{prefix}{self.leaf}"), f"{prefix}{EXPERT_BLOCKS}.{self.leaf}"
         if stack is None:
             return
         for linear in self.experts():
@@ -126,7 +126,7 @@ class BlockStack(nn.ModuleDict):
         if not own:
             return y
         self.is_reached = True
-        parts = [Part(expert, linear.plan, linear.positions) for expert, linear in own.items()]
+        parts = [ExpertBlocks(expert, linear.plan, linear.positions) for expert, linear in own.items()]
         return with_gradients(y, x, routing, parts, [self.aliases[part.expert] for part in parts])
 
     def _finish(self, experts: nn.Module, inputs: tuple, output: Any) -> Any:
@@ -134,16 +134,18 @@ class BlockStack(nn.ModuleDict):
         # After an exception there is no output.
         if not aliases or self.is_reached or output is None:
             return output
-        # Without a gradient an optimizer would leave the blocks out, and DDP would wait for them.
+        # Without a gradient, an optimizer would skip the blocks, and DDP would wait for them.
         return reaching(output, next(iter(aliases.values())))
 
 
-def hold_blocks(matrix: ExpertMatrix, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> BlockExpert:
-    """Let a module of experts train the blocks of one matrix."""
+def convert_expert(
+    matrix: ExpertMatrix, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
+) -> BlockExpert:
+    """Rewrite a module of experts so that it trains blocks of one of its matrices."""
     experts = matrix.experts
-    if not hasattr(experts, HOLDER):
-        experts.add_module(HOLDER, nn.ModuleDict())
-    stacks: Any = experts.get_submodule(HOLDER)
+    if not hasattr(experts, EXPERT_BLOCKS):
+        experts.add_module(EXPERT_BLOCKS, nn.ModuleDict())
+    stacks: Any = experts.get_submodule(EXPERT_BLOCKS)
     if matrix.leaf not in stacks:
         stacks[matrix.leaf] = BlockStack(experts, matrix.leaf)
     stacks[matrix.leaf][str(matrix.index)] = linear = BlockExpert(matrix, grid, block_indices, master_dtype)

@@ -1,4 +1,4 @@
-"""Whether the blocks of a selection fit a plain model: the linears and other targets that hold them."""
+"""Find the modules of a plain model that hold the blocks of a selection, and check that the blocks fit them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix, find_expert
-from smt_trainer.model.kinds import has_linear_forward, has_plain_weight, is_layer_of, is_linear, kind_of
+from smt_trainer.model.kinds import fits_grid, has_linear_forward, has_plain_weight, is_linear, kind_of
 from smt_trainer.model.quantised import floating_dtype, is_quantised, keep_differentiable
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import refuse_adapters
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from smt_trainer.model.kinds import Linear, Target
 
 
-def find_linears(model: nn.Module, selection: BlockSelection) -> dict[str, Target]:
+def match_targets(model: nn.Module, selection: BlockSelection) -> dict[str, Target]:
     """Return the linears and experts' matrices of a plain model that hold a selection's blocks, by full name.
 
     Raises:
         SMTError: the model already trains blocks, holds PEFT adapters or is a copy of one that tensor parallelism cuts;
-            or one of the linears is missing, quantised, of another kind or shape, or shares its weight.
+            or one of the linears is missing, of another kind or shape, cannot hold blocks, or shares its weight.
     """
     if is_smt_model(model):
         raise SMTError("this model already trains blocks; call merge_and_unload on it first.")
@@ -66,8 +66,8 @@ def _expect_target(
     elif isinstance(linear, ExpertMatrix):
         if (linear.weight_shape, linear.is_transposed) == (grid.weight_shape, grid.transposed):
             return linear
-        found = f"an expert's of {'x'.join(map(str, linear.weight.shape))}"
-    elif not (is_linear(linear) or is_convolution(linear) or is_embedding(linear)) or not is_layer_of(linear, grid):
+        found = f"an expert's matrix of {'x'.join(map(str, linear.weight.shape))}"
+    elif not (is_linear(linear) or is_convolution(linear) or is_embedding(linear)) or not fits_grid(linear, grid):
         found = f"a {type(linear).__name__}"
     elif not is_quantised(linear) and not has_linear_forward(linear):
         found = f"a {type(linear).__name__}, which has a forward of its own"
@@ -97,7 +97,7 @@ def _can_hold(linear: Linear | nn.Embedding) -> bool:
 
 
 def base_dtype(model: nn.Module, linears: Mapping[str, Target]) -> torch.dtype:
-    """Return the dtype of the weights that hold blocks; of quantised ones, that in which they are multiplied."""
+    """Return the dtype of the weights that hold blocks; for quantised weights, the dtype in which they multiply."""
     first = next(iter(linears.values()))
     if isinstance(first, ExpertMatrix) or not is_quantised(first):
         return first.weight.dtype

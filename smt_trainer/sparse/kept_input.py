@@ -1,4 +1,4 @@
-"""What the sparse linear keeps of its input x for backward: nothing of its own, where possible.
+"""Keep the input x of the sparse linear for backward: without memory of its own, where possible.
 
 The frozen module before it often keeps tensors for its own backward from which x can be recomputed bit for bit:
 
@@ -6,10 +6,10 @@ The frozen module before it often keeps tensors for its own backward from which 
     LayerNorm    x = (h - mean) * rstd * w + b      keeps h, mean, rstd, w and b
     gated MLP    x = act(g) * u                     keeps act(g) and u
 
-with h, x [..., I], mean and rstd [..., 1], w and b [I]. Experts get some of its rows, x[tokens], for which the
-selection keeps `tokens`. The graph that autograd has just built shows which tensors
-exist (`_saved_*` of its nodes), so the architecture does not matter. The sparse linear refers to these tensors, which
-takes no memory. Its backward recomputes x from them, but only the columns that have blocks.
+with h, x [..., I], mean and rstd [..., 1], w and b [I]. Experts read some of its rows, x[tokens]; the indexing keeps
+`tokens`. The graph that autograd has just built shows which tensors exist (`_saved_*` of its nodes), so the
+architecture does not matter. The sparse linear refers to these tensors, which takes no memory. Its backward recomputes
+x from them, but only the columns that have blocks.
 
 Otherwise the sparse linear keeps x itself, by reference. This takes no memory if another module keeps x too (the output
 of attention). If not, it takes the memory of x once, however many linears share x (query, key and value). It does so
@@ -35,13 +35,13 @@ VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
 class KeptInput(NamedTuple):
-    """An input x [..., I] as kept tensors and the elementwise steps that make x of them; x itself without steps.
+    """An input x [..., I], as kept tensors and the steps that compute x from them; without steps, x itself.
 
     Attributes:
         tensors: each [..., I], [..., 1], [I] or a scalar.
         steps: applied in order to the first tensor. A dtype casts, "mul" and "sub" take the next tensor, "affine"
-            multiplies by the next tensor and adds the one after. Last may come "rows", which selects the tokens that
-            the last tensor numbers.
+            multiplies by the next tensor and adds the one after. The last step may be "rows", which selects the tokens
+            whose indices the last tensor holds.
     """
 
     tensors: tuple[Tensor, ...]
@@ -99,7 +99,7 @@ def find_origin(x: Tensor) -> KeptInput | None:
 
 
 def _selection(x: Tensor) -> tuple[Tensor | None, Any]:
-    """Return the tokens that x selects from another input, in which they lie in rows, and the node that made this."""
+    """Return (row indices, node of the tensor they index) if x selects rows of a tensor, else (None, x's node)."""
     node: Any = x.grad_fn
     if type(node).__name__ != "IndexBackward0" or x.ndim != 2:
         return None, node

@@ -1,9 +1,9 @@
-"""The gradients of experts that are modules in a list, where a model is sharded over ranks.
+"""Deliver the gradients of experts that are modules in a list together, where a model is sharded over ranks.
 
-ZeRO-2 adds up the gradients of all ranks in the order in which they come, and FSDP2 those of the parameters that have
-one. A router calls other experts on each rank, in another order. So the blocks of all experts in a list get their
-gradients from one node, as those in a 3-D parameter do (`sparse_experts.py`): at once, and zeros where no token was
-sent.
+ZeRO-2 reduces gradients over ranks in the order in which they arrive, and FSDP2 reduces those of the parameters that
+have one. But a router calls different experts on each rank, in a different order. So the blocks of all experts in a
+list get their gradients from one node, like those in a 3-D parameter (`sparse_experts.py`): all at once, and zeros
+where no token was sent.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.model.listed_experts import expert_lists
-from smt_trainer.sparse.linear import BlockLinear
+from smt_trainer.sparse.block_module import BlockModule
 from smt_trainer.sparse.sparse_experts import reaching, together
 
 
 @contextlib.contextmanager
 def arriving_together(model: nn.Module) -> Generator[None]:
-    """Let the blocks of a rewritten model's listed experts get their gradients together within this context."""
-    linears: dict[nn.Module, list[BlockLinear]] = {}
+    """Make the blocks of a rewritten model's listed experts get their gradients together within this context."""
+    linears: dict[nn.Module, list[BlockModule]] = {}
     for _, experts, caller in expert_lists(model):
-        found = [module for module in experts.modules() if isinstance(module, BlockLinear)]
+        found = [module for module in experts.modules() if isinstance(module, BlockModule)]
         if found:
             linears.setdefault(caller, []).extend(found)
     handles = []
@@ -40,13 +40,13 @@ def arriving_together(model: nn.Module) -> Generator[None]:
             handle.remove()
 
 
-def _begin(linears: list[BlockLinear], caller: nn.Module, inputs: tuple) -> None:
+def _begin(linears: list[BlockModule], caller: nn.Module, inputs: tuple) -> None:
     if torch.is_grad_enabled():
         for linear, alias in zip(linears, together([linear.blocks for linear in linears]), strict=True):
             linear.alias = alias
 
 
-def _end(linears: list[BlockLinear], caller: nn.Module, inputs: tuple, output: Any) -> Any:
+def _end(linears: list[BlockModule], caller: nn.Module, inputs: tuple, output: Any) -> Any:
     alias = linears[0].alias
     for linear in linears:
         linear.alias = None
@@ -54,7 +54,7 @@ def _end(linears: list[BlockLinear], caller: nn.Module, inputs: tuple, output: A
 
 
 def _passing(output: Any, alias: Tensor) -> Any:
-    """Return an output whose first tensor has a backward that passes an alias, also where no expert was called."""
+    """Return an output whose first tensor is connected to an alias in the graph, even if no expert was called."""
     if isinstance(output, tuple):
         return (_passing(output[0], alias), *output[1:])
     return reaching(output, alias) if isinstance(output, Tensor) and output.is_floating_point() else output

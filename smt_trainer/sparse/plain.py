@@ -1,4 +1,4 @@
-"""A rewritten model as others should see it: the state dict and the saved files of a plain one."""
+"""Make a rewritten model look plain from outside: in its state dict and in the files that it saves."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from smt_trainer.errors import SMTError
 from smt_trainer.model.names import plain_name, unwrapped
 from smt_trainer.model.sharded import full_tensor, is_sharded
-from smt_trainer.sparse.linear import BlockLinear
+from smt_trainer.sparse.block_module import BlockModule
 from smt_trainer.sparse.state import has_quantised_blocks
 
 CANNOT_HOLD = (
     "the quantised weights of this model cannot hold the trained blocks. Save the delta (save_delta, "
-    "trainer.save_model), or say that they are put into the weights made dense: "
+    "trainer.save_model), or merge the blocks into dequantised weights: "
     "merge_and_unload(model, onto='dequantized'), trainer.merge_and_save(folder, onto='dequantized')."
 )
 
@@ -24,7 +24,7 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
     """Return the state dict that the model would have after `merge_and_unload`; leave the model as it is.
 
     A collective when the model is sharded over ranks. Tied weights stay tied. With `keep=False`, this rank only takes
-    part and gets an empty dictionary.
+    part in the collective and gets an empty dictionary.
     """
     own = _own_keys(model)
     gathered, state = {}, {}
@@ -42,9 +42,9 @@ def plain_state_dict(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor
 
 
 def save_as_plain(model: nn.Module) -> None:
-    """Let `save_pretrained` and `push_to_hub` write a plain model: leave out what only a rewritten one has.
+    """Make `save_pretrained` and `push_to_hub` write a plain model, without the keys that only a rewritten one has.
 
-    Over quantised blocks they are refused: they would write the weights as bitsandbytes holds them, without blocks.
+    With blocks in quantised weights, both raise `SMTError`: they would write the quantised weights without the blocks.
     """
     if has_quantised_blocks(model):
         vars(model)["save_pretrained"] = _refuse_to_save
@@ -53,7 +53,7 @@ def save_as_plain(model: nn.Module) -> None:
 
 
 def save_as_before(model: nn.Module) -> None:
-    """Undo `save_as_plain`, while the model is still a rewritten one."""
+    """Undo `save_as_plain`; to be called before the model is made plain."""
     if has_quantised_blocks(model):
         vars(model).pop("save_pretrained", None)
     for module, ignored, own in list(_saving_modules(model)):
@@ -61,13 +61,13 @@ def save_as_before(model: nn.Module) -> None:
 
 
 def _refuse_to_save(*args, **kwargs) -> None:
-    """Stands for the `save_pretrained` of a model whose quantised weights cannot hold the blocks."""
+    """Raise `SMTError` in place of `save_pretrained`, for a model whose quantised weights cannot hold the blocks."""
     raise SMTError(CANNOT_HOLD)
 
 
 def _saving_modules(model: nn.Module) -> Iterator[tuple[nn.Module, set[str], set[str]]]:
-    """Yield the modules of a model that have a `save_pretrained` of transformers, itself or parts of it; the keys that
-    each leaves out; and the keys in it that only a rewritten model has."""
+    """Yield, for the model and each part of it with the `save_pretrained` of transformers: the module, the keys that it
+    leaves out on saving, and its keys that only a rewritten model has."""
     for path, module in model.named_modules():
         ignored: Any = getattr(module, "_keys_to_ignore_on_save", ...)
         if ignored is not ...:
@@ -81,6 +81,6 @@ def _ignore_on_save(model: nn.Module, keys: set[str]) -> None:
 
 
 def _own_keys(model: nn.Module) -> set[str]:
-    """Return the keys that the state dict of a rewritten model has and that of a plain one has not."""
-    names = [unwrapped(name) for name, module in model.named_modules() if isinstance(module, BlockLinear)]
+    """Return the keys of a rewritten model's state dict that a plain model does not have."""
+    names = [unwrapped(name) for name, module in model.named_modules() if isinstance(module, BlockModule)]
     return {f"{name}.{part}" for name in names for part in ("blocks", "block_indices")}

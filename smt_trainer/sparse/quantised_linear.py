@@ -6,10 +6,11 @@ With Q(W) [O, I] the values of the quantised weight, and P the chosen blocks' pl
     y  = x W'^T + bias
     dx = dy W'
 
-and the gradient of the blocks is that of `sparse_linear.py`. W' is made for each product and dropped, as bitsandbytes
-makes Q(W): putting the blocks in copies no more than the blocks. So a layer is bit for bit the dense one of its
-dequantised weight with the blocks in it, before training that of bitsandbytes in 4 bits, and after it the merged one.
-In 8 bits bitsandbytes also quantises its inputs to 8 bits, and multiplies integers; a linear with blocks does not.
+and the gradient of the blocks is that of `sparse_linear.py`. W' is built for each product and then dropped, as
+bitsandbytes does with Q(W); inserting the blocks copies only the blocks. So a layer computes bit for bit what a dense
+linear with the weight W' does: before training, that is the output of bitsandbytes in 4 bits, and afterwards that of
+the merged model. In 8 bits, bitsandbytes also quantises the inputs to 8 bits and multiplies integers; a linear with
+blocks does not.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.model.quantised import bits_of, compute_dtype, dequantised, make_plain
-from smt_trainer.sparse.linear import BlockLinear
+from smt_trainer.sparse.block_module import BlockModule
 from smt_trainer.sparse.sparse_linear import sparse_linear
 
 
-class QuantisedBlockLinear(BlockLinear):
+class QuantisedBlockLinear(BlockModule):
     """A quantised linear with trainable blocks.
 
     Attributes:
-        weight: as bitsandbytes holds it, and as it stays.
+        weight: as bitsandbytes stores it; training does not change it.
         dense_dtype: the dtype of W'.
     """
 
-    is_written = False
+    weight_holds_blocks = False
     dense_dtype: torch.dtype
 
     @property
@@ -46,7 +47,7 @@ class QuantisedBlockLinear(BlockLinear):
         self.grid.scatter_(weight, self.block_indices, self.blocks.detach())
         return weight
 
-    # It calls what torch.compile cannot look into.
+    # It calls bitsandbytes, which torch.compile cannot trace.
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         dtype = compute_dtype(self, input)
@@ -63,7 +64,7 @@ class QuantisedBlockLinear(BlockLinear):
     def is_stale(self) -> bool:
         return False
 
-    def to_linear(self) -> nn.Module:
+    def to_plain(self) -> nn.Module:
         """Turn into a plain, dense linear with the weight W', in place."""
         weight = self.merged_weight()
         return make_plain(self._restore(), weight)
@@ -78,5 +79,5 @@ class SMTLinear8bit(QuantisedBlockLinear, bnb.nn.Linear8bitLt):
 
 
 def block_linear_of(linear: nn.Module) -> type[QuantisedBlockLinear]:
-    """Return what a quantised linear is rewritten to."""
+    """Return the class that a quantised linear is rewritten to."""
     return SMTLinear4bit if bits_of(linear) == 4 else SMTLinear8bit

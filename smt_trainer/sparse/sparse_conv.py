@@ -1,15 +1,15 @@
 """A convolution whose backward forms only the chosen parts of the weight gradient.
 
-Forward and input gradient are those of the dense convolution (`model/convolution.py`). Of its weight gradient only a
-part is formed: the rows (output channels) and, in each group, the input channels that some block touches. It is the
-weight gradient of a smaller convolution, from slices of the output gradient dy [N, O, *space] and the input
+Forward and input gradient are those of the dense convolution (`model/convolution.py`). Only a part of the weight
+gradient is formed: the rows (output channels) and, in each group, the input channels that some block touches. This is
+the weight gradient of a smaller convolution, from slices of the output gradient dy [N, O, *space] and the input
 x [N, I, *space]:
 
     dW[rows, channels] = convolution_backward(dy[:, rows], x[:, channels])
 
-Groups with equally many chosen rows share a product, a convolution of as many groups. So chosen channels of a depthwise
-convolution take one product, and one group in which nothing is chosen takes none. Whole rows are blocks as they come.
-Other blocks are cut out of what is formed, which may be more than the blocks; it is no more than the gradient of the
+Groups with equally many chosen rows share a product: one convolution with that many groups. So the chosen channels of a
+depthwise convolution take one product, and a group in which nothing is chosen takes none. If blocks are whole rows, the
+formed gradient is theirs. Other blocks are cut out of it: it may be larger than the blocks, but covers no more than the
 rows and channels that they touch.
 """
 
@@ -28,7 +28,7 @@ from smt_trainer.model.grid import BlockGrid
 
 @dataclass(frozen=True)
 class Product:
-    """One product: `groups` groups with `rows` chosen output channels each; whether these are all that there are."""
+    """One product: `groups` groups with `rows` chosen output channels each; `takes_all` if it needs no slices."""
 
     groups: int
     rows: int
@@ -37,12 +37,12 @@ class Product:
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """How the blocks of one weight are formed; hashable, so that torch.compile can guard it.
+    """How the gradients of one weight's blocks are formed; hashable, so that torch.compile can guard it.
 
     Attributes:
         products: in the order of `positions`.
-        channels: input channels that each group reads.
-        blocks: number of blocks to cut out; 0 where the formed rows are the blocks.
+        channels: number of input channels in each group that blocks touch.
+        blocks: number of blocks to cut out; 0 if the formed rows are the blocks.
     """
 
     grid: BlockGrid
@@ -60,7 +60,8 @@ def group_channels(block_indices: Tensor, grid: BlockGrid) -> tuple[ConvPlan, Te
 
     Returns:
         The plan; `block_indices` [n, 2] in stored order; and the positions: for each product its output channels and
-        its input channels; then for each block its rows [br] and its columns [bc] in what is formed.
+        its input channels; then, unless blocks are whole rows, the rows [n * br] and the columns [n * bc] of all blocks
+        in the formed gradient.
     """
     size, (br, bc) = math.prod(grid.kernel), grid.block_shape
     rows_in_group, read = grid.column_shape[0], grid.in_features // size
@@ -125,7 +126,7 @@ class SparseConv(torch.autograd.Function):
         plan: ConvPlan,
         geometry: Geometry,
     ) -> Tensor:
-        # x uncast, by reference, as the frozen convolution keeps it.
+        # Keep x uncast, by reference, as the frozen convolution does.
         ctx.save_for_backward(x, weight, positions)
         ctx.plan, ctx.geometry, ctx.master_dtype = plan, geometry, blocks.dtype
         return geometry.product(x, weight, bias)

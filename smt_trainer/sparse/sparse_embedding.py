@@ -1,12 +1,13 @@
 """An embedding whose backward forms only the gradients of the rows with chosen blocks.
 
-Forward is that of the dense embedding. The gradient of m rows is that of a smaller embedding, of m tokens and one for
-all others, which gets none: each token is renamed to its place among the m, or to m. With the gradient dy [..., H],
+Forward is that of the dense embedding. The gradient of m rows is that of a smaller embedding, with m tokens and one for
+all others, which gets no gradient: each token is mapped to its place among the m, or to m. With the gradient
+dy [..., H] of the output,
 
     dW[rows] = embedding_backward(dy, place[ids])           [m, H]
 
-The padding token is renamed to m, too: it gets no gradient here, even if it is chosen. Rows are blocks as they come;
-other blocks are cut out of the rows.
+The padding token is mapped to m, too: it gets no gradient, even if it is chosen. If blocks are whole rows, these
+gradients are theirs; other blocks are cut out of the rows.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from smt_trainer.model.grid import BlockGrid
 
 
 def place_tokens(block_indices: Tensor, grid: BlockGrid, padding: int | None) -> tuple[Tensor, Tensor, BlockGrid]:
-    """Rename the tokens of an embedding.
+    """Map the tokens of an embedding to their places among the rows with blocks.
 
     Args:
         block_indices: [n, 2] (row, column) of the chosen blocks, in stored order.
         grid: the weight's grid.
-        padding: token without a gradient.
+        padding: the padding token, which gets no gradient, if there is one.
 
     Returns:
-        The place [V] of each token among the m in rows with blocks, or m; the blocks' (row, column) [n, 2] in the m
-        rows; and the grid of these.
+        The place [V] of each token among the m rows with blocks, or m; (row, column) [n, 2] of the blocks in the grid
+        of the m rows; and that grid.
     """
     rows, row_of_block = block_indices[:, 0].long().unique(return_inverse=True)
     tokens = (rows[:, None] * grid.block_rows + torch.arange(grid.block_rows)).flatten()

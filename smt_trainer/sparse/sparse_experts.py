@@ -1,15 +1,14 @@
-"""The gradient of the chosen blocks of experts, beside products that stay the model's own.
+"""Add the gradient of experts' chosen blocks to the products that the model itself computes.
 
-A product y of some experts (`model/products.py`) is taken with the frozen weights as always, and gives dx as always.
-Let x_e and dy_e [T_e, .] be the rows that belong to expert e. Its blocks get, as those of a linear do
-(`sparse_linear.py`),
+The model computes a product y of some experts (`model/products.py`), and its dx, with the frozen weights as usual. Let
+x_e and dy_e [T_e, .] be the rows that belong to expert e. Its blocks get, like those of a linear (`sparse_linear.py`),
 
     dW_e[r, c] = dy_e[:, r-th block row]^T  x_e[:, c-th block column]          [br, bc]
 
-`with_gradients` adds this to the graph of y. It changes no value. The blocks of all experts come from one node
-(`together`), which backward passes in any case (`reaching`): so they get their gradients at once, zeros where no token
-was sent, in an order that the router does not decide. ZeRO-2 adds up the gradients of all ranks in the order in which
-they come.
+`with_gradients` adds this to the graph of y. It changes no value. The blocks of all experts enter the graph through one
+node (`together`), which backward always reaches (`reaching`): so they get their gradients at once, zeros where no token
+was sent, in an order that does not depend on the router. ZeRO-2 reduces gradients over ranks in the order in which they
+arrive.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from smt_trainer.sparse.kept_input import KeptInput, find_origin
 from smt_trainer.sparse.sparse_linear import Plan, block_gradients
 
 
-class Part(NamedTuple):
+class ExpertBlocks(NamedTuple):
     """The trained blocks of one expert: how they are grouped, and their positions (`group_blocks`)."""
 
     expert: int
@@ -37,13 +36,13 @@ class Part(NamedTuple):
 
 class _WithGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, routing: Routing, parts: Sequence[Part], *blocks: Tensor) -> Tensor:
+    def forward(ctx, y: Tensor, x: Tensor, routing: Routing, parts: Sequence[ExpertBlocks], *blocks: Tensor) -> Tensor:
         # Each row of a 2-D input is one token's.
         origin = find_origin(x) if x.ndim == 2 else None
         ctx.save_for_backward(*(origin.tensors if origin else (x,)))
         ctx.steps = origin.steps if origin else ()
         ctx.routing, ctx.parts, ctx.master_dtypes = routing, parts, [each.dtype for each in blocks]
-        # The product belongs to nobody else yet, and may be changed in place later: a view could not.
+        # Nothing else refers to the product yet. The model may change it in place later, which a view would not allow.
         ctx.mark_dirty(y)
         return y
 
@@ -65,7 +64,7 @@ class _Together(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor):  # pyrefly: ignore[bad-override]  # torch calls it with one per output
-        # torch has put zeros in the place of those that did not come.
+        # torch passes zeros for aliases that got no gradient.
         return gradients
 
 
@@ -80,24 +79,27 @@ class _Reaching(torch.autograd.Function):
         return dy, None
 
 
-def with_gradients(y: Tensor, x: Tensor, routing: Routing, parts: Sequence[Part], blocks: Sequence[Tensor]) -> Tensor:
+def with_gradients(
+    y: Tensor, x: Tensor, routing: Routing, parts: Sequence[ExpertBlocks], blocks: Sequence[Tensor]
+) -> Tensor:
     """Return y, with gradients for the blocks of experts.
 
     Args:
-        y: product of x and the experts' weights, fresh.
+        y: product of x and the experts' weights, just computed.
         x: its input, in any of the shapes of `model/products.py`.
         routing: which rows belong to which expert.
         parts: the experts with blocks.
-        blocks: of each, an alias [n, br, bc] in stored order; receives its gradient in its own dtype.
+        blocks: for each of `parts`, an alias of its blocks [n, br, bc] in stored order; receives the gradient in its
+            own dtype.
     """
     return _WithGradients.apply(y, x, routing, parts, *blocks)
 
 
 def together(blocks: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return aliases of blocks; the blocks get their gradients together, once backward has passed all uses of these."""
+    """Return aliases of blocks; the blocks get their gradients together, after backward through all uses of these."""
     return _Together.apply(*blocks)
 
 
 def reaching(y: Tensor, alias: Tensor) -> Tensor:
-    """Return y, in which no alias took part, with a backward that passes this one."""
+    """Return y connected to an alias that it does not depend on, so that backward reaches the alias."""
     return _Reaching.apply(y, alias)

@@ -20,8 +20,8 @@ If the grid is `transposed` (GPT-2's `Conv1D`), the parameter holds W^T [I, O]. 
 blocks are those of W.
 
 The values of the blocks live in W, where forward reads them; `blocks` enters the op only to receive the gradient. A
-quantised W cannot hold them: there `read_weight` makes the dense W with the blocks in it, for each product anew.
-`kept_input.py` decides what is kept of x for backward.
+quantised W cannot hold them: there `read_weight` builds the dense W with the blocks in it, anew for each product.
+`kept_input.py` decides how x is kept for backward.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class SparseLinear(torch.autograd.Function):
         read_weight: Callable[[], Tensor] | None,
     ) -> Tensor:
         # Save x uncast, so that query, key and value hold the same tensor, even under autocast.
-        # Saved blocks let autograd refuse a backward after they changed.
+        # Saving the blocks makes autograd refuse a backward after they have changed.
         changing = blocks if read_weight else None
         ctx.save_for_backward(weight, changing, positions, *(origin.tensors if origin else (torch.atleast_2d(x),)))
         ctx.read_weight = read_weight
@@ -178,7 +178,7 @@ class SparseLinear(torch.autograd.Function):
                 weight = ctx.read_weight()
             matrix = weight.t() if ctx.plan.grid.transposed else weight
             dx = torch.mm(flat_dy, matrix.to(dy.dtype)).view(ctx.x_shape).to(ctx.x_dtype)
-            # A dense weight that was made for this product goes before the next one.
+            # Free a dense weight that was built for this product before the next product.
             del weight, matrix
         if needs_dbias:
             dbias = flat_dy.sum(0)

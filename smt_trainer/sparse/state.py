@@ -1,4 +1,4 @@
-"""What a rewritten model knows of itself."""
+"""The state of a rewritten model: what it trains, the base it came from, and how it was before."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.fingerprint import Fingerprint, persistent_buffers
 from smt_trainer.model.merged import is_merged
 from smt_trainer.model.sharded import full_shape, full_tensor
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.fingerprint import Fingerprint, persistent_buffers
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class SMTState:
     Attributes:
         selection: the blocks it trains.
         whole: full names of the modules, parameters and buffers that the delta stores whole.
-        base: checksums of the base (see `fingerprint.py`).
+        base: checksums of the base (see `model/fingerprint.py`).
         weight_dtype: dtype of the dense weights, in which merging is exact.
-        made_up: names of the parameters that loading made up.
+        newly_initialised: names of the newly initialised parameters.
         was_trainable: names of the parameters that required a gradient before rewriting.
         statistics: name of a persistent buffer -> its value before training; forward may change it.
         quantization: the `quantization_config` of a quantised base, as JSON types.
@@ -36,7 +36,7 @@ class SMTState:
     whole: tuple[str, ...]
     base: Fingerprint
     weight_dtype: torch.dtype
-    made_up: frozenset[str] = frozenset()
+    newly_initialised: frozenset[str] = frozenset()
     was_trainable: frozenset[str] = frozenset()
     statistics: dict[str, Tensor] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None
@@ -49,14 +49,14 @@ def is_smt_model(model: nn.Module) -> bool:
 
 def has_quantised_blocks(model: nn.Module) -> bool:
     """Return whether blocks of a rewritten model lie in quantised weights."""
-    return any(not linear.is_written for _, linear in smt_linears(model))
+    return any(not linear.weight_holds_blocks for _, linear in block_modules(model))
 
 
 def get_state(model: nn.Module) -> SMTState:
     """Return the state of a rewritten model. Raise `SMTError` for a plain one."""
     state: Any = getattr(model, "smt_state", None)
     if state is None and is_merged(model):
-        raise SMTError("this model is merged already, as from_delta gives it unless merge=False; it is a plain model.")
+        raise SMTError("this model is plain: it is merged already, as from_delta returns it unless merge=False.")
     if state is None:
         raise SMTError("this model trains no blocks; train it with SMTTrainer, or call convert_to_smt or load_delta.")
     return state

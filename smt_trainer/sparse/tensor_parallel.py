@@ -1,9 +1,9 @@
 """A linear with trainable blocks whose weight tensor parallelism cuts over ranks.
 
-Each rank holds its slice of W, and all blocks: these are few, so that optimizer, clipping, checkpoint and delta are
-those of one process. It writes what lies in its slice of the blocks into its slice of W, and computes there
+Each rank holds its slice of W, and all blocks, which are few: so optimizer, clipping, checkpoint and delta work as in
+one process. It writes the parts of the blocks that lie in its slice into its slice of W, and computes there
 
-    y, dx    as the frozen slice does; transformers puts those of all ranks together
+    y, dx    as the frozen slice does; transformers combines those of all ranks
     dB       of the parts of blocks in its slice, 0 elsewhere
 
 Slices do not overlap, so the sum of dB over the ranks has one term that is not 0 for each weight: it is exact.
@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.sharded import Part, local_tensor
+from smt_trainer.model.sharded import LocalPart, local_tensor
 from smt_trainer.model.tensor_parallel import Slice
 from smt_trainer.sparse.linear import SMTLinear
 from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
@@ -31,27 +31,27 @@ from smt_trainer.sparse.write_back import write_back
 
 
 class SlicedSMTLinear(SMTLinear):
-    """An `nn.Linear` with trainable blocks, of which this rank holds a slice.
+    """An `nn.Linear` with trainable blocks, of whose weight this rank holds a slice.
 
     Attributes:
-        style: how transformers cuts it; makes the module's `forward`.
-        held: the slice.
-        mine: [m] int64, the blocks that the slice meets, in the order of `plan`, which is that of the slice's own grid.
+        style: how transformers cuts the weight; installs the module's `forward`.
+        own_slice: this rank's slice of the weight.
+        mine: [m] int64, the blocks that overlap the slice, in the order of `plan`, which uses the slice's own grid.
         within_block: the rows and the columns of a block that lie in the slice.
     """
 
     is_divided = True  # pyrefly: ignore[bad-override]  # for all, and not by the weight, which may be the slice alone
     style: Any
-    held: Slice
+    own_slice: Slice
     mine: Tensor
     within_block: tuple[slice, slice]
 
     @classmethod
-    def from_linear(
+    def from_plain(
         cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
     ) -> SlicedSMTLinear:
-        """As in `BlockLinear`; a collective. The linear has its `style`."""
-        rewritten = super().from_linear(linear, grid, block_indices, master_dtype)
+        """As in `BlockModule`; a collective. The `style` of the linear must be set."""
+        rewritten = super().from_plain(linear, grid, block_indices, master_dtype)
         assert isinstance(rewritten, cls)
         _reinstall(rewritten, rewritten.style)
         return rewritten
@@ -59,29 +59,29 @@ class SlicedSMTLinear(SMTLinear):
     def __deepcopy__(self, memo: dict) -> SlicedSMTLinear:
         raise SMTError(
             "a model that tensor parallelism cuts cannot be copied: the copy would compute with the weights of the "
-            "original. Save the delta, and load it once more: from_delta(folder, base=..., distributed_config=...)."
+            "original. Save the delta, and load it again: from_delta(folder, base=..., distributed_config=...)."
         )
 
-    def hold(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
+    def take_blocks(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
         assert isinstance(self.weight, DTensor)
-        self.held = Slice.of(self.weight)
-        block_indices = super().hold(grid, block_indices, master_dtype)
-        mine, places = self.held.locate(grid, block_indices.numpy())
+        self.own_slice = Slice.of(self.weight)
+        block_indices = super().take_blocks(grid, block_indices, master_dtype)
+        mine, places = self.own_slice.locate(grid, block_indices.numpy())
         numbers = dict(zip(map(tuple, places.tolist()), mine.tolist(), strict=True))
-        self.plan, stored, positions = group_blocks(torch.from_numpy(places), self.held.grid(grid))
+        self.plan, stored, positions = group_blocks(torch.from_numpy(places), self.own_slice.grid(grid))
         order = np.array([numbers[tuple(place)] for place in stored.tolist()], np.int64)
-        self.within_block = self.held.within_block(grid)
+        self.within_block = self.own_slice.within_block(grid)
         self.positions = positions.to(self.blocks.device)
         self.register_buffer("mine", torch.from_numpy(order).to(self.blocks.device), persistent=False)
         return block_indices
 
     def product(self, input: Tensor) -> Tensor:
         if not isinstance(input, DTensor):
-            # Without a graph, transformers puts the slice in the place of the weight.
+            # Without a graph, transformers replaces the weight by this rank's slice.
             return F.linear(input, self.weight, self.bias)
-        mesh, by_rows = input.device_mesh, self.held.dimension == 0
+        mesh, by_rows = input.device_mesh, self.own_slice.dimension == 0
         x = input.to_local(grad_placements=[Partial()] if by_rows else input.placements)
-        parts = _Parts.apply(self.blocks, self.mine, self.within_block, mesh.get_group())
+        parts = _SliceOfBlocks.apply(self.blocks, self.mine, self.within_block, mesh.get_group())
         bias = None if self.bias is None or not by_rows else local_tensor(self.bias)
         y = sparse_linear(x, local_tensor(self.weight), bias, parts, self.positions, self.plan)
         whole = DTensor.from_local(y, mesh, [Shard(-1) if by_rows else Partial()], run_check=False)
@@ -89,29 +89,29 @@ class SlicedSMTLinear(SMTLinear):
             return whole
         return whole.redistribute(placements=[Replicate()]) + self.bias
 
-    def local_parts(self) -> list[Part]:
-        row, column = (self.held.first, 0) if self.held.dimension == 0 else (0, self.held.first)
-        return [Part(local_tensor(self.weight).detach(), row, column)]
+    def local_parts(self) -> list[LocalPart]:
+        row, column = (self.own_slice.first, 0) if self.own_slice.dimension == 0 else (0, self.own_slice.first)
+        return [LocalPart(local_tensor(self.weight).detach(), row, column)]
 
-    def write_if_whole(self) -> None:
-        """Write the blocks into the slice, which is no collective."""
+    def write_if_changed(self) -> None:
+        """Write the blocks into this rank's slice, whether it differs or not; no collective."""
         if not self.weight.is_meta:
             write_back([self])
 
     def _restore(self) -> nn.Module:
         style = self.style
-        for name in ("style", "held", "mine", "within_block"):
+        for name in ("style", "own_slice", "mine", "within_block"):
             delattr(self, name)
         return _reinstall(super()._restore(), style)
 
 
 def _reinstall(linear: Any, style: Any) -> nn.Module:
-    """Let transformers' `forward` of a linear call that of its present class."""
+    """Install transformers' `forward` of a linear anew, so that it calls that of the linear's current class."""
     del linear.forward
     return style.install_forward(linear, linear.weight.device_mesh)
 
 
-class _Parts(torch.autograd.Function):
+class _SliceOfBlocks(torch.autograd.Function):
     """The parts [m, br', bc'] of the blocks [n, br, bc] in this rank's slice, to receive their gradient."""
 
     @staticmethod

@@ -1,9 +1,9 @@
 """Write the trained blocks into the dense weights, which forward reads.
 
-It happens wherever the two could come apart, whoever changed the blocks:
+This happens wherever the two could differ, whoever changed the blocks:
 
-    after the step of any optimizer of the process that holds them     a hook (`follow`), so any trainer or loop will do
-    in a forward that finds that an operation has changed them         by their version (`BlockLinear.is_stale`)
+    after the step of any optimizer of the process that holds them     a hook (`follow`), for any trainer or loop
+    in a forward that finds that an operation has changed them         by their version (`BlockModule.is_stale`)
     before evaluation and before a state dict is made                  for changes that leave no trace (`.data`); from
                                                                        then on every forward compares
 
@@ -28,30 +28,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from smt_trainer.model.grid import BlockGrid
-    from smt_trainer.sparse.linear import BlockLinear
+    from smt_trainer.sparse.block_module import BlockModule
 
-# Weights in a block from which `write_back` copies block by block on the CPU.
+# On the CPU, `write_back` copies blocks of at least this many weights one by one.
 LARGE_BLOCK = 2048
 
 # In the order of rewriting, which is the same on all ranks: writing sharded blocks is a collective.
-_followed: weakref.WeakValueDictionary[int, BlockLinear] = weakref.WeakValueDictionary()
+_followed: weakref.WeakValueDictionary[int, BlockModule] = weakref.WeakValueDictionary()
 _places = itertools.count()
 
 
 @torch.no_grad()
-def write_back(linears: Iterable[BlockLinear]) -> None:
+def write_back(linears: Iterable[BlockModule]) -> None:
     """Cast the blocks of rewritten linears into their dense weights; a single collective when they are sharded.
 
-    On the CPU all large blocks are one fused copy to views of the weights. Small ones cost more to view than to copy,
-    and a GPU has no fused copy to strided views: there each weight takes one indexed copy.
+    On the CPU, one fused copy to views of the weights writes all large blocks. Small blocks cost more to view than to
+    copy, and a GPU has no fused copy to strided views: in both cases each weight takes one indexed copy.
     """
-    linears = [linear for linear in linears if linear.is_written]
+    linears = [linear for linear in linears if linear.weight_holds_blocks]
     views, values = [], []
     for linear, blocks in zip(linears, full_tensors([linear.blocks for linear in linears]), strict=True):
         if one_by_one(linear.grid, blocks) or linear.is_divided:
-            linear_views, linear_values = linear.cut(blocks)
-            views += linear_views
-            values += linear_values
+            under_blocks = linear.views()
+            views += under_blocks.views
+            values += under_blocks.parts_of(blocks)
         else:
             linear.grid.scatter_(linear.weight, linear.block_indices, blocks)
     if views:
@@ -61,12 +61,12 @@ def write_back(linears: Iterable[BlockLinear]) -> None:
 
 
 def one_by_one(grid: BlockGrid, values: Tensor) -> bool:
-    """Return whether blocks are best copied one by one, through views of their weight, which a convolution's may not
-    have."""
+    """Return whether blocks are best copied one by one, through views of their weight; False for a convolution, whose
+    blocks may have no such views."""
     return not grid.kernel and grid.block_numel >= LARGE_BLOCK and values.device.type == "cpu"
 
 
-def follow(linear: BlockLinear) -> None:
+def follow(linear: BlockModule) -> None:
     """Write the blocks of a rewritten linear back after each step of an optimizer that holds them."""
     _install_hook()
     _followed[next(_places)] = linear
@@ -81,6 +81,6 @@ def _after_step(optimizer: Optimizer, args, kwargs) -> None:
     if not _followed:
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    # Made plain and rewritten again, a linear is followed twice.
+    # A linear that was made plain and rewritten again is followed twice.
     followed = dict.fromkeys(_followed.values())
     write_back(linear for linear in followed if id(getattr(linear, "blocks", None)) in stepped)

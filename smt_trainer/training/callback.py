@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.linear import BlockLinear, smt_linears
+from smt_trainer.sparse.block_module import BlockModule, block_modules
 from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ class WriteBack(TrainerCallback):
     """A callback that writes back blocks. It looks the rewritten linears up once a run."""
 
     def __init__(self) -> None:
-        self.linears: list[BlockLinear] = []
+        self.linears: list[BlockModule] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """The model is rewritten."""
-        self.linears = [] if model is None else [linear for _, linear in smt_linears(model)]
+        self.linears = [] if model is None else [linear for _, linear in block_modules(model)]
 
 
 class CompiledWriteBack(WriteBack):

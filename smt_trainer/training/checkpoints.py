@@ -27,8 +27,8 @@ from smt_trainer.files import check_new, load_json, new_folder, write_atomically
 from smt_trainer.merging.dequantise import save_dequantised
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.convert import refuse_open_merge
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
+from smt_trainer.sparse.convert import check_onto_for_merge
 from smt_trainer.sparse.plain import plain_state_dict
 from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.sparse.write_back import write_back
@@ -142,7 +142,7 @@ class SavesDelta(Trainer):
         logger.info("Loading the best blocks from %s.", self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled:
             super()._load_best_model()
-            write_back(linear for _, linear in smt_linears(self.model))
+            write_back(linear for _, linear in block_modules(self.model))
         else:
             # pyrefly: ignore[bad-argument-type]  # Trainer asks for it only when there is one
             load_delta(self.model, self.state.best_model_checkpoint)
@@ -177,7 +177,7 @@ class SavesDelta(Trainer):
             SMTError: the folder exists and is not empty, nothing has been trained yet, `onto` is left open, or the
                 model has no `save_pretrained`.
         """
-        refuse_open_merge(self.model, onto)
+        check_onto_for_merge(self.model, onto)
         if not hasattr(self.model, "save_pretrained"):
             raise SMTError(
                 f"a {type(self.model).__name__} has no save_pretrained to write itself with. Call "

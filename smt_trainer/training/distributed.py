@@ -19,9 +19,10 @@ from accelerate.utils import DistributedType, broadcast_object_list, save_fsdp_o
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from smt_trainer.scores.collect import LossScale, frozen
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.scores.preserved import frozen
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import get_state, set_state
+from smt_trainer.training.loss_scale import LossScale
 
 # Whether FSDP2 can take zeros for the gradients of parameters that one rank has not used: experts without a token.
 KNOWS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
@@ -90,7 +91,7 @@ def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     # Only the first rank is sure to have the base weights, from which the fingerprint is computed.
     base = broadcast_object_list([get_state(model).base])[0]
     set_state(model, replace(get_state(model), base=base))
-    for _, linear in smt_linears(model):
+    for _, linear in block_modules(model):
         # accelerate treats everything in the state dict as a sharded parameter.
         linear.register_buffer("block_indices", linear.block_indices, persistent=False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED and not hasattr(model, "_smt_loads_trained_only"):

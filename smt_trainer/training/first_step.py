@@ -24,7 +24,7 @@ def at_first_step(trainer: Trainer, loader, steps: int) -> Generator[None]:
         loader: its training data.
         steps: how many steps there are if neither the data nor the arguments tell.
     """
-    held = {name: getattr(trainer, name) for name in ("state", "control", "optimizer", "lr_scheduler")}
+    before = {name: getattr(trainer, name) for name in ("state", "control", "optimizer", "lr_scheduler")}
     trainer.state = _first_state(trainer, loader, steps)
     trainer.control = copy.copy(trainer.control)
     try:
@@ -34,7 +34,7 @@ def at_first_step(trainer: Trainer, loader, steps: int) -> Generator[None]:
             trainer.create_scheduler(num_training_steps=trainer.state.max_steps)
         yield
     finally:
-        vars(trainer).update(held)
+        vars(trainer).update(before)
 
 
 def _first_state(trainer: Trainer, loader, steps: int) -> TrainerState:

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from smt_trainer.errors import SMTError
 from smt_trainer.model.listed_experts import LISTS
 from smt_trainer.model.names import count_projections
-from smt_trainer.sparse.linear import BlockLinear, smt_linears
+from smt_trainer.sparse.block_module import BlockModule, block_modules
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class ExpectGradients(TrainerCallback):
 
     def __init__(self) -> None:
         self.is_armed = self.calls_are_known = False
-        self.awaited: dict[str, BlockLinear] = {}
+        self.awaited: dict[str, BlockModule] = {}
         self.ran: set[str] = set()
         self.handles: list[RemovableHandle] = []
 
@@ -53,7 +53,7 @@ class ExpectGradients(TrainerCallback):
         self.awaited = {}
         if not self.is_armed or model is None:
             return
-        self.awaited = {name: linear for name, linear in smt_linears(model) if linear.blocks.requires_grad}
+        self.awaited = {name: linear for name, linear in block_modules(model) if linear.blocks.requires_grad}
         modules = dict(model.named_modules())
         names = {id(module): name for name, module in modules.items()}
         self.around = {}

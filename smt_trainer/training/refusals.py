@@ -13,7 +13,7 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import expert_stacks, matrices_of
-from smt_trainer.model.made_up import new_rows
+from smt_trainer.model.newly_initialised import new_rows
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import is_partitioned
 from smt_trainer.model.targets import narrow, refuse_adapters

@@ -17,8 +17,8 @@ def trained_parts(model: nn.Module) -> str:
     state = get_state(model)
     selection, trained = state.selection, trainable_parameters(model)
     parts = {
-        "whole": [name for name in state.whole if name not in state.made_up],
-        "new, since the checkpoint lacks it": [name for name in state.whole if name in state.made_up],
+        "whole": [name for name in state.whole if name not in state.newly_initialised],
+        "new, since the checkpoint lacks it": [name for name in state.whole if name in state.newly_initialised],
         "statistics, should forward change them": list(state.statistics),
     }
     beside = "".join(f"; {what}: {count_projections(names)}" for what, names in parts.items() if names)

@@ -32,12 +32,13 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.folder import refuse_full_model
 from smt_trainer.errors import SMTError
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.merged import is_merged
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.targets import count_parameters, frozen_names
 from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_scores import SCORES_FILE, BlockScores
-from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection, base_name
+from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection
 from smt_trainer.selection.candidates import Candidates, find_candidates
 from smt_trainer.selection.given import given_selection
 from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
@@ -114,8 +115,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         self._saves_checkpoint = False
         self._was_interrupted = False
         self._report: dict[str, float] = {}
-        self._found: tuple[weakref.ref, SMTConfig, tuple, Candidates] | None = None
-        self._given: tuple[SMTConfig, BlockSelection | None] | None = None
+        self._candidates_cache: tuple[weakref.ref, SMTConfig, tuple, Candidates] | None = None
+        self._selection_cache: tuple[SMTConfig, BlockSelection | None] | None = None
         if args:
             args = (uncompiled(args[0]), *args[1:])
         if "model" in kwargs:
@@ -176,8 +177,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         """Choose the blocks as `train` does, and leave the model as it was.
 
         Selection and scores are written to the output folder; either can be another run's `SMTConfig.selection`, as can
-        what is returned. `train` chooses again unless it is set. Only `train` tells the model to checkpoint its
-        activations: where memory is short, do so before.
+        what is returned. `train` chooses again unless `smt_config.selection` is set. Only `train` tells the model to
+        checkpoint its activations: where memory is short, do so before.
 
         Raises:
             SMTError: the model trains blocks already, or they cannot be chosen.
@@ -195,20 +196,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     ):
         if self.args.auto_find_batch_size and batch_size is not None:
             self._train_batch_size = batch_size
-        if not is_smt_model(self.model) and resume_from_checkpoint is not None:
-            # Trainer loads a model that is sharded over ranks only after it is.
-            self._load_from_checkpoint(resume_from_checkpoint)
-        if resume_from_checkpoint is not None and not self.is_deepspeed_enabled:
-            warn_of_missing_optimizer(resume_from_checkpoint)
-        refuse_bound_optimizer(self)
-        # Again: `save_model` before training writes a whole model.
-        refuse_full_model(self._output_folder)
-        if is_smt_model(self.model):
-            refuse_other_blocks(self.model, self.smt_config, self._given_selection)
-        else:
-            convert_to_smt(self.model, self._choose_blocks(Path(self._get_output_dir(trial))))
-            self._expect_gradients()
-        refuse_partitioned_experts(self.accelerator, self.model, self.smt_selection.grids)
+        self._make_sparse(resume_from_checkpoint, Path(self._get_output_dir(trial)))
         sharding = is_sharding(self.accelerator)
         if sharding:
             prepare_for_sharding(self.model, self.accelerator)
@@ -220,6 +208,24 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         finally:
             self._gradients.detach()
             self._readers.detach()
+
+    def _make_sparse(self, checkpoint: str | None, folder: Path) -> None:
+        """Make the model one that trains its blocks: those of a checkpoint, if any, or those that are chosen now."""
+        if checkpoint is not None:
+            if not is_smt_model(self.model):
+                # Trainer loads a model that is sharded over ranks only after it is.
+                self._load_from_checkpoint(checkpoint)
+            if not self.is_deepspeed_enabled:
+                warn_of_missing_optimizer(checkpoint)
+        refuse_bound_optimizer(self)
+        # Again: `save_model` before training writes a whole model.
+        refuse_full_model(self._output_folder)
+        if is_smt_model(self.model):
+            refuse_other_blocks(self.model, self.smt_config, self._given_selection)
+        else:
+            convert_to_smt(self.model, self._choose_blocks(folder))
+            self._expect_gradients()
+        refuse_partitioned_experts(self.accelerator, self.model, self.smt_selection.grids)
 
     def _choose_blocks(self, folder: Path) -> BlockSelection:
         """Return the configured selection, or the one that a warm-up leads to: the same on all ranks.
@@ -262,14 +268,14 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     def _choose_by_warmup(self, folder: Path) -> BlockSelection:
         candidates = self._find_candidates()
         warmup, began = Warmup(self, candidates.grids), time.monotonic()
-        found, losses = warmup.run(), warmup.losses
-        if losses:
+        module_scores = warmup.run()
+        if warmup.losses:
             self._report |= {
-                "smt_warmup_steps": len(losses),
-                "smt_warmup_loss": sum(losses) / len(losses),
+                "smt_warmup_steps": len(warmup.losses),
+                "smt_warmup_loss": sum(warmup.losses) / len(warmup.losses),
                 "smt_warmup_runtime": round(time.monotonic() - began, 4),
             }
-        scores = BlockScores.of_candidates(candidates, found, self.smt_config, base_name(self.model))
+        scores = BlockScores.of_candidates(candidates, module_scores, self.smt_config, base_name(self.model))
         if self.args.should_save:
             # First, so that the warm-up is not lost if the budget turns out not to fit.
             scores.save(folder / SCORES_FILE)
@@ -288,8 +294,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     def _find_candidates(self) -> Candidates:
         """Return the candidates of the model, which are looked for, and warned about, once."""
         flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
-        if self._found is not None:
-            model, config, found_flags, candidates = self._found
+        if self._candidates_cache is not None:
+            model, config, found_flags, candidates = self._candidates_cache
             unchanged = (config, found_flags) == (self.smt_config, flags)
             unchanged = unchanged and candidates.num_parameters == count_parameters(self.model)
             if model() is self.model and unchanged:
@@ -297,7 +303,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         candidates = find_candidates(self.model, self.smt_config)
         refuse_partitioned_experts(self.accelerator, self.model, candidates.grids)
         refuse_sharded_tokens(self.accelerator, new_token_grids(self.model, self.smt_config, candidates.grids))
-        self._found = weakref.ref(self.model), replace(self.smt_config), flags, candidates
+        self._candidates_cache = weakref.ref(self.model), replace(self.smt_config), flags, candidates
         return candidates
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -323,10 +329,10 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     @property
     def _given_selection(self) -> BlockSelection | None:  # pyrefly: ignore[bad-override]  # it is no plain attribute
         """The configured selection, trained as this trainer's configuration says."""
-        if self._given is None or self._given[0] != self.smt_config:
+        if self._selection_cache is None or self._selection_cache[0] != self.smt_config:
             selection = given_selection(self.smt_config, None if is_smt_model(self.model) else self.model)
-            self._given = replace(self.smt_config), selection
-        return self._given[1]
+            self._selection_cache = replace(self.smt_config), selection
+        return self._selection_cache[1]
 
     @property
     def smt_callbacks(self) -> list[SMTCallback]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def as_merged(model: nn.Module) -> Generator[None]:
     """Let `model.named_parameters()` name the parameters of the merged model, with its values, within this context."""
     blocks = set()
-    for _, linear in smt_linears(model):
-        linear.write_if_whole()
+    for _, linear in block_modules(model):
+        linear.write_if_changed()
         blocks.add(id(linear.blocks))
 
     def named_parameters(*args, **kwargs) -> Iterator[tuple[str, Parameter]]:

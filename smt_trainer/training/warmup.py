@@ -17,14 +17,15 @@ from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.kinds import named_targets
-from smt_trainer.model.names import plain_name
+from smt_trainer.model.kinds import targets_named
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.scores.collect import LossScale, frozen, reached_scores, statistics_preserved
+from smt_trainer.scores.collect import reached_scores
+from smt_trainer.scores.preserved import frozen, statistics_preserved
 from smt_trainer.scores.reach import Reach
 from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
 from smt_trainer.training.first_step import at_first_step
+from smt_trainer.training.loss_scale import LossScale
 from smt_trainer.training.preserved import plain_data_preserved, rng_preserved
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Warmup:
                 self.as_in_training() as batches,
                 frozen(model),
                 statistics_preserved(model, scorer),
-                scorer.attached(hold=self.scale is not None),
+                scorer.attached(by_step=self.scale is not None),
                 reach.watching(),
             ):
                 for step, (micro_batches, num_items) in enumerate(batches):
@@ -81,8 +82,7 @@ class Warmup:
 
     def scorer(self, model: nn.Module) -> Scorer:
         """The configured scorer of the targets in a model, wrapped or not."""
-        everything = {plain_name(name): target for name, target in named_targets(model).items()}
-        targets = {name: everything[name] for name in self.grids}
+        targets = targets_named(model, self.grids)
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
     @contextlib.contextmanager

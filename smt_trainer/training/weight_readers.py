@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.names import count_projections
-from smt_trainer.sparse.linear import BlockLinear, smt_linears
+from smt_trainer.sparse.block_module import BlockModule, block_modules
 
 
 class RefuseWeightReaders(TrainerCallback):
@@ -33,7 +33,7 @@ class RefuseWeightReaders(TrainerCallback):
         self.detach()
         if model is None or args.torch_compile:
             return
-        for name, linear in smt_linears(model):
+        for name, linear in block_modules(model):
             if _can_watch(linear):
                 self.weights.append(linear.weight.requires_grad_())
                 self.handles.append(linear.weight.register_hook(functools.partial(self.note, name)))
@@ -65,7 +65,7 @@ class RefuseWeightReaders(TrainerCallback):
         self.handles, self.weights, self.read = [], [], set()
 
 
-def _can_watch(linear: BlockLinear) -> bool:
-    plain = linear.is_written and linear.stacked is None and type(linear.weight) is nn.Parameter
+def _can_watch(linear: BlockModule) -> bool:
+    plain = linear.weight_holds_blocks and linear.stacked is None and type(linear.weight) is nn.Parameter
     # One that somebody has unfrozen stays so; saving says that it learns in its blocks alone.
     return plain and not linear.weight.requires_grad

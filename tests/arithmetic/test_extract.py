@@ -25,7 +25,7 @@ from smt_trainer.arithmetic.change_norms import block_norms, change_norm, differ
 from smt_trainer.arrays import as_array
 from smt_trainer.delta.delta import Delta
 from smt_trainer.model.checkpoint import SINGLE_FILE
-from smt_trainer.sparse.fingerprint import Fingerprint
+from smt_trainer.model.fingerprint import Fingerprint
 
 EMBEDDINGS, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 

@@ -8,8 +8,8 @@ from strategies import some_blocks
 from smt_trainer import BlockSelection, SMTConfig
 from smt_trainer.arithmetic.refine import on_one_grid
 from smt_trainer.delta.delta import Delta
+from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse.fingerprint import Fingerprint
 
 
 def delta_of(grid, indices):

@@ -117,9 +117,9 @@ def test_a_merge_that_is_interrupted_leaves_nothing(base, delta, tmp_path):
     # The interrupt comes when the delta has been read and shards are being copied.
     script = f"""import os, signal, sys
 from smt_trainer.cli import main
-from smt_trainer.merging.placement import Placement
+from smt_trainer.merging.plan import MergePlan
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
-Placement.write = lambda *_: os.kill(os.getpid(), {int(signal.SIGINT)})
+MergePlan.write = lambda *_: os.kill(os.getpid(), {int(signal.SIGINT)})
 sys.exit(main())"""
     command = [sys.executable, "-c", script, "merge", str(base), str(delta[0]), str(tmp_path / "merged")]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -37,7 +37,7 @@ def test_peft_finds_the_base_of_the_adapter_and_computes_the_same(run, prompts):
 def test_llama_cpp_has_a_name_for_each_tensor_of_the_merged_checkpoint(run):
     config = AutoModelForCausalLM.from_pretrained(run.merged).config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    tensors = Checkpoint.open(run.merged).places
+    tensors = Checkpoint.open(run.merged).tensors
     found = {key: names.get_name(key, try_suffixes=(".weight", ".bias")) for key in tensors}
     assert len(set(found.values())) == len(tensors) and None not in found.values()
     assert found["model.layers.1.mlp.down_proj.weight"] == "blk.1.ffn_down.weight"

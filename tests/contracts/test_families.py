@@ -29,7 +29,7 @@ from smt_trainer.model.kinds import is_linear, named_targets
 from smt_trainer.model.language_model import find_language_model
 from smt_trainer.model.names import by_projection
 from smt_trainer.model.targets import find_targets
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.write_back import write_back
 
 ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in TABLE.read_text().splitlines() if "%)" in line}
@@ -118,10 +118,10 @@ def test_a_step_moves_the_chosen_blocks_and_nothing_else(name, target_modules):
     convert_to_smt(model, selection)
     optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], lr=0.01)
     model(**inputs).loss.backward()
-    without = [module for module, linear in smt_linears(model) if not linear.blocks.grad.flatten(1).any(1).all()]
+    without = [module for module, linear in block_modules(model) if not linear.blocks.grad.flatten(1).any(1).all()]
     assert not without
     optimizer.step()
-    write_back(linear for _, linear in smt_linears(model))
+    write_back(linear for _, linear in block_modules(model))
     merge_and_unload(model)
 
     before, after = tensors(plain), tensors(model)

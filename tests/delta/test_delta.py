@@ -25,7 +25,7 @@ from smt_trainer.arrays import as_array
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
 from smt_trainer.delta.put import put_delta
 from smt_trainer.manifest import CHECKSUM, sealed
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import is_smt_model
 
 
@@ -92,7 +92,7 @@ def test_blocks_are_stored_in_the_weights_dtype_or_the_masters(master, tmp_path)
     again = load_delta(tiny.llama().bfloat16(), tmp_path)
     assert torch.equal(tiny.logits(again), tiny.logits(model))
     if master:
-        for (_, ours), (_, theirs) in zip(smt_linears(again), smt_linears(model), strict=True):
+        for (_, ours), (_, theirs) in zip(block_modules(again), block_modules(model), strict=True):
             assert torch.equal(ours.blocks, theirs.blocks)
 
 
@@ -443,7 +443,7 @@ def test_values_that_are_not_finite_are_not_saved_and_the_older_delta_stays(valu
     folder, model = delta
     before = (folder / DELTA_FILE).read_bytes()
     with torch.no_grad():
-        next(linear for _, linear in smt_linears(model)).blocks[0, 0, 0] = value
+        next(linear for _, linear in block_modules(model)).blocks[0, 0, 0] = value
     with pytest.raises(SMTError, match=r"are not all finite\. If training diverged"):
         save_delta(model, folder)
     assert (folder / DELTA_FILE).read_bytes() == before
@@ -456,7 +456,7 @@ def test_a_model_of_several_dtypes_keeps_its_values(tmp_path):
     convert_to_smt(model, selection)
     save_delta(model, tmp_path)
     stored = Delta.load(tmp_path)
-    for name, linear in smt_linears(model):
+    for name, linear in block_modules(model):
         assert torch.equal(stored.blocks[name], linear.blocks[linear.row_major_order()])
 
 

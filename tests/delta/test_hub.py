@@ -24,7 +24,7 @@ from smt_trainer import (
 from smt_trainer.cli import main
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
 from smt_trainer.delta.hub import find_delta
-from smt_trainer.selection.block_selection import base_name
+from smt_trainer.model.base_name import base_name
 
 LEFT_BY_RUNS = ["training_args.bin", "smt_scores.safetensors", "optimizer.pt", "checkpoint-2/smt_delta.safetensors"]
 

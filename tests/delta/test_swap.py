@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import Delta, SMTError, applied, convert_to_smt, from_delta, merge_and_unload, save_delta, swap
-from smt_trainer.selection.block_selection import base_name
+from smt_trainer.model.base_name import base_name
 
 KINDS = {
     "blocks": {},

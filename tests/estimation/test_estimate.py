@@ -18,7 +18,7 @@ from smt_trainer.config import SCORES
 from smt_trainer.estimation.estimate import estimate
 from smt_trainer.estimation.meter import read_step
 from smt_trainer.scores import make_scorer
-from smt_trainer.scores.collect import frozen
+from smt_trainer.scores.preserved import frozen
 
 BATCH, LENGTH = 4, tiny.LENGTH
 # Dropout masks are bytes only on a GPU.

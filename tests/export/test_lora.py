@@ -21,7 +21,7 @@ from smt_trainer import Delta, SMTError, convert_to_smt, export_lora, merge_and_
 from smt_trainer.export.lora import ADAPTER_FILE, factors
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.quantised import dequantised, is_quantised, keep_differentiable
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 peft = pytest.importorskip("peft")
 
@@ -245,7 +245,7 @@ def test_a_change_too_large_for_the_dtype_is_refused(folders):
     model.save_pretrained(base)
     convert_to_smt(model, tiny.choose(model))
     with torch.no_grad():
-        next(linear for _, linear in smt_linears(model)).blocks.fill_(1e6)
+        next(linear for _, linear in block_modules(model)).blocks.fill_(1e6)
     save_delta(model, delta)
     with pytest.raises(SMTError, match=r"too large for float16; use float32 or bfloat16"):
         export_lora(base, delta, adapter, dtype="float16")
@@ -443,7 +443,7 @@ def test_the_quantised_base_with_the_adapter_is_the_trained_model(over_quantised
 
 def test_its_change_is_the_difference_to_the_dequantised_weights(over_quantised, folders):
     export_lora(*folders, onto="dequantized")
-    tensors, linears = load_file(folders[2] / ADAPTER_FILE), dict(smt_linears(over_quantised.trained))
+    tensors, linears = load_file(folders[2] / ADAPTER_FILE), dict(block_modules(over_quantised.trained))
     assert len(tensors) == 2 * len(linears)
     plain, dtype = over_quantised.load(), over_quantised.dtype
     for name, linear in linears.items():

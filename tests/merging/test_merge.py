@@ -203,7 +203,7 @@ def test_an_empty_output_folder_is_used(base, delta, tmp_path):
 
 
 def test_a_crash_in_the_middle_leaves_no_output(base, delta, tmp_path, monkeypatch):
-    monkeypatch.setattr("smt_trainer.merging.placement.Placement.write", no_space)
+    monkeypatch.setattr("smt_trainer.merging.plan.MergePlan.write", no_space)
     with pytest.raises(OSError, match="disk full"):
         merge_checkpoint(base, delta[0], tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "delta"}

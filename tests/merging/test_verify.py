@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from smt_trainer import SMTError, convert_to_smt, from_delta, merge_and_unload, merge_checkpoint, save_delta
 from smt_trainer.merging.verify import verify_merge
 from smt_trainer.model.checkpoint import INDEX_FILE, SINGLE_FILE
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 UNTRAINED, TIED, HEAD = "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"
 
@@ -25,7 +25,7 @@ def train(model, folder, **fields):
     convert_to_smt(model, tiny.choose(model, tiny.config(score="random", **fields)))
     tiny.step(model, **tiny.batch())
     with torch.no_grad():
-        for _, linear in smt_linears(model):
+        for _, linear in block_modules(model):
             linear.blocks += torch.randn_like(linear.blocks) / 8
     save_delta(model, folder)
     return model

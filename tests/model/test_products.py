@@ -91,12 +91,12 @@ def test_what_is_no_tensor_is_read_as_of_the_parameter():
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda w: w + 1, "takes `.*add.*` of `w`, and only matrix products can be followed"),
+        (lambda w: w + 1, "applies `.*add.*` to `w`, but only matrix products can be followed"),
         (lambda w: w[1] * 2, "only matrix products can be followed"),
         (lambda w: torch.einsum("ti,eoi->teo", X, w), "can be followed|way that does not tell"),
-        (lambda w: w.reshape(-1, IN), "takes `reshape` of `w`"),
-        (lambda w: torch.cat([X.new_zeros(1, *w.shape[1:]), w]), "takes `cat` of `w`"),
-        (lambda w: torch.add(input=w, other=1), "takes `add` of `w`"),
+        (lambda w: w.reshape(-1, IN), "applies `reshape` to `w`"),
+        (lambda w: torch.cat([X.new_zeros(1, *w.shape[1:]), w]), "applies `cat` to `w`"),
+        (lambda w: torch.add(input=w, other=1), "applies `add` to `w`"),
         (lambda w: w[:2], r"reads `w\[slice"),
         (lambda w: w[0][1], r"reads `w\[1\]`; expected an expert"),
         (lambda w: w.transpose(0, 1), r"moves dimensions \(0, 1\)"),

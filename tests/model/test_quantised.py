@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from smt_trainer import BlockScores, SMTConfig, SMTError, convert_to_smt
+from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.quantised import bits_of, dense_weight, dequantised, keep_differentiable
 from smt_trainer.model.targets import count_parameters, find_targets
-from smt_trainer.sparse.fingerprint import Fingerprint
 
 bnb = pytest.importorskip("bitsandbytes")
 

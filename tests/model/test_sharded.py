@@ -15,7 +15,7 @@ from torch import nn
 
 from smt_trainer import SMTError, convert_to_smt
 from smt_trainer.model.sharded import assign, full_shape, full_tensor, local_parts
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.write_back import write_back
 
 
@@ -68,7 +68,7 @@ def test_the_parts_of_all_ranks_cover_a_weight_once(rows, columns, kernel, ranks
 def test_blocks_are_written_back_to_the_shares_of_all_ranks(build, ranks, whole):
     config = images.config(score="random") if build is images.convnext else None
     model = convert_to_smt(build(), tiny.choose(build(), config))
-    layers = [layer for _, layer in smt_linears(model)]
+    layers = [layer for _, layer in block_modules(model)]
     with torch.no_grad():
         for layer in layers:
             layer.blocks += torch.randn_like(layer.blocks)

@@ -67,7 +67,7 @@ def test_an_edge_that_fits_no_slice_is_refused_with_one_that_does(model):
 
 
 def test_what_is_cut_is_not_trained_whole(model):
-    with pytest.raises(SMTError, match=r"`lm_head.weight` is to be trained whole, and tensor parallelism cuts it"):
+    with pytest.raises(SMTError, match=r"`lm_head.weight` is to be trained whole, but tensor parallelism cuts it"):
         find_candidates(model, tiny.config(modules_to_save=["lm_head"]))
     find_candidates(model, tiny.config(train_norm=True))
 

@@ -7,7 +7,7 @@ from reference import block_mask
 
 from smt_trainer import SMTError, convert_to_smt, load_delta, merge_checkpoint, save_delta
 from smt_trainer.model.whole import find_whole
-from smt_trainer.sparse.fit import find_linears
+from smt_trainer.sparse.fit import match_targets
 
 QKV = ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
 GPT2_NORMS = ["transformer.h.0.ln_1", "transformer.h.0.ln_2", "transformer.h.1.ln_1", "transformer.h.1.ln_2"]
@@ -89,7 +89,7 @@ def test_norms_and_biases_are_trained_stored_and_merged_and_nothing_else_changes
     after = tiny.weights(type(base).from_pretrained(tmp_path / "merged"))
     selection = trainer.smt_selection
     whole = {f"{name}.{leaf}" for name in [*GPT2_NORMS, "transformer.ln_f"] for leaf in ("weight", "bias")}
-    whole |= {f"{name}.bias" for name in find_linears(base, selection)}
+    whole |= {f"{name}.bias" for name in match_targets(base, selection)}
     for name, tensor in before.items():
         module = name.removesuffix(".weight")
         if name in whole:

@@ -22,7 +22,7 @@ from smt_trainer import (
 )
 from smt_trainer.cli import main
 from smt_trainer.delta.delta import Delta
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 RUNS = {
     "rows": {"score": "taylor"},
@@ -125,7 +125,7 @@ def test_a_model_in_groups_trains_on_in_its_own_loop_and_after_loading(tmp_path)
     for each in (model, again):
         tiny.step(each, **images.batch(seed=2))
     tiny.assert_same(again.state_dict(), model.state_dict())
-    assert {name for name, _ in smt_linears(again)} == selection.block_indices.keys()
+    assert {name for name, _ in block_modules(again)} == selection.block_indices.keys()
 
 
 def test_a_delta_of_convolutions_is_swapped_in_and_out_and_patches_a_checkpoint(base, tmp_path):

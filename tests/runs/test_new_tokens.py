@@ -76,7 +76,7 @@ def test_new_rows_are_trained_beside_the_blocks_and_come_back(base, tmp_path, fi
     trainer = trained(base, tmp_path / "run", **fields)
     model, selection = trainer.model, trainer.smt_selection
     for name in modules(model):
-        assert selection.holds_rows(name, range(OLD, NEW))
+        assert selection.covers_rows(name, range(OLD, NEW))
         changed = (model.state_dict()[f"{name}.weight"] != before[f"{name}.weight"]).any(1)
         assert changed[OLD:].all() and (fields or not changed[:OLD].any())
     trainer.save_model(tmp_path / "delta")

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from smt_trainer import convert_to_smt, from_delta, merge_and_unload
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.plain import plain_state_dict
 
 
 def assert_written(model) -> None:
     """The dense weights hold the blocks."""
-    for _, linear in smt_linears(model):
+    for _, linear in block_modules(model):
         held = linear.grid.gather(linear.weight, linear.block_indices)
         assert torch.equal(held, linear.blocks.detach().to(held.dtype))
 
@@ -49,7 +49,7 @@ def test_the_step_of_any_optimizer_is_written(make, copied, rewritten):
 
 def test_an_optimizer_of_something_else_writes_nothing(rewritten):
     other = torch.nn.Linear(2, 2)
-    linear = next(linear for _, linear in smt_linears(rewritten))
+    linear = next(linear for _, linear in block_modules(rewritten))
     linear.blocks.data.add_(1.0)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     other(torch.ones(1, 2)).sum().backward()
@@ -59,7 +59,7 @@ def test_an_optimizer_of_something_else_writes_nothing(rewritten):
 
 def swap_quietly(model) -> None:
     """What averaging callbacks do: they leave no trace in the version of a tensor."""
-    for _, linear in smt_linears(model):
+    for _, linear in block_modules(model):
         linear.blocks.data.mul_(0.5)
 
 

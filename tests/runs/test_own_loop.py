@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from smt_trainer import BlockScores, SMTError, convert_to_smt, from_delta, merge_and_unload, save_delta
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 
 def own_loop(model, steps: int = 4, optimizer_class=torch.optim.AdamW) -> list[float]:
@@ -54,7 +54,7 @@ def test_a_loop_may_hold_all_parameters_and_generate_in_between(llama):
         optimizer.step()
         with torch.inference_mode():
             found = llama.eval().generate(tiny.batch()["input_ids"][:1], max_new_tokens=2, do_sample=False)
-    trained = {f"{name}.weight": linear.blocks.numel() for name, linear in smt_linears(llama)}
+    trained = {f"{name}.weight": linear.blocks.numel() for name, linear in block_modules(llama)}
     plain = merge_and_unload(llama)
     assert torch.equal(plain.generate(tiny.batch()["input_ids"][:1], max_new_tokens=2, do_sample=False), found)
     for name, weight in plain.state_dict().items():
@@ -74,7 +74,7 @@ def test_the_scores_are_those_of_the_trainers_warm_up(tmp_path):
 def test_forward_sees_blocks_changed_outside_an_optimizer(llama):
     convert_to_smt(llama, tiny.choose(llama))
     before = tiny.logits(llama)
-    linears = [linear for _, linear in smt_linears(llama)]
+    linears = [linear for _, linear in block_modules(llama)]
     with torch.no_grad():
         linears[0].blocks.add_(1.0)
     changed = tiny.logits(llama)

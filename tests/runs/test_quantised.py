@@ -14,7 +14,7 @@ from smt_trainer import SMTError, from_delta, load_delta
 from smt_trainer.config import SCORES
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import DELTA_FILE
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 bnb = pytest.importorskip("bitsandbytes")
 KINDS = list(quantised.KINDS)
@@ -25,7 +25,7 @@ def trainer_of(base, folder, kind="nf4", smt_config=None, data=None, **overrides
 
 
 def blocks_of(trainer):
-    return {name: linear.blocks.detach().clone() for name, linear in smt_linears(trainer.model)}
+    return {name: linear.blocks.detach().clone() for name, linear in block_modules(trainer.model)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,7 +50,7 @@ def test_a_model_init_may_quantise(base, tmp_path):
     )
     trainer.train()
     assert not trainer.model._hf_peft_config_loaded
-    assert len(list(smt_linears(trainer.model)))
+    assert len(list(block_modules(trainer.model)))
 
 
 @pytest.mark.parametrize("score", sorted(SCORES))

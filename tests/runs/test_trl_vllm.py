@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from weight_patches import apply_patches
 
 from smt_trainer import SMTTrainerMixin, merge_and_unload, model_patches
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.training.vllm_weights import as_merged
 
 trl = pytest.importorskip("trl")
@@ -130,7 +130,7 @@ def test_blocks_that_are_ahead_of_the_weights_are_handed_over(llama):
     from smt_trainer import convert_to_smt
 
     model = convert_to_smt(llama.bfloat16(), tiny.choose(llama))
-    for _, linear in smt_linears(model):
+    for _, linear in block_modules(model):
         # `.data` leaves no trace by which forward would know.
         linear.blocks.data.add_(1.0)
     with as_merged(model):

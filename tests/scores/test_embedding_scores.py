@@ -9,7 +9,8 @@ import torch
 from smt_trainer import BlockScores, SMTConfig, SMTError
 from smt_trainer.model.targets import find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.scores.collect import collect_scores, frozen
+from smt_trainer.scores.collect import collect_scores
+from smt_trainer.scores.preserved import frozen
 
 NAME = "model.embed_tokens"
 OF_BLOCK = {

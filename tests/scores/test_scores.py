@@ -21,7 +21,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.targets import find_targets, target_grids
 from smt_trainer.scores import SCORERS, make_scorer
 from smt_trainer.scores.block_sums import add_block_sums
-from smt_trainer.scores.collect import frozen
+from smt_trainer.scores.preserved import frozen
 
 OF_SUMMED_GRADIENT = {
     "grad_l1": lambda block: block.abs().mean(),

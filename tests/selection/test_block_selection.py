@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reference import blocks_within, ranked
 
 from smt_trainer import BlockSelection, SMTConfig, SMTError
+from smt_trainer.model.base_name import base_name
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.selection.block_selection import base_name
 from smt_trainer.selection.choose import select_blocks
 
 GRIDS = {"layers.0.q_proj": BlockGrid(64, 64, 16, 16), "layers.0.v_proj": BlockGrid(32, 64, 16, 16)}

@@ -14,7 +14,8 @@ from smt_trainer import SMTConfig, SMTError, convert_to_smt, merge_and_unload
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.heads import head_names
 from smt_trainer.model.targets import find_targets
-from smt_trainer.sparse.linear import SMTLinear, smt_linears
+from smt_trainer.sparse.block_module import block_modules
+from smt_trainer.sparse.linear import SMTLinear
 from smt_trainer.sparse.state import is_smt_model, trainable_parameters
 
 
@@ -103,7 +104,7 @@ def test_unloading_restores_requires_grad(llama):
     before = {name: parameter.requires_grad for name, parameter in llama.named_parameters()}
     merge_and_unload(convert_to_smt(llama, tiny.choose(llama)))
     assert {name: parameter.requires_grad for name, parameter in llama.named_parameters()} == before
-    assert not is_smt_model(llama) and not list(smt_linears(llama))
+    assert not is_smt_model(llama) and not list(block_modules(llama))
 
 
 def test_rewriting_and_unloading_without_training_changes_no_weight(llama):
@@ -146,7 +147,7 @@ def test_named_modules_are_trained_whole(llama):
 @pytest.mark.parametrize("master_dtype", ["float32", "bfloat16", "float64"])
 def test_masters_have_the_configured_dtype(llama, master_dtype):
     convert_to_smt(llama, tiny.choose(llama, tiny.config(score="random", master_dtype=master_dtype)))
-    assert {layer.blocks.dtype for _, layer in smt_linears(llama)} == {getattr(torch, master_dtype)}
+    assert {layer.blocks.dtype for _, layer in block_modules(llama)} == {getattr(torch, master_dtype)}
 
 
 def test_any_module_tree_of_linears_works():

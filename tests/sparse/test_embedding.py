@@ -9,8 +9,8 @@ from reference import block_mask
 from torch import nn
 
 from smt_trainer import SMTConfig, SMTError, convert_to_smt, load_delta, merge_and_unload, save_delta, select_tokens
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.embedding import SMTEmbedding, TiedHead
-from smt_trainer.sparse.linear import smt_linears
 
 NAME = "model.embed_tokens"
 SHAPES = {
@@ -100,7 +100,7 @@ def test_ties_stay_and_undoing_leaves_no_trace(model):
         isinstance(embedding, SMTEmbedding) and isinstance(embedding, kind) and "blocks=20 of 1x64" in repr(embedding)
     )
     assert isinstance(model.lm_head, TiedHead) == is_tied == (model.lm_head.weight is embedding.weight)
-    assert [name for name, _ in smt_linears(model)] == [NAME]
+    assert [name for name, _ in block_modules(model)] == [NAME]
     model.tie_weights()
     tiny.step(model, **batch())
     merge_and_unload(model)

@@ -11,9 +11,9 @@ from reference import block_mask
 from smt_trainer import SMTConfig
 from smt_trainer.model.targets import find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.scores.collect import frozen
+from smt_trainer.scores.preserved import frozen
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.convert import convert_to_smt, merge_and_unload
-from smt_trainer.sparse.linear import smt_linears
 
 SHAPES = {
     "blocks": {"block_size": 16},
@@ -46,7 +46,7 @@ def test_the_blocks_get_the_gradient_of_dense_training(architecture, implementat
     loss = model(**batch).loss
     loss.backward()
     assert torch.equal(loss, expected_loss)
-    own = dict(smt_linears(model))
+    own = dict(block_modules(model))
     assert any(not dense[name].any() for name in own)
     for name, linear in own.items():
         wanted = linear.grid.gather(dense[name], linear.block_indices)
@@ -61,7 +61,7 @@ def test_gradients_come_in_an_order_that_the_router_does_not_decide(implementati
     model = mixture(implementation=implementation)
     convert_to_smt(model, chosen(model, 8, block_size=16))
     order = []
-    for name, linear in smt_linears(model):
+    for name, linear in block_modules(model):
         linear.blocks.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     orders = set()
     for seed in range(8):
@@ -69,7 +69,7 @@ def test_gradients_come_in_an_order_that_the_router_does_not_decide(implementati
         model(**tiny.batch(1, length=2, seed=seed)).loss.backward()
         orders.add(tuple(order))
     assert len(orders) == 1
-    assert sorted(orders.pop()) == sorted(name for name, _ in smt_linears(model))
+    assert sorted(orders.pop()) == sorted(name for name, _ in block_modules(model))
 
 
 @pytest.mark.parametrize(("architecture", "implementation"), CASES)
@@ -170,7 +170,7 @@ def test_checkpointing_changes_no_gradient(implementation, reentrant):
             model.enable_input_require_grads()
         convert_to_smt(model, chosen(model, block_size=16))
         model(**tiny.batch(2)).loss.backward()
-        gradients.append([linear.blocks.grad for _, linear in smt_linears(model)])
+        gradients.append([linear.blocks.grad for _, linear in block_modules(model)])
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
@@ -183,7 +183,7 @@ def test_autocast_gives_gradients_in_the_dtype_of_the_masters(implementation):
         loss = model(**batch).loss
         loss.backward()
     assert torch.equal(loss, expected_loss)
-    for name, linear in smt_linears(model):
+    for name, linear in block_modules(model):
         assert linear.blocks.grad.dtype is torch.float32
         wanted, largest = linear.grid.gather(dense[name], linear.block_indices), float(dense[name].abs().max())
         # Eight bits of mantissa.

@@ -11,8 +11,8 @@ from torch.autograd.graph import save_on_cpu
 
 from smt_trainer import convert_to_smt
 from smt_trainer.sparse import sparse_experts, sparse_linear
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.kept_input import KeptInput, find_origin
-from smt_trainer.sparse.linear import smt_linears
 
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 # Model -> linear -> whether its input can be recomputed from what autograd keeps anyway. Layer 1, since something
@@ -101,7 +101,7 @@ def test_a_model_with_blocks_keeps_what_the_frozen_one_does(llama, target, dtype
     convert_to_smt(
         llama, tiny.choose(llama, tiny.config(target_modules=target, scope="per_module", budget=2, score="random"))
     )
-    assert len(list(smt_linears(llama))) == (6 if target == "qkv" else 14)
+    assert len(list(block_modules(llama))) == (6 if target == "qkv" else 14)
     assert activations(llama) == floor
 
 
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_a_kept_input_bit_for_bit(name, monkeypatch):
         convert_to_smt(model, tiny.choose(model, smt_config))
         torch.manual_seed(0)
         model(**tiny.batch(2)).loss.backward()
-        return {name: layer.blocks.grad for name, layer in smt_linears(model)}
+        return {name: layer.blocks.grad for name, layer in block_modules(model)}
 
     ours = gradients()
     monkeypatch.setattr(sparse_linear, "find_origin", lambda x: None)
@@ -215,7 +215,7 @@ def test_gradients_of_experts_are_those_of_a_kept_input_bit_for_bit(implementati
         model = mixture("Qwen3MoeForCausalLM", implementation)
         convert_to_smt(model, tiny.choose(model, smt_config))
         model(**tiny.batch(2)).loss.backward()
-        return {name: linear.blocks.grad for name, linear in smt_linears(model)}
+        return {name: linear.blocks.grad for name, linear in block_modules(model)}
 
     ours = gradients()
     monkeypatch.setattr(sparse_experts, "find_origin", lambda x: None)

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from smt_trainer import convert_to_smt
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.listed_experts import arriving_together
 
 CONFIG = {"target_modules": ["up", "down"], "budget": 60, "score": "random"}
@@ -32,7 +32,7 @@ def gradients(model, batch):
         linear.blocks.register_post_accumulate_grad_hook(
             lambda blocks, name=name: found.__setitem__(name, blocks.grad.clone())
         )
-        for name, linear in smt_linears(model)
+        for name, linear in block_modules(model)
         if linear.blocks.requires_grad
     ]
     model.zero_grad()
@@ -48,7 +48,7 @@ def test_the_router_does_not_decide_in_which_order_gradients_come(model):
     with arriving_together(model):
         orders = [list(gradients(model, batch)) for batch in BATCHES]
     assert orders[0] == orders[1]
-    assert set(orders[0]) == {name for name, _ in smt_linears(model)}
+    assert set(orders[0]) == {name for name, _ in block_modules(model)}
 
 
 def test_gradients_stay_the_same_and_are_zero_where_no_token_was_sent(model):
@@ -62,10 +62,10 @@ def test_gradients_stay_the_same_and_are_zero_where_no_token_was_sent(model):
 
 
 def test_a_call_without_any_trained_expert_reaches_all(model):
-    chosen = {name for name, _ in smt_linears(model)}
+    chosen = {name for name, _ in block_modules(model)}
     kept = sorted(chosen - set(gradients(model, BATCHES[0])))
     assert kept
-    for name, linear in smt_linears(model):
+    for name, linear in block_modules(model):
         linear.blocks.requires_grad_(name in kept)
     with arriving_together(model):
         found = gradients(model, BATCHES[0])
@@ -76,5 +76,5 @@ def test_forward_is_as_before_and_nothing_is_left_behind(model):
     before = tiny.logits(model)
     with arriving_together(model):
         assert torch.equal(tiny.logits(model), before)
-    assert not any(linear.alias is not None for _, linear in smt_linears(model))
+    assert not any(linear.alias is not None for _, linear in block_modules(model))
     assert not any(layer.mlp._forward_hooks or layer.mlp._forward_pre_hooks for layer in model.model.layers)

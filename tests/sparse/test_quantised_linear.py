@@ -21,7 +21,7 @@ KINDS = list(quantised.KINDS)
 
 def rewritten(linear, dtype, master=torch.float32):
     linear.dense_dtype = dtype
-    return block_linear_of(linear).from_linear(linear, GRID, INDICES, master)
+    return block_linear_of(linear).from_plain(linear, GRID, INDICES, master)
 
 
 def run(linear, x, dy):
@@ -113,7 +113,7 @@ def test_to_linear_leaves_a_plain_linear_that_computes_the_same(kind, case):
         linear.blocks += 1
     x = case[0].bfloat16()
     expected = linear(x).detach()
-    plain = linear.to_linear()
+    plain = linear.to_plain()
     assert type(plain) is nn.Linear
     assert plain.state_dict().keys() == {"weight", "bias"}
     assert vars(plain).keys() == vars(nn.Linear(1, 1)).keys()

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from smt_trainer import SMTError, convert_to_smt, merge_and_unload
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.targets import find_targets, target_grids
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.conv import SMTConv, SMTConv1d, SMTConv2d, SMTConv3d, block_conv_of
-from smt_trainer.sparse.linear import smt_linears
 from smt_trainer.sparse.write_back import write_back
 
 CUTS = {"rows": {}, "columns": {"granularity": "column"}, "blocks": {"granularity": "block", "block_size": (4, 3)}}
@@ -26,7 +26,7 @@ DIVISIBLE_BY_4 = r".*(layer\.\d\.convolution|conv[13])"
 
 
 def rewrite(conv: nn.Module, grid: BlockGrid, block_indices: torch.Tensor, dtype=torch.float64) -> SMTConv:
-    return block_conv_of(conv).from_linear(conv, grid, block_indices, dtype)
+    return block_conv_of(conv).from_plain(conv, grid, block_indices, dtype)
 
 
 def divisors(size: int) -> list[int]:
@@ -133,7 +133,7 @@ def test_rewriting_keeps_the_module_and_undoing_restores_it(conv, kind):
         layer.blocks += 1
     written = layer.blocks.detach().clone()
     rows = layer.block_indices[:, 0].tolist()
-    layer.to_linear()
+    layer.to_plain()
     assert (repr(conv), list(conv.state_dict()), type(conv)) == (text, keys, type(conv)) and conv.weight is weight
     assert vars(conv).keys() == attributes
     torch.testing.assert_close(conv.weight.detach()[rows].flatten(1), written.squeeze(1).float(), rtol=0, atol=0)
@@ -225,4 +225,4 @@ def test_a_model_with_another_convolution_is_refused():
     model.blocks[0].conv2 = nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False)
     with pytest.raises(SMTError, match=r"`blocks.0.conv2` lie in a convolution of 2 groups with a weight of 8x4x3x3"):
         convert_to_smt(model, selection)
-    assert not list(smt_linears(model)) and find_targets(model, images.config())
+    assert not list(block_modules(model)) and find_targets(model, images.config())

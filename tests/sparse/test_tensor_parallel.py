@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smt_trainer import SMTError, convert_to_smt, merge_and_unload
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 slices = pytest.importorskip("slices", reason="this transformers cuts models in another way", exc_type=ImportError)
 
@@ -21,7 +21,7 @@ def trained(model: nn.Module, selection) -> tuple[nn.Module, dict[str, torch.Ten
         optimizer.zero_grad()
         model(**tiny.batch()).loss.backward()
         optimizer.step()
-    return model, {name: linear.blocks.grad for name, linear in smt_linears(model)}
+    return model, {name: linear.blocks.grad for name, linear in block_modules(model)}
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_cut_model_trains_as_a_whole_one(both):
 
 def test_values_set_without_a_trace_are_written_before_evaluation(both):
     _, (model, _) = both
-    _, linear = next(smt_linears(model))
+    _, linear = next(block_modules(model))
     linear.blocks.data += 1
     model.eval()
     assert torch.equal(linear.grid.gather(linear.weight.full_tensor(), linear.block_indices), linear.blocks)
@@ -53,10 +53,10 @@ def test_values_set_without_a_trace_are_written_before_evaluation(both):
 
 def test_merging_leaves_the_cut_model_as_it_was_loaded(both):
     _, (model, _) = both
-    weights = {name: linear.merged_weight() for name, linear in smt_linears(model)}
+    weights = {name: linear.merged_weight() for name, linear in block_modules(model)}
     logits = tiny.logits(model)
     merged = merge_and_unload(model)
-    assert not any(smt_linears(merged))
+    assert not any(block_modules(merged))
     for name, weight in weights.items():
         linear = merged.get_submodule(name)
         assert type(linear) is nn.Linear and torch.equal(linear.weight.full_tensor(), weight)

@@ -150,6 +150,7 @@ FAMILIES = {
     "Llama": Family("LlamaForCausalLM", {"num_key_value_heads": 2}),
     "Qwen2": Family("Qwen2ForCausalLM", {"num_key_value_heads": 2}),
     "Qwen3": Family("Qwen3ForCausalLM", GROUPED),
+    "HRM-Text": Family("HrmTextForCausalLM", GROUPED),
     "SmolLM3": Family("SmolLM3ForCausalLM", GROUPED),
     "Phi-3, Phi-4": Family("Phi3ForCausalLM", {"num_key_value_heads": 2}),
     "Cohere2": Family("Cohere2ForCausalLM", GROUPED),

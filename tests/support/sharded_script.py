@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 
 from smt_trainer import SMTConfig, SMTTrainer, from_delta
 from smt_trainer.model.sharded import full_tensor, is_partitioned
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.plain import plain_state_dict
 
 FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -265,7 +265,7 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
 
 def outcome(trainer: SMTTrainer) -> dict:
     """Return all that runs must agree on, gathered on every rank."""
-    linears = dict(smt_linears(trainer.model))
+    linears = dict(block_modules(trainer.model))
     return {
         "blocks": {
             name: full_tensor(linear.blocks)[linear.row_major_order()].float() for name, linear in linears.items()
@@ -280,7 +280,7 @@ def outcome(trainer: SMTTrainer) -> dict:
 
 
 def assert_sharded(trainer: SMTTrainer, case: dict) -> None:
-    linears = [linear for _, linear in smt_linears(trainer.model)]
+    linears = [linear for _, linear in block_modules(trainer.model)]
     if "slices" in case:
         assert all(2 * linear.weight.to_local().numel() == linear.weight.numel() for linear in linears)
     elif "fsdp" in case:

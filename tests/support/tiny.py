@@ -16,7 +16,7 @@ from smt_trainer.model.targets import count_parameters, find_targets, target_gri
 from smt_trainer.scores import make_scorer
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.selection.choose import select_blocks
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.write_back import write_back
 from smt_trainer.training.warmup import Warmup
 
@@ -222,7 +222,7 @@ def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
     optimizer = optimizer_class(trained, lr=0.1)
     model(**inputs).loss.backward()
     optimizer.step()
-    write_back(layer for _, layer in smt_linears(model))
+    write_back(layer for _, layer in block_modules(model))
 
 
 @torch.no_grad()
@@ -231,7 +231,7 @@ def disturb(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter += torch.randn_like(parameter) / 8
-    write_back(linear for _, linear in smt_linears(model))
+    write_back(linear for _, linear in block_modules(model))
 
 
 def saved_files(folder) -> dict[str, tuple[dict, dict[str, torch.Tensor]]]:

@@ -32,7 +32,7 @@ from smt_trainer import BlockSelection, SMTCallback
 from smt_trainer.config import SCORES
 from smt_trainer.delta import delta
 from smt_trainer.files import write_atomically
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.training.trainer import SELECTION_FILE
 
 RANKS_BATCH = 4
@@ -43,8 +43,8 @@ FORKED.set_forkserver_preload(["transformers.trainer", "transformers.models.llam
 def result(trainer) -> dict:
     """Return everything that two runs of the same training must agree on."""
     return {
-        "blocks": {name: linear.blocks.detach() for name, linear in smt_linears(trainer.model)},
-        "block_indices": {name: linear.block_indices for name, linear in smt_linears(trainer.model)},
+        "blocks": {name: linear.blocks.detach() for name, linear in block_modules(trainer.model)},
+        "block_indices": {name: linear.block_indices for name, linear in block_modules(trainer.model)},
         "weights": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "losses": tiny.logged(trainer, "loss"),

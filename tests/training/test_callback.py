@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from smt_trainer import SMTCallback
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 
 
 @pytest.mark.parametrize("given", [tiny.Noting, tiny.Noting()], ids=["class", "instance"])
@@ -102,7 +102,7 @@ def test_forward_reads_the_updated_blocks_after_each_step(tmp_path):
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             self.steps += 1
-            for _, linear in smt_linears(model):
+            for _, linear in block_modules(model):
                 held = linear.grid.gather(linear.weight, linear.block_indices)
                 assert torch.equal(held, linear.blocks.detach())
 

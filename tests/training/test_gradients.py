@@ -6,7 +6,7 @@ import torch
 from out_of_reach import OutOfReach
 
 from smt_trainer import SMTError
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import is_smt_model
 
 
@@ -84,7 +84,7 @@ def test_an_evaluation_before_the_first_step_tells_nothing(tmp_path):
 def test_a_refused_run_trains_without_what_it_names(tmp_path):
     run = trainer(OutOfReach(), tmp_path, config("called", "read", exclude_modules=["read"]))
     run.train()
-    assert all(linear.blocks.shape[0] == 1 for _, linear in smt_linears(run.model))
+    assert all(linear.blocks.shape[0] == 1 for _, linear in block_modules(run.model))
 
 
 MODELS = {

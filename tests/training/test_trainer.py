@@ -30,7 +30,7 @@ from smt_trainer import (
     merge_checkpoint,
 )
 from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
-from smt_trainer.sparse.linear import smt_linears
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SELECTION_FILE
@@ -152,7 +152,7 @@ def test_an_optimizer_trains_the_blocks_and_nothing_else(optim, precision, tmp_p
     )
     assert trainer.losses[-1] < trainer.losses[0]
     selection = model.smt_state.selection
-    for _, linear in smt_linears(model):
+    for _, linear in block_modules(model):
         written = linear.grid.gather(linear.weight, linear.block_indices)
         assert torch.equal(written, linear.blocks.detach().to(written.dtype))
     for name, tensor in merge_and_unload(model).state_dict().items():
@@ -170,9 +170,9 @@ def test_float32_masters_of_bfloat16_weights_move_at_small_learning_rates(tmp_pa
     trained(tmp_path, model, max_steps=20, learning_rate=1e-5)
     moved = [
         linear.blocks.detach() != linear.grid.gather(base[f"{name}.weight"], linear.block_indices).float()
-        for name, linear in smt_linears(model)
+        for name, linear in block_modules(model)
     ]
-    assert {linear.blocks.dtype for _, linear in smt_linears(model)} == {torch.float32}
+    assert {linear.blocks.dtype for _, linear in block_modules(model)} == {torch.float32}
     assert torch.cat([part.flatten() for part in moved]).float().mean() > 0.99
 
 
@@ -314,7 +314,7 @@ def test_blocks_that_a_callback_changed_are_used_by_the_next_step_of_a_compiled_
     class Halve(TrainerCallback):
         @torch.no_grad()
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            for _, linear in smt_linears(model):
+            for _, linear in block_modules(model):
                 linear.blocks.mul_(0.5)
 
     plain, compiled = (
@@ -537,12 +537,12 @@ def test_fields_that_a_selection_leaves_without_meaning_are_named(tmp_path, warn
     selection = tiny.choose(model)
     fields = {"budget": 5, "target_modules": "mlp", "block_size": selection.config.block_size, "train_norm": True}
     trainer = trained(tmp_path, model, SMTConfig(selection=selection, **fields))
-    (line,) = [line for line in warnings() if "blocks are those of the selection" in line]
+    (line,) = [line for line in warnings() if "SMTConfig.selection fixes the blocks" in line]
     assert "budget=5" in line and "target_modules='mlp'" in line
     assert "block_size" not in line and "train_norm" not in line
     assert trainer.smt_selection.num_blocks == selection.num_blocks
 
 
 def test_a_model_that_is_merged_already_is_said_to_be(tmp_path, base, delta):
-    with pytest.raises(SMTError, match="merged already, as from_delta gives it unless merge=False"):
+    with pytest.raises(SMTError, match="merged already, as from_delta returns it unless merge=False"):
         merge_and_unload(from_delta(delta[0], base=base))

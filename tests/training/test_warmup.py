@@ -13,7 +13,7 @@ from torch import nn
 from smt_trainer import BlockScores, BlockSelection, SMTError
 from smt_trainer.config import SCORES
 from smt_trainer.scores import SCORERS
-from smt_trainer.scores.collect import frozen
+from smt_trainer.scores.preserved import frozen
 from smt_trainer.selection.candidates import find_candidates
 from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.training.preserved import rng_preserved

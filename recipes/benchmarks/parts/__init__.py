@@ -1,1 +1,1 @@
-"""What the benchmarks share: models, methods, clocks, counters, tables and charts."""
+"""Code that the benchmarks share: models, methods, clocks, counters, tables and charts."""

@@ -1,4 +1,4 @@
-"""Time that the scorers' hooks add to a warm-up step, on models with many tiny targets."""
+"""Measure the time that the scorers' hooks add to a warm-up step, on models with many tiny targets."""
 
 import torch
 
@@ -7,7 +7,7 @@ from recipes.benchmarks.parts.selection import seconds
 from smt_trainer import SMTConfig
 from smt_trainer.model.targets import find_targets, target_grids
 from smt_trainer.scores import make_scorer
-from smt_trainer.scores.collect import frozen
+from smt_trainer.scores.preserved import frozen
 
 SCORES = ("grad_l1", "grad_signed")
 
@@ -16,7 +16,7 @@ def measure_warmup(layers: int, rounds: int, seed: int) -> dict:
     """Return the seconds of forward and backward through a frozen model, and the seconds that each scorer adds."""
     torch.manual_seed(seed)
     model = tiny(layers).build().train()
-    # Otherwise nothing in a frozen model requires a gradient.
+    # Otherwise nothing in a frozen model would require a gradient.
     model.enable_input_require_grads()
     tokens = torch.randint(model.config.vocab_size, (1, 8))
     targets = find_targets(model, SMTConfig())

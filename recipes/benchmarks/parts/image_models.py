@@ -1,4 +1,4 @@
-"""Models of images, with random weights: those of SPSFT's table 2, and ResNet-50."""
+"""Image models with random weights: those of SPSFT's table 2, and ResNet-50."""
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +39,11 @@ class Normalised(nn.Sequential):
 
 
 class Bottleneck(nn.Module):
-    """1x1, a grouped 3x3 and 1x1, beside the residual stream."""
+    """A 1x1, a grouped 3x3 and a 1x1 convolution, with a shortcut around them."""
 
     def __init__(self, into: int, out: int, stride: int, groups: int) -> None:
         super().__init__()
-        # In 32 groups of 8 and its doubles, the inner width is the outer one.
+        # With 32 groups of 8 channels (16, 32, 64 in later stages), the inner width equals the outer one.
         self.first = Normalised(into, out, 1)
         self.second = Normalised(out, out, 3, stride, groups)
         self.third = Normalised(out, out, 1)

@@ -91,7 +91,7 @@ def peak_bytes(start: Start, setting: Setting) -> int:
     Args:
         start: turns a plain model into an object with a `step`; picklable.
     """
-    # Load code that is loaded on first use before measuring.
+    # A small step first, so that code loaded on first use is not measured.
     small = Setting(tiny(2), setting.dtype, 1, 8, base=setting.base)
     start(small.build(), small).step(small.tokens())
     model, tokens = setting.build(), setting.tokens()

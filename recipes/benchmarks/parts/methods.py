@@ -22,7 +22,7 @@ OF_EXPERTS = (FULL, "LoRA", ROWS, SMT)
 
 
 class Variant(NamedTuple):
-    """A method, the fraction of all parameters that it trains, and for SMT the lowest layer with blocks."""
+    """A method, the fraction of all parameters that it trains, and for SMT the lowest layer that may have blocks."""
 
     method: str
     budget: float | None = None
@@ -51,7 +51,7 @@ class Variant(NamedTuple):
 
 
 def lora_of_experts(matrices: Mapping[str, Any], parameters: float) -> peft.LoraConfig:
-    """Return LoRA on the 3-D parameters of experts, whose rank is the same for all experts."""
+    """Return the configuration of LoRA on the experts' 3-D parameters, with the same rank for all experts."""
     each = sum(sum(matrix.weight_shape) for matrix in matrices.values())
     rank = max(1, round(parameters / each))
     names = sorted({f"mlp.experts.{matrix.leaf}" for matrix in matrices.values()})

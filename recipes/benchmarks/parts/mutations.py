@@ -23,7 +23,7 @@ def flip_bits(data: bytes, rng: random.Random) -> bytes:
 
 
 def flip_in_front(data: bytes, rng: random.Random) -> bytes:
-    """Flip a bit in the first 64 bytes, where a length and the first names stand."""
+    """Flip a bit in the first 64 bytes, which hold a length and the first names."""
     changed = bytearray(data)
     changed[rng.randrange(min(64, len(data)))] ^= 1 << rng.randrange(8)
     return bytes(changed)
@@ -73,7 +73,7 @@ def edit_header(data: bytes, rng: random.Random) -> bytes:
 
 
 def edit_manifest(key: str, seal: Callable[[dict, bytes], dict] | None = None):
-    """Return a mutation of a field of the manifest that the metadata hold under `key`; `seal` gives a new checksum."""
+    """Return a mutation of a field of the manifest in the metadata under `key`; `seal` makes a new checksum."""
 
     def mutate(data: bytes, rng: random.Random) -> bytes:
         header, body = split(data)
@@ -86,7 +86,7 @@ def edit_manifest(key: str, seal: Callable[[dict, bytes], dict] | None = None):
 
 
 def edit_document(seal: Callable[[dict, bytes], dict] | None = None):
-    """Return a mutation of a field of a JSON file; `seal` gives a new checksum."""
+    """Return a mutation of a field of a JSON file; `seal` makes a new checksum."""
 
     def mutate(data: bytes, rng: random.Random) -> bytes:
         values = edit_json(json.loads(data), rng)
@@ -96,7 +96,7 @@ def edit_document(seal: Callable[[dict, bytes], dict] | None = None):
 
 
 def nest(data: bytes, rng: random.Random) -> bytes:
-    """Put thousands of brackets into the text."""
+    """Insert thousands of brackets or digits."""
     place = rng.randrange(len(data))
     return data[:place] + rng.choice([b"[", b'{"a":', b"9"]) * rng.choice([5_000, 200_000]) + data[place:]
 
@@ -125,7 +125,7 @@ def _copy(value: Any) -> Any:
 
 
 def _bent(value: Any, rng: random.Random) -> Any:
-    """Return something near a value, of its own type."""
+    """Return a changed value of the same kind."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):

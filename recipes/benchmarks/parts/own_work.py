@@ -1,4 +1,4 @@
-"""Time that SMT adds to a step of the frozen model, each part timed where it runs.
+"""Measure the time that SMT adds to a step of the frozen model, each part where it runs.
 
 Step times of one model vary by more than these parts take, so their sum measures SMT's distance to the floor better
 than the ratio of step times.
@@ -25,7 +25,7 @@ PARTS = {
 PARTS_OF_EXPERTS = {part: (sparse_experts, name) for part, (_, name) in PARTS.items()}
 OPTIMIZER, WRITE_BACK = "optimizer", "write-back"
 PARTS_OF_PLAIN = PARTS | {WRITE_BACK: (write_back, "write_back")}
-# Blocks are not written into a quantised weight, but into the dense copy that each product makes of it anyway.
+# Over a quantised weight, blocks are put into the dense copy that each product makes of it anyway.
 PARTS_OF_QUANTISED = PARTS | {"putting blocks in": (BlockGrid, "scatter_")}
 
 

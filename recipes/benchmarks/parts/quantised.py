@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes holds in few bits, made by transformers from a model in memory."""
+"""Quantise a model in memory with bitsandbytes, as transformers does when it loads one."""
 
 import math
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from recipes.parts.quantisation import quantisation
 from smt_trainer.model.kinds import named_linears
 from smt_trainer.model.quantised import bits_of, is_quantised, keep_differentiable
 
-# Base -> the bits of a weight, and its name in a report.
+# Quantised base -> the bits of a weight, and its name in a report.
 BITS = {"nf4": 4, "int8": 8}
 NAMES = {"nf4": "NF4 with double quantisation, multiplied in bfloat16", "int8": "LLM.int8"}
 
 
 def quantise(model: PreTrainedModel, base: str) -> PreTrainedModel:
-    """Return a model as transformers loads it in a base of `BITS`; it shares what is not quantised.
+    """Return a model as transformers loads it with a quantisation of `BITS`. It shares the tensors left unquantised.
 
-    It is ready to be copied: 8-bit scales lie where the first forward moves them, since many copies share a weight and
-    only one of them could. In 4 bits it stays differentiable when it is evaluated on a CPU.
+    The result can be copied: 8-bit scales are already where the first forward would move them, which only one of
+    several copies that share a weight could do. In 4 bits it stays differentiable after an evaluation on a CPU.
     """
     found = type(model).from_pretrained(
         None,
@@ -48,7 +48,7 @@ def quantisation_states(model: nn.Module) -> list[Any]:
 
 
 def scales(model: nn.Module) -> list[Tensor]:
-    """Return the tensors that a model holds beside its quantised weights: scales and the tables of their values."""
+    """Return the tensors that a model holds besides its quantised weights: scales and lookup tables."""
     found = []
     for state in quantisation_states(model):
         records = [state, getattr(state, "state2", None)]

@@ -1,4 +1,4 @@
-"""The three readers under attack: the files that they read, and what is done with what they accept."""
+"""The three readers under attack: the files that they read, and how the content that they accept is used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REFUSED, SAME, FORGED = "refused", "accepted, same content", "accepted with a fo
 
 
 class Small(nn.Module):
-    """Two layers of two linears and a norm, which nothing calls."""
+    """Two layers of two linears and a norm; it has no forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Small(nn.Module):
 
 @dataclass(frozen=True)
 class Reader:
-    """A kind of file.
+    """A kind of file and how it is read.
 
     Attributes:
         path: the file, which each case overwrites.
-        read: reads it.
-        content: what it holds, for comparison.
-        use: does with an artefact what the library does.
-        mutations: ways to damage it, without and with a checksum that fits.
+        read: reads the file and returns an artefact: a delta, a selection or scores.
+        content: returns the content of an artefact, for comparison.
+        use: uses an artefact as the library does.
+        mutations: ways to damage the file, without and with a checksum that fits.
     """
 
     path: Path
@@ -136,8 +136,8 @@ def attack(reader: Reader, original: bytes, expected: Any, rng: random.Random) -
     """Damage the file in one way and read it; return the mutation's name and the outcome.
 
     Raises:
-        AssertionError: other content was accepted, though nobody made a new checksum.
-        Exception: whatever a reader, or a user of what it accepted, raised but `SMTError`.
+        AssertionError: other content was accepted although the checksum was not forged.
+        Exception: any error but `SMTError` that reading, or using what was accepted, raised.
     """
     forged = rng.random() < 0.3
     mutate = rng.choice(reader.mutations[forged])
@@ -162,7 +162,7 @@ def small_like(model: nn.Module) -> nn.Module:
 
 
 def _scores(model: nn.Module) -> BlockScores:
-    """Return scores of rows, on which columns depend."""
+    """Return scores of rows that have dependent columns."""
     config = SMTConfig(target_modules=["v_proj"], granularity="row", budget=3, score="random", train_dependents=True)
     grids = target_grids(find_targets(model, config), config)
     columns = target_grids({"layers.1.q_proj": model.get_submodule("layers.1.q_proj")}, SMTConfig(granularity="column"))
@@ -193,14 +193,14 @@ def _use_scores(path: Path) -> Callable[[BlockScores], None]:
 
 
 def _inspect(path: Path) -> None:
-    """Run `smt inspect`; what it prints is for a terminal."""
+    """Run `smt inspect`, and check that its output is safe for a terminal."""
     with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()):
         main(["inspect", str(path.parent if path.name == DELTA_FILE else path)])
     assert all(line.isprintable() for line in output.getvalue().splitlines()), "escape sequences were printed"
 
 
 def _seal(manifest: Any, data: bytes) -> Any:
-    """Give a manifest the checksum of itself and of the tensors beside it, if it still has one."""
+    """Recompute the checksum over a manifest and the tensors in its file, if it still has one."""
     if not isinstance(manifest, dict) or CHECKSUM not in manifest:
         return manifest
     del manifest[CHECKSUM]
@@ -208,7 +208,7 @@ def _seal(manifest: Any, data: bytes) -> Any:
 
 
 def _swap_tensors(key: str):
-    """Return a mutation that gives a tensor another dtype, shape or name, or drops it, and seals the file again."""
+    """Return a mutation that changes a tensor's dtype, shape or name, or drops it, and renews the checksum."""
 
     def mutate(data: bytes, rng: random.Random) -> bytes:
         header, _ = mutations.split(data)

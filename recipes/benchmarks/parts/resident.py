@@ -12,12 +12,12 @@ def resident(field: str) -> int:
 
 
 def release() -> None:
-    """Give memory that is no longer used back to the kernel, so that the next allocations show."""
+    """Return unused memory to the kernel, so that the next allocations show."""
     gc.collect()
     # The C library keeps what is freed.
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak() -> None:
-    """Set the kernel's record of the peak back to the current memory."""
+    """Reset the kernel's record of the peak to the current memory."""
     Path("/proc/self/clear_refs").write_text("5")

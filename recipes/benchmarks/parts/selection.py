@@ -1,4 +1,4 @@
-"""Time, file size and memory of a selection from random scores, on models of the meta device."""
+"""Measure time, file size and memory of a selection from random scores, with models on the meta device."""
 
 import multiprocessing
 import statistics
@@ -27,7 +27,7 @@ CUTS = {
 
 
 class Case:
-    """One model on the meta device, cut in one way. Its methods are timed."""
+    """One model on the meta device, cut into blocks in one way. Its methods are timed."""
 
     def __init__(self, shape: Shape, cut: str, seed: int) -> None:
         self.config = SMTConfig(score="random", **CUTS[cut])
@@ -97,7 +97,7 @@ def measure_selection(models: dict[str, Shape], rounds: int, seed: int) -> list[
 
 def select_peak_bytes(shape: Shape, cut: str, seed: int) -> int:
     """Return the peak resident memory of `select_blocks` above model and scores. Needs its own process, on Linux."""
-    # Load code that is loaded on first use before measuring.
+    # A small case first, so that code loaded on first use is not measured.
     Case(tiny(3), cut, seed).select()
     case = Case(shape, cut, seed)
     reset_peak()

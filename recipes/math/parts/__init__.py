@@ -1,1 +1,1 @@
-"""What the math task is made of: its two sources of data, and its metric."""
+"""Parts of the math task: its two sources of data, and its metric."""

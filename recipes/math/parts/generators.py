@@ -1,6 +1,6 @@
 """The question generators of GSM-Symbolic, imported from the wheel of reasoning-gym.
 
-The only code of a wheel that runs here. `fetch` has verified the hash of the wheel.
+This is the only code from a wheel that is run, after `fetch` has verified the hash of the wheel.
 """
 
 import importlib
@@ -21,7 +21,7 @@ FLAWED = frozenset(
     {
         # The package lists these as in need of a fix. Most round: 13.5 people are 13, 2.001 trips are 2.
         *(32, 35, 37, 61, 63, 65, 74, 76, 77, 79, 86, 87, 90, 97, 98),
-        # The solution ends in another text than the answer: 24.0 for 24.
+        # The solution does not end in the answer's string: 24.0 for 24.
         *(25, 27, 84, 89),
         # The text shows the rounding of floats: 22.250000000000004 hours.
         *(46, 52, 66),
@@ -36,7 +36,7 @@ Generator = Callable[[random.Random], dict[str, Any]]
 
 
 def generators() -> dict[int, Generator]:
-    """Return number of a template -> function that draws a question, for all templates but the flawed ones.
+    """Return template number -> function that draws a question, for all templates but the flawed ones.
 
     Raises:
         FetchError: the wheel is damaged, or is not in the cache and could not be downloaded.
@@ -54,8 +54,8 @@ def generators() -> dict[int, Generator]:
 def _import_modules(wheel: Path) -> list[ModuleType]:
     """Import the generators' modules from the archive, without the `__init__` of any package.
 
-    Those would import the whole of reasoning-gym and what it depends on. A reasoning-gym that is installed and imported
-    is untouched.
+    These would import all of reasoning-gym and its dependencies. An installed reasoning-gym that was imported before is
+    left as it is.
     """
     installed = _pop_modules()
     try:

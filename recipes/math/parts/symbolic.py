@@ -32,10 +32,10 @@ NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 def symbolic_splits(validation: int, seed: int) -> Splits:
     """Return the splits, drawn from the templates in about a second.
 
-    Train and test sets without validation are the same for every `seed`; it chooses the validation questions.
+    `seed` only chooses the validation questions. Without them, the train and test sets are the same for every seed.
 
     Args:
-        validation: number of questions in each validation set; 0 for no such sets.
+        validation: number of questions in each validation set; 0 for no validation.
         seed: seed of that choice.
 
     Raises:
@@ -64,7 +64,7 @@ def symbolic_splits(validation: int, seed: int) -> Splits:
 
 
 def draw(generate: Generator, number: int) -> list[Record]:
-    """Return `RECORDS_PER_TEMPLATE` records of the template `number`, or as many as it has different numbers for."""
+    """Return `RECORDS_PER_TEMPLATE` records of the template `number`, or fewer if its draws repeat the same numbers."""
     rng = random.Random(f"{SEED} {number}")
     records: dict[tuple[str, ...], Record] = {}
     for _ in range(MOST_DRAWS_PER_RECORD * RECORDS_PER_TEMPLATE):

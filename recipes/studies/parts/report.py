@@ -23,7 +23,7 @@ def write_report(study: Study, store: Store, folder: Path) -> None:
 
 
 def finished(arm: Arm, task: str, store: Store) -> list[dict]:
-    """Return the results of the arm's final runs that are there, in the order of the seeds."""
+    """Return the results of the arm's final runs that are done, in the order of the seeds."""
     if arm.method == "none":
         runs = [arm.untuned(task)]
     else:

@@ -57,7 +57,7 @@ class Run:
         split: "validation" measures the loss only, for tuning; "test" measures everything.
         steps: optimizer steps.
         batch: records in a step.
-        fields: fields of SMTConfig that differ, as JSON.
+        fields: fields of SMTConfig that differ from the method's, as JSON.
         selected_on: "task:seed" of another run's records, whose warm-up chooses the blocks.
         dtype: dtype that the model is loaded in.
     """
@@ -78,7 +78,7 @@ class Run:
 def perform(run: Run) -> dict:
     """Train and measure. Return a result of JSON types, which names the run, its measures and circumstances."""
     started = time.perf_counter()
-    # Trainers are reference cycles: the model of the run before may still be in memory.
+    # Trainers are reference cycles: the model of the previous run may still be in memory.
     gc.collect()
     torch.manual_seed(run.seed)
     # TF32 on a GPU, float32 on a processor.
@@ -100,7 +100,7 @@ def perform(run: Run) -> dict:
 
 
 def _train(model: PreTrainedModel, run: Run, folder: str) -> tuple[PreTrainedModel, dict]:
-    """Return the trained model, unmerged since merging an adapter rounds it, and facts about the training."""
+    """Return the trained model and facts about the training. It is not merged, since merging an adapter rounds it."""
     fields = json.loads(run.fields)
     if run.selected_on:
         fields["selection"] = _select(model, run, folder)
@@ -153,7 +153,7 @@ def _arguments(run: Run, folder: str) -> TrainingArguments:
 
 
 def _train_all(model: PreTrainedModel, run: Run, folder: str) -> None:
-    """Train all weights for the steps of a warm-up, as the authors' code does before it chooses blocks."""
+    """Train all weights for as many steps as a warm-up, as the authors' code does before it chooses blocks."""
     steps = COMMON["smt_warmup_steps"]
     arguments = dataclasses.replace(_arguments(run, folder), max_steps=steps, learning_rate=FULL_WARM_UP_RATE)
     Trainer(
@@ -223,7 +223,7 @@ def _splits(task: str) -> Splits:
 
 
 def _records(task: str, seed: int, number: int) -> Dataset:
-    """Return `number` tokenised training records in the order of `seed`, again from the start when they are used up."""
+    """Return `number` tokenised training records in the order of `seed`; each further epoch has another order."""
     train = _splits(task).train
     order = [
         index

@@ -1,4 +1,4 @@
-"""The results of all runs: one JSON object a line, appended as runs end."""
+"""The results of all runs: one JSON object per line, appended as runs end."""
 
 import json
 from pathlib import Path

@@ -18,15 +18,15 @@ class Arm:
     """One setting of a study.
 
     Attributes:
-        label: what the tables call it.
+        label: name of the arm in the tables.
         method: key of `METHODS`, or "none" for the untuned model.
         budget: trained parameters as a fraction of the model's; None where a method has none.
-        fields: fields of SMTConfig that differ.
+        fields: fields of SMTConfig that differ from the method's.
         selected_on: as in `Run`.
         dtype: as in `Run`.
         records: number of records to train on, if not the protocol's.
         rate_of: the arm whose tuned rate this one takes; None tunes its own.
-        seeds: of its final runs.
+        seeds: seeds of its final runs.
     """
 
     label: str
@@ -64,7 +64,7 @@ class Arm:
         yield from (run for run in runs if run not in store)
 
     def final(self, task: str, rate: float) -> list[Run]:
-        """Return the runs that are reported, one a seed."""
+        """Return the runs that are reported, one per seed."""
         return [self.run(task, rate, seed, "test") for seed in self.seeds]
 
     def untuned(self, task: str) -> Run:
@@ -77,8 +77,8 @@ class Study:
     """A question and its arms.
 
     Attributes:
-        name: as the command line names it.
-        question: what it asks, one sentence.
+        name: name of the study on the command line.
+        question: what the study asks, one sentence.
         arms: in the order of the table. The first one trained is compared with all others.
         task: name of the task.
     """

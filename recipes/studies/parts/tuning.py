@@ -1,7 +1,7 @@
 """The learning rate of each method, found by the same search for all, judged on validation questions.
 
-The search begins with two rates of a grid spaced by about 3. It goes on until the best rate so far has neighbours on
-both sides that were tried too, and four rates or more were tried, further on the side that does better.
+The search begins with two rates of a grid whose steps are factors of about 3. It goes on until both neighbours of the
+best rate and at least four rates in all have been tried; a rate beyond the neighbours is on the side that does better.
 """
 
 from collections.abc import Callable

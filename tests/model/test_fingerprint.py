@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, save_delta
+from smt_trainer.model import fingerprint
+from smt_trainer.model.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, read_sample, sample, saved_tensors
 from smt_trainer.model.names import find_names
-from smt_trainer.sparse import fingerprint
-from smt_trainer.sparse.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, read_sample, sample, saved_tensors
 from smt_trainer.tensor_header import read_header
 
 

@@ -21,20 +21,19 @@ from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
 from smt_trainer.merging.locate import find_grown, find_parts, find_sites, find_whole, refuse_missing
-from smt_trainer.merging.parts import Part
+from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.site import Site
 from smt_trainer.merging.tied import tied_copies
 from smt_trainer.model.checkpoint import BASE, Checkpoint, parts_of
 from smt_trainer.settings import is_int
-from smt_trainer.sparse.fingerprint import read_sample
 from smt_trainer.tensor_file import load_arrays, open_array, save_arrays
-from smt_trainer.tensor_header import Place
+from smt_trainer.tensor_header import StoredTensor
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Placement:
+class MergePlan:
     """A delta and where it goes.
 
     Attributes:
@@ -43,22 +42,22 @@ class Placement:
         keys: whole tensor of the delta -> its name in the checkpoint; without what is new in the model.
         sites: tensor name in the checkpoint -> the blocks that lie in it.
         whole: tensor name in the checkpoint -> the tensor that replaces it, with other rows if the vocabulary changed.
-        places: tensor name -> where it lies, of all of these.
+        tensors: tensor name -> where it lies, of all of these.
         vocabulary: sizes of the vocabulary in training.
         grown: those of `whole` that are made of the base's rows and blocks with all rows of new tokens.
     """
 
     delta: Delta
-    parts: dict[str, list[Part]]
+    parts: dict[str, list[MatrixRows]]
     keys: dict[str, str]
     sites: dict[str, list[Site]]
     whole: dict[str, np.ndarray]
-    places: dict[str, Place]
+    tensors: dict[str, StoredTensor]
     vocabulary: set[int]
     grown: list[str]
 
     @classmethod
-    def load(cls, delta_folder: Path, checkpoint: Checkpoint, onto: str | None = None) -> Placement:
+    def load(cls, delta_folder: Path, checkpoint: Checkpoint, onto: str | None = None) -> MergePlan:
         """Read a delta and find its tensors in a checkpoint.
 
         Raises:
@@ -69,28 +68,28 @@ class Placement:
         check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
         if checkpoint.is_quantised and quantised_names(delta):
             raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
-        placement = cls.of(delta, delta_folder, checkpoint)
-        refuse_missing([name for name in delta.whole_arrays if name not in placement.keys], checkpoint.folder)
-        for dtype in placement.other_dtypes:
+        plan = cls.of(delta, delta_folder, checkpoint)
+        refuse_missing([name for name in delta.whole_arrays if name not in plan.keys], checkpoint.folder)
+        for dtype in plan.other_dtypes:
             logger.warning(
                 "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
                 "model.",
                 delta.weight_dtype,
                 dtype,
             )
-        if not placement.other_dtypes:
-            warn_of_rounding(delta, placement.dtypes)
-        whole, sites = placement.whole, placement.sites
+        if not plan.other_dtypes:
+            warn_of_rounding(delta, plan.dtypes)
+        whole, sites = plan.whole, plan.sites
         for key, (first, *_) in list(sites.items()):
             for copy in tied_copies(key, checkpoint, {*sites, *whole}) if first.grid.embedding else ():
-                sites[copy], placement.places[copy] = sites[key], checkpoint.places[copy]
+                sites[copy], plan.tensors[copy] = sites[key], checkpoint.tensors[copy]
         for key, values in list(whole.items()):
             for copy in tied_copies(key, checkpoint, {*sites, *whole}):
-                placement.whole[copy], placement.places[copy] = values, checkpoint.places[copy]
-        return placement
+                plan.whole[copy], plan.tensors[copy] = values, checkpoint.tensors[copy]
+        return plan
 
     @classmethod
-    def of(cls, delta: Delta, delta_folder: Path, checkpoint: Checkpoint) -> Placement:
+    def of(cls, delta: Delta, delta_folder: Path, checkpoint: Checkpoint) -> MergePlan:
         """Find the tensors of a delta in a checkpoint; a whole one that is new in the model is in none.
 
         Raises:
@@ -102,31 +101,31 @@ class Placement:
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
         grown = find_grown(delta, sites, checkpoint)
         sites = {key: found for key, found in sites.items() if key not in grown}
-        used = [(key, site.expert) for key, found in sites.items() for site in found]
+        used = [tuple(map(str, part)) for found in parts.values() for part in found]
         if len(whole) < len(keys) or len(set(used)) < len(used) or whole.keys() & sites.keys():
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
         whole |= grown
-        places = {key: checkpoint.places[key] for key in [*sites, *whole]}
+        tensors = {key: checkpoint.tensors[key] for key in [*sites, *whole]}
         vocabulary = vocabulary_sizes(load_config(delta_folder))
-        placement = cls(delta, parts, keys, sites, whole, places, vocabulary, [*grown])
-        placement._check(checkpoint)
-        return placement
+        plan = cls(delta, parts, keys, sites, whole, tensors, vocabulary, [*grown])
+        plan._check(checkpoint)
+        return plan
 
     @property
     def other_dtypes(self) -> set[str]:
         """Dtypes of the checkpoint's weights with blocks, other than that of training."""
-        return {self.places[key].dtype for key in self.sites} - {self.delta.weight_dtype}
+        return {self.tensors[key].dtype for key in self.sites} - {self.delta.weight_dtype}
 
     @property
     def dtypes(self) -> dict[str, str]:
         """Module with blocks, or whole tensor of the delta -> dtype of the tensor in the checkpoint."""
-        found = {site.name: self.places[key].dtype for key, sites in self.sites.items() for site in sites}
-        return found | {name: self.places[key].dtype for name, key in self.keys.items()}
+        found = {site.name: self.tensors[key].dtype for key, sites in self.sites.items() for site in sites}
+        return found | {name: self.tensors[key].dtype for name, key in self.keys.items()}
 
     @property
     def is_resized(self) -> bool:
         """Whether the delta has another vocabulary than the checkpoint."""
-        return any(values.shape != self.places[key].shape for key, values in self.whole.items())
+        return any(values.shape != self.tensors[key].shape for key, values in self.whole.items())
 
     def write(self, path: Path) -> None:
         """Write the trained values into a copy of one of the checkpoint's files.
@@ -134,37 +133,35 @@ class Placement:
         A tensor over a resized vocabulary does not fit into its place: then the file is written again, from memory.
         """
         resized = {}
-        for key, place in self.places.items():
-            if place.file != path.name:
+        for key, stored in self.tensors.items():
+            if stored.file != path.name:
                 continue
-            if key in self.whole and self.whole[key].shape != place.shape:
-                resized[key] = cast(self.whole[key], place.dtype)
+            if key in self.whole and self.whole[key].shape != stored.shape:
+                resized[key] = cast(self.whole[key], stored.dtype)
             elif key in self.whole:
-                open_array(path, place)[...] = cast(self.whole[key], place.dtype)
+                open_array(path, stored)[...] = cast(self.whole[key], stored.dtype)
             else:
-                tensor = open_array(path, place)
+                tensor = open_array(path, stored)
                 for site in self.sites[key]:
-                    site.put(tensor, cast(site.blocks, place.dtype))
+                    site.put(tensor, cast(site.blocks, stored.dtype))
         if resized:
             _write_again(path, resized)
 
     def _check(self, checkpoint: Checkpoint) -> None:
         delta, folder = self.delta, checkpoint.folder
         for key, sites in self.sites.items():
-            place = self.places[key]
+            stored = self.tensors[key]
             for site in sites:
                 expected = site.grid.stored_shape
-                _expect(key, place, expected if site.expert is None else (*place.shape[:1], *expected), WEIGHTS, folder)
-        places = checkpoint.places | {name: checkpoint.places[key] for name, key in checkpoint.renamed.items()}
-        differences = delta.base.differences(
-            places, lambda key, stride, rows: read_sample(folder, places[key], stride, rows)
-        )
-        check_base(delta, folder.resolve().name, differences)
+                _expect(
+                    key, stored, expected if site.expert is None else (*stored.shape[:1], *expected), WEIGHTS, folder
+                )
+        check_base(delta, folder.resolve().name, delta.base.differences_on_disk(folder, checkpoint.loaded))
         for key, values in self.whole.items():
-            place, dtype = self.places[key], dtype_name(values)
+            stored, dtype = self.tensors[key], dtype_name(values)
             alike = next((kind for kind in (WEIGHTS, INTEGERS) if dtype in kind), (dtype,))
             is_resized = values.ndim > 0 and len(values) in self.vocabulary
-            _expect(key, place, place.shape[:1] + values.shape[1:] if is_resized else values.shape, alike, folder)
+            _expect(key, stored, stored.shape[:1] + values.shape[1:] if is_resized else values.shape, alike, folder)
 
 
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:
@@ -177,23 +174,23 @@ def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
     return {part["vocab_size"] for part in parts_of(config) if is_int(part.get("vocab_size"))}
 
 
-def refuse_grown(placement: Placement, what: str) -> None:
+def refuse_grown(plan: MergePlan, what: str) -> None:
     """Raise `SMTError` if a delta has rows of new tokens in blocks, which cannot be used in some way."""
-    if placement.grown:
+    if plan.grown:
         raise SMTError(
-            f"the delta has rows of new tokens in `{placement.grown[0]}`, which the base has not, and cannot be "
+            f"the delta has rows of new tokens in `{plan.grown[0]}`, which the base has not, and cannot be "
             f"{what}. Merge it instead (smt merge), or load it with from_delta."
         )
 
 
-def _expect(key: str, place: Place, shape: tuple[int, ...], dtypes: Iterable[str], folder: Path) -> None:
-    if place.shape != shape:
+def _expect(key: str, stored: StoredTensor, shape: tuple[int, ...], dtypes: Iterable[str], folder: Path) -> None:
+    if stored.shape != shape:
         raise SMTError(
-            f"the delta expects `{key}` of {folder} to have shape {list(shape)}, got {list(place.shape)}. Use the base "
-            "that it was trained on."
+            f"the delta expects `{key}` of {folder} to have shape {list(shape)}, got {list(stored.shape)}. Use the "
+            "base that it was trained on."
         )
-    if place.dtype not in dtypes:
+    if stored.dtype not in dtypes:
         raise SMTError(
-            f"`{key}` of {folder} is stored as {place.dtype} in {place.size} bytes, which blocks cannot be written "
+            f"`{key}` of {folder} is stored as {stored.dtype} in {stored.size} bytes, which blocks cannot be written "
             "into. Use the base as it was trained on, unquantised."
         )

@@ -1,9 +1,9 @@
-"""Find the parameters that no base gives back: loading made them up, because the checkpoint does not have them.
+"""Find newly initialised parameters: the checkpoint lacks them, so they cannot be restored from the base.
 
-New heads, a missing pooler, the rows of a resized vocabulary: their values are random. transformers marks each
-parameter that it reads from a checkpoint (`_is_hf_initialized`), so in a model that it loaded a parameter without the
-mark is made up. Embeddings keep the mark when they are resized; they are compared with the shapes in the checkpoint. A
-model that was built from a configuration has no marks, and there is nothing to tell.
+These are new heads, a missing pooler and the rows of a resized vocabulary, all with random values. transformers marks
+each parameter that it reads from a checkpoint (`_is_hf_initialized`), so in a model that it loaded, a parameter without
+the mark is newly initialised. Embeddings keep the mark when they are resized, so their shapes are compared with those
+in the checkpoint. A model built from a configuration has no marks; nothing is reported for it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from smt_trainer.model.sharded import full_shape
 MARK = "_is_hf_initialized"
 
 
-def made_up(model: nn.Module) -> list[str]:
-    """Return the full names of the parameters that loading made up, in the model's order."""
+def newly_initialised(model: nn.Module) -> list[str]:
+    """Return the full names of the newly initialised parameters, in the model's order."""
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     if not any(hasattr(parameter, MARK) for parameter in parameters.values()):
         return []
@@ -38,15 +38,15 @@ def made_up(model: nn.Module) -> list[str]:
         name
         for name, parameter in parameters.items()
         if name in resized
-        # A device map may drop marks, but not what the checkpoint holds.
+        # A device map may drop marks, so look in the checkpoint, too.
         or not (hasattr(parameter, MARK) or name in shapes or any(re.search(pattern, name) for pattern in ignored))
     ]
 
 
 def new_rows(model: nn.Module) -> dict[str, range]:
-    """Return the rows that the vocabulary has more than the checkpoint: weight of token embeddings, or of a head that
-    is not tied to them -> row numbers. One that shrank has none."""
-    resized = [name for name in made_up(model) if name in embeddings(model)]
+    """Return the vocabulary's rows that the checkpoint lacks: weight of the token embeddings, or of a head not tied to
+    them -> row numbers. A weight that shrank is skipped."""
+    resized = [name for name in newly_initialised(model) if name in embeddings(model)]
     found = {}
     for name, before in _stored_shapes(model, resized).items() if resized else ():
         after = full_shape(model.get_parameter(name))
@@ -56,17 +56,17 @@ def new_rows(model: nn.Module) -> dict[str, range]:
 
 
 def _stored_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of parameters in the checkpoint that a model was loaded from, as far as it has them."""
+    """Return the shapes of parameters in the checkpoint that a model was loaded from; skip those that it lacks."""
     checkpoint = _checkpoint(model)
-    places = {} if checkpoint is None else checkpoint.places
-    return {name: places[other].shape for name, other in find_names(names, places).items()}
+    tensors = {} if checkpoint is None else checkpoint.tensors
+    return {name: tensors[other].shape for name, other in find_names(names, tensors).items()}
 
 
 def embeddings(model: nn.Module) -> list[str]:
-    """Return the full names of the weights of a model's token embeddings and of the head that mirrors them."""
+    """Return the full names of the weights of a model's token embeddings and output embeddings."""
     found = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
-        # A model of images may have none, and transformers then raises.
+        # A vision model may have none; transformers then raises.
         with contextlib.suppress(NotImplementedError):
             found.append(getattr(model, get, lambda: None)())
     owned = {id(module) for module in found if isinstance(module, nn.Module)}
@@ -79,7 +79,7 @@ def embeddings(model: nn.Module) -> list[str]:
 
 
 def _checkpoint(model: nn.Module) -> Checkpoint | None:
-    """Return the checkpoint that a model was loaded from, in a folder or the hub's cache; None if it is not at hand."""
+    """Return the checkpoint that a model was loaded from, in a folder or the hub's cache; None if it cannot be read."""
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     if not name:

@@ -24,7 +24,7 @@ PROMPTS = (
 RANDOM_TOKENS = 24
 
 
-class Moved(NamedTuple):
+class LogitDifference(NamedTuple):
     """The difference of two models; see the top of this file."""
 
     tokens: int
@@ -40,7 +40,7 @@ class Moved(NamedTuple):
 
 
 @torch.no_grad()
-def moved(first: Any, second: Any, prompts: list[Tensor]) -> Moved:
+def compare_logits(first: Any, second: Any, prompts: list[Tensor]) -> LogitDifference:
     """Compare two models that give logits.
 
     Args:
@@ -62,10 +62,10 @@ def moved(first: Any, second: Any, prompts: list[Tensor]) -> Moved:
         p, q = p.log_softmax(-1), q.log_softmax(-1)
         divergence += (p.exp() * (p - q)).sum().item()
         tokens += len(p)
-    return Moved(tokens, divergence / tokens, same / tokens, largest)
+    return LogitDifference(tokens, divergence / tokens, same / tokens, largest)
 
 
-def moved_by_merging(trained: Any, merged: Path) -> Moved | None:
+def compare_with_merged(trained: Any, merged: Path) -> LogitDifference | None:
     """Compare a trained model with a merged checkpoint; None if no logits over a vocabulary come of tokens alone.
 
     Args:
@@ -77,7 +77,7 @@ def moved_by_merging(trained: Any, merged: Path) -> Moved | None:
     has_head = hasattr(plain, "get_output_embeddings") and plain.get_output_embeddings() is not None
     if not (reads_tokens and has_head) or getattr(plain.config, "is_encoder_decoder", False):
         return None
-    return moved(trained, plain, prompts_for(merged, plain.config.get_text_config().vocab_size))
+    return compare_logits(trained, plain, prompts_for(merged, plain.config.get_text_config().vocab_size))
 
 
 def prompts_for(folder: Path, vocabulary: int) -> list[Tensor]:

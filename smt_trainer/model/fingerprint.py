@@ -1,25 +1,26 @@
-"""The fingerprint of a base: a checksum of each of its tensors, so that a delta knows the base it belongs to.
+"""Compute the fingerprint of a base: a checksum of each of its tensors, by which a delta recognises its base.
 
-    checksum(W) = sum of the sampled values of W, read as 64-bit integers, modulo 2^64
+    checksum(W) = sum of the sampled values of W, read as 64-bit integers (32-bit if all are sampled), modulo 2^64
 
-Of a tensor of at most `WHOLE` values all are sampled; of a larger one `RUN` neighbours out of every `stride`, in
-row-major order. The stride is such that a model has about `RUNS` runs, so a fingerprint takes some six milliseconds,
-whatever the size of the model (recipes/benchmarks/results/fingerprint.md). It is a power of two of the size of the
-whole model, whatever is left out: so fingerprints of one base sample the same values, and can be compared without it,
-be there a new head or not. In a tensor it is made to share no factor but 2 with the row length, so that runs begin all
-over the columns. With N values in the model, the b rows of a block meet about b (b + RUN) RUNS / N runs: one in two
-blocks of 64x64 in 135 million values. A relative that was tuned in any way differs in many. Norms and biases are
-compared value by value. Of a vocabulary that has grown since, the rows of the base are sampled (`rows`). The sum does
-not depend on its order, on the device or on how the checkpoint is sharded.
+In a tensor of at most `WHOLE` values all are sampled; in a larger one, `RUN` neighbours out of every `stride` values in
+row-major order. The stride gives a model about `RUNS` runs, so a fingerprint takes some six milliseconds, whatever the
+size of the model (recipes/benchmarks/results/fingerprint.md). It is a power of two and depends on the size of the whole
+model, including tensors that the fingerprint leaves out. So fingerprints of the same base sample the same values and
+can be compared without the base, with or without a new head. In each tensor the stride is increased until it shares no
+factor but 2 with the row length, so that runs begin all over the columns. With N values in the model, the b rows of a
+block meet about b (b + RUN) RUNS / N runs: one in two blocks of 64x64 in 135 million values. A base that was tuned in
+any way differs in many runs. Norms and biases are compared value by value. If the vocabulary has grown since, only the
+base's rows are sampled (`rows`). The sum does not depend on its order, on the device or on how the checkpoint is
+sharded.
 
-Of a weight that bitsandbytes has quantised, the indices are sampled (`codes`): so the same base, quantised alike, has
-the same fingerprint. They are compared only with a model that is quantised, too.
+For a weight that bitsandbytes has quantised, the indices are sampled (`codes`), so the same base has the same
+fingerprint when quantised in the same way. They are compared only with a model that is quantised, too.
 
 Values are first rounded to the dtype of the base and then read as float32 (float64 stays). So the same base has the
-same fingerprint in every dtype that is at least as fine. Names are compared without the prefix of the base model
+same fingerprint in every dtype that is at least as precise. Names are compared without the prefix of the base model
 (`model.`).
 
-The sums are taken on numpy arrays, so a base on disk is compared without torch.
+The sums are computed on numpy arrays, so a base on disk is compared without torch.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ import numpy as np
 from smt_trainer.arrays import as_array, cast, dtype_name
 from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.tensor_file import read_runs
-from smt_trainer.tensor_header import Place
+from smt_trainer.tensor_header import StoredTensor
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
 WHOLE, RUN, RUNS = 16384, 64, 8192
-# Runs in a tensor, at least.
+# The least number of runs in a tensor of more than `WHOLE` values, approximately.
 FEWEST = 16
 
 
@@ -54,10 +55,10 @@ class Fingerprint:
 
     Attributes:
         dtype: dtype that values are rounded to, such as "bfloat16".
-        stride: values from one run to the next.
+        stride: number of values from the start of one run to the next.
         checksums: name of a parameter or buffer -> 16 hexadecimal digits; tied ones once.
-        codes: the same of quantised weights.
-        rows: name of a tensor that had more rows in training -> its rows in the base.
+        codes: the same for quantised weights.
+        rows: name of a tensor that had more rows in training -> number of its rows in the base.
     """
 
     dtype: str
@@ -70,13 +71,13 @@ class Fingerprint:
     def of(
         cls, model: nn.Module, dtype: torch.dtype, without: Iterable[str] = (), rows: Mapping[str, int] | None = None
     ) -> Fingerprint:
-        """Return the fingerprint of a plain model; a collective when it is sharded.
+        """Return the fingerprint of a plain model; a collective operation if the model is sharded.
 
         Args:
             model: with the values of the base.
             dtype: of the base.
             without: names of tensors that the base does not have, or that the delta holds whole.
-            rows: name of a tensor that has more rows than in the base -> its rows there.
+            rows: name of a tensor that has more rows than in the base -> number of its rows in the base.
         """
         from smt_trainer.model.sharded import full_shape, full_tensor
 
@@ -90,17 +91,19 @@ class Fingerprint:
         return cls(name_of_dtype, stride, sums, codes, {name: rows[name] for name in tensors if name in rows})
 
     @classmethod
-    def read(cls, folder: Path, places: Mapping[str, Place], dtype: str, without: Collection[str] = ()) -> Fingerprint:
-        """Return the fingerprint of a base on disk, as `of` gives it for the model that is loaded from there.
+    def read(
+        cls, folder: Path, tensors: Mapping[str, StoredTensor], dtype: str, without: Collection[str] = ()
+    ) -> Fingerprint:
+        """Return the fingerprint of a base on disk: the same as `of` returns for the model loaded from it.
 
         Args:
             folder: of the checkpoint.
-            places: name of each tensor of `saved_tensors` -> where it lies.
+            tensors: name of each tensor of `saved_tensors` -> where it lies.
             dtype: of the base.
             without: names of tensors that the delta holds whole.
         """
-        stride = _stride(place.shape for place in places.values())
-        sampled = {name: read_sample(folder, place, stride) for name, place in places.items() if name not in without}
+        stride = _stride(stored.shape for stored in tensors.values())
+        sampled = {name: read_sample(folder, stored, stride) for name, stored in tensors.items() if name not in without}
         return cls(dtype, stride, dict(zip(sampled, _checksums([*sampled.values()], dtype), strict=True)))
 
     @property
@@ -112,13 +115,13 @@ class Fingerprint:
     def differences(
         self, names: Iterable[str], sampled: Callable[[str, int, int | None], np.ndarray], *, quantised: bool = False
     ) -> list[str]:
-        """Return the names of this base's tensors that have other values elsewhere; those that are not there are left
-        out, since checkpoints may store them under converted names.
+        """Return the names of this base's tensors that have other values in another model or checkpoint. Tensors that
+        are missing there are skipped, since checkpoints may store them under converted names.
 
         Args:
-            names: of the tensors elsewhere.
-            sampled: gives the sample of one of them by its name, the stride, and how many rows of it count, if not all.
-            quantised: whether what was quantised in this base is so there, and is compared.
+            names: of the other tensors.
+            sampled: returns the sample of one of them, given its name, the stride, and its rows that count (None: all).
+            quantised: whether weights that were quantised in this base are quantised there, too, and are compared.
         """
         expected = self.checksums | self.codes if quantised else self.checksums
         found = find_names(expected, names)
@@ -126,8 +129,12 @@ class Fingerprint:
         sums = dict(zip(found, _checksums(samples, self.dtype), strict=True))
         return [name for name, checksum in sums.items() if checksum != expected[name]]
 
+    def differences_on_disk(self, folder: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
+        """Return the `differences` of tensors in the files of a folder."""
+        return self.differences(tensors, lambda name, stride, rows: read_sample(folder, tensors[name], stride, rows))
+
     def differences_in(self, model: nn.Module, *, quantised: bool = False) -> list[str]:
-        """Return the `differences` of a model; a collective when it is sharded."""
+        """Return the `differences` to a model; a collective operation if the model is sharded."""
         from smt_trainer.model.sharded import full_tensor
 
         tensors = dict(saved_tensors(model))
@@ -144,7 +151,7 @@ def is_code(tensor: Tensor) -> bool:
 
 
 def sample(tensor: Tensor, stride: int, rows: int | None = None) -> np.ndarray:
-    """Return a copy of the sampled values of a tensor, or of its first rows: [n, RUN] of many, all [n] of a few."""
+    """Copy the sampled values of a tensor, or of its first `rows` rows: runs [n, RUN], or all [n] of a small tensor."""
     if rows is not None and tensor.ndim:
         tensor = tensor[:rows]
     if is_code(tensor):
@@ -156,21 +163,21 @@ def sample(tensor: Tensor, stride: int, rows: int | None = None) -> np.ndarray:
     return runs[0] if count == 1 else runs
 
 
-def read_sample(folder: Path, place: Place, stride: int, rows: int | None = None) -> np.ndarray:
-    """Return `sample` of a tensor in a file."""
-    shape = place.shape if rows is None or not place.shape else (min(rows, place.shape[0]), *place.shape[1:])
+def read_sample(folder: Path, stored: StoredTensor, stride: int, rows: int | None = None) -> np.ndarray:
+    """Read the values that `sample` would return of a tensor in a file."""
+    shape = stored.shape if rows is None or not stored.shape else (min(rows, stored.shape[0]), *stored.shape[1:])
     count, step, length = _runs(shape, stride)
-    runs = read_runs(folder / place.file, place, count, step, length)
+    runs = read_runs(folder / stored.file, stored, count, step, length)
     return runs[0] if count == 1 else runs
 
 
 def _stride(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Return the values from one run to the next in a model whose tensors have these shapes."""
+    """Return the stride from one run to the next in a model whose tensors have these shapes."""
     return 2 ** round(math.log2(max(RUN, sum(map(math.prod, shapes)) / RUNS)))
 
 
 def _runs(shape: tuple[int, ...], stride: int) -> tuple[int, int, int]:
-    """Return the number of runs in a tensor, the values from one to the next, and the values in each."""
+    """Return the number of runs in a tensor, the stride from one to the next, and the number of values in each."""
     numel = math.prod(shape)
     if numel <= WHOLE:
         return 1, numel, numel
@@ -191,7 +198,7 @@ def saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the persistent buffers of a plain or rewritten model with their full names, without those of its blocks."""
+    """Yield the persistent buffers of a plain or rewritten model with their full names, except `block_indices`."""
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set and name != "block_indices":
@@ -200,7 +207,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @functools.cache
 def _apart(stride: int, columns: int) -> int:
-    """Return the next even stride that shares only the factor 2 with the row length, if at all."""
+    """Return the next even stride that shares no factor but 2 with the row length."""
     stride += stride % 2
     while math.gcd(stride, columns) > 2:
         stride += 2
@@ -208,19 +215,19 @@ def _apart(stride: int, columns: int) -> int:
 
 
 def _checksums(samples: list[np.ndarray], dtype: str) -> list[str]:
-    """Return the checksum of each sample. All of one kind are summed at once: a call for each would take longest."""
+    """Return the checksum of each sample. Samples of one dtype and rank are summed together, to save numpy calls."""
     kinds: dict[tuple, list[int]] = {}
-    for place, sample in enumerate(samples):
-        kinds.setdefault((dtype_name(sample), sample.ndim), []).append(place)
+    for index, sample in enumerate(samples):
+        kinds.setdefault((dtype_name(sample), sample.ndim), []).append(index)
     found = [""] * len(samples)
-    for places in kinds.values():
-        values = cast(np.concatenate([samples[place] for place in places]), dtype)
+    for indices in kinds.values():
+        values = cast(np.concatenate([samples[index] for index in indices]), dtype)
         values = values if dtype == "float64" else cast(values, "float32")
-        # Two neighbours of a run are one integer; a small tensor may have an odd number of values.
+        # Two neighbours in a run are read as one int64; a small tensor may have an odd number of values.
         integers = values.view(np.int64).sum(1) if values.ndim == 2 else values.view(np.int32).astype(np.int64)
-        counts = np.array([len(samples[place]) for place in places]) * (len(integers) // max(len(values), 1))
+        counts = np.array([len(samples[index]) for index in indices]) * (len(integers) // max(len(values), 1))
         totals = np.concatenate([[0], integers.cumsum()])
         ends = counts.cumsum()
-        for place, total in zip(places, (totals[ends] - totals[ends - counts]).tolist(), strict=True):
-            found[place] = f"{total % 2**64:016x}"
+        for index, total in zip(indices, (totals[ends] - totals[ends - counts]).tolist(), strict=True):
+            found[index] = f"{total % 2**64:016x}"
     return found

@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from smt_trainer import convert_to_smt
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse.linear import BlockLinear, SMTConv1D, SMTLinear, smt_linears
+from smt_trainer.sparse.block_module import BlockModule, block_modules
+from smt_trainer.sparse.linear import SMTConv1D, SMTLinear
 from smt_trainer.sparse.write_back import write_back
 
 BLOCK_INDICES = torch.tensor([[0, 1], [2, 0]])
@@ -40,16 +41,16 @@ def grid_of(kind) -> BlockGrid:
     return BlockGrid(48, 32, 16, 16, transposed=issubclass(kind, Conv1D))
 
 
-def rewrite(linear: nn.Module) -> BlockLinear:
+def rewrite(linear: nn.Module) -> BlockModule:
     smt_class = SMTConv1D if isinstance(linear, Conv1D) else SMTLinear
-    return smt_class.from_linear(linear, grid_of(type(linear)), BLOCK_INDICES, torch.float32)
+    return smt_class.from_plain(linear, grid_of(type(linear)), BLOCK_INDICES, torch.float32)
 
 
-def smt_linear(kind, dtype=torch.float32) -> BlockLinear:
+def smt_linear(kind, dtype=torch.float32) -> BlockModule:
     return rewrite(kind(32, 48).to(dtype))
 
 
-def shift(layer: BlockLinear, by: float = 1.0) -> None:
+def shift(layer: BlockModule, by: float = 1.0) -> None:
     """Do what an optimizer does: change the blocks, not the weight."""
     with torch.no_grad():
         layer.blocks += by
@@ -62,7 +63,7 @@ def test_rewriting_keeps_identity_keys_bias_weight_and_hooks(kind):
     linear.register_forward_hook(lambda *_: calls.append("hook"))
     weight, bias, values = linear.weight, linear.bias, linear.weight.detach().clone()
     layer = rewrite(linear)
-    assert layer is linear and isinstance(layer, BlockLinear)
+    assert layer is linear and isinstance(layer, BlockModule)
     assert layer.weight is weight and layer.bias is bias and torch.equal(weight, values)
     assert list(layer.state_dict()) == ["weight", "bias", "blocks", "block_indices"]
     layer(torch.randn(2, 32))
@@ -74,7 +75,7 @@ def test_undoing_restores_the_class_and_keys_and_keeps_the_trained_values(kind):
     layer = smt_linear(kind)
     shift(layer)
     block_indices, blocks = layer.block_indices, layer.blocks.detach().clone()
-    linear = layer.to_linear()
+    linear = layer.to_plain()
     assert linear is layer and type(linear) is kind
     assert vars(linear).keys() == vars(kind(32, 48)).keys()
     assert list(linear.state_dict()) == ["weight", "bias"]
@@ -145,14 +146,14 @@ def test_a_state_dict_of_other_blocks_is_refused_and_nothing_loaded(kind):
 
 def test_a_deep_copy_trains_apart_from_its_original(llama):
     convert_to_smt(llama, tiny.choose(llama))
-    write_back(layer for _, layer in smt_linears(llama))
+    write_back(layer for _, layer in block_modules(llama))
     before = tiny.weights(llama)
     other = copy.deepcopy(llama)
-    for _, layer in smt_linears(other):
+    for _, layer in block_modules(other):
         shift(layer)
-    write_back(layer for _, layer in smt_linears(other))
+    write_back(layer for _, layer in block_modules(other))
     assert all(torch.equal(tensor, before[name]) for name, tensor in llama.state_dict().items())
-    for _, layer in smt_linears(other):
+    for _, layer in block_modules(other):
         written = layer.grid.gather(layer.weight, layer.block_indices)
         assert torch.equal(written, layer.blocks.detach())
 
@@ -198,7 +199,7 @@ def test_a_change_without_a_trace_is_in_the_weight_before_evaluation(kind):
     assert torch.equal(layer.grid.gather(layer.weight, layer.block_indices), layer.blocks)
 
 
-def save(layer: BlockLinear) -> None:
+def save(layer: BlockModule) -> None:
     layer.state_dict()
 
 
@@ -233,9 +234,9 @@ def test_a_copy_whose_blocks_have_changed_as_often_as_the_originals_sees_it(kind
     assert torch.equal(other(x), dense(other)(x)) and not torch.equal(other(x), layer(x))
 
 
-def dense(layer: BlockLinear) -> nn.Module:
+def dense(layer: BlockModule) -> nn.Module:
     """Return the plain twin of a layer."""
-    return copy.deepcopy(layer).to_linear()
+    return copy.deepcopy(layer).to_plain()
 
 
 def test_blocks_that_stand_in_for_others_are_used_and_leave_no_trace(kind):

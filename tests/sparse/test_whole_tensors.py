@@ -19,7 +19,7 @@ from smt_trainer import (
     swap,
     verify_merge,
 )
-from smt_trainer.sparse.held import Held
+from smt_trainer.sparse.whole_tensors import WholeTensors
 
 UNFROZEN = ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
 
@@ -37,7 +37,7 @@ def unfrozen(base, **fields):
 def test_every_way_back_gives_the_trained_model(fields, base, tmp_path, caplog):
     model = unfrozen(base, **fields)
     tiny.disturb(model)
-    assert {*UNFROZEN} <= Held.of(model).tensors.keys()
+    assert {*UNFROZEN} <= WholeTensors.of(model).tensors.keys()
     save_delta(model, tmp_path / "delta")
     assert "require a gradient" in caplog.text
     expected, folder = tiny.logits(model), str(base)
@@ -59,7 +59,7 @@ def test_a_loaded_model_trains_and_holds_the_same(base, tmp_path):
     again = load_delta(AutoModelForCausalLM.from_pretrained(base), tmp_path / "delta")
     trained = {name for name, parameter in again.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert Held.of(again).tensors.keys() == Held.of(model).tensors.keys()
+    assert WholeTensors.of(again).tensors.keys() == WholeTensors.of(model).tensors.keys()
     tiny.assert_same(tiny.logits(again), tiny.logits(model))
     load_delta(model, tmp_path / "delta")
 
@@ -86,10 +86,10 @@ def test_what_lies_under_blocks_or_is_named_is_not_unfrozen(base):
     model = AutoModelForCausalLM.from_pretrained(base)
     selection = tiny.choose(model, tiny.config(score="random", modules_to_save=["lm_head"]))
     convert_to_smt(model, selection)
-    assert Held.of(model).unnamed == set()
+    assert WholeTensors.of(model).unnamed == set()
     model.get_submodule(next(iter(selection.block_indices))).weight.requires_grad_(True)
-    assert Held.of(model).unnamed == set()
-    assert Held.of(model).tensors.keys() == {"lm_head.weight"}
+    assert WholeTensors.of(model).unnamed == set()
+    assert WholeTensors.of(model).tensors.keys() == {"lm_head.weight"}
 
 
 def test_a_delta_without_it_is_not_swapped_into_a_model_that_has_it(base, tmp_path):

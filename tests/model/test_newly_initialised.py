@@ -1,4 +1,4 @@
-"""Parameters that loading made up are stored with the delta, or refused by name."""
+"""Newly initialised parameters are stored with the delta, or refused by name."""
 
 import pytest
 import tiny
@@ -15,7 +15,7 @@ from smt_trainer import (
     merge_checkpoint,
     save_delta,
 )
-from smt_trainer.model.made_up import made_up, new_rows
+from smt_trainer.model.newly_initialised import new_rows, newly_initialised
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ HEADS = {
 def test_a_new_head_and_pooler_are_trained_and_come_back(auto, encoder, tmp_path):
     auto_class = getattr(transformers, auto)
     model = auto_class.from_pretrained(encoder)
-    new = made_up(model)
+    new = newly_initialised(model)
     assert new and all("encoder" not in name for name in new)
     before = tiny.weights(model)
     convert_to_smt(model, tiny.choose(model))
@@ -58,13 +58,15 @@ def test_another_class_is_refused_naming_what_would_be_random(encoder, tmp_path)
     model = transformers.AutoModelForTokenClassification.from_pretrained(encoder)
     convert_to_smt(model, tiny.choose(model))
     save_delta(model, tmp_path / "delta")
-    with pytest.raises(SMTError, match=r"made up `qa_outputs.weight`.*Load the base as BertForTokenClassification"):
+    with pytest.raises(
+        SMTError, match=r"newly initialised `qa_outputs.weight`.*Load the base as BertForTokenClassification"
+    ):
         from_delta(tmp_path / "delta", transformers.AutoModelForQuestionAnswering, base=str(encoder))
 
 
-def test_a_made_up_parameter_that_is_left_out_by_name_is_refused(encoder):
+def test_a_newly_initialised_parameter_that_is_left_out_by_name_is_refused(encoder):
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(encoder)
-    with pytest.raises(SMTError, match=r"made up `qa_outputs.weight`.*modules_to_save=\[\] leaves it out"):
+    with pytest.raises(SMTError, match=r"newly initialised `qa_outputs.weight`.*modules_to_save=\[\] leaves it out"):
         convert_to_smt(model, tiny.choose(model, tiny.config(score="random", modules_to_save=[])))
 
 
@@ -73,7 +75,7 @@ def test_a_resized_vocabulary_is_trained_whole_if_it_is_named_and_comes_back(tie
     tiny.llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(70)
-    assert "model.embed_tokens.weight" in made_up(model)
+    assert "model.embed_tokens.weight" in newly_initialised(model)
     names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     convert_to_smt(model, tiny.choose(model, tiny.config(score="random", modules_to_save=names)))
     tiny.step(model, **tiny.batch())
@@ -104,14 +106,14 @@ def test_a_vocabulary_that_shrank_is_refused_unless_it_is_named(tmp_path):
 def test_a_mark_that_was_lost_makes_nothing_new(encoder):
     """A device map drops some."""
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(encoder)
-    expected = made_up(model)
+    expected = newly_initialised(model)
     for parameter in list(model.parameters())[:6]:
         vars(parameter).clear()
-    assert made_up(model) == expected == ["qa_outputs.weight", "qa_outputs.bias"]
+    assert newly_initialised(model) == expected == ["qa_outputs.weight", "qa_outputs.bias"]
 
 
-def test_a_model_from_a_configuration_has_nothing_made_up(llama):
-    assert made_up(llama) == [] == made_up(tiny.albert())
+def test_a_model_from_a_configuration_has_nothing_newly_initialised(llama):
+    assert newly_initialised(llama) == [] == newly_initialised(tiny.albert())
 
 
 def test_statistics_that_training_changed_come_back(tmp_path):

@@ -1,0 +1,253 @@
+"""`BlockModule`: the base class of linears, convolutions, embeddings and experts that train only the chosen blocks.
+
+Forward reads the dense weight, which stays in place, frozen; so forward and generation cost no more than before. The
+trainable values are `blocks` [n, br, bc], a compact copy in the master dtype (float32 by default: at learning rates
+around 1e-5 most bfloat16 weights would never change). `write_back.py` casts them into the weight whenever they change,
+so forward uses exactly the values that a merge writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from smt_trainer.model.grid import BlockGrid
+from smt_trainer.model.names import plain_name
+from smt_trainer.model.sharded import LocalPart, assign, full_tensor, is_sharded, local_parts
+from smt_trainer.sparse.block_views import BlockViews
+from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
+from smt_trainer.sparse.write_back import follow, write_back
+
+
+class BlockModule(nn.Module):
+    """A module that trains blocks of its weight. `from_plain` makes it from a plain module, `to_plain` undoes this.
+
+    Attributes:
+        weight: [O, I], or [I, O] if the grid is transposed: frozen dense weight, including the chosen blocks.
+        blocks: [n, br, bc] trainable values of the chosen blocks, in the order of `block_indices`. Both this and the
+            weight may be sharded over ranks.
+        block_indices: [n, 2] int32 (row, column) of each block in the grid.
+        grid: cuts the weight into blocks.
+        positions: indices of the features that the grouped products gather.
+        plan: how the products are grouped (`group_blocks`).
+        plain_class: the class that `to_plain` restores.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    blocks: nn.Parameter
+    block_indices: Tensor
+    grid: BlockGrid
+    positions: Tensor
+    plan: Any
+    plain_class: type[nn.Module]
+    group: ClassVar[Callable[[Tensor, BlockGrid], tuple[Any, Tensor, Tensor]]] = staticmethod(group_blocks)
+    # Whether the weight holds the values of the blocks; a quantised one cannot.
+    weight_holds_blocks: ClassVar[bool] = True
+    # Whether the blocks have been changed without a trace, by a callback through `.data` for example. It may recur.
+    changed_unseen: bool = False
+    # For an expert's matrix, its index in the 3-D parameter, and the number of matrices there.
+    stacked: tuple[int, int] | None = None
+    _views: BlockViews | None = None
+    # Replaces the blocks in forward if they get their gradient together with those of others (`listed_experts.py`).
+    alias: Tensor | None = None
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that holds the weight: itself, or a stack of experts' matrices."""
+        return self.weight
+
+    @classmethod
+    def from_plain(
+        cls, linear: nn.Module, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype
+    ) -> BlockModule:
+        """Turn a linear into this class in place; its identity, hooks, state-dict keys, bias and ties stay."""
+        plain_class, linear.__class__ = type(linear), cls
+        assert isinstance(linear, cls)
+        linear.plain_class = plain_class
+        linear.weight.requires_grad_(False)
+        linear.take_blocks(grid, block_indices, master_dtype)
+        return linear
+
+    def take_blocks(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
+        """Copy the chosen blocks out of the weight; from now on they are written back after each optimizer step.
+
+        Returns:
+            The `block_indices` [n, 2] in stored order, on the CPU.
+        """
+        self.grid = grid
+        self.plan, block_indices, positions = type(self).group(block_indices.cpu(), grid)
+        blocks = grid.gather(self.base_weight(), block_indices).to(master_dtype)
+        self.blocks = nn.Parameter(blocks.contiguous())
+        self.mark_written()
+        follow(self)
+        device = self.weight.device
+        self.register_buffer("block_indices", block_indices.to(device, torch.int32))
+        self.register_buffer("positions", positions.to(device), persistent=False)
+        return block_indices
+
+    def base_weight(self) -> Tensor:
+        """Return the whole dense weight, in `weight_dtype`."""
+        return full_tensor(self.weight)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype in which forward uses the blocks."""
+        return self.parameter.dtype
+
+    def merged_weight(self) -> Tensor:
+        """Return the whole dense weight with the blocks in it, in `weight_dtype`."""
+        write_back([self])
+        return self.base_weight()
+
+    def to_plain(self) -> nn.Module:
+        """Write the blocks into the weight and turn back into a plain linear, in place."""
+        write_back([self])
+        return self._restore()
+
+    def _restore(self) -> nn.Module:
+        for name in ("blocks", "block_indices", "positions", "grid", "plan", "_written"):
+            delattr(self, name)
+        for name in ("_views", "changed_unseen"):
+            vars(self).pop(name, None)
+        self.__class__ = vars(self).pop("plain_class")
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self.is_stale():
+            write_back([self])
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """Compute the output, with a backward that forms only the chosen blocks of the weight's gradient."""
+        blocks = self.blocks if self.alias is None else self.alias
+        return sparse_linear(input, self.weight, self.bias, blocks, self.positions, self.plan)
+
+    def train(self, mode: bool = True) -> BlockModule:
+        """Set the mode. Before evaluation, write the blocks: an averaging callback may have changed them."""
+        if not mode:
+            self.write_if_changed()
+        return super().train(mode)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.write_if_changed()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def write_if_changed(self) -> None:
+        """Write the blocks into the weight if it `differs` from them.
+
+        Otherwise it is not touched: autograd refuses backward through a weight that was written since forward.
+        """
+        if self.differs():
+            self.changed_unseen = self.changed_unseen or not self._was_changed()
+            write_back([self])
+
+    def differs(self) -> bool:
+        """Return whether the weight has other values than the blocks; False if finding out is a collective, if the
+        weight is on the meta device, or if it cannot hold the blocks."""
+        if (
+            is_sharded(self.blocks)
+            or is_sharded(self.parameter)
+            or self.parameter.is_meta
+            or not self.weight_holds_blocks
+        ):
+            return False
+        held = self.grid.gather(self.base_weight(), self.block_indices)
+        return not torch.equal(held, self.blocks.detach().to(held.dtype))
+
+    def __setstate__(self, state) -> None:
+        # A copy of the model is followed as the original is. The version counter of its blocks starts anew.
+        super().__setstate__(state)
+        if self.weight_holds_blocks and not is_sharded(self.blocks):
+            self._written = self.blocks, -1
+        follow(self)
+
+    def mark_written(self) -> None:
+        """Record that the weight holds the current blocks."""
+        self._written = self.blocks, self.blocks._version
+
+    def is_stale(self) -> bool:
+        """Return whether the blocks have values that the weight lacks, as far as forward can tell cheaply.
+
+        It sees changes by an operation, and other blocks in their place (`torch.func.functional_call`). Changes through
+        `.data` or by a fused optimizer are seen only after `write_if_changed` has found such a change before. Sharded
+        blocks are gathered in forward, so they are not written there (`write_back.py`).
+        """
+        if self._was_changed():
+            return True
+        written, _ = self._written
+        replaced = written is not self.blocks and not is_sharded(written)
+        return (replaced or self.changed_unseen) and self.differs()
+
+    def _was_changed(self) -> bool:
+        """Return whether an operation has changed the blocks since they were written into the weight."""
+        written, version = self._written
+        return written is self.blocks and version != written._version
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether this rank holds only parts of the weight."""
+        return is_sharded(self.parameter)
+
+    def local_parts(self) -> list[LocalPart]:
+        """Return views of the parts of the weight on this rank."""
+        return local_parts(self.parameter, self.grid.stored_columns)
+
+    def views(self) -> BlockViews:
+        """Return views of this rank's parts of the dense weight at the places of the blocks."""
+        parts = self.local_parts()
+        if self._views is None or not self._views.are_of(parts):
+            self._views = BlockViews.of(self, parts)
+        return self._views
+
+    def _apply(self, fn, recurse=True):
+        # The views would keep the old storage of the weight alive.
+        self._views = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        indices = state_dict.get(f"{prefix}block_indices")
+        if indices is not None and not torch.equal(indices.to(self.block_indices), self.block_indices):
+            error_msgs.append(f"{prefix}block_indices: the state dict holds other blocks than this model trains.")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        # On the meta device, accelerate fills the model later; the trainer writes back when it is complete.
+        if self.block_indices.is_meta:
+            return
+        if f"{prefix}blocks" in state_dict:
+            write_back([self])
+        elif f"{prefix}weight" in state_dict:
+            self.read_back()
+
+    def weight_name(self, name: str) -> str:
+        """Return the name of the dense weight in the model, from the name of this target."""
+        return f"{name}.weight"
+
+    @torch.no_grad()
+    def read_back(self) -> None:
+        """Set the blocks from a dense weight that was just loaded: the inverse of `write_back`."""
+        assign(self.blocks, self.grid.gather(self.base_weight(), self.block_indices))
+
+    def row_major_order(self) -> Tensor:
+        """Return [n] int64 on the CPU: the order that sorts the blocks row by row, as in selections and deltas."""
+        rows, columns = self.block_indices.long().cpu().unbind(1)
+        return torch.argsort(rows * self.grid.shape[1] + columns)
+
+    def extra_repr(self) -> str:
+        (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
+        return (
+            f"in_features={self.grid.in_features}, out_features={self.grid.out_features}, "
+            f"bias={self.bias is not None}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
+        )
+
+
+def block_modules(model: nn.Module) -> Iterator[tuple[str, BlockModule]]:
+    """Yield full name and module of every `BlockModule` in the model's order; the names leave out wrappers."""
+    return ((plain_name(name), module) for name, module in model.named_modules() if isinstance(module, BlockModule))
