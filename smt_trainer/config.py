@@ -13,11 +13,11 @@ from smt_trainer.settings import (
     Choice,
     Decides,
     Flag,
+    Integer,
     Name,
     NameList,
     Names,
-    Path,
-    Whole,
+    SelectionSource,
     describe,
     setting,
     settings,
@@ -88,7 +88,7 @@ class SMTConfig:
     )
     lowest_layer: int = setting(
         0,
-        Whole(least=0),
+        Integer(least=0),
         decides="targets",
         help="Choose blocks only in layers with this index or above; backward stops there.",
     )
@@ -117,7 +117,7 @@ class SMTConfig:
     )
     rank_cap: int | None = setting(
         None,
-        Whole(least=1),
+        Integer(least=1),
         decides="choice",
         help="The most rows or columns (whichever are fewer) that the blocks of any one module may touch, which is the "
         "rank of its change as LoRA. A whole number of blocks fits: rounded down.",
@@ -158,7 +158,7 @@ class SMTConfig:
     )
     smt_warmup_steps: int = setting(
         10,
-        Whole(least=1),
+        Integer(least=1),
         decides="warm-up",
         help="Steps of the gradient warm-up, each on as many examples as an optimizer step. No weight changes in it.",
     )
@@ -185,7 +185,7 @@ class SMTConfig:
     )
     selection: Selection | None = setting(
         None,
-        Path(),
+        SelectionSource(),
         decides="run",
         help="Train without a warm-up: on a BlockSelection, on the path of its JSON file, or on what the other fields "
         "choose from a scores file (.safetensors).",

@@ -58,7 +58,7 @@ class Flag(Kind):
         return value
 
 
-class Whole(Kind):
+class Integer(Kind):
     """A whole number."""
 
     flag: Mapping[str, Any] = {"type": int}
@@ -166,7 +166,7 @@ class Amount(Kind):
         return value
 
 
-class Path(Kind):
+class SelectionSource(Kind):
     """The path of a file, or what such a file holds."""
 
     flag: Mapping[str, Any] = {"metavar": "FILE"}

@@ -4,9 +4,9 @@ python -m recipes.benchmarks.smt_counts --output recipes/benchmarks/results
 
 A budget p of P parameters is n blocks of m = 256 x 256 weights, with n m as near to p P as whole blocks allow. The
 percentages that PEFT and the authors' code print add the t trained parameters to the total once more, p' = t / (P + t),
-so a printed p' is a budget of p' / (1 - p'). LoRA and DoRA are PEFT's, with adapters on q, k, v, up and down. A rank that
-is not known is taken to be the nearest one to the printed percentage: t is linear in the rank. All models are on the
-meta device; which blocks are chosen does not change their number.
+so a printed p' is a budget of p' / (1 - p'). LoRA and DoRA are PEFT's, with adapters on q, k, v, up and down. Where the
+rank is unknown, it is the one nearest to the printed percentage: t is linear in the rank. All models are on the meta
+device; which blocks are chosen does not change their number.
 """
 
 import argparse

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from recipes.selection_study.chance import chance
 from recipes.selection_study.warmup import scores_along
 from smt_trainer import BlockScores, Overlap, SMTConfig
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.plotting import OverlapPoint
 from smt_trainer.scores import make_scorer

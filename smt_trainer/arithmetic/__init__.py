@@ -1,1 +1,1 @@
-"""Differences and sums: of two checkpoints, of several deltas."""
+"""Differences of two checkpoints or deltas, and sums of several deltas."""

@@ -1,7 +1,8 @@
-"""Where two tensors differ and by how much, read a piece at a time. Imports no torch.
+"""Find where two tensors differ and by how much, reading a piece at a time. Imports no torch.
 
-With W of the base and W' of the tuned model, the change of a block b is D_b = W'_b - W_b, and its norm |D_b| is the
-root of the sum of squares, in float64. Both are views of mapped files, so memory holds some `PIECE` values.
+With W a weight of the base and W' that of the tuned model, the change of a block b is D_b = W'_b - W_b, and its norm
+|D_b| is the root of the sum of squares, in float64. Both are views of mapped files, so memory holds about `PIECE`
+values of each.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _squares(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def _strips(grid: BlockGrid, before: np.ndarray, after: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield views [r, C, br, bc] of some block rows of two weights."""
+    """Yield views [r, C, br, bc] of a few block rows of two weights at a time."""
     old, new = grid.split(before), grid.split(after)
     step = max(1, PIECE // (grid.block_rows * grid.in_features))
     for start in range(0, grid.shape[0], step):

@@ -29,10 +29,10 @@ class Changes:
     """What differs between two checkpoints of a model.
 
     Attributes:
-        pair: the two.
-        model: without values.
+        pair: the two checkpoints.
+        model: their model, without values.
         grids: module name -> grid, for every target, in the model's order.
-        keys: name of a parameter or persistent buffer of the model -> its name in both; tied ones once.
+        keys: name of a parameter or persistent buffer of the model -> its name in both checkpoints; tied ones once.
         names: those of `keys` that differ.
     """
 
@@ -50,7 +50,7 @@ class Changes:
             SMTError: no target differs; or a tensor that differs, or a target, has another name in the model.
         """
         model = skeleton(pair.base)
-        # Of experts, a checkpoint may hold other tensors than the model.
+        # Experts are left out: a checkpoint may hold other tensors for them than the model.
         linears = {name: one for name, one in find_targets(model, config).items() if isinstance(one, nn.Module)}
         grids = target_grids(linears, config)
         stored, differing = pair.base.tensors, pair.differing()
@@ -64,11 +64,11 @@ class Changes:
         if unknown:
             raise SMTError(
                 f"`{unknown[0]}` is not in both {pair.base.folder} and its {type(model).__name__}, which renames "
-                "tensors on loading. A delta and its base must agree on names, so it cannot be extracted."
+                "tensors on loading. A delta and its base must agree on names, so none can be extracted."
             )
         names = [name for name, key in keys.items() if key in differing]
         if not any(f"{name}.weight" in names for name in grids):
-            what = f"only other tensors than these, such as `{names[0]}`" if names else "no value"
+            what = f"no target, only in other tensors such as `{names[0]}`" if names else "no value"
             raise SMTError(
                 f"{pair.tuned.folder} differs from {pair.base.folder} in {what}, and a delta needs blocks of its "
                 f"target_modules={config.target_modules!r}. Check the paths, or name other targets."
@@ -93,7 +93,7 @@ class Changes:
         return BlockSelection(self.grids, found, count_parameters(self.model), config)
 
     def largest(self, config: SMTConfig) -> BlockSelection:
-        """Return the blocks of largest change within the budget, without any that do not change."""
+        """Return the blocks of largest change within the budget, leaving out blocks without change."""
         norms = {name: np.zeros(grid.shape) for name, grid in self.grids.items()} | self._norms
         scores = {name: torch.from_numpy(found).float() for name, found in norms.items()}
         selection = select_blocks(scores, self.grids, config, count_parameters(self.model))
@@ -116,7 +116,7 @@ class Changes:
         return Delta(selection, blocks, arrays, base, dtype, type(self.model).__name__, sorted(whole))
 
     def left(self, delta: Delta) -> tuple[float, dict[str, float]]:
-        """Return what a delta leaves of the change of all tensors, and of each of which it leaves anything."""
+        """Return what a delta leaves of the change (see `extract.py`), in all, and in each tensor not covered."""
         all_of, left = {}, {}
         for name, norms in self._norms.items():
             squares = norms**2
@@ -133,7 +133,7 @@ class Changes:
 
     @cached_property
     def _norms(self) -> dict[str, np.ndarray]:
-        """Return module name -> norms [R, C] of the changes of its blocks, where there are any."""
+        """Return module name -> norms [R, C] of the changes of its blocks, for `targets`."""
         found = {name: block_norms(self.grids[name], *self._weights(name)) for name in self.targets}
         for name, norms in found.items():
             if not np.isfinite(norms).all():

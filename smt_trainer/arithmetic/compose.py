@@ -22,14 +22,14 @@ from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.merge import check_outside, open_both
 from smt_trainer.merging.plan import MergePlan, refuse_grown
 from smt_trainer.model.checkpoint import Checkpoint
-from smt_trainer.model.names import count_projections
+from smt_trainer.model.names import list_projections
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.tensor_header import StoredTensor
 
 
 @dataclass(frozen=True)
 class Composition:
-    """What composing deltas gave.
+    """The result of composing deltas.
 
     Attributes:
         selection: the blocks of the composed delta.
@@ -44,10 +44,10 @@ class Composition:
     def __str__(self) -> str:
         touching = []
         if self.shared:
-            touching.append(f"{sum(self.shared.values()):,} blocks, in {count_projections(self.shared)} modules")
+            touching.append(f"{sum(self.shared.values()):,} blocks, in {list_projections(self.shared)}")
         if self.shared_whole:
             touching.append(f"{len(self.shared_whole)} whole tensors, such as `{self.shared_whole[0]}`")
-        where = f"touch in {' and in '.join(touching)}" if touching else "share nothing"
+        where = f"overlap in {' and in '.join(touching)}" if touching else "share nothing"
         return f"{self.selection.summary()}\nthe deltas {where}"
 
 
@@ -62,24 +62,24 @@ def compose_deltas(
 ) -> Composition:
     """Write the delta that changes a base by the weighted sum of what several deltas change.
 
-    Tokenizer, chat template, generation settings and configuration are those beside the first delta.
+    Tokenizer, chat template, generation settings and configuration are copied from the first delta's folder.
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
-        deltas: their folders or hub names, one or more.
+        deltas: folders or hub names of one or more deltas.
         output: folder to make; it appears whole or not at all.
         weights: a factor for the changes of each delta; 1 by default.
         mean: divide the sum by the number of deltas.
         base_revision: revision of a base on the hub.
 
     Returns:
-        The blocks of the composed delta, and where the deltas touch.
+        The blocks of the composed delta, and where the deltas overlap.
 
     Raises:
-        SMTError: as in `merge_checkpoint`; the deltas belong to different bases, model classes or dtypes, or theirs was
-            quantised; one trains blocks of what another holds whole; a tensor that is new in the model, or has other
-            rows than in the base, would need a change; or the weights are not as many finite numbers. Nothing is
-            written.
+        SMTError: as in `merge_checkpoint`; the deltas belong to different bases, model classes or dtypes, or to a
+            quantised base; one trains blocks of what another holds whole; the sum needs the base's values of a tensor
+            that is new in the model or has other rows in the base; or `weights` is not one finite number for each
+            delta. Nothing is written.
     """
     factors, output = _checked(weights, len(deltas)), Path(output)
     folders = [find_delta(delta) for delta in deltas]
@@ -103,7 +103,7 @@ def compose_deltas(
 
 
 def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
-    """Return a factor for each delta. Raise `SMTError` unless there are as many, all finite."""
+    """Return the factor of each delta. Raise `SMTError` unless there is a finite weight for each."""
     factors = [1.0] * count if weights is None else list(weights)
     if not count or len(factors) != count or not all(map(math.isfinite, factors)):
         raise SMTError(f"expected one or more deltas, and a finite weight for each; got {count} deltas and {weights}.")
@@ -111,13 +111,13 @@ def _checked(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _check_alike(deltas: list[Delta], folders: list[Path], checkpoint: Checkpoint) -> None:
-    """Raise `SMTError` unless the changes of all deltas are to one plain model in one dtype, in blocks or whole."""
+    """Raise `SMTError` unless all deltas change one plain model in one dtype, each weight in blocks or whole."""
     for delta, folder in zip(deltas, folders, strict=True):
         if delta.quantization is not None:
             raise SMTError(
                 f"the delta in {folder} was trained on a quantised base ({in_words(delta.quantization)}), and only "
-                "quantising that again tells what training changed. Merge it --onto original, and extract a delta of "
-                "the result (smt extract)."
+                "quantising that base again would tell what training changed. Merge it --onto original, and extract "
+                "a delta of the result (smt extract)."
             )
         check_onto(delta, None, is_quantised=checkpoint.is_quantised)
         for what in ("weight_dtype", "architecture"):

@@ -1,6 +1,6 @@
-"""Compare two deltas: whether they have one base, which blocks they share, and how far these differ.
+"""Compare two deltas: whether they have the same base, which blocks they share, and how far these differ.
 
-A delta holds trained values. Of one base both W_A - W_B and the difference of the changes are the same, so the norms
+A delta holds trained values. For deltas of one base, W_A - W_B is also the difference of their changes, so the norms
 
     difference   |W_A - W_B|, the root of the sum of squares over the blocks that both train
     values       |W_A| over the same blocks
@@ -32,9 +32,9 @@ class BlockDiff:
 
     Attributes:
         first: number of blocks that the first delta trains.
-        second: number of those of the second.
-        shared: number of those of both.
-        difference: norm of the difference of the shared ones; see the top of this file.
+        second: number of blocks that the second delta trains.
+        shared: number of blocks that both train.
+        difference: norm of the difference of the shared blocks; see the top of this file.
         values: norm of the first delta's values in them.
     """
 
@@ -55,13 +55,13 @@ class DeltaDiff:
     """What two deltas have in common.
 
     Attributes:
-        same_base: whether their fingerprints agree; None if these are of other dtypes or samples.
-        names: of the bases, as the deltas record them; None if not recorded.
+        same_base: whether their fingerprints agree; None if other dtypes or samples keep them from being compared.
+        names: names of the bases, as the deltas record them; None if not recorded.
         other_values: names of the tensors of the base that differ, as far as fingerprints tell.
         modules: module name -> its blocks, for modules that either trains.
         projections: projection (`v_proj`) -> the blocks of its modules.
         total: all blocks.
-        whole: tensor that either holds whole -> norm of the difference; None if only one holds it, or in other shapes.
+        whole: tensor that either holds whole -> norm of the difference; None if only one holds it or shapes differ.
     """
 
     same_base: bool | None

@@ -1,8 +1,8 @@
-"""Make a delta of two checkpoints: what any fine-tuning changed, in blocks.
+"""Make a delta from two checkpoints: what any fine-tuning changed, in blocks.
 
 With D_b the change of block b of the targets, a delta without a budget takes every block that differs in any bit, and
-every other tensor that differs whole: merged onto the base, it gives the tuned checkpoint bit for bit, which is proven
-before the delta is there. With a budget it takes the blocks of largest norm |D_b|, which of all choices of as many
+whole every other tensor that differs: merged onto the base, it gives the tuned checkpoint bit for bit, which is proven
+before the delta appears. With a budget it takes the blocks of largest norm |D_b|, which of all choices of as many
 blocks leaves the least; the rest stays as in the base. What is left of the change, of all tensors or of one, is
 
     left = sqrt(sum of |D|^2 over what is not taken / sum of |D|^2 over all)
@@ -27,13 +27,13 @@ from smt_trainer.merging.plan import MergePlan
 from smt_trainer.merging.verify import compare_tensors
 from smt_trainer.selection.block_selection import BlockSelection
 
-# What of a configuration says where blocks may lie and how large they are.
+# Fields of a configuration that say where blocks may lie and how large they are.
 FIELDS = [*SMTConfig.deciding("targets"), "block_size", "granularity"]
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What extracting a delta gave.
+    """The result of extracting a delta.
 
     Attributes:
         selection: the blocks of the delta.
@@ -41,7 +41,7 @@ class Extraction:
         is_exact: whether merging is proven to give the fine-tuned checkpoint bit for bit: always without a budget, and
             with one that covers all that changed.
         left: what is left of the change of all tensors together, from 0 to 1; see the top of this file.
-        left_of: name of a tensor that is not taken altogether -> what is left of its change.
+        left_of: name of a tensor that is not taken completely -> what is left of its change.
     """
 
     selection: BlockSelection
@@ -75,11 +75,11 @@ def extract_delta(
     base_revision: str | None = None,
     **fields: Any,
 ) -> Extraction:
-    """Write the delta that makes a base what a fine-tuned checkpoint is, or comes nearest to it within a budget.
+    """Write the delta that turns a base into a fine-tuned checkpoint, or comes nearest to it within a budget.
 
     The delta is like one of training, with the base's fingerprint: merge, load, inspect, export or train it further. It
-    records the score "magnitude", here of the change. Tokenizer, chat template, generation settings and configuration
-    are copied from the fine-tuned checkpoint. A base on the hub goes by its name, one on disk by its folder's.
+    records the score "magnitude", here of the change, and the base's hub name or the name of its folder. Tokenizer,
+    chat template, generation settings and configuration are copied from the fine-tuned checkpoint.
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
@@ -88,21 +88,21 @@ def extract_delta(
         budget: as in SMTConfig; None takes all that differs.
         base_revision: revision of a base on the hub.
         fields: of SMTConfig, such as `block_size`, `granularity` and `target_modules`, here "all-linear" by default;
-            and with a budget those that choose by it, such as `scope`.
+            and, with a budget, those that decide how it is spent, such as `scope`.
 
     Returns:
         What was taken, and what is left.
 
     Raises:
-        SMTError: the checkpoints differ in names, shapes or dtypes, agree in all targets, or are quantised; the base is
-            of no class of transformers, or that renames tensors on loading; the fields do not fit the model; or a value
-            is not finite. Nothing is written.
+        SMTError: the checkpoints differ in names, shapes or dtypes, agree in all targets, or are quantised; the
+            base's class is not in transformers or renames tensors on loading; the fields do not fit the model; or a
+            value is not finite. Nothing is written.
     """
     output = Path(output)
     taken = ["budget", *FIELDS] if budget is None else [*SMTConfig.deciding("choice"), *FIELDS]
     if other := sorted(fields.keys() - {*taken}):
         without = " without a budget" if budget is None else ""
-        raise SMTError(f"{other[0]} says nothing about extracting{without}; give some of {', '.join(taken)}.")
+        raise SMTError(f"{other[0]} has no effect on extracting{without}; give some of {', '.join(taken)}.")
     check_new(output)
     pair = Pair.open(base, finetuned, base_revision)
     check_outside(output, pair.base.folder, pair.tuned.folder)
@@ -120,18 +120,18 @@ def extract_delta(
         if budget is None and problems:
             where, problem = problems[0]
             raise SMTError(
-                f"no delta makes {pair.tuned.folder} of {pair.base.folder}: after merging, `{where}` {problem}. If it "
-                "is tied to another tensor in the base and no longer in the fine-tuned checkpoint, untie it in both."
+                f"no delta turns {pair.base.folder} into {pair.tuned.folder}: after merging, `{where}` {problem}. If "
+                "it is tied to another tensor in the base and no longer in the fine-tuned checkpoint, untie it in both."
             )
     return Extraction(selection, list(delta.whole_arrays), left == 0 and not problems, left, left_of)
 
 
 def _name(base: str | Path, pair: Pair) -> str:
-    """Return what a delta calls a base: its folder's name, or that on the hub with the commit."""
+    """Return the name of a base that a delta records: its folder's, or that on the hub with the commit."""
     folder = pair.base.folder
     return folder.resolve().name if Path(base).is_dir() else f"{base}@{folder.name}"
 
 
 def _differences(pair: Pair, stage: Path) -> list[tuple[str, str]]:
-    """Return in which tensors a delta merged onto the base does not give the tuned checkpoint, bit for bit, and how."""
+    """Return the tensors in which base plus delta differs from the tuned checkpoint in any bit, and how."""
     return compare_tensors(pair.base, MergePlan.load(stage, pair.base), pair.tuned)[1]

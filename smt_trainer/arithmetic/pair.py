@@ -1,4 +1,4 @@
-"""Two checkpoints with the same tensors: a base, and what a fine-tuning made of it. Imports no torch."""
+"""Two checkpoints with the same tensors: a base, and a fine-tuned version of it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TUNED = "fine-tuned checkpoint"
 
 @dataclass(frozen=True)
 class Pair:
-    """A base and a fine-tuned checkpoint, plain and alike but for values and sharding."""
+    """A base and a fine-tuned checkpoint, unquantised, that differ at most in values and sharding."""
 
     base: Checkpoint
     tuned: Checkpoint

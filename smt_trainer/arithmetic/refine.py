@@ -1,4 +1,4 @@
-"""Bring deltas onto the same grids, so that their blocks can be told apart and counted. Imports no torch.
+"""Cut the blocks of several deltas onto the same grids, so that they can be compared. Imports no torch.
 
 Blocks of br x bc and of br' x bc' weights are both made of whole blocks of gcd(br, br') x gcd(bc, bc'): the coarsest
 common refinement of the two grids. Values stay as they are.
@@ -15,15 +15,15 @@ from smt_trainer.errors import SMTError
 from smt_trainer.merging.site import cut_blocks
 from smt_trainer.model.grid import BlockGrid
 
-# Weights in a block. In smaller ones the positions, 8 bytes each, would take as much as the values.
+# The fewest weights in a block. In smaller ones, the position, 8 bytes, would take about as much as the values.
 SMALLEST = 8
 
 
 def on_one_grid(deltas: Sequence[Delta]) -> list[Delta]:
-    """Return the deltas with a grid for the targets of all of them, cut as finely as all need.
+    """Return the deltas with the same grids, of all their targets, with blocks as small as each needs.
 
     Raises:
-        SMTError: a weight has another shape in another delta, or no common block of at least `SMALLEST` weights.
+        SMTError: a weight has different shapes in two deltas, or its common blocks have fewer than `SMALLEST` weights.
     """
     grids: dict[str, BlockGrid] = {}
     for delta in deltas:

@@ -5,11 +5,11 @@ the sum of changes, or plus their mean over all K deltas (K = 1 below for the su
 
     W + 1/K sum_k c_k (W_k - W)  =  (1 - 1/K sum_k c_k) W + 1/K sum_k c_k W_k
 
-where k runs over the deltas that train the value; any other one changes it by 0. The right side is computed, in
+where k runs over the deltas that train the value; all others change it by 0. The right side is computed, in
 float64, and rounded once to the dtype of the blocks, as torch rounds (to 16 bits by way of float32). So where one delta
 alone trains a value, with factor 1, the result is that value bit for bit, and deltas that share nothing give what
-merging one after the other would. Where the factor of W is 0, the base is not needed: new heads have a mean, though no
-change.
+merging one after the other would. Where the factor of W is 0, the base is not needed: so the mean of new heads exists,
+though the base has no such head.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from smt_trainer.merging.matrix_rows import MatrixRows, read_matrix
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.tensor_header import StoredTensor
 
-# What decides which tensors are trained whole.
+# Fields that decide which tensors are trained whole.
 OF_WHOLE = ("modules_to_save", "train_norm", "train_bias", "lowest_layer")
 
 
@@ -40,11 +40,11 @@ class Terms:
     """The terms of the sum at the top of this file.
 
     Attributes:
-        deltas: on one grid.
-        factors: c_k of each.
+        deltas: the deltas, on the same grids.
+        factors: c_k of each delta.
         count: K.
         checkpoint: the base.
-        tensors: name of a whole tensor in the deltas -> where it lies in the base; without what is new in the model.
+        tensors: name of a whole tensor in the deltas -> where it lies in the base; without tensors new in the model.
         parts: name of a module -> where its weight lies in the base.
     """
 
@@ -105,9 +105,9 @@ class Terms:
         shapes, dtypes = {values.shape for values in found}, {dtype_name(values) for values in found}
         if len(shapes) > 1 or not dtypes <= {*WEIGHTS} or (needs_base and before is None):
             raise SMTError(
-                f"`{name}` has no change that could be weighed: it is new in the model, has several shapes (found "
-                f"{', '.join(map(str, sorted(shapes)))}), or no floats ({', '.join(sorted(dtypes))}). Only one delta "
-                "may hold it, with weight 1; or all do, and you take the mean."
+                f"`{name}` has no change that could be weighted: it is new in the model, has several shapes (found "
+                f"{', '.join(map(str, sorted(shapes)))}), or holds no floats ({', '.join(sorted(dtypes))}). Only one "
+                "delta may hold it, with weight 1; or all hold it, and you take the mean."
             )
         before = None if before is None else cast(before, dtype_name(first))[None]
         return self._sum([(slice(None), values[None], factor) for values, factor in held], before)[0]
@@ -120,7 +120,7 @@ class Terms:
             before: the base's values [n, ...]; None if their factor is 0.
         """
         like = terms[0][1] if before is None else before
-        # Added to -0, every number stays as it is, -0 too.
+        # Adding to -0 leaves every number as it is, even -0.
         total, used = np.full(like.shape, -0.0), np.zeros((len(like), *[1] * (like.ndim - 1)))
         for pieces, values, factor in terms:
             if factor:
@@ -139,14 +139,15 @@ class Terms:
 
 
 def _is_one(share: Any) -> Any:
-    """Return whether a sum of weights is 1, as 0.7 + 0.2 + 0.1 is up to rounding."""
+    """Return whether a sum of weights, such as 0.7 + 0.2 + 0.1, is 1 up to rounding."""
     return np.isclose(share, 1, rtol=1e-12, atol=0)
 
 
 def _described(deltas: list[Delta]) -> tuple[SMTConfig, list[str]]:
     """Return the configuration of a composed delta, and the whole tensors that it does not name.
 
-    The configuration is the first delta's. Unless all train the same tensors whole, it names none of them.
+    The configuration is the first delta's; with several deltas, without `scope` and caps. Unless all train the same
+    tensors whole, it names none of these.
     """
     config, first = deltas[0].selection.config, deltas[0]
 

@@ -1,7 +1,7 @@
-"""`smt completion SHELL`: read the parsers of all commands, and write what a shell completes.
+"""`smt completion SHELL`: print a shell's completion script, made from the parsers of all commands.
 
-A value is completed by its choices, or by its name in the help: FILE, PATH and OTHER are files, FOLDER and all other
-arguments without a flag are folders. Other values are left to whoever types them.
+A value is completed from its choices, or by its metavar: FILE, PATH and OTHER are files, FOLDER and all other
+positional arguments are folders. Other values are not completed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def add_parser(commands) -> None:
         commands,
         "completion",
         functools.partial(run, commands),
-        "write what makes a shell complete smt's commands, flags and paths",
+        "print a script that makes a shell complete smt's commands, flags and paths",
         'bash and zsh: eval "$(smt completion bash)" in ~/.bashrc, or zsh in ~/.zshrc. fish: smt completion fish > '
         "~/.config/fish/completions/smt.fish",
     )
@@ -30,12 +30,12 @@ def add_parser(commands) -> None:
 
 
 def run(commands, arguments: argparse.Namespace) -> None:
-    """Print the script of a shell."""
+    """Print the completion script of a shell."""
     print(SCRIPTS[arguments.shell]([_read(name, parser) for name, parser in commands.choices.items()]))
 
 
 def _read(name: str, parser: argparse.ArgumentParser) -> Command:
-    # argparse has no public way to its arguments.
+    # argparse has no public access to a parser's arguments.
     actions = parser._actions
     flags = [
         Flag(action.option_strings, _first(action.help), action.nargs != 0, _values(action, ()))
@@ -53,5 +53,5 @@ def _values(action: argparse.Action, otherwise: str | tuple[str, ...]) -> str | 
 
 
 def _first(text: str | None) -> str:
-    """Return the beginning of a help text, up to what a sentence, a colon or a bracket ends."""
+    """Return the beginning of a help text, up to the end of a sentence, a colon, a semicolon or a bracket."""
     return re.split(r"\.(?: |$)|[;:] | \(", (text or "").replace("%%", "%"))[0]

@@ -22,20 +22,20 @@ def add_parser(commands) -> None:
         "compose",
         run,
         "add up what several deltas change in one base, as one delta",
-        "Tokenizer, chat template and settings are those beside the first delta.",
+        "Tokenizer, chat template and settings are copied from the first delta's folder.",
     )
     add_base(parser)
     parser.add_argument("deltas", nargs="+", metavar="DELTA", help="deltas: folders, or names on the hub")
     add_out(parser)
     parser.add_argument(
-        "--weights", type=float, nargs="+", metavar="FACTOR", help="for the changes of each delta (default: 1)"
+        "--weights", type=float, nargs="+", metavar="FACTOR", help="one for the changes of each delta (default: 1)"
     )
     parser.add_argument("--mean", action="store_true", help="divide the sum of changes by the number of deltas")
     add_json(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the composed delta, and print its blocks and where the deltas touch; see `compose_deltas`."""
+    """Write the composed delta, and print its blocks and where the deltas overlap; see `compose_deltas`."""
     leave_out_threads()
 
     from smt_trainer.arithmetic.compose import compose_deltas

@@ -33,11 +33,11 @@ def add_parser(commands) -> None:
         "diff",
         run,
         "compare two deltas: their base, their blocks and the values in shared ones",
-        "relative is |A - B| / |A| over the blocks of both. As both start from the base, A - B is also the difference "
-        "of their changes.",
+        "relative is |A - B| / |A| over the shared blocks. As both start from the same base, A - B is also the "
+        "difference of their changes.",
     )
     parser.add_argument("first", metavar="A", help="delta: a folder, or a name on the hub")
-    parser.add_argument("second", metavar="B", help="another")
+    parser.add_argument("second", metavar="B", help="another delta")
     add_json(parser, KEYS)
 
 
@@ -69,15 +69,15 @@ def _lines(found: DeltaDiff) -> Iterator[str]:
         norms = [norm for norm in found.whole.values() if norm is not None]
         alone = len(found.whole) - len(norms)
         yield ""
-        yield fact("whole", f"{len(norms)} tensors in both, |A-B| {math.hypot(*norms):.4g}; {alone} in one or unlike")
+        yield fact("whole", f"{len(norms)} tensors in both, |A-B| {math.hypot(*norms):.4g}; {alone} without match")
 
 
 def _about_base(found: DeltaDiff) -> str:
     first, second = (name or "not recorded" for name in found.names)
     if found.same_base is None:
         return (
-            f"{first} and {second}; their fingerprints, of other dtypes or samples, do not tell whether values agree; "
-            "smt merge tells of each whether a base is its own"
+            f"{first} and {second}; their fingerprints, in other dtypes or samples, do not show whether values agree; "
+            "smt merge checks for each delta whether a base is its own"
         )
     if found.same_base:
         return f"the same, {first}"

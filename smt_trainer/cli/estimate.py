@@ -28,9 +28,9 @@ FIELDS = [*SMTConfig.deciding("targets", "scores", "choice", "training", "run"),
 KEYS = {
     "selection": BLOCKS,
     "smt": "cost of a step on each device, bytes and FLOPs",
-    "warmup": "the same of a step of the warm-up, or null",
-    "lora": "the same of LoRA",
-    "full": "the same of full fine-tuning",
+    "warmup": "the same for the warm-up, or null",
+    "lora": "the same for LoRA",
+    "full": "the same for full fine-tuning",
     "lora_rank": "rank at which LoRA trains as much",
     "accumulators": "score -> bytes of its warm-up sums",
     "write_back": "bytes read and written after each step",
@@ -68,7 +68,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print what the run takes, beside LoRA and full fine-tuning; `estimation/` says what each line is."""
+    """Print what the run takes, along with LoRA and full fine-tuning; `estimation/` explains each line."""
     import torch
 
     from smt_trainer.estimation.estimate import estimate

@@ -80,7 +80,7 @@ def make_examples(
 
 
 def _tokenize(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the token ids of what comes before, and of what is learnt."""
+    """Return the token ids of the prompt, and of what is learnt."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if "text" in record:
         return [], [*tokenizer(record["text"])["input_ids"], *end]
@@ -93,7 +93,7 @@ def _tokenize(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tup
 
 
 def _written(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return what the chat template writes for all messages but the last, and what follows."""
+    """Return what the chat template writes for all messages but the last, and what it adds for that one."""
     try:
         prompt = str(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False))
         whole = str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -104,7 +104,7 @@ def _written(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
         ) from error
     if not whole.startswith(prompt):
         raise SMTError(
-            "the chat template writes the first messages differently before an answer and with it, so it is unclear "
+            "the chat template writes the first messages differently without and with an answer, so it is unclear "
             "what to learn. Give records with a prompt and a completion."
         )
     return [prompt, whole.removeprefix(prompt)]
@@ -113,8 +113,8 @@ def _written(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase)
 def pad(features: list[dict[str, Tensor]], takes: Collection[str]) -> dict[str, Tensor | int]:
     """Collate examples of `make_examples`; padding is masked and carries no label.
 
-    It stands on the left, so all completions end in the last column, and only the logits from the one that predicts the
-    first label are asked for. With a large vocabulary the others would be the largest tensors of the warm-up.
+    Padding is on the left, so all completions end in the last column, and only the logits from the one that predicts
+    the first label on are computed. With a large vocabulary, the others would be the largest tensors of the warm-up.
 
     Args:
         takes: names of the arguments of the model's forward; `position_ids` and `logits_to_keep` are given if it takes
@@ -158,5 +158,5 @@ def _is_message(message: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether a value is text that has UTF-8; JSON can write half a surrogate pair."""
+    """Return whether a value is a string that UTF-8 can encode; JSON can hold half a surrogate pair."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)

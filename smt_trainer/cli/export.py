@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the adapter, with a line on its ranks, size and rounding; see `export_lora`."""
+    """Write the adapter, and log its ranks, size and rounding; see `export_lora`."""
     leave_out_threads()
 
     from smt_trainer.export.lora import export_lora

@@ -25,15 +25,13 @@ def add_parser(commands) -> None:
         commands,
         "extract",
         run,
-        "make a delta of two checkpoints, exactly or within a budget",
+        "make a delta from two checkpoints, exactly or within a budget",
         "Without --budget the delta takes all that differs: blocks of --target-modules ('all-linear' if not given), "
         "and other tensors whole; merging it gives FINETUNED bit for bit. With --budget it takes the blocks that "
-        "change most. With base and fine-tuned swapped, it is the way back: smt extract MERGED BASE back.",
+        "change most. With base and fine-tuned swapped, it undoes a merge: smt extract MERGED BASE back.",
     )
     add_base(parser)
-    parser.add_argument(
-        "finetuned", metavar="FINETUNED", help="the same with other values: a folder, or a name on the hub"
-    )
+    parser.add_argument("finetuned", metavar="FINETUNED", help="fine-tuned checkpoint: a folder, or a name on the hub")
     add_out(parser)
     add_config_flags(parser, FIELDS)
     add_json(parser, KEYS)

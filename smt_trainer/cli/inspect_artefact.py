@@ -88,7 +88,7 @@ def _chosen(artefact):
 
 
 def _result(artefact, selection) -> dict[str, Any]:
-    """Return what `KEYS` says but the pictures, with None for what this kind of artefact does not have."""
+    """Return the result under `KEYS` without pictures, with None for what this kind of artefact does not have."""
     from smt_trainer.delta.delta import Delta
     from smt_trainer.selection.block_scores import BlockScores
 

@@ -25,9 +25,9 @@ from smt_trainer.cli import (
 )
 from smt_trainer.errors import SMTError, one_line
 
-# As argparse ends for a command line that it cannot parse.
+# The exit status of argparse for a command line that it cannot parse.
 FAILED = 2
-# As a shell reports a process that SIGINT or SIGPIPE ended.
+# The exit status that a shell reports for a process ended by SIGINT or SIGPIPE.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 COMMANDS = (
     select,
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("smt_trainer").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal without the letters of a name gets their escapes, as on standard error.
+        # Characters that the terminal's encoding lacks are escaped, as on standard error.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = arguments.run(arguments)
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="smt",
         description="Sparse Matrix Tuning: estimate, choose blocks; inspect, merge, verify, export, add up deltas.",
-        epilog="Exit status: 0 if it is done; 1 if the answer is no (smt verify); 2 for an error, in one line on "
+        epilog="Exit status: 0 for success; 1 if the answer is no (smt verify); 2 for an error, in one line on "
         "standard error; 130 if interrupted; 141 if the reader of its output has gone.",
     )
     parser.add_argument("--version", action="version", version=f"smt_trainer {__version__}")
@@ -99,5 +99,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write_no_more() -> None:
-    """Let nothing come of what Python flushes once more when it ends."""
+    """Redirect standard output to nowhere, since Python flushes it once more when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,12 +15,12 @@ def add_parser(commands) -> None:
     parser = add_command(commands, "merge", run, "merge a delta into its base checkpoint")
     add_base_and_delta(parser)
     add_out(parser)
-    add_onto(parser, "its dequantised weights, or the weights that it was made of")
+    add_onto(parser, "merge into its dequantised weights, or into those that were quantised")
     add_json(parser, KEYS)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Merge the delta shard by shard, with a line for each; see `merge_checkpoint`."""
+    """Merge the delta shard by shard, and log each; see `merge_checkpoint`."""
     leave_out_threads()
 
     from smt_trainer.merging.merge import merge_checkpoint

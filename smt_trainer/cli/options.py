@@ -1,7 +1,7 @@
 """What the commands share on their command line: arguments, flags, and fields of `SMTConfig` as flags.
 
-A command names what it reads in the order BASE, DELTA, others, then OUT. The name that an argument has in the help also
-tells a shell how to complete it: see `completion.py`.
+Positional arguments come in the order BASE, DELTA, others, OUT. The metavar of an argument also tells a shell how to
+complete it: see `completion.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_command(commands, name: str, run: Callable, does: str, more: str | None = None) -> argparse.ArgumentParser:
-    """Add a command to the parser of `smt`, and return its own.
+    """Add a command to the parser of `smt`, and return the command's parser.
 
     Args:
         commands: the commands of `smt`.
-        name: of the command.
+        name: name of the command.
         run: takes the parsed arguments; returns the exit status, or None for 0.
         does: what the command does, in a few words.
-        more: what stands below the options in its help.
+        more: text below the options in its help.
     """
     said = f"{does[0].upper()}{does[1:]}."
     parser = commands.add_parser(name, help=does, description=said.replace("%", "%%"), epilog=more)
@@ -44,7 +44,7 @@ def add_base_and_delta(parser: argparse.ArgumentParser) -> None:
     """Add the arguments BASE and DELTA, and the flags of their revisions."""
     add_base(parser)
     parser.add_argument("delta", metavar="DELTA", help="delta: a folder, or a name on the hub")
-    parser.add_argument("--delta-revision", metavar="NAME", help="the same of a delta on the hub")
+    parser.add_argument("--delta-revision", metavar="NAME", help="the same for a delta on the hub")
 
 
 def add_merged(parser: argparse.ArgumentParser) -> None:
@@ -86,8 +86,8 @@ def meanings(keys: Mapping[str, str]) -> str:
 
 
 def leave_out_threads() -> None:
-    """Keep numpy's BLAS from starting threads, for a command that multiplies nothing: they take as long to start as
-    numpy itself. Call it before numpy is imported."""
+    """Keep numpy's BLAS from starting threads, which takes as long as importing numpy: for commands that multiply no
+    matrices. Call it before numpy is imported."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

@@ -1,7 +1,7 @@
 """How every command writes its result to standard output: lines for people, or with --json one object for machines.
 
-What quotes a file reaches a terminal with unprintable characters escaped. Numbers that JSON lacks become null. All else
-that `smt` says (log, errors) goes to standard error.
+Unprintable characters, which may come from a file, are escaped in lines. Numbers that JSON lacks (NaN, infinity) become
+null. All other output of `smt` (log, errors) goes to standard error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def write(arguments: argparse.Namespace, result: Mapping[str, Any], lines: Itera
 
 
 def fact(name: str, text: str) -> str:
-    """Return a line that says one thing."""
+    """Return a line with a name and what there is to say of it."""
     return f"{name:<13}{text}"
 
 
@@ -52,7 +52,7 @@ def table(titles: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterator[
 
 
 def blocks(selection: BlockSelection) -> dict[str, Any]:
-    """Return what a result says of a selection; see `BLOCKS`."""
+    """Return the numbers of a selection for a result; see `BLOCKS`."""
     return {
         "blocks": selection.num_blocks,
         "parameters": selection.trainable_parameters,
@@ -63,7 +63,7 @@ def blocks(selection: BlockSelection) -> dict[str, Any]:
 
 
 def _standard(value: Any) -> Any:
-    """Return a value with None for numbers that are not finite."""
+    """Return a value with None in place of numbers that are not finite."""
     if isinstance(value, Mapping):
         return {key: _standard(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

@@ -24,7 +24,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError, first_line
 
 FIELDS = [*SMTConfig.deciding("targets", "scores", "warm-up", "choice"), "accumulator_device"]
-# Flags that say how the data are read, beside those of the configuration.
+# Flags that say how model and data are read, besides those of the configuration.
 READING = ("batch", "seq", "checkpointing", "accumulation", "dtype", "seed")
 WARMUP_FIELDS = {*SMTConfig.deciding("warm-up"), "accumulator_device"}
 KEYS = {"output": OUTPUT, "selection": BLOCKS}
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     }
     if arguments.scores is not None and vain:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(vain))
-        raise SMTError(f"{flags} would change the warm-up, and the scores come from one that is over. Leave it out.")
+        raise SMTError(f"{flags} would change the warm-up, but the scores come from a finished one. Leave it out.")
     selection = _choose_again(arguments, given) if arguments.scores else _choose(arguments, SMTConfig(**given))
     result = {"output": str(arguments.output), "selection": blocks(selection)}
     write(arguments, result, [selection.summary(), f"selection in {arguments.output}"])

@@ -14,10 +14,10 @@ class Flag(NamedTuple):
     """A flag of a command.
 
     Attributes:
-        names: `-h`, `--help`.
+        names: such as `-h`, `--help`.
         help: a few words.
-        takes: whether a value follows it.
-        values: what that can be: `FILES`, `FOLDERS`, or some words; no words if anything.
+        takes: whether it takes a value.
+        values: possible values: `FILES`, `FOLDERS`, or some words; no words if any value will do.
     """
 
     names: Sequence[str]
@@ -27,7 +27,7 @@ class Flag(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command, and the values that its arguments without a flag can have, as those of `Flag`."""
+    """A command; `values` are those of its positional arguments, as in `Flag`."""
 
     name: str
     help: str

@@ -26,8 +26,8 @@ def add_parser(commands) -> None:
         run,
         "take a delta out of a merged checkpoint, bit for bit",
         "A delta holds trained values, not differences, so the values that it replaced come from the base. To do "
-        "without it later, keep the way back, as small as the delta: smt extract MERGED BASE back; later, smt merge "
-        "MERGED back OUT.",
+        "without the base later, keep the reverse delta, which is as small: smt extract MERGED BASE back; later, smt "
+        "merge MERGED back OUT.",
     )
     add_base_and_delta(parser)
     add_merged(parser)
@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the base shard by shard, with a line for each; see `unmerge`."""
+    """Write the base shard by shard, and log each; see `unmerge`."""
     leave_out_threads()
 
     from smt_trainer.merging.unmerge import unmerge

@@ -42,11 +42,11 @@ def add_parser(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what a merge has changed and what is wrong with it; return 0 if nothing is.
+    """Print what a merge has changed and what is wrong with it; return 0 if nothing is wrong.
 
-    The bytes are the proof: they need no torch, little memory and about the time that reading takes, so they suit any
-    CI machine. `--logits` adds that transformers loads the folder and computes with it exactly what it does with base
-    and delta; it takes the memory of both models, and is left out if bytes differ, since it could only repeat that.
+    Comparing bytes is the proof: it needs no torch, little memory and about as long as reading the files, so it suits
+    any CI machine. `--logits` also checks that transformers loads the folder and computes exactly the same as with base
+    and delta; it takes the memory of both models, and is skipped if bytes differ, since it could only repeat that.
     """
     leave_out_threads()
 
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     problems, logits = found.problems, None
     if arguments.logits and not problems:
         logits = _compare_logits(arguments)
-        # Not for NaN either.
+        # NaN fails as well.
         if not logits.divergence == logits.largest == 0:
             problems = [("logits", f"are not those of base and delta {logits}")]
     result = {

@@ -38,7 +38,7 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
         )
     well_formed = isinstance(base, dict) and {*base} - {"rows"} == {"dtype", "stride", "checksums", "codes"}
     well_formed = well_formed and base["dtype"] in WEIGHTS and is_int(base["stride"]) and base["stride"] >= RUN
-    # Deltas of before have none.
+    # Deltas of older versions have none.
     rows = base.get("rows", {}) if well_formed else None
     well_formed = well_formed and isinstance(rows, dict) and all(is_int(count) and count > 0 for count in rows.values())
     well_formed = well_formed and isinstance(manifest["quantization"], dict | None)
@@ -72,8 +72,8 @@ def check_dtypes(delta: Delta) -> None:
         dtype = dtype_name(blocks)
         if dtype not in WEIGHTS or dtype not in (master, wider(dtype, delta.weight_dtype)):
             raise SMTError(
-                f"the delta's blocks of `{name}` are {dtype}; expected {delta.weight_dtype}, as its base, or "
-                f"{master}, as the masters. It is damaged; save or download it again."
+                f"the delta's blocks of `{name}` are {dtype}; expected {delta.weight_dtype}, like its base, or "
+                f"{master}, like the masters. The delta is damaged; save or download it again."
             )
 
 
@@ -83,11 +83,11 @@ def widened(delta: Delta, blocks: np.ndarray) -> np.ndarray:
 
 
 def warn_of_rounding(delta: Delta, dtypes: Mapping[str, str]) -> None:
-    """Say what of a delta is rounded where it goes, since the model of training had several dtypes.
+    """Warn if values of a delta are rounded to the dtype of their destination: the trained model had several dtypes.
 
     Args:
-        delta: any. Masters are finer than every weight, and forward rounded them as well.
-        dtypes: module with blocks, or whole tensor -> dtype of the tensor that its values go to.
+        delta: its blocks are not checked if they are masters: forward rounded those, too.
+        dtypes: name of a module with blocks, or of a whole tensor -> dtype of the tensor that its values go to.
     """
     held = {name: dtype_name(values) for name, values in delta.block_arrays.items()}
     held = held if delta.weight_dtype in held.values() else {}
@@ -110,14 +110,15 @@ def check_finite(delta: Delta) -> None:
         if not all_finite(values):
             raise SMTError(
                 f"the delta's values of `{name}` are not all finite. If training diverged, lower the learning rate; "
-                "else the delta is damaged: save or download it again."
+                "otherwise the delta is damaged: save or download it again."
             )
 
 
 def check_whole(delta: Delta) -> None:
-    """Raise `SMTError` unless a delta's configuration explains what it holds whole, and nothing is missing altogether.
+    """Raise `SMTError` if a delta holds a whole tensor that its configuration does not train, or none for one of its
+    fields (`modules_to_save`, `train_norm`, `train_bias`).
 
-    Without `modules_to_save`, what is new in the model is trained whole; only the model can tell what that is.
+    With `modules_to_save=None`, a new head is trained whole. Only the model can tell its name, so any tensor will do.
     """
     config, tuned = delta.selection.config, delta.selection.block_indices
     modules = config.modules_to_save
@@ -142,7 +143,7 @@ def check_whole(delta: Delta) -> None:
     missing = [reason for reason, count in explained.items() if getattr(config, reason, False) and not count]
     if missing:
         raise SMTError(
-            f"the delta holds nothing of what {missing[0]}={getattr(config, missing[0])!r} trains whole. It is "
+            f"the delta holds no tensor that {missing[0]}={getattr(config, missing[0])!r} trains whole. It is "
             "damaged; save or download it again."
         )
 
@@ -152,7 +153,7 @@ def check_base(delta: Delta, name: str | None, differences: list[str]) -> None:
 
     Args:
         delta: what to put into the base.
-        name: of the base, if known.
+        name: the base's name, if known.
         differences: names of the tensors of the base that have other values than in training.
 
     Raises:
@@ -163,7 +164,8 @@ def check_base(delta: Delta, name: str | None, differences: list[str]) -> None:
         raise SMTError(
             f"the delta was trained on {expected or 'another base model'}. {name or 'This model'} has other values in "
             f"{len(differences)} of its {len(delta.base.checksums)} tensors, such as `{differences[0]}`. Load the base "
-            f"of training, in {delta.base.dtype} or finer; if another delta was merged into it, merge that one first."
+            f"of training, in {delta.base.dtype} or a finer dtype; if another delta was merged into it, merge that "
+            "one first."
         )
     if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
         logger.warning("The delta names %s as its base. This model is %s; the weights agree.", expected, name)

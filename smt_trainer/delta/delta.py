@@ -8,8 +8,8 @@
     smt_config.json         a copy of the manifest, for people and other programs to read
 
 The tensors file alone is the delta. It is replaced in one step, so an interrupted write leaves the earlier delta. Both
-files are plain data; nothing is unpickled. They are read, checked and written as numpy arrays; torch is imported where
-a model comes in.
+files are plain data; nothing is unpickled. They are read, checked and written as numpy arrays; torch is imported only
+where a model is involved.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Delta:
         base: checksums of the base (see `model/fingerprint.py`).
         weight_dtype: dtype of the base weights in training, such as "bfloat16"; merging into this dtype is exact.
         architecture: class of the trained model, such as "LlamaForCausalLM".
-        unnamed: whole tensors that the configuration does not name: loading made them up, forward changes them, a user
-            has unfrozen them, or they were extracted or composed.
+        unnamed: whole tensors that the configuration does not name: newly initialised on loading, changed by forward,
+            unfrozen by the user, extracted or composed.
         quantization: the `quantization_config` of a quantised base.
     """
 
@@ -153,7 +153,7 @@ class Delta:
 
     @classmethod
     def load(cls, folder: str | Path) -> Delta:
-        """Read and check a delta folder. Raise `SMTError` if it is missing, damaged or out of range."""
+        """Read and check a delta folder. Raise `SMTError` if it is missing or damaged, or a value is out of range."""
         manifest, arrays = load_sealed(Path(folder, DELTA_FILE), MANIFEST, FORMAT, "delta")
         with refusing_damage(f"delta in {folder}"):
             check_manifest(manifest, folder)
@@ -181,7 +181,7 @@ class Delta:
 
 
 def architecture_of(model: nn.Module) -> str:
-    """Return the name of a model's class; FSDP2 puts one of its own, with a prefix, on top."""
+    """Return the name of a model's class, without the `FSDP...` subclass that FSDP2 makes of it."""
     return next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 

@@ -1,6 +1,6 @@
-"""Which files beside the weights a merged checkpoint gets, from the base and from the delta's folder. Imports no torch.
+"""Choose the files of a merged checkpoint other than its weights. Imports no torch. It gets
 
-the base's        all files and folders but weights, hidden ones, and what a trainer or this library leaves
+the base's        all files and folders except weights, hidden ones, and what a trainer or this library leaves behind
 the delta's       tokenizer, chat templates, processor and generation settings of training, in place of the base's
 config.json       the delta's, with what describes the weights and the code taken from the base's
 """
@@ -19,14 +19,14 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT, Checkpoint
 
-VOCABULARY = "vocab_size"
+VOCABULARY, LAYERS = "vocab_size", "num_hidden_layers"
 # The key that says which Python files `trust_remote_code=True` runs.
 CODE = "auto_map"
 DELTA_FILE = "smt_delta.safetensors"
 CONFIG_FILE = "smt_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-# Stands under `EXPLICIT` in a delta's config.json, where transformers reads the name of the file of weights. Whoever
-# calls `from_pretrained` on the folder sees it, even if a whole model from before lies there.
+# Written under `EXPLICIT` in a delta's config.json, where transformers reads the name of the weights file, so that
+# `from_pretrained` on the folder fails with this text, even if it also holds an older whole model.
 NO_WEIGHTS = "this folder holds a delta, load it with smt_trainer.from_delta(folder)"
 
 WEIGHTS = "*.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.gguf *.onnx *.onnx_data *.index.json".split()
@@ -44,16 +44,16 @@ OF_TRAINING = [
     *TOKENIZER_STATE,
     *"vocab.* vocab-* merges.txt *.model *.bpe *.codes *processor_config.json generation_config.json".split(),
 ]
-# What config.json says of the stored weights and of the code that reads them.
+# Keys of config.json that describe the stored weights and the code that reads them.
 OF_WEIGHTS = [
     *(EXPLICIT, CODE, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
-    *("tie_word_embeddings", VOCABULARY, "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("tie_word_embeddings", VOCABULARY, LAYERS, "hidden_size", "intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
 ]
 
 
 def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resized: bool = False) -> None:
-    """Write everything but the weights of a merged checkpoint into `stage`: `other_files`, and the index of shards.
+    """Write all files of a merged checkpoint other than its weights into `stage`: `other_files` and the shard index.
 
     Raises:
         SMTError: as `other_files`.
@@ -65,11 +65,11 @@ def copy_others(checkpoint: Checkpoint, delta_folder: Path, stage: Path, *, resi
 
 
 def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = False) -> dict[PurePath, Path | str]:
-    """Return the files of a merged checkpoint beside its weights: name -> the file to copy, or the text to write.
+    """Return the files of a merged checkpoint other than its weights: name -> the file to copy, or the text to write.
 
     Args:
         checkpoint: the base.
-        delta_folder: with the files of training.
+        delta_folder: holds the files of training.
         resized: whether the delta has another vocabulary than the base.
 
     Raises:
@@ -80,7 +80,7 @@ def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = F
     }
     trained = _files_of_training(checkpoint, delta_folder)
     if PurePath("tokenizer_config.json") in trained:
-        # A tokenizer is saved whole. Files of the base beside it could override it.
+        # A saved tokenizer is complete; files of the base's tokenizer next to it could override it.
         files = {name: path for name, path in files.items() if not _fits(name, TOKENIZER_STATE)}
     files |= trained
     if (delta_folder / CONFIG).is_file():
@@ -94,13 +94,13 @@ def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = F
 
 
 def copy_trained(checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> None:
-    """Copy tokenizer, chat templates, processor and generation settings of training into `stage`, as far as there are;
-    they name the code that the base's files name."""
+    """Copy the tokenizer, chat templates, processor and generation settings of training, where present, into `stage`;
+    their `auto_map` is the base's."""
     _write(_files_of_training(checkpoint, delta_folder), stage)
 
 
 def copy_to_delta(source: Path, stage: Path) -> None:
-    """Copy tokenizer, chat templates, processor, generation settings and configuration of a model beside a new delta.
+    """Copy a model's tokenizer, chat templates, processor, generation settings and configuration next to a new delta.
 
     Args:
         source: folder of the tuned model, or of its delta.
@@ -114,19 +114,19 @@ def copy_to_delta(source: Path, stage: Path) -> None:
 
 
 def copy_of_base(checkpoint: Checkpoint, stage: Path) -> None:
-    """Copy all of a base but its weights and their index."""
+    """Copy the files of a base other than its weights and their index."""
     _write({name: checkpoint.folder / name for name in files_beside_weights(checkpoint.folder)}, stage)
 
 
 def load_config(folder: str | Path) -> dict[str, Any]:
-    """Return the configuration of the trained model that lies beside a delta; an empty one if there is none."""
+    """Return the trained model's configuration from a delta's folder; an empty one if there is none."""
     path = Path(folder, CONFIG)
     config = load_json(path, "model configuration") if path.is_file() else {}
     return {key: value for key, value in config.items() if key != EXPLICIT} if isinstance(config, dict) else {}
 
 
 def merge_configs(base: dict[str, Any], trained: dict[str, Any], resized: bool) -> dict[str, Any]:
-    """Return the configuration of training with what describes the weights as the base has it, in its parts as well."""
+    """Return the configuration of training with the base's `OF_WEIGHTS`, also in nested configurations."""
     of_weights = [key for key in OF_WEIGHTS if not (resized and key == VOCABULARY)]
     merged = {key: value for key, value in trained.items() if key not in of_weights}
     merged |= {key: base[key] for key in of_weights if key in base}
@@ -153,8 +153,8 @@ def _write(files: dict[PurePath, Path | str], stage: Path) -> None:
 
 
 def _with_code_of_base(path: Path, of_base: Path) -> Path | str:
-    """Return a file of training, or its text if it must name the code that the base's file names, or none: the delta's
-    author decides on none."""
+    """Return a file of training, or, if it has an `auto_map`, its text with that of the base's file or with none: a
+    delta's author must not choose the code that runs."""
     values = load_json(path, "file of training")
     if not isinstance(values, dict) or CODE not in values:
         return path
@@ -165,13 +165,13 @@ def _with_code_of_base(path: Path, of_base: Path) -> Path | str:
 
 
 def files_of_training(delta_folder: Path) -> Iterator[PurePath]:
-    """Yield the files of a delta's folder that are tokenizer, templates, processor and generation settings."""
+    """Yield the files of tokenizer, templates, processor and generation settings in a delta's folder."""
     return (name for name in files_beside_weights(delta_folder) if _fits(name, OF_TRAINING))
 
 
 def files_beside_weights(folder: Path, without: Path | None = None) -> Iterator[PurePath]:
-    """Yield the files below a folder that belong beside the weights of a merged checkpoint; follow links, but each
-    folder once."""
+    """Yield the files in and below a folder that a merged checkpoint takes besides weights. Links are followed, each
+    folder is visited once."""
     seen = set() if without is None else {os.path.realpath(without)}
     for parent, folders, files in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:
@@ -190,10 +190,10 @@ def _fits(name: PurePath, patterns: list[str]) -> bool:
 
 
 def refuse_full_model(folder: Path) -> None:
-    """Raise `SMTError` if a folder holds the weights of a whole model, which a delta beside them would belie."""
+    """Raise `SMTError` if a folder holds the weights of a whole model: a delta next to them would be ambiguous."""
     weights = next((path.name for name in FULL_MODELS for path in folder.glob(name)), None)
     if weights is not None:
         raise SMTError(
-            f"{folder} holds a whole model ({weights}), and a delta beside it would be ambiguous. Give another folder, "
-            "or remove the model."
+            f"{folder} holds a whole model ({weights}), and a delta next to it would be ambiguous. Give another "
+            "folder, or remove the model."
         )

@@ -1,4 +1,4 @@
-"""Deltas on the Hugging Face hub: one repository each, one commit for each state. Imports no torch."""
+"""Deltas on the Hugging Face hub: one repository per delta, one commit per state. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smt_trainer.model.checkpoint import CONFIG
 from smt_trainer.model.hub import fetch, is_folder
 
 README = "README.md"
-# A run's folder also holds scores, selection and pickled arguments, which nobody who loads the delta needs.
+# A run's folder also holds scores, selection and pickled arguments, which loading the delta does not need.
 OF_DELTA = [DELTA_FILE, CONFIG, *OF_TRAINING]
 
 
@@ -24,7 +24,7 @@ def find_delta(delta: str | Path, revision: str | None = None, **access: Any) ->
         access: `token`, `cache_dir` and `local_files_only` of huggingface_hub.
 
     Raises:
-        SMTError: it is neither, holds no delta, or cannot be fetched.
+        SMTError: there is no such folder or repository, it holds no delta, or it cannot be fetched.
     """
     folder = Path(delta) if is_folder(delta, revision) else fetch("delta", delta, revision, OF_DELTA, **access)
     if not (folder / DELTA_FILE).is_file():
@@ -41,17 +41,17 @@ def push_delta(
     token: str | None = None,
     message: str = "Upload delta",
 ) -> str:
-    """Upload a delta to the hub in one commit: its folder without what a run has left there, and a model card.
+    """Upload a delta to the hub in one commit: its folder, without files that a run left there, and a model card.
 
     `SMTTrainer.push_to_hub` does this for a model in training, with figures of the run in the card.
 
     Args:
         folder: a delta folder; its README.md is the card, if it has one.
-        name: of the repository, such as "user/delta"; it is made if needed.
-        revision: branch to commit to, made if needed; by default main.
-        private: whether a new repository is private; by default as the account has it.
-        token: of an account that may write; by default the one that is logged in.
-        message: of the commit.
+        name: name of the repository, such as "user/delta"; it is created if needed.
+        revision: branch to commit to, created if needed; by default main.
+        private: whether a new repository is private; by default the account's setting.
+        token: token of an account with write access; by default the logged-in one.
+        message: commit message.
 
     Returns:
         The commit, which `from_delta(name, revision=...)` takes.
@@ -80,6 +80,6 @@ def push_delta(
         return api.create_commit(name, operations, commit_message=message, revision=revision).oid
     except Exception as error:
         raise SMTError(
-            f"the delta could not be pushed to {name} on the hub ({error}). Connect, log in with an account that may "
-            "write there (hf auth login), and push again."
+            f"the delta could not be pushed to {name} on the hub ({error}). Check the connection, log in with an "
+            "account that may write there (hf auth login), and push again."
         ) from error

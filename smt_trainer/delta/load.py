@@ -1,4 +1,4 @@
-"""Load a delta into a model, or with its base."""
+"""Load a delta into a model, or together with its base."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from smt_trainer.delta.folder import GENERATION_CONFIG_FILE, load_config
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED, WAYS, check_onto, quantised_names
 from smt_trainer.delta.put import put_delta
+from smt_trainer.delta.training_settings import training_settings
 from smt_trainer.errors import SMTError, first_line
 from smt_trainer.manifest import refusing_damage
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.sparse.convert import Model, merge_and_unload
 from smt_trainer.sparse.state import has_quantised_blocks
 
-# What of the arguments of from_pretrained says how the hub is read.
+# Arguments of from_pretrained that say how to access the hub.
 ACCESS = ("token", "cache_dir", "local_files_only")
-# What of a configuration training decides.
-LABELS = ("id2label", "label2id", "problem_type")
+# What of a configuration is set after loading.
 SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
@@ -41,15 +41,15 @@ def load_delta(
         delta: a folder, also a checkpoint of SMTTrainer; or a name on the hub.
         revision: branch, tag or commit of a delta on the hub.
         merge: make the model plain again with the trained values in its weights.
-        onto: for a delta of a quantised base, "original" to put it into plain weights, which that base was made of;
-            "dequantized" with `merge` into quantised ones, which become dense (see `delta/onto.py`).
+        onto: for a delta of a quantised base: "original" puts it into the plain weights that were quantised;
+            "dequantized", with `merge`, into the quantised weights, which become dense (see `delta/onto.py`).
 
     Returns:
         The same model.
 
     Raises:
-        SMTError: the delta is damaged, or belongs to another base or other blocks; or `onto` is left open. The model
-            stays unchanged.
+        SMTError: the delta is damaged, or belongs to another base or other blocks; or `onto` is missing or does not
+            apply. The model stays unchanged.
     """
     loaded = Delta.load(find_delta(delta, revision))
     if merge and onto is None and quantization_of(model) is not None and quantised_names(loaded):
@@ -77,19 +77,19 @@ def from_delta(
         revision: branch, tag or commit of a delta on the hub.
         base: hub name or path of the base; by default the name that the delta records.
         base_revision: revision of a base on the hub; without `base`, by default the commit that the delta records.
-        merge: return a plain model. Blocks in quantised weights stay beside them, unless `onto` says otherwise.
+        merge: return a plain model. Blocks in quantised weights stay separate from them unless `onto` is given.
         onto: for a delta of a quantised base that is loaded without `quantization_config`: "dequantized" or "original"
             (see `delta/onto.py`).
-        kwargs: passed to `auto_class.from_pretrained`; `token`, `cache_dir` and `local_files_only` count for the delta
-            as well. `dtype` defaults to that of training. With the `quantization_config` of training, the model is
+        kwargs: passed to `auto_class.from_pretrained`; `token`, `cache_dir` and `local_files_only` also apply to the
+            delta. `dtype` defaults to that of training. With the `quantization_config` of training, the model is
             exactly the trained one.
 
     Raises:
-        SMTError: as in `load_delta`; `auto_class` is no class; or `base` is not given, and the delta records none or
-            `trust_remote_code` would run the code of the one that it names.
+        SMTError: as in `load_delta`; `auto_class` is no class; or `base` is missing, and the delta records none or
+            `trust_remote_code` would run code of the base that it names.
     """
     if auto_class is not None and not hasattr(auto_class, "from_pretrained"):
-        raise SMTError(f"auto_class must be a class with from_pretrained, got {auto_class!r}. A base goes to base=.")
+        raise SMTError(f"auto_class must be a class with from_pretrained, got {auto_class!r}. Pass a base as base=.")
     folder = find_delta(delta, revision, **{key: kwargs[key] for key in ACCESS if key in kwargs})
     loaded = Delta.load(folder)
     if base is None:
@@ -98,33 +98,33 @@ def from_delta(
         if base and kwargs.get("trust_remote_code"):
             raise SMTError(
                 f"trust_remote_code=True runs code of the base, and the delta in {delta} names {base!r} as its base: "
-                "its author would decide whose code runs. Say base= yourself."
+                "the delta's author would decide whose code runs. Pass base= yourself."
             )
     if not base:
         raise SMTError(f"the delta in {delta} records no base model; pass base=<hub name or path>.")
     if base_revision is not None:
         kwargs["revision"] = base_revision
     trained = load_config(folder)
-    # With a configuration, from_pretrained takes no field of it.
-    labels = {key: trained[key] for key in LABELS if key in trained and "config" not in kwargs}
-    with refusing_damage(f"configuration beside the delta in {delta}"):
-        if "id2label" in labels:
-            labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
+    # With `config=`, from_pretrained takes no separate fields of it.
+    settings: dict[str, Any] = {}
+    if "config" not in kwargs:
+        with refusing_damage(f"configuration beside the delta in {delta}"):
+            settings = training_settings(trained, base, kwargs)
     if loaded.quantization is not None and "quantization_config" not in kwargs:
         stored = _is_quantised(base, kwargs)
         check_onto(loaded, onto, is_quantised=stored)
         if onto == DEQUANTIZED and not stored:
             kwargs["quantization_config"] = as_config(loaded.quantization)
     dtype = loaded.weight_dtype if loaded.quantization is None else loaded.base.dtype
-    # transformers still takes the older name, after the newer one.
+    # transformers still accepts the older name; the newer one takes precedence.
     given = {"dtype": kwargs.pop("torch_dtype")} if "torch_dtype" in kwargs else {}
     try:
         model = (auto_class or trained_class(loaded)).from_pretrained(
-            base, **{"dtype": getattr(torch, dtype)} | given | labels | kwargs
+            base, **{"dtype": getattr(torch, dtype)} | given | settings | kwargs
         )
     except OSError as error:
         raise SMTError(
-            f"the base {base!r}, on which the delta in {delta} was trained or which you gave, could not be loaded: "
+            f"the base {base!r}, which you gave or the delta in {delta} names, could not be loaded: "
             f"{first_line(error)} If it lies elsewhere, pass base=<hub name or path>."
         ) from error
     put_delta(model, loaded, onto=onto)
@@ -148,7 +148,7 @@ def _is_quantised(base: str, kwargs: dict[str, Any]) -> bool:
 
 
 def as_config(quantization: Any) -> Any:
-    """Return the configuration of transformers that a delta records."""
+    """Return the quantisation config of transformers that a delta records."""
     from transformers.quantizers import AutoQuantizationConfig
 
     with refusing_damage("record of how the delta's base was quantised"):
@@ -159,7 +159,7 @@ def trained_class(delta: Delta) -> Any:
     """Return the class of transformers that was trained, as the delta names it; a causal LM if it names none."""
     import transformers
 
-    # The name comes from a file; only a model's class is meant.
+    # The name comes from a file; accept only a model class.
     found = getattr(transformers, delta.architecture, None)
     is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
     return found if is_model else transformers.AutoModelForCausalLM

@@ -28,7 +28,7 @@ This repository holds a delta, not a model: the trained values of {num_blocks:,}
 """
 QUANTISED = """
 | trained over a quantised base | {how}; `quantization_config=` instead of `onto=` gives exactly the trained model |"""
-# A file of what prepares the inputs -> the class that reads it; the first that the folder has counts.
+# File of a processor or tokenizer -> variable and class that load it; the first one in the folder is used.
 PREPARING = {
     "processor_config.json": ("processor", "AutoProcessor"),
     "preprocessor_config.json": ("processor", "AutoProcessor"),
@@ -37,7 +37,7 @@ PREPARING = {
 
 
 def new_card(delta: Delta, folder: Path, repository: str) -> str:
-    """Return the card of a delta that no Trainer has written one for."""
+    """Return a model card for a delta that has none from a Trainer."""
     from transformers.modelcard import TrainingSummary
 
     name = _name_on_hub(delta.selection)
@@ -55,16 +55,17 @@ def delta_card(
     repository: str,
     quantization: dict[str, Any] | None = None,
 ) -> str:
-    """Return a Trainer's model card as that of a delta.
+    """Turn a Trainer's model card into that of a delta.
 
-    Its head says what is in the repository (a delta of `base_model` that smt_trainer loads, and for which task). A
-    section tells base, selection and budget, and how to load the delta; the one that loads a whole model is left out.
+    The metadata say what is in the repository (a delta of `base_model` that smt_trainer loads, and for which task). A
+    new section states base, selection and budget, and how to load the delta; the section that loads a whole model is
+    left out.
 
     Args:
-        card: in Markdown, with a head in YAML.
+        card: in Markdown, with YAML metadata at the top.
         selection: the trained blocks.
         architecture: class of the trained model.
-        folder: of the delta, with what prepares the inputs.
+        folder: the delta's folder, with any tokenizer or processor.
         repository: name on the hub.
         quantization: the `quantization_config` of a quantised base.
     """
@@ -104,7 +105,7 @@ def _section(
 
 
 def _code(selection: BlockSelection, architecture: str, folder: Path, repository: str, *, is_quantised: bool) -> str:
-    """Return lines of Python that load the delta and what prepares its inputs."""
+    """Return lines of Python that load the delta and its tokenizer or processor."""
     loader = loaded_by(architecture)
     imported, arguments, lines = [], [f'"{repository}"'], []
     if loader.name:
@@ -128,6 +129,6 @@ def _code(selection: BlockSelection, architecture: str, folder: Path, repository
 
 
 def _name_on_hub(selection: BlockSelection) -> str | None:
-    """Return the name of the base, if others can find it: of a folder, no more than its own name is recorded."""
+    """Return the base's name on the hub, or None for a local folder, of which only the last name is recorded."""
     name, _, commit = (selection.base_model or "").partition("@")
     return name if commit or "/" in name else None

@@ -1,14 +1,14 @@
-"""What a delta of a quantised base is put into. Imports no torch.
+"""Choose what a delta of a quantised base is put into. Imports no torch.
 
-In training the model computed with the dequantised weights and the blocks in them. There are three ways back:
+In training, the model computed with the dequantised weights with the blocks in them. There are three ways to use them:
 
-    apart          the base quantised as in training, and the blocks beside it: exactly the trained model
+    apart          the base quantised as in training, and the blocks separate: exactly the trained model
     dequantized    the dequantised weights with the blocks in them, in 16 bits: the trained model, if it computed in the
                    dtype of the checkpoint; 8 bits also quantise the inputs of the other linears, which this leaves out
     original       the weights that were quantised, with the blocks in them: a model that was never trained as a whole,
-                   since the blocks were chosen and trained beside rounded neighbours
+                   since the blocks were chosen and trained among rounded weights
 
-Blocks in weights that the base did not quantise are written into them wherever they lie: nothing about them is open.
+Blocks of weights that the base did not quantise are written into these weights in all three.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 WAYS = (
-    "Say which model you want: onto='dequantized' (smt merge --onto dequantized), the quantised weights made dense, "
-    "which is the trained model in 16 bits; onto='original', the weights that were quantised, which makes a model that "
-    "was never trained as a whole; or the trained model itself, base and blocks apart: from_delta(delta, "
-    "quantization_config=...) or load_delta into the base, quantised as in training."
+    "Choose a model: onto='dequantized' (smt merge --onto dequantized) makes the quantised weights dense, which gives "
+    "the trained model in 16 bits; onto='original' uses the weights that were quantised, which gives a model that was "
+    "never trained as a whole. To get exactly the trained model, keep base and blocks apart: from_delta(delta, "
+    "quantization_config=...), or load_delta into the base, quantised as in training."
 )
-# What of a configuration changes the values of quantised weights.
+# Fields of a `quantization_config` that change the values of quantised weights.
 DECIDING = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 
 
@@ -37,11 +37,11 @@ def quantised_names(delta: Delta) -> list[str]:
 
 
 def check_onto(delta: Delta, onto: str | None, *, is_quantised: bool) -> None:
-    """Raise `SMTError` if it is left open what a delta is put into, or said where nothing is open.
+    """Raise `SMTError` if `onto` is missing for a delta of a quantised base and a plain one at hand, or does not apply.
 
     Args:
-        delta: any.
-        onto: what the user said.
+        delta: what is put into the base.
+        onto: as the user gave it.
         is_quantised: whether the base at hand is quantised.
     """
     if onto not in (None, ORIGINAL, DEQUANTIZED):
@@ -53,12 +53,11 @@ def check_onto(delta: Delta, onto: str | None, *, is_quantised: bool) -> None:
                 "quantization_config; the merged model can be quantised afterwards."
             )
         if onto is not None:
-            raise SMTError(f"onto={onto!r} is for deltas of a quantised base; this one's was not. Leave it out.")
+            raise SMTError(f"onto={onto!r} is for deltas of a quantised base; this delta's was plain. Leave it out.")
         return
     if is_quantised and onto == ORIGINAL:
         raise SMTError(
-            "the base at hand is quantised; onto='original' takes the weights that it was made of. Give that "
-            "checkpoint."
+            "this base is quantised; onto='original' needs the checkpoint that was quantised. Give that one."
         )
     if not is_quantised and onto is None:
         raise SMTError(f"the delta was trained on a quantised base ({in_words(delta.quantization)}). {WAYS}")

@@ -1,4 +1,4 @@
-"""Put a delta that is in memory into a model, if it belongs there."""
+"""Put a delta that is in memory into a model, if it fits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.onto import check_onto, check_same_quantisation
 from smt_trainer.errors import SMTError
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.newly_initialised import embeddings, new_rows, newly_initialised
 from smt_trainer.model.quantised import quantization_of
@@ -33,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto: str | None = None) -> None:
-    """Put a delta that is already in memory into a model, as `load_delta` without merging.
+    """Put a delta that is already in memory into a model, like `load_delta` without merging.
 
     Args:
-        model: plain, or training the same blocks. A plain one gets the vocabulary of the delta.
+        model: plain, or one that trains the same blocks. A plain model is resized to the delta's vocabulary.
         delta: what to put into it.
-        has_weights: False on a rank that will get the base weights from another one; they are not checked then.
+        has_weights: False on a rank that gets the base weights from another rank later; they are not checked then.
         onto: as in `load_delta`.
     """
     if is_smt_model(model):
@@ -59,7 +59,7 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
             whole = find_whole(model, delta.selection.config, linears, stored=delta.whole)
             _check_complete(model, delta, whole)
         dtype = base_dtype(model, linears)
-        # What the configuration names, and what only the first loading knew.
+        # Modules that the configuration names, and the delta's other whole tensors.
         named = tuple(f"{name}." for name in whole)
         whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
         state = SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed))
@@ -73,21 +73,21 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
 
 
 def put_blocks(model: nn.Module, blocks: Mapping[str, Tensor]) -> None:
-    """Set the blocks of a rewritten model, in the order of selections, and write them into its weights."""
+    """Set the blocks of a rewritten model to values in the selection's order, and write them into its weights."""
     for name, linear in block_modules(model):
         assign(linear.blocks, blocks[name][linear.row_major_order().argsort()])
     write_back(linear for _, linear in block_modules(model))
 
 
 def differences(model: nn.Module, delta: Delta) -> list[str]:
-    """Return the names of the base's tensors that a plain model has with other values."""
+    """Return the names of the tensors of the delta's base that have other values in a plain model."""
     return delta.base.differences_in(model, quantised=quantization_of(model) is not None)
 
 
 @contextlib.contextmanager
 def _vocabulary_of(delta: Delta, model: nn.Module) -> Generator[None]:
-    """Give a model as many token embeddings as the delta has, if the delta stores them, or those that the model lacks;
-    take this back if the context ends in an exception."""
+    """Resize a model's token embeddings to the delta's vocabulary, if the delta stores them whole or trains rows that
+    the model lacks; undo this if the context ends in an exception."""
     before = {name: model.get_parameter(name).detach() for name in embeddings(model)}
     rows = {len(delta.whole[name]): len(values) for name, values in before.items() if name in delta.whole}
     for name, values in before.items():
@@ -99,7 +99,7 @@ def _vocabulary_of(delta: Delta, model: nn.Module) -> Generator[None]:
         for new, _ in changes:
             resize(new, mean_resizing=False)
         yield
-    except BaseException:  # Ctrl-C, too; it is raised again
+    except BaseException:  # Ctrl-C as well; it is raised again
         for _, old in changes:
             resize(old, mean_resizing=False)
             for name, values in before.items():
@@ -113,13 +113,13 @@ def _refuse_lost(model: nn.Module, delta: Delta) -> None:
     lost = [name for name in newly_initialised(model) if name not in delta.whole and name not in rows]
     if lost:
         raise SMTError(
-            f"loading newly initialised `{lost[0]}` of the {type(model).__name__}, and the delta does not hold it. "
+            f"loading the {type(model).__name__} newly initialised `{lost[0]}`, which the delta does not hold. "
             f"Load the base as {delta.architecture or 'the class of training'}."
         )
 
 
 def check_same_blocks(model: nn.Module, delta: Delta) -> None:
-    """Raise `SMTError` unless a delta is of the blocks that a rewritten model trains, and of its base."""
+    """Raise `SMTError` unless a delta has the same blocks and the same base as a rewritten model."""
     state = get_state(model)
     ours, theirs = state.selection.block_indices, delta.selection.block_indices
     same = ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
@@ -131,7 +131,7 @@ def check_same_blocks(model: nn.Module, delta: Delta) -> None:
 
 
 def _reset_others(model: nn.Module, delta: Delta, destinations: Mapping[str, Tensor]) -> None:
-    """Give what a rewritten model has learned, and a delta does not hold, the values of the base, as far as known."""
+    """Reset the whole tensors of a rewritten model that a delta does not hold to the base's values, where known."""
     statistics = get_state(model).statistics
     others = sorted(WholeTensors.of(model).tensors.keys() - delta.whole.keys())
     for name in others:
@@ -140,14 +140,14 @@ def _reset_others(model: nn.Module, delta: Delta, destinations: Mapping[str, Ten
     if kept := [name for name in others if name not in statistics]:
         logger.warning(
             "The delta does not hold %d tensors that this model trains, such as `%s`, and they keep their values: the "
-            "model is not the one that the delta was saved from. For that one, load the delta into the plain base.",
+            "model is not the one that the delta was saved from. To get that, load the delta into the plain base.",
             len(kept),
             kept[0],
         )
 
 
 def whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
-    """Return a model's tensors by name; raise `SMTError` unless what the delta trains whole fits them."""
+    """Return a model's tensors by name; raise `SMTError` unless the delta's whole tensors fit them."""
     destinations = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     for name, tensor in delta.whole.items():
         if name not in destinations or full_shape(destinations[name]) != tuple(tensor.shape):
@@ -160,7 +160,7 @@ def whole_destinations(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
 
 
 def _check_complete(model: nn.Module, delta: Delta, names: Iterable[str]) -> None:
-    """Raise `SMTError` unless a delta holds whole the modules and biases of these names, and no other parameter."""
+    """Raise `SMTError` unless a delta holds just these modules and biases whole, apart from `unnamed` parameters."""
     prefixes = tuple(f"{name}." for name in names)
     tensors = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     wanted = {id(tensor): name for name, tensor in tensors.items() if f"{name}.".startswith(prefixes)}
@@ -172,5 +172,5 @@ def _check_complete(model: nn.Module, delta: Delta, names: Iterable[str]) -> Non
         raise SMTError(
             f"the delta {'lacks' if missing else 'holds'} `{(missing or strange)[0]}`, which this model "
             f"{'trains' if missing else 'does not train'} whole under the delta's configuration. It is damaged, or the "
-            "model is of another class than in training."
+            "model has another class than in training."
         )

@@ -4,13 +4,13 @@ A delta changes n blocks of m weights in fixed places P, and some tensors whole.
 the blocks there; swapping it out writes W[P] back. Both copy n m weights and nothing else, so the model runs as fast as
 without, and afterwards it is bit for bit what it was.
 
-A model that trains blocks has lost the base's values under them. So it takes only deltas of the same blocks, such as an
-earlier step of its run: its blocks, in their master dtype, change places with those of the delta, and so do the weights
-under them. Swapped out, it can be trained on as if nothing had been.
+A model that trains blocks no longer has the base's values under them. So it takes only deltas of the same blocks, such
+as one of an earlier step of its run: its blocks, in their master dtype, are exchanged with the delta's, and so are the
+weights under them. After swapping out, training can continue as if nothing had happened.
 
-It changes the one copy of the weights and takes no lock, so it is not thread-safe: no forward, optimizer step or other
-swap may run meanwhile, in this thread or another. What serves requests of many deltas at once needs a lock around each
-swap and the forwards that follow it.
+Swapping changes the only copy of the weights, without a lock, so it is not thread-safe: no forward, optimizer step or
+other swap may run meanwhile, in this thread or another. A server of several deltas needs a lock around each swap and
+the forwards that follow it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.put import check_same_blocks, differences, put_blocks, whole_destinations
 from smt_trainer.errors import SMTError
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.experts import stored_weight
 from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.merged import is_merged, mark_merged
@@ -40,7 +40,7 @@ from smt_trainer.sparse.state import is_smt_model
 from smt_trainer.sparse.whole_tensors import WholeTensors
 from smt_trainer.sparse.write_back import one_by_one
 
-# The attribute of a model that says what is swapped in.
+# The attribute of a model that holds what is swapped in.
 ATTRIBUTE = "smt_swapped"
 
 
@@ -49,10 +49,10 @@ class Swapped:
     """What is swapped into a model.
 
     Attributes:
-        delta: whose values the model has.
-        before: full name of a linear, or of a whole tensor -> the values that these replaced.
-        base: checksums of the model without them.
-        was_merged: whether the model already had no base by name.
+        delta: the delta whose values the model has.
+        before: full name of a linear, or of a whole tensor -> the values that the delta's replaced.
+        base: checksums of the model without the delta.
+        was_merged: whether another delta was merged into the model before (see `is_merged`).
         trains: whether the model trains blocks.
     """
 
@@ -64,15 +64,15 @@ class Swapped:
 
 
 def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
-    """Put the values of a delta into a model, in place of those of the delta that it has, if any.
+    """Put the values of a delta into a model, replacing those of a delta swapped in before.
 
-    Each delta must be of this base, which is compared unless the delta before has the same fingerprint. Not
-    thread-safe: let no forward run meanwhile.
+    Each delta must be of this base: its fingerprint is checked, unless the previous delta has the same one. Not
+    thread-safe: run no forward meanwhile.
 
     Args:
-        model: the plain base, which stays plain and can be saved; or a model that trains blocks, the same as the
-            delta's. Either may have a delta swapped in. Train only without one: what training changes goes with it.
-        delta: in memory, or its folder or hub name; None takes out what is in, and leaves what was there before.
+        model: the plain base, which stays plain and can be saved; or a model that trains the same blocks as the delta.
+            Either may have a delta swapped in; take it out before training, or it takes what was trained with it.
+        delta: in memory, or its folder or hub name; None swaps the current one out and restores the values before it.
 
     Raises:
         SMTError: the delta is damaged, belongs to another base, has another vocabulary, or other blocks than the model
@@ -83,8 +83,8 @@ def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
     current: Swapped | None = getattr(model, ATTRIBUTE, None)
     if current is not None and current.trains != is_smt_model(model):
         raise SMTError(
-            "the model was rewritten or merged while a delta was swapped in, so nothing can take that out. Load the "
-            "base again, and call swap(model, None) first."
+            "the model was rewritten or merged while a delta was swapped in, so that cannot be taken out. Load the "
+            "base again, and call swap(model, None) before rewriting or merging it."
         )
     if new is not None:
         _check(model, new)
@@ -96,13 +96,13 @@ def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
         was_merged = is_merged(model)
         vars(model)[ATTRIBUTE] = Swapped(new, _read(model, new), new.base, was_merged, is_smt_model(model))
         _write(model, new, {**new.blocks, **new.whole})
-        # Its values are no longer those of the base that it was loaded from.
+        # The model's values are no longer those of the base that it was loaded from.
         mark_merged(model)
 
 
 @contextlib.contextmanager
 def applied(model: nn.Module, delta: Delta | str | Path) -> Generator[nn.Module]:
-    """Swap a delta in within this context; afterwards swap in what was there before.
+    """Swap a delta in within this context; afterwards restore what was swapped in before.
 
     Raises:
         SMTError: as `swap`.
@@ -116,15 +116,15 @@ def applied(model: nn.Module, delta: Delta | str | Path) -> Generator[nn.Module]
 
 
 def _check(model: nn.Module, delta: Delta) -> None:
-    """Raise `SMTError` unless a delta fits into a model as it is."""
+    """Raise `SMTError` unless a delta can be swapped into a model."""
     if is_smt_model(model):
         _check_trained(model, delta)
         return
     if quantization_of(model) is not None or delta.quantization is not None:
-        raise SMTError("deltas are swapped in plain weights, not over a quantised base. Use from_delta or load_delta.")
+        raise SMTError("deltas are swapped in plain weights, not in a quantised base. Use from_delta or load_delta.")
     if any(map(is_sharded, model.parameters())):
         raise SMTError(
-            "deltas are swapped in whole weights, and those of this model are spread over ranks. Load the base with "
+            "deltas can be swapped only in whole weights, and this model's are sharded over ranks. Load the base with "
             "the delta in it: from_delta(delta, base=..., distributed_config=...)."
         )
     match_targets(model, delta.selection)
@@ -133,7 +133,7 @@ def _check(model: nn.Module, delta: Delta) -> None:
     if current is None:
         check_base(delta, base_name(model), differences(model, delta))
     elif current.base != delta.base:
-        # Of one base, too, where the deltas hold other tensors whole.
+        # Fingerprints of one base also differ if the deltas hold different tensors whole.
         with _swapped_out(model, current):
             check_base(delta, base_name(model), differences(model, delta))
 
@@ -149,20 +149,20 @@ def _swapped_out(model: nn.Module, current: Swapped) -> Generator[None]:
 
 
 def _check_trained(model: nn.Module, delta: Delta) -> None:
-    """Raise `SMTError` unless a delta holds just what a rewritten model trains."""
+    """Raise `SMTError` unless a delta holds exactly what a rewritten model trains."""
     check_same_blocks(model, delta)
     whole_destinations(model, delta)
     differing = sorted(WholeTensors.of(model).tensors.keys() ^ delta.whole)
     if differing:
         raise SMTError(
-            f"the delta or this model, which trains the same blocks, holds `{differing[0]}` alone, such as statistics "
-            "that forward has changed. Swap deltas into a plain base."
+            f"only one of the delta and this model, which trains the same blocks, holds `{differing[0]}`, such as "
+            "statistics that forward has changed. Swap deltas into a plain base."
         )
 
 
 @torch.no_grad()
 def _read(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
-    """Return copies of the values of a model in the places of a delta."""
+    """Return copies of a model's values at the places of a delta."""
     destinations = whole_destinations(model, delta) if delta.whole else {}
     found = {name: destinations[name].detach().clone() for name in delta.whole}
     if is_smt_model(model):
@@ -179,7 +179,7 @@ def _read(model: nn.Module, delta: Delta) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _write(model: nn.Module, delta: Delta, values: dict[str, Tensor]) -> None:
-    """Write values in the places of a delta."""
+    """Write values at the places of a delta."""
     destinations = whole_destinations(model, delta) if delta.whole else {}
     for name in delta.whole:
         destinations[name].data.copy_(values[name])

@@ -1,4 +1,4 @@
-"""LoRA's adapters on the meta device, as PEFT computes with them; see `estimate.py` for their rank."""
+"""Add LoRA's adapters to a model on the meta device, computing as PEFT does; see `estimate.py` for their rank."""
 
 from __future__ import annotations
 

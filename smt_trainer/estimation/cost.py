@@ -1,4 +1,4 @@
-"""The cost of one training step on each device, from a model without values.
+"""Count the cost of one training step on each device, on a model without values.
 
 The model lies on the meta device, where a tensor has a shape but no values. It runs one step there as in training, with
 its linears rewritten and its activations checkpointed or not. The cost of the step is counted, not modelled (see
@@ -6,8 +6,8 @@ its linears rewritten and its activations checkpointed or not. The cost of the s
 
     peak         = weights + added + optimizer + largest sum of all other tensors alive at any time in the step
     weights      = the model's parameters and buffers
-    added        = what stays beside them throughout: the masters of n blocks of m weights and their positions, LoRA's
-                   adapters (in float32, as PEFT keeps them), or the accumulators of the warm-up
+    added        = what else stays throughout: the masters of n blocks of m weights and their positions, LoRA's adapters
+                   (in float32, as PEFT keeps them), or the accumulators of the warm-up
     optimizer    = AdamW: two moments in the dtype of the trained tensor, and a step count of 4 bytes a tensor
     gradients    = those at the end of backward, as large as the trained parameters
     activations  = the distinct tensors alive when the output embeddings are reached: what autograd keeps for backward
@@ -75,7 +75,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Step:
-    """What all steps share, whatever is trained, as in `estimate`; `dense` is the bytes of the plain model."""
+    """The settings that all steps share, as in `estimate`; `dense` is the bytes of the plain model."""
 
     batch: int
     seq: int
@@ -100,7 +100,7 @@ class Step:
             reading = read_step(
                 model, self.batch, self.seq, beside=sums or [], quantised=quantised, gradient_share=kept
             )
-        except Exception as error:  # a model of an odd configuration raises anything
+        except Exception as error:  # an odd configuration can make a model raise anything
             raise SMTError(f"{type(model).__name__} cannot run on the meta device: {first_line(error)}") from error
         buckets = bytes_of(trained) if self.ranks > 1 and self.zero_stage == 0 else 0
         weights, added, optimizer = round(share[3] * weights), round(share[3] * added), round(share[1] * optimizer)
@@ -119,7 +119,7 @@ class Step:
 
 
 def warmup_cost(model: PreTrainedModel, scorer: Scorer, config: SMTConfig, step: Step) -> Cost | None:
-    """Return the cost of one warm-up step, if there is a warm-up."""
+    """Return the cost of one warm-up step; None if there is no warm-up."""
     if not scorer.needs_warmup or config.selection is not None:
         return None
     handle = None if scorer.needs_backward else model.register_forward_hook(_start_at_loss)

@@ -8,14 +8,14 @@ many weights as SMT. On an embedding they look tokens up, and leave a tied head 
 n m masters, writes as many weights and keeps nothing, for n blocks of m weights. The delta holds n m weights in the
 model's dtype, and 8 bytes a block for its position.
 
-With `bits`, SMT, its warm-up and LoRA stand on a base that is held in 4 or 8 bits (`quantised.py`); full fine-tuning
-does not. Masters, adapters and all else stay as they are, and there is no write-back: each product puts the blocks into
-its own dense copy of the weight.
+With `bits`, SMT, its warm-up and LoRA use a base quantised to 4 or 8 bits (`quantised.py`); full fine-tuning does not.
+Masters, adapters and everything else stay the same, and there is no write-back: each product puts the blocks into its
+own dense copy of the weight.
 
 The estimate is approximate. It assumes that no sequence is padded (with padding, attention saves a mask [batch, seq,
 seq] in each layer), that attention is fused and its FLOPs are those of all pairs of tokens, that blocks lie at random
-places (which matters little), and that warm-up sums stay on the device where `accumulator_device` may move them to the
-CPU. It leaves out the memory of the device's runtime and kernels, and what the allocator rounds up or cannot use.
+places (which matters little), and that warm-up sums stay on the device even if `accumulator_device` may move them to
+the CPU. It leaves out the memory of the device's runtime and kernels, and what the allocator rounds up or cannot use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from smt_trainer.estimation.adapters import equal_rank, with_adapters
 from smt_trainer.estimation.cost import Cost, Step, bytes_of, tensors_of, warmup_cost
 from smt_trainer.estimation.quantised import QuantisedBase
 from smt_trainer.estimation.without_values import builder, without_linear_weights
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
@@ -113,7 +113,7 @@ def estimate(
         checkpointing: recompute the activations of each layer in backward.
         ranks: number of devices.
         zero_stage: 0 for DDP, 1, 2, or 3 (also for FSDP2).
-        bits: 4 or 8 hold the frozen base of SMT and LoRA in NF4 or LLM.int8; None: in `dtype`.
+        bits: 4 or 8 to quantise the frozen base of SMT and LoRA to NF4 or LLM.int8; None to keep it in `dtype`.
 
     Raises:
         SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it or
@@ -125,7 +125,7 @@ def estimate(
     if zero_stage not in range(4):
         raise SMTError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage}.")
     if bits is not None and zero_stage == 3:
-        raise SMTError("a base in few bits is not divided over ranks; expected zero_stage 0, 1 or 2 with bits, got 3.")
+        raise SMTError("a quantised base cannot be sharded over ranks; expected zero_stage 0, 1 or 2 with bits, got 3.")
     build = builder(model, dtype)
     plain = build()
     base = QuantisedBase.of(plain, bits)
@@ -158,7 +158,7 @@ def estimate(
 
 
 def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]) -> BlockSelection:
-    """Return the configured selection, or as many blocks at random places."""
+    """Return the configured selection, or as many blocks as configured at random places."""
     if config.selection is not None:
         selection = resolve_selection(config.selection, config, model)
         match_targets(model, selection)
@@ -173,22 +173,22 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
 
 
 def _refuse_kinds(targets: Mapping[str, Target], zero_stage: int) -> None:
-    """Raise `SMTError` if some targets are of a kind whose step is not counted, or not over ranks."""
+    """Raise `SMTError` if a target is of a kind whose cost is not estimated, or not under ZeRO-3."""
     for name, target in targets.items():
         if isinstance(target, ExpertMatrix):
             raise SMTError(
-                f"`{name}` gets as many tokens as a router sends to it, which no model without values can tell. "
+                f"`{name}` gets as many tokens as a router sends to it, which depends on values that no estimate has. "
                 "Estimate the attention alone, target_modules='attention'; experts add their blocks, gradients and "
                 "optimizer state."
             )
         if is_convolution(target):
             raise SMTError(
-                f"`{name}` is a convolution, and what a step with blocks in such modules takes is not estimated. Leave "
+                f"`{name}` is a convolution, and the cost of training blocks in convolutions is not estimated. Leave "
                 "them out of target_modules."
             )
         if is_embedding(target) and zero_stage == 3:
             raise SMTError(
-                f"`{name}` is an embedding, and what a step with its blocks takes where ZeRO-3 shards weights is not "
+                f"`{name}` is an embedding, and the cost of training its blocks under ZeRO-3 is not "
                 "estimated. Choose zero_stage 0, 1 or 2, or leave it out of target_modules."
             )
 

@@ -1,12 +1,13 @@
 """Count what a training step takes while it runs: bytes of the tensors alive, and FLOPs.
 
 A step on the meta device, where tensors have shapes but no values, gives the same counts as one on a real device. Three
-differences are corrected: attention would split into products of whole [seq, seq] matrices, autocast is unknown, and no
-value can be read. Models read values to see whether a sequence is padded or packed; the answer is always that none is.
+differences are corrected: attention would split into products of whole [seq, seq] matrices, autocast does not know the
+device, and no value can be read. Models read values to see whether a sequence is padded or packed; the answer is always
+that none is.
 
 A tensor's bytes are those of its storage. They count once for all its views, from the operation that makes it until the
-last reference goes. Operations that read a quantised weight each add a dense one while they run. What else a kernel
-uses for itself and what an allocator rounds up are not counted.
+last reference goes. Each operation that reads a quantised weight adds a dense copy of it while it runs. The workspace
+of kernels and the rounding of the allocator are not counted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def attention_backward_flops(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """FLOPs of its backward: the scores again, and the gradients of q, k, v and of the probabilities."""
+    """FLOPs of the backward of attention: the scores again, and the gradients of q, k, v and of the probabilities."""
     batch, heads, tokens, width = q.shape
     return 2 * batch * heads * tokens * k.shape[-2] * (3 * width + 2 * v.shape[-1])
 
@@ -57,7 +58,7 @@ class Reading:
 
     Attributes:
         activations: bytes alive when the output embeddings are reached: what is kept for backward, and their input.
-        loss: the most bytes alive from there until backward returns there, on top of `activations`.
+        loss: the most bytes alive from then until backward gets back there, on top of `activations`.
         gradients: bytes of the gradients at the end.
         peak: the most bytes alive at one time.
         flops: FLOPs of the matrix products of forward and backward, two for each multiply-add.
@@ -179,7 +180,7 @@ def _key(storage: UntypedStorage) -> int:
 
 @contextlib.contextmanager
 def _like_elsewhere() -> Generator[None]:
-    """Within this context, make attention one operation on the meta device, and autocast known to be off there."""
+    """Within this context, run attention as one operation on the meta device, and report autocast as off there."""
     originals = attention, autocasts = F.scaled_dot_product_attention, torch.is_autocast_enabled
 
     def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

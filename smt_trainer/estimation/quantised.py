@@ -1,6 +1,6 @@
-"""A base held in few bits by bitsandbytes, as transformers' `BitsAndBytesConfig` loads it.
+"""The memory of a base quantised by bitsandbytes, as transformers' `BitsAndBytesConfig` loads it.
 
-Every linear is quantised but the output embeddings. These, the embeddings, norms and biases stay in the model's dtype
+All linears except the output embeddings are quantised. All embeddings, norms and biases stay in the model's dtype
 (PEFT's `prepare_model_for_kbit_training`, which casts them to float32, is not assumed). In bytes, a weight W [O, I]
 takes
 
@@ -8,19 +8,20 @@ takes
     NF4, 4 bits         O I / 2 + B + 4 ceil(B / 256) + 4 (16 + 256 + 1)    B = ceil(O I / 64)
 
 NF4 has double quantisation (QLoRA; `bnb_4bit_use_double_quant=True`): each run of 64 weights has a scale of one byte,
-each run of 256 scales has one in float32; with them stay the mean of the scales and the tables of the values that 4 and
-8 bits stand for. So a weight takes 0.516 bytes; it would take 0.5625 with all scales in float32.
+each run of 256 scales has one in float32; the mean of the scales and the tables of the values that 4 and 8 bits
+stand for are stored as well. So a weight takes 0.516 bytes; it would take 0.5625 with all scales in float32.
 
-A product of W dequantises it into the dtype of x, and drops it: forward does so, and backward again for dx. That is the
-only dense copy, whether the linear has blocks, adapters or neither. What else is kept of x depends on the linear:
+Each product with W dequantises W into the dtype of x, and then drops the copy: once in forward, and again in backward
+for dx. That is the only dense copy, whether the linear has blocks, adapters or neither. What is kept of x depends on
+the linear:
 
     Linear4bit                      nothing
-    Linear8bitLt                    x; until backward is over, where activation checkpointing neither sees nor drops it
-    a linear with blocks            what it keeps over a dense weight
-    adapters                        what they keep over a dense weight, beside what their base keeps
+    Linear8bitLt                    x, until backward is over: activation checkpointing neither sees nor drops it
+    a linear with blocks            the same as over a dense weight
+    adapters                        the same as over a dense weight, in addition to what their base keeps
 
-The warm-up forms the gradient of a target's weight as over a dense one. The int8 product of a GPU reads W as it is, but
-makes copies of x in int8 and of y in int32; they are left out, and W is counted as dequantised there too.
+The warm-up computes the gradient of a target's weight as over a dense one. The int8 product of a GPU reads W as it is,
+but makes copies of x in int8 and of y in int32; they are left out, and W is counted as dequantised there too.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class QuantisedBase:
         """Find the linears of a plain model that transformers would quantise; none if `bits` is None.
 
         Raises:
-            SMTError: there is no such number of bits.
+            SMTError: `bits` is not 4, 8 or None.
         """
         if bits is None:
             return cls()
@@ -92,15 +93,15 @@ class QuantisedBase:
             held = next((linear for linear in self.sizes if lies_in(linear, name)), None)
             if held is not None:
                 raise SMTError(
-                    f"modules_to_save trains `{name}` whole, but the weight of `{held}` is held in {self.bits} bits, "
-                    "which have no gradient. Remove it from modules_to_save, or estimate without bits."
+                    f"modules_to_save trains `{name}` whole, but the weight of `{held}` is held in {self.bits} bits "
+                    "and has no gradient. Remove it from modules_to_save, or estimate without bits."
                 )
 
     def keep_inputs(self, model: nn.Module) -> list[Tensor]:
-        """Let the linears of a model on the meta device keep of their input what quantised ones keep.
+        """Make the linears of a model on the meta device keep as much of their input as quantised ones do.
 
         Args:
-            model: with the linears of the model that this was made of, which may have got blocks or adapters.
+            model: has the linears of the model that was passed to `of`, possibly with blocks or adapters.
 
         Returns:
             The weights, which exist as dense matrices only while an operation reads them.

@@ -1,4 +1,4 @@
-"""Models that have shapes but no values, from their configuration alone."""
+"""Build models with shapes but no values, from their configuration alone."""
 
 from __future__ import annotations
 

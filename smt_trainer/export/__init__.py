@@ -1,1 +1,1 @@
-"""What others read: LoRA adapters of PEFT, weight patches of inference servers."""
+"""Export for other programs: LoRA adapters for PEFT, weight patches for inference servers."""

@@ -1,8 +1,8 @@
-"""What `adapter_config.json` of PEFT says of a delta's change as LoRA. Imports no torch.
+"""Make PEFT's `adapter_config.json` for a delta's change as LoRA. Imports no torch.
 
-PEFT scales B A by lora_alpha / r, which is 1 here for each module. `r` is the largest rank; the ranks of the others
-stand in `rank_pattern`, under regular expressions that match one name. Servers such as vLLM read `r` and `lora_alpha`
-alone, and the ranks from the shapes.
+PEFT scales B A by lora_alpha / r, which is 1 here for each module. `r` is the largest rank; the ranks of the other
+modules are in `rank_pattern`, under regular expressions that match one name each. Servers such as vLLM read only `r`
+and `lora_alpha`, and take the ranks from the shapes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def adapter_config(
         delta: the trained values.
         ranks: module name -> rank r of its factors.
         saved: modules that are stored whole.
-        base: what the user called the base; a name on the hub that the delta records comes first.
-        revision: of the base.
+        base: the base as the user gave it; a hub name that the delta records takes precedence.
+        revision: revision of the base.
     """
     recorded, _, commit = (delta.selection.base_model or "").partition("@")
     largest = max(ranks.values())
@@ -59,11 +59,11 @@ def adapter_config(
 
 
 def _task(delta: Delta, saved: Iterable[str]) -> str | None:
-    """Return PEFT's name of what the trained class is for; None leaves the model's own forward."""
+    """Return PEFT's task type for the trained class; None keeps the model's own forward."""
     name = delta.architecture
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
-    # Encoder and decoder share their embeddings where both read text, as PEFT expects, and not where one reads sound.
+    # PEFT expects that encoder and decoder both read text: then they share embeddings, unlike if one reads audio.
     if name.endswith("ForConditionalGeneration") and "shared.weight" in delta.base.checksums:
         return "SEQ_2_SEQ_LM"
     ends = {module.rpartition(".")[2] for module in saved}

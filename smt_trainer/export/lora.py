@@ -1,16 +1,16 @@
-"""Write what training changed as a LoRA adapter of PEFT, which stands for exactly the same model.
+"""Write what training changed as a LoRA adapter for PEFT, which gives exactly the same model.
 
 The change D = W' - W [O, I] of a weight is zero outside the trained blocks. If these touch r rows i_1 ... i_r of W, let
-A [r, I] be these rows of D, and B [O, r] zero but for B[i_k, k] = 1; then D = B A. If they touch fewer columns
-j_1 ... j_r than rows, let B [O, r] be these columns of D, and A [r, I] zero but for A[k, j_k] = 1. LoRA adds
-lora_alpha / r B A to W, so with lora_alpha = r it adds D: nothing is approximated, and no rank chosen.
+A [r, I] be these rows of D, and B [O, r] zero except for B[i_k, k] = 1; then D = B A. If they touch fewer columns
+j_1 ... j_r than rows, let B [O, r] be these columns of D, and A [r, I] zero except for A[k, j_k] = 1. LoRA adds
+lora_alpha / r B A to W, so with lora_alpha = r it adds D: nothing is approximated, and no rank has to be chosen.
 
-W is the base in the dtype of training (of a quantised one, see `lora_onto.py`), and W' what training left there. D is
+W is the base in the dtype of training (for a quantised base, see `lora_onto.py`), and W' the trained weight. D is
 computed in float64 and stored in float32, which holds the difference of two bfloat16 (float16) values exactly unless
 one of them is over 2^15 (2^12) times the other. The largest |stored - D| of all weights is logged. Where D is exact,
-PEFT's `merge_and_unload()` gives just W' on a base in 16 bits, though not with `safe_merge=True`, which rounds D; in
-float32 it rounds the sum W + D. Only the trained blocks of the base are read, and nothing imports torch, but for an
-adapter that goes onto a quantised base.
+PEFT's `merge_and_unload()` gives exactly W' on a base in 16 bits, though not with `safe_merge=True`, which rounds D; in
+float32 it rounds the sum W + D. Only the trained blocks of the base are read, and torch is not
+imported, except for an adapter that goes onto a quantised base.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from smt_trainer.tensor_file import save_arrays
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "adapter_model.safetensors"
-# What PEFT puts before the names of a model's modules.
+# The prefix that PEFT adds to the names of a model's modules.
 PREFIX = "base_model.model."
 DTYPES_OF_FACTORS = ("float32", "bfloat16", "float16")
 # The largest max_lora_rank of vLLM.
@@ -63,7 +63,7 @@ def export_lora(
     """Write a delta as a LoRA adapter in PEFT's format, for `PeftModel.from_pretrained(base_model, output)`.
 
     The rank of each module is the number of rows or columns that its blocks touch, whichever are fewer. Modules that
-    the delta holds whole are `modules_to_save`, in their own dtype; some servers (vLLM) take none. Tokenizer,
+    the delta holds whole are `modules_to_save`, in their own dtype, which some servers (vLLM) do not take. Tokenizer,
     chat templates and generation settings of training are copied from the delta's folder.
 
     Args:
@@ -72,17 +72,17 @@ def export_lora(
         output: folder to make; it appears whole or not at all.
         base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
-        dtype: of the factors, "float32", "bfloat16" or "float16"; the last two round the change.
+        dtype: dtype of the factors, "float32", "bfloat16" or "float16"; the last two round the change.
         max_rank: the largest rank that is allowed.
         onto: for a delta of a quantised base, "dequantized" for an adapter that goes onto that base, or "original" for
-            one that goes onto the weights that it was made of (see `export/lora_onto.py`).
+            one that goes onto the weights that were quantised (see `export/lora_onto.py`).
 
     Returns:
         The output folder.
 
     Raises:
-        SMTError: as in `merge_checkpoint`; or a module's rank is above `max_rank`, the delta holds whole what PEFT
-            cannot, a change does not fit the dtype, or the base is stored quantised. Nothing is written.
+        SMTError: as in `merge_checkpoint`; or a module's rank is above `max_rank`, the delta holds tensors whole that
+            PEFT cannot, a change does not fit the dtype, or the base is stored quantised. Nothing is written.
     """
     if dtype not in DTYPES_OF_FACTORS or not is_int(max_rank) or max_rank < 1:
         raise SMTError(
@@ -99,7 +99,7 @@ def export_lora(
     refuse_grown(plan, "written as an adapter")
     for stored in plan.other_dtypes if onto != DEQUANTIZED else ():
         logger.warning(
-            "The base is stored in %s and was trained in %s: on the base in %s, the adapter is the trained model.",
+            "The base is stored in %s and was trained in %s: load it in %s to get the trained model with the adapter.",
             stored,
             *[loaded.weight_dtype] * 2,
         )
@@ -117,12 +117,12 @@ def export_lora(
 
 
 def factors(grid: BlockGrid, block_indices: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return B [O, r] and A [r, I], whose product is zero but for the blocks.
+    """Return B [O, r] and A [r, I], whose product holds the blocks and is zero elsewhere.
 
     Args:
-        grid: of the weight [O, I].
+        grid: grid of the weight [O, I].
         block_indices: positions [n, 2] of the blocks.
-        blocks: their values [n, br, bc]; of this dtype are the factors.
+        blocks: their values [n, br, bc]; the factors have the same dtype.
     """
     rows, columns = grid.touched(block_indices)
     if columns < rows:
@@ -147,7 +147,7 @@ def _factors_of_all(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Return the factors of all modules under PEFT's names, and the largest |stored - D|.
 
-    `quantised` has what training had in place of the checkpoint's values under the blocks.
+    `quantised`: module -> the values that training had under its blocks, instead of the checkpoint's.
     """
     arrays, largest = {}, 0.0
     trained_in, selection = plan.delta.weight_dtype, plan.delta.selection
@@ -157,7 +157,7 @@ def _factors_of_all(
         if before is None:
             before = cast(grid.split(read_matrix(checkpoint, plan.parts[name]))[*indices.T], trained_in)
         change = cast(cast(blocks, trained_in), "float64") - cast(before, "float64")
-        # Of the dtype, but in numbers that numpy knows.
+        # Rounded to the dtype, but held in one that numpy has.
         stored = cast(cast(change, dtype), "float32")
         if not np.isfinite(change).all():
             raise SMTError(f"the base has NaN or infinity in `{name}`, under blocks of the delta. Repair the base.")
@@ -171,9 +171,9 @@ def _factors_of_all(
 
 
 def _refuse_experts(delta: Delta) -> None:
-    """Raise `SMTError` if a delta has blocks in matrices of experts, which are no modules that PEFT could adapt."""
+    """Raise `SMTError` if a delta has blocks in matrices of experts, which are not modules that PEFT can adapt."""
     modules = delta.base.checksums | delta.base.codes
-    # Nor has the base rows of new tokens, but these have no number for a name.
+    # The base lacks weights with new tokens, too, but their names do not end in a number.
     others = [name for name in delta.block_arrays if f"{name}.weight" not in modules]
     experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
     if experts:
@@ -184,7 +184,7 @@ def _refuse_experts(delta: Delta) -> None:
 
 
 def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:
-    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`, or a module is no linear."""
+    """Return module name -> rank. Raise `SMTError` if one is above `max_rank`, or a module is not a linear."""
     indices = delta.selection.block_indices
     grids = delta.selection.grids
     other = next((name for name in indices if grids[name].kernel or grids[name].embedding), None)
@@ -203,7 +203,7 @@ def _ranks(delta: Delta, max_rank: int) -> dict[str, int]:
         raise SMTError(
             f"{len(over)} of {len(ranks)} modules need a LoRA rank above max_rank={max_rank}; the blocks of `{worst}` "
             f"touch {rows} rows and {columns} columns. Train with SMTConfig(rank_cap={max_rank}) or a smaller budget "
-            "of granularity='row', raise --max-rank if what serves the adapter allows it, or merge instead (smt merge)."
+            "of granularity='row', raise --max-rank if your server allows it, or merge instead (smt merge)."
         )
     return ranks
 
@@ -213,7 +213,7 @@ def _log(ranks: Mapping[str, int], saved: list[str], error: float, dtype: str, f
     spread = f"rank {most}" if least == most else f"ranks {least} to {most}"
     sizes = [path.stat().st_size / 2**20 for path in files]
     logger.info(
-        "LoRA of %d modules with %s: %.1f MiB, the delta %.1f MiB. %s%s%s",
+        "LoRA adapter of %d modules with %s: %.1f MiB; the delta: %.1f MiB. %s%s%s",
         len(ranks),
         spread,
         *sizes,

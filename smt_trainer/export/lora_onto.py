@@ -1,4 +1,4 @@
-"""What the adapter of a delta that was trained on a quantised base goes onto. Imports no torch by itself.
+"""Choose what the LoRA adapter of a delta of a quantised base goes onto. Imports no torch by itself.
 
 With Q(W) the dequantised weights, and W' = Q(W) with the trained blocks in it, which training computed with:
 
@@ -28,18 +28,18 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 def check_lora_onto(delta: Delta, onto: str | None, checkpoint: Checkpoint) -> None:
-    """Raise `SMTError` if what an adapter goes onto is left open or said in vain, or the base is stored quantised."""
+    """Raise `SMTError` if `onto` is missing or does not apply, or a quantised base is given in quantised form."""
     if delta.quantization is not None and checkpoint.is_quantised:
         raise SMTError(
-            f"{checkpoint.folder} is stored quantised, and an adapter is made from the checkpoint that it was made of. "
-            "Give that one."
+            f"{checkpoint.folder} is stored quantised, but an adapter is made from the checkpoint that was "
+            "quantised. Give that one."
         )
     if delta.quantization is not None and onto is None:
         raise SMTError(
-            f"the delta was trained on a quantised base ({in_words(delta.quantization)}). Say what the adapter goes "
-            "onto: onto='dequantized' (smt export --onto dequantized), the base quantised as in training, which with "
-            "the adapter is the trained model; or onto='original', the weights that were quantised, which makes a "
-            "model that was never trained as a whole."
+            f"the delta was trained on a quantised base ({in_words(delta.quantization)}). Choose what the adapter "
+            "goes onto: onto='dequantized' (smt export --onto dequantized) for the base quantised as in training, "
+            "which with the adapter gives the trained model; or onto='original' for the weights that were quantised, "
+            "which gives a model that was never trained as a whole."
         )
     check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
 
@@ -52,7 +52,7 @@ def quantised_values(
     This loads the whole base, quantised as in training.
 
     Raises:
-        SMTError: quantised, the base has other values than in training.
+        SMTError: once quantised, the base has other values than in training.
     """
     names = quantised_names(delta) if onto == DEQUANTIZED else []
     if not names:
@@ -63,7 +63,7 @@ def quantised_values(
 
 
 def advice(delta: Delta, onto: str | None) -> str:
-    """Return what to load the adapter onto, and how near the trained model that is; "" where nothing is open."""
+    """Return what to load the adapter onto, and how near the result is to the trained model; "" for a plain base."""
     if delta.quantization is None:
         return ""
     if onto != DEQUANTIZED:
@@ -76,5 +76,5 @@ def advice(delta: Delta, onto: str | None) -> str:
         near += ", and quantises their inputs to 8 bits, which training did not"
     return (
         f" It goes onto the base quantised as in training ({in_words(delta.quantization)}). Together they are the "
-        f"trained model, but for adding the two products, which {near}."
+        f"trained model, except that adding the two products {near}."
     )

@@ -1,8 +1,8 @@
-"""What a delta, or a model in training, changes in a checkpoint, as a stream of weight patches (`weight_patch.py`).
+"""Stream what a delta, or a model in training, changes in a checkpoint as weight patches (`weight_patch.py`).
 
 Sparse patches come before dense ones, since servers take them in separate calls. All together they set the trained
-weights to the values that merging writes, whatever they were before: so the patches of one step suffice, and one that
-was missed does no harm.
+weights to the values that merging writes, whatever they were before: so the patches of the last step suffice, and a
+missed step does no harm.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ def delta_patches(
     onto: str | None = None,
     max_bytes: int = MAX_BYTES,
 ) -> Iterator[WeightPatch]:
-    """Return the patches that make a base checkpoint what `merge_checkpoint` makes of it.
+    """Return the patches that turn a base checkpoint into the one that `merge_checkpoint` writes.
 
-    Names, dtypes and shapes are those of the checkpoint on disk. A tensor that it stores twice, tied to itself, is
-    patched under both names, as merging writes it.
+    Names, dtypes and shapes are those of the checkpoint on disk. A tied tensor that it stores twice is patched
+    under both names, as merging writes it.
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
         delta: folder or hub name of the delta.
         base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
-        onto: "original" for a delta of a quantised base that is put into the weights that it was made of.
-        max_bytes: bound on the bytes of values and indices of a patch; a tensor is cut into as many as it needs.
+        onto: "original" to put a delta of a quantised base into the weights that were quantised.
+        max_bytes: bound on the bytes of values and indices of a patch; larger tensors are split into several.
 
     Returns:
-        An iterator. All is checked before it is returned; the patches are on the CPU.
+        An iterator. Everything is checked before it is returned; the patches are on the CPU.
 
     Raises:
         SMTError: as in `merge_checkpoint`; the delta has another vocabulary than the base; or `onto` is "dequantized",
@@ -88,21 +88,22 @@ def _of_plan(plan: MergePlan, max_bytes: int) -> Iterator[WeightPatch]:
 
 
 def model_patches(model: nn.Module, *, max_bytes: int = MAX_BYTES) -> Iterator[WeightPatch]:
-    """Return the patches that make the base of a model in training what the model is now.
+    """Return the patches that turn the base of a model in training into the model as it is now.
 
     Names are those of the plain model's parameters and buffers; a checkpoint that transformers renames on loading has
-    others. A tied one is patched once, under the name under which the delta holds it: a server ties it itself.
+    others. A tied tensor is patched once, under its name in a delta: the server ties it itself.
 
     Args:
         model: rewritten by `convert_to_smt`, `load_delta` or SMTTrainer.
         max_bytes: as in `delta_patches`.
 
     Returns:
-        An iterator, which reads the model as it goes: use it up before the next step. The patches are on the model's
-        device, in the dtype of its weights. A collective when the model is sharded: every rank runs through it.
+        An iterator, which reads the model as it goes: exhaust it before the next step. The patches are on the model's
+        device, in the dtype of its weights. A collective when the model is sharded: every rank must exhaust it.
 
     Raises:
-        SMTError: the model trains no blocks, or its quantised weights cannot hold them; on the way, a value is NaN.
+        SMTError: the model trains no blocks, or its quantised weights cannot hold them; or, while iterating, a value is
+            NaN.
     """
     check_max_bytes(max_bytes)
     get_state(model)

@@ -1,8 +1,8 @@
-"""Which modules PEFT's `modules_to_save` holds for the tensors that a delta stores whole. Imports no torch.
+"""Find PEFT's `modules_to_save` for the tensors that a delta stores whole. Imports no torch.
 
-PEFT replaces such a module by a copy with all of its values. So tensors fit if they make up modules: whatever the base
-has under a module's name is in the delta. Of nested ones the outermost is named (`classifier` for a head of two
-linears), as PEFT itself would; but no list of modules, which nothing calls.
+PEFT replaces such a module with a copy of all its values. So the tensors must make up complete modules: whatever the
+base has under a module's name must be in the delta. Of nested modules the outermost is named (`classifier` for a head
+of two linears), as PEFT itself would, but never a list of modules, which has no forward.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from smt_trainer.errors import SMTError
-from smt_trainer.merging.plan import MergePlan, vocabulary_sizes
+from smt_trainer.merging.plan import MergePlan
 from smt_trainer.merging.tied import may_tie
-from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.checkpoint import Checkpoint, vocabulary_sizes
 
 INSTEAD = "Merge it instead (smt merge), or load it with from_delta."
 
@@ -23,12 +23,13 @@ def saved_modules(plan: MergePlan, checkpoint: Checkpoint) -> list[str]:
     """Return the names of the modules that a delta's whole tensors make up, in the delta's order.
 
     Args:
-        plan: of the delta, on the base.
+        plan: the plan of merging the delta into the base.
         checkpoint: the base.
 
     Raises:
-        SMTError: a tensor makes up no module, has other rows than in the base, may be tied to another one, or is a
-            running statistic; or PEFT, which goes by endings, would take another module for one of these.
+        SMTError: a tensor's module is not complete, or the tensor has other rows than in the base, may be tied to
+            another one, or is a running statistic; or PEFT, which matches names by their endings, would also replace
+            another module.
     """
     delta, keys = plan.delta, plan.keys
     whole, of_base = delta.whole_arrays, {**delta.base.checksums, **delta.base.codes}
@@ -64,7 +65,7 @@ def _is_embedding(values: np.ndarray, vocabulary: set[int]) -> bool:
 
 
 def _module_of(name: str, is_whole: Callable[[str], bool]) -> str:
-    """Return the outermost module that is whole around a tensor."""
+    """Return the outermost module around a tensor that the delta holds completely."""
     module, _, leaf = name.rpartition(".")
     if not module or not is_whole(module):
         why = "train_bias=True trains" if leaf == "bias" else "the delta holds"
@@ -79,7 +80,7 @@ def _module_of(name: str, is_whole: Callable[[str], bool]) -> str:
 
 
 def _refuse_others(saved: Iterable[str], tensors: Iterable[str]) -> None:
-    """Raise `SMTError` if a module of the model ends in the name of a saved one and is neither it nor in it."""
+    """Raise `SMTError` if any module that is not in a saved one has a name that ends in a saved one's."""
     inside = tuple(f"{module}." for module in saved)
     for name in tensors:
         parts = name.split(".")

@@ -1,11 +1,11 @@
-"""Weight patches as vLLM's own classes. vLLM has two, for either end of the way to a server:
+"""Convert weight patches to vLLM's own classes. vLLM has two, one for the server and one for the trainer:
 
-    `to_vllm`           CheckpointWeightPatch (vLLM #50723)   what its loader takes, in the process of the engine:
+    `to_vllm`           CheckpointWeightPatch (vLLM #50723)   what its loader takes, in the engine's process:
                         `load_checkpoint_weight_patches(model, patches)`, sparse and dense ones in separate calls
     `to_sparse_nccl`    SparseWeightPatch (vLLM #53751)       what a trainer sends to a server that was started with the
                         weight transfer backend "sparse_nccl": `engine.send_weights(patches)`
 
-Either applies them in place and does not take them back: after an error the server has to be started again.
+In both cases vLLM applies them in place and cannot undo them: after an error, the server must be restarted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def to_vllm(patches: Iterable[WeightPatch]) -> Iterator[CheckpointWeightPatch]:
-    """Return patches, of `model_patches` or `delta_patches`, as vLLM's loader takes them.
+    """Convert patches from `model_patches` or `delta_patches` to the class that vLLM's loader takes.
 
     Raises:
         SMTError: vLLM is not installed, or does not have this class.
@@ -48,13 +48,13 @@ def to_vllm(patches: Iterable[WeightPatch]) -> Iterator[CheckpointWeightPatch]:
 
 
 def to_sparse_nccl(patches: Iterable[WeightPatch]) -> Iterator[SparseWeightPatch]:
-    """Return patches, of `model_patches` or `delta_patches`, as vLLM's trainer engine for "sparse_nccl" sends them.
+    """Convert patches from `model_patches` or `delta_patches` to the class that vLLM's "sparse_nccl" engine sends.
 
-    It sends no dense ones: these get the indices of all their values.
+    It sends no dense patches, so these get the indices of all their values.
 
     Raises:
-        SMTError: vLLM is not installed, or does not have this class; on the way, a patch is not of floats, or of a
-            tensor with more than 2^31 values.
+        SMTError: vLLM is not installed, or does not have this class; while iterating, a patch does not hold floats, or
+            its tensor has more than 2^31 values.
     """
     try:
         from vllm.distributed.weight_transfer.sparse_nccl_engine import (  # pyrefly: ignore[missing-import]
@@ -82,6 +82,6 @@ def _indices(patch: WeightPatch) -> torch.Tensor:
 
 def _missing(name: str, pull_request: str) -> SMTError:
     return SMTError(
-        f"this needs the class {name} of vLLM (pull request {pull_request}), which is not here. Install a newer vLLM "
-        "(pip install -U vllm) in this environment."
+        f"this needs the class {name} of vLLM (pull request {pull_request}), which is not installed. Install a newer "
+        "vLLM (pip install -U vllm) in this environment."
     )

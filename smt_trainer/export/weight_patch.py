@@ -4,15 +4,15 @@
     dense    all values of the tensor, with no indices
 
 With v bytes in a value and an index of i bytes, which is 4 where the tensor has at most 2^31 values and else 8, a patch
-takes n (v + i) bytes, a dense one n v. So the n trained weights of a step take 6 n bytes in bfloat16, where all N
-weights of the model take 2 N: less, if fewer than a third of the weights are trained.
+takes n (v + i) bytes if sparse and n v if dense. So the n trained weights of a step take 6 n bytes in bfloat16, where
+all N weights of the model take 2 N: less, if fewer than a third of the weights are trained.
 
 In a block of br x bc weights of a weight [O, I], row j of block (r, c) is a run of neighbours in memory: the bc indices
-from (r br + j) I + c bc on. A transposed weight [I, O] holds columns so: the br indices from (c bc + j) O + r br on.
-Sorting the runs sorts the indices.
+from (r br + j) I + c bc on. In a transposed weight [I, O], columns are such runs: the br indices from
+(c bc + j) O + r br on. Sorting the runs sorts the indices.
 
 This is the format of vLLM's loader of patches in checkpoint coordinates (vLLM #50723, #53751), which marks unchanged
-values with NaN. So NaN is no value here, and a sparse patch holds floats. `vllm_patches.py` makes vLLM's classes of it.
+values with NaN. So values must not be NaN, and a sparse patch holds floats. `vllm_patches.py` converts it for vLLM.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 
 MAX_BYTES = 2**26
-# The largest value with the largest index.
+# Bytes of the largest value and the largest index, 8 each.
 SMALLEST_MAX_BYTES = 16
 
 
@@ -44,7 +44,7 @@ class WeightPatch:
         indices: [n] int32 or int64, ascending, each once: places in the flattened tensor; None for all of them.
 
     Raises:
-        SMTError: one of these does not hold, or a value is NaN.
+        SMTError: an attribute is not as described, or a value is NaN.
     """
 
     name: str
@@ -66,7 +66,7 @@ class WeightPatch:
             self._refuse("floats at indices, or all values", f"{self.dtype}, which has no NaN for what stays")
         if indices is not None and len(indices):
             if not bool((indices[1:] > indices[:-1]).all()):
-                self._refuse("ascending indices, each once", "others")
+                self._refuse("ascending indices, each once", "unsorted or repeated ones")
             # Compared as tensors, 2^31 would not fit into int32.
             first, last = int(indices[0]), int(indices[-1])
             if first < 0 or last >= numel:
@@ -105,7 +105,7 @@ def patches_of_blocks(
         block_indices: [n, 2] (row, column) of each block, in any order.
         blocks: [n, br, bc] values, in the dtype of the weight.
         max_bytes: bound on the bytes of a patch.
-        stacked: for an expert's matrix in a tensor with those of all experts, its place and the number of experts.
+        stacked: (index, number of experts) of an expert's matrix in a tensor of all experts.
     """
     (rows, columns), (br, bc) = block_indices.to(blocks.device).long().unbind(1), grid.block_shape
     if grid.transposed:
@@ -121,10 +121,10 @@ def patches_of_blocks(
 
 
 def patches_of_whole(tensors: Mapping[str, Tensor], max_bytes: int) -> Iterator[WeightPatch]:
-    """Yield the patches of tensors that are replaced: sparse ones of those too large for a patch, then dense ones.
+    """Yield patches that replace whole tensors: first sparse ones, for tensors too large for a patch, then dense ones.
 
     Args:
-        tensors: name in the checkpoint -> all values. What is not of floats is not cut.
+        tensors: name in the checkpoint -> all values. Tensors of other values than floats are not split.
         max_bytes: bound on the bytes of a patch.
     """
     large = {

@@ -1,1 +1,1 @@
-"""A delta and the files of a checkpoint: merge it, take it out again, prove what is there."""
+"""Merge a delta into the files of a checkpoint, take it out again, prove that it is there."""

@@ -1,6 +1,6 @@
-"""How loading a checkpoint renames its tensors and puts them together, as transformers describes it.
+"""Find out how transformers renames, splits and combines the tensors of a checkpoint on loading.
 
-Its descriptions need torch, which takes a second to import: callers wait for a name that the checkpoint lacks.
+This imports torch, which takes a second, so it is called only for a name that the checkpoint lacks.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from smt_trainer.model.checkpoint import Checkpoint
 
 
 class Loaded(NamedTuple):
-    """What loading makes of a tensor.
+    """A tensor of a checkpoint and what it becomes on loading.
 
     Attributes:
         key: its name in the checkpoint.
-        name: of the parameter that it becomes, or becomes a part of.
-        converter: what changes it on the way (`WeightConverter`); None if only its name changes.
-        place: which of the converter's sources it is.
+        name: the parameter that it becomes, or becomes a part of; the first if it is split.
+        converter: the `WeightConverter` that changes it; None if at most its name changes.
+        place: its index among the converter's source patterns.
     """
 
     key: str
@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
 
 
 def as_loaded(checkpoint: Checkpoint, transforms: Iterable[Any]) -> Iterator[Loaded]:
-    """Yield what loading makes of each tensor of a checkpoint.
+    """Yield what each tensor of a checkpoint becomes on loading.
 
     Args:
         checkpoint: on disk.

@@ -1,4 +1,4 @@
-"""Merge a delta of a quantised base: write the trained model dense, and say how far a merged one is from it."""
+"""Merge a delta of a quantised base: write the trained model dense, and log how far a merged one is from it."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_trained(checkpoint: Checkpoint, delta_folder: Path, quantization: dict[str, Any] | None) -> Any:
-    """Return the trained model: the base quantised as in training, and the blocks beside it.
+    """Return the trained model: the base quantised as in training, and the blocks separate.
 
     Args:
         checkpoint: the base, plain or stored quantised.
         delta_folder: a delta folder.
-        quantization: what the delta records of how its base was quantised.
+        quantization: the `quantization_config` that the delta records.
 
     Raises:
-        SMTError: the base is another one, or gives other values when it is quantised.
+        SMTError: the base is another one, or has other values than in training once quantised.
     """
     how = {} if checkpoint.is_quantised else {"quantization_config": as_config(quantization)}
     return from_delta(delta_folder, base=str(checkpoint.folder), merge=False, **how).eval()
@@ -52,7 +52,7 @@ def write_dequantised(trained: Any, checkpoint: Checkpoint, delta_folder: Path, 
 
 
 def save_dequantised(model: Any, folder: Path) -> None:
-    """Write what `merge_and_unload(model, onto="dequantized")` would leave, without changing the model."""
+    """Write the model that `merge_and_unload(model, onto="dequantized")` would make, without changing this one."""
     config = copy.deepcopy(model.config)
     del config.quantization_config
     with torch.device("meta"):
@@ -74,4 +74,4 @@ def log_difference(trained: Any, merged: Path) -> None:
     """Log how far a merged checkpoint is from the trained model."""
     found = compare_with_merged(trained, merged)
     if found is not None:
-        logger.info("The merged model beside the trained one %s.", found)
+        logger.info("The merged model compared with the trained one %s.", found)

@@ -1,10 +1,10 @@
-"""Where the matrices of experts lie in the files of a checkpoint.
+"""Find the matrices of experts in the files of a checkpoint.
 
-A model holds `mlp.experts.gate_up_proj` [E, 2I, H]. Some checkpoints store just this tensor. Many store each expert for
-itself, `mlp.experts.7.gate_proj.weight` [I, H] and `mlp.experts.7.up_proj.weight`, often under other names; loading
-puts them on top of each other and stacks them. transformers describes this as a conversion of names and tensors, which
-is read here: `transformers.conversion_mapping`, by the model type. Loading this takes a second, so it waits for a delta
-with experts.
+A model holds `mlp.experts.gate_up_proj` [E, 2I, H]. Some checkpoints store just this tensor. Many store each expert
+separately, as `mlp.experts.7.gate_proj.weight` [I, H] and `mlp.experts.7.up_proj.weight`, often under other names;
+loading concatenates the two and stacks the experts. transformers describes this as a conversion of names and tensors
+(`transformers.conversion_mapping`, by model type), which is read here. Importing that takes a second, so it is done
+only for experts that are stored separately.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ IN_MEMORY = "merge in memory instead: from_delta(delta, auto_class, base=...).sa
 
 
 def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[MatrixRows]]:
-    """Return where the matrices of experts lie.
+    """Return where the matrices of experts lie in a checkpoint.
 
     Args:
-        names: of the matrices, such as `model.layers.0.mlp.experts.gate_up_proj.7`.
-        checkpoint: that of the base.
+        names: names of the matrices, such as `model.layers.0.mlp.experts.gate_up_proj.7`.
+        checkpoint: the base.
 
     Returns:
-        Name -> its parts from the first row on; what cannot be found is left out.
+        Name -> its parts, from the first row on; without matrices that cannot be found.
 
     Raises:
-        SMTError: loading the checkpoint does more to the experts than to stack them.
+        SMTError: loading the checkpoint does more to the experts than concatenate and stack them.
     """
     stack_of = {name: name.rpartition(".")[0] for name in names}
     stored = find_names(set(stack_of.values()), checkpoint.tensors)
@@ -55,7 +55,7 @@ def _number(name: str) -> int:
 
 
 def _converted(checkpoint: Checkpoint) -> dict[tuple[str, int], list[tuple[int, str]]]:
-    """Return (name of a 3-D parameter, expert) -> the tensors that loading puts on top of each other, numbered in this
+    """Return (name of a 3-D parameter, expert) -> the tensors that loading concatenates, each with its place in this
     order."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
@@ -77,7 +77,7 @@ def _converted(checkpoint: Checkpoint) -> dict[tuple[str, int], list[tuple[int, 
 
 
 def _only_stacks(converter: Any) -> bool:
-    """Return whether a conversion puts tensors on top of each other, if several, and stacks those of all experts."""
+    """Return whether a conversion only concatenates each expert's tensors, if several, and stacks the experts."""
     steps = [(type(one).__name__, one.dim) for one in converter.operations if hasattr(one, "dim")]
     stacks, puts_on_top = ("MergeModulelist", 0), ("Concatenate", 1)
     return len(steps) == len(converter.operations) and steps in ([stacks], [stacks, puts_on_top])

@@ -1,8 +1,7 @@
-"""Where the matrices lie that a checkpoint stores as one tensor and loading splits, such as q, k and v on top of each
-other.
+"""Find matrices that a checkpoint stores as one tensor and transformers splits on loading, such as a fused q, k and v.
 
-transformers describes this as a conversion of one tensor to several (`Chunk` or `Split` along dimension 0). Rows of a
-tensor are neighbours in its file, so each matrix is a tensor in the file, too.
+transformers describes this as a conversion of one tensor to several (`Chunk` or `Split` along dimension 0). The rows of
+a tensor are contiguous in its file, so each of the matrices can be read and written like a tensor of its own.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ def split_rows(
 ) -> dict[str, tuple[str, int, int]]:
     """Return what loading splits a tensor into: name -> key, first row and number of rows (`Checkpoint.fused`).
 
-    It is empty if loading does something else, or the rows are not those of the model's tensors.
+    It is empty if loading does something else, or the numbers of rows do not add up.
 
     Args:
         loaded: a tensor that loading converts.
-        shapes: of the tensors of the model, by their names.
-        checkpoint: that has the tensor.
+        shapes: name of a tensor of the model -> its shape.
+        checkpoint: the checkpoint that has the tensor.
     """
     converter = loaded.converter
     operation, *more = converter.operations

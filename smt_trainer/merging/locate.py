@@ -1,4 +1,4 @@
-"""Where what a delta holds lies in the files of a checkpoint. Imports no torch."""
+"""Find where the values of a delta belong in the files of a checkpoint. Imports no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ from smt_trainer.model.names import find_names
 
 
 def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[MatrixRows]]:
-    """Return where the weights with blocks lie in a checkpoint, by the names of their modules."""
+    """Return module with blocks -> where its weight lies in a checkpoint."""
     keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.tensors)
     parts = {name: [MatrixRows(keys[f"{name}.weight"])] for name in delta.block_arrays if f"{name}.weight" in keys}
     others = [name for name in delta.block_arrays if name not in parts]
@@ -32,7 +32,7 @@ def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[MatrixRow
 
 
 def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: Checkpoint) -> dict[str, list[Site]]:
-    """Return the blocks of a delta by the names of the tensors in a checkpoint that they lie in."""
+    """Return name of a tensor in a checkpoint -> the blocks of a delta that lie in it."""
     selection, sites = delta.selection, {}
     for name, found in parts.items():
         grid, indices = selection.grids[name], selection.block_indices[name]
@@ -48,18 +48,18 @@ def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: 
 
 
 def find_whole(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the names in a checkpoint of the tensors that a delta stores whole, without those that it lacks."""
+    """Return whole tensor of a delta -> its name in a checkpoint, without tensors that the checkpoint lacks."""
     names = {key: key for key in checkpoint.tensors} | checkpoint.renamed
     return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
 
 
 def find_grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    """Return the tensors with blocks that have fewer rows in a checkpoint, in full, where blocks hold the others."""
+    """Return tensors of a checkpoint with the rows of new tokens added, where a delta trains all of these in blocks."""
     found = {}
     for key, (site, *_) in sites.items():
         stored = checkpoint.tensors[key]
         before, *others = stored.shape
-        # A part of a weight that the checkpoint stores in parts has fewer rows than the weight, and lacks none.
+        # A site's grid covers only the rows that its tensor has or should have; in a stack, rows come second.
         if site.expert is not None or before >= site.grid.stored_shape[0]:
             continue
         rows = delta.selection.new_rows(site.name, before)
@@ -71,7 +71,7 @@ def find_grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkp
 
 
 def refuse_missing(names: list[str], folder: Path) -> None:
-    """Raise `SMTError` if there are tensors that a checkpoint lacks."""
+    """Raise `SMTError` if there are any names, those of tensors that a checkpoint lacks."""
     if names:
         raise SMTError(
             f"{folder} has no tensor `{names[0]}`. If its architecture renames tensors on loading, or the delta has "

@@ -1,10 +1,10 @@
-"""How far two models that should say the same differ on a few prompts.
+"""Measure how far two models that should agree differ on a few prompts.
 
-With p and q the distributions of the next token of the first and the second model, over all T tokens of the prompts,
+With p and q the next-token distributions of the first and the second model, over all T tokens of the prompts,
 
     divergence   mean of KL(p || q) = sum p log(p / q)      (nats)
-    agreement    share of tokens after which both name the same likeliest one
-    largest      largest difference of logits
+    agreement    share of tokens after which both predict the same most likely token
+    largest      largest absolute difference of two logits
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class LogitDifference(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"over {self.tokens} tokens of a few prompts: KL {self.divergence:.3g} nats, the same likeliest next token "
-            f"after {self.agreement:.0%}, logits differ by at most {self.largest:.3g}"
+            f"over {self.tokens} tokens of a few prompts: KL {self.divergence:.3g} nats, the same most likely token "
+            f"after {self.agreement:.0%} of them, logits differ by at most {self.largest:.3g}"
         )
 
 
@@ -66,11 +66,11 @@ def compare_logits(first: Any, second: Any, prompts: list[Tensor]) -> LogitDiffe
 
 
 def compare_with_merged(trained: Any, merged: Path) -> LogitDifference | None:
-    """Compare a trained model with a merged checkpoint; None if no logits over a vocabulary come of tokens alone.
+    """Compare a trained model with a merged checkpoint; None if it has no logits over a vocabulary from tokens alone.
 
     Args:
         trained: in evaluation mode.
-        merged: folder of the checkpoint, which is loaded in the dtype that it says.
+        merged: folder of the checkpoint, which is loaded in its own dtype.
     """
     plain = type(trained).from_pretrained(merged, dtype="auto").eval()
     reads_tokens = getattr(plain, "main_input_name", "input_ids") == "input_ids"
@@ -81,7 +81,7 @@ def compare_with_merged(trained: Any, merged: Path) -> LogitDifference | None:
 
 
 def prompts_for(folder: Path, vocabulary: int) -> list[Tensor]:
-    """Return prompts as token ids: by the tokenizer of a folder, or random ones if it has none that can be loaded."""
+    """Return prompts as token ids, by the tokenizer in a folder, or random ids if none can be loaded."""
     tokenizer = _tokenizer(folder)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
@@ -92,7 +92,7 @@ def prompts_for(folder: Path, vocabulary: int) -> list[Tensor]:
 def _tokenizer(folder: Path) -> Any | None:
     from transformers import AutoTokenizer
 
-    # transformers 5.5 makes an empty tokenizer of a folder without one.
+    # transformers 5.5 returns an empty tokenizer for a folder without one.
     if not [*folder.glob("*token*"), *folder.glob("vocab*")]:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint that hold a matrix, and reading it from them. Imports no torch."""
+"""Describe which tensors of a checkpoint hold a matrix, and read it from them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from smt_trainer.model.checkpoint import Checkpoint
 
 
 class MatrixRows(NamedTuple):
-    """Rows of a matrix in a tensor.
+    """The rows of a matrix that a tensor holds.
 
     Attributes:
         key: name of the tensor.
-        first_row: from which row of the matrix on.
-        expert: where the matrix lies in the first dimension of the tensor; None for a tensor of its own.
-        within: the rows of the tensor that hold them, where it also holds other matrices.
+        first_row: the first of these rows in the matrix.
+        expert: index of the matrix in the first dimension of a tensor of all experts; None for other tensors.
+        within: the rows of the tensor that hold the matrix, if it also holds other matrices.
     """
 
     key: str
@@ -26,7 +26,7 @@ class MatrixRows(NamedTuple):
 
 
 def read_matrix(checkpoint: Checkpoint, parts: list[MatrixRows]) -> np.ndarray:
-    """Return a matrix as it is stored, read-only; the file stays mapped unless it lies in several tensors."""
+    """Return a matrix as it is stored, read-only: a view of the mapped file, unless it lies in several tensors."""
     found = []
     for part in parts:
         tensor = checkpoint.array(checkpoint.tensors[part.key])

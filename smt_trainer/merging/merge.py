@@ -1,7 +1,7 @@
 """Merge a delta into a checkpoint on disk: copy its files, then overwrite the bytes that training changed.
 
-Memory holds the delta and no weights of the base. Copying begins first: the rest is imported and checked beside it, and
-nothing imports torch.
+Memory holds the delta and no weights of the base. Copying starts first; meanwhile the rest is imported and checked.
+torch is imported only if `onto` is given, or transformers renames, splits or combines the tensors on loading.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def merge_checkpoint(
 ) -> Path:
     """Write base plus delta as a plain checkpoint, with the sharding, metadata and dtype of the base.
 
-    The other files are the base's, but tokenizer, chat templates and generation settings are those of training where
-    the delta's folder has them (see `delta/folder.py`).
+    The other files are the base's, except that tokenizer, chat templates and generation settings are taken from the
+    delta's folder if it has them (see `delta/folder.py`).
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.
@@ -46,8 +46,8 @@ def merge_checkpoint(
         output: folder to make; it appears whole or not at all.
         base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
-        onto: for a delta of a quantised base, "original" or "dequantized" (see `delta/onto.py`). Either loads base and
-            result to log how far the result is from the trained model.
+        onto: for a delta of a quantised base, "original" or "dequantized" (see `delta/onto.py`). With either,
+            the trained model and the result are loaded, to log how far apart they are.
 
     Returns:
         The output folder.
@@ -55,7 +55,7 @@ def merge_checkpoint(
     Raises:
         SMTError: the output exists and is not empty, is a link, lies in the base or is being written by another
             process; the delta is damaged or belongs to another base; the base is not a safetensors checkpoint; or
-            `onto` is left open. Nothing is written.
+            `onto` is missing or does not apply. Nothing is written.
     """
     output = Path(output)
     checkpoint, delta_folder = open_both(base, delta, output, base_revision, delta_revision)
@@ -70,7 +70,7 @@ def merge_checkpoint(
 def open_both(
     base: str | Path, delta: str | Path, output: Path, base_revision: str | None, delta_revision: str | None
 ) -> tuple[Checkpoint, Path]:
-    """Find a base and the folder of a delta, on disk or on the hub, and check the place for what is made of both.
+    """Find a base and the folder of a delta, on disk or on the hub, and check that the output can be written.
 
     Raises:
         SMTError: there is no delta, the output exists and is not empty, is a link or lies in one of them, or the base
@@ -84,10 +84,10 @@ def open_both(
 
 
 def check_outside(output: Path, *folders: Path) -> None:
-    """Raise `SMTError` if a folder to write lies in one of those that are read."""
+    """Raise `SMTError` if the output folder is, or lies in, one of those that are read."""
     for taken in folders:
         if taken.resolve() in (output.resolve(), *output.resolve().parents):
-            raise SMTError(f"{output} lies in {taken}; give a folder outside of all that is read.")
+            raise SMTError(f"{output} lies in {taken}; give a folder outside of all folders that are read.")
 
 
 def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str) -> None:
@@ -108,7 +108,7 @@ def _merge_quantised(checkpoint: Checkpoint, delta_folder: Path, stage: Path, on
 
 
 def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | None) -> None:
-    """Copy the weights, write the trained values into the copies as they are ready, and copy the other files."""
+    """Copy the weights, write the trained values into each copy once it is complete, and copy the other files."""
     with copying(checkpoint, stage) as copies:
         from smt_trainer.merging.plan import MergePlan
 
@@ -122,7 +122,7 @@ def _patch(checkpoint: Checkpoint, delta_folder: Path, stage: Path, onto: str | 
 
 @contextlib.contextmanager
 def copying(checkpoint: Checkpoint, stage: Path) -> Generator[dict[str, Future]]:
-    """Copy the weights in the background, two files at a time; give up if the context ends in an exception."""
+    """Copy the weights in the background, two files at a time; stop if the context ends in an exception."""
     cancelled = threading.Event()
     with ThreadPoolExecutor(2, thread_name_prefix="copy") as pool:
         try:
@@ -137,7 +137,7 @@ def copying(checkpoint: Checkpoint, stage: Path) -> Generator[dict[str, Future]]
 def _copy(source: Path, destination: Path, cancelled: threading.Event) -> None:
     with open(source, "rb") as reader, open(destination, "xb") as writer:
         try:
-            # In the kernel; a file system may share the blocks.
+            # Copies in the kernel, where the file system may share the data.
             while not cancelled.is_set() and os.copy_file_range(reader.fileno(), writer.fileno(), CHUNK):
                 pass
         except (AttributeError, OSError):

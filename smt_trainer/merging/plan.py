@@ -1,4 +1,4 @@
-"""What a delta changes in the files of a checkpoint: check that it fits, and write it into copies of them.
+"""Plan a merge: find the tensors that a delta changes, check that it fits, write it into copies of the files.
 
 Files are mapped into memory, so only the pages with trained values are read and written. Imports no torch.
 """
@@ -9,14 +9,13 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
 from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.folder import load_config
+from smt_trainer.delta.folder import LAYERS, load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
@@ -24,8 +23,7 @@ from smt_trainer.merging.locate import find_grown, find_parts, find_sites, find_
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.site import Site
 from smt_trainer.merging.tied import tied_copies
-from smt_trainer.model.checkpoint import BASE, Checkpoint, parts_of
-from smt_trainer.settings import is_int
+from smt_trainer.model.checkpoint import BASE, Checkpoint, vocabulary_sizes
 from smt_trainer.tensor_file import load_arrays, open_array, save_arrays
 from smt_trainer.tensor_header import StoredTensor
 
@@ -34,17 +32,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A delta and where it goes.
+    """A delta and where its values go in a checkpoint.
 
     Attributes:
         delta: the trained values.
         parts: module with blocks -> where its weight lies in the checkpoint.
-        keys: whole tensor of the delta -> its name in the checkpoint; without what is new in the model.
+        keys: whole tensor of the delta -> its name in the checkpoint; without tensors that are new in the model.
         sites: tensor name in the checkpoint -> the blocks that lie in it.
         whole: tensor name in the checkpoint -> the tensor that replaces it, with other rows if the vocabulary changed.
-        tensors: tensor name -> where it lies, of all of these.
+        tensors: name of each of these tensors -> where it lies in the files.
         vocabulary: sizes of the vocabulary in training.
-        grown: those of `whole` that are made of the base's rows and blocks with all rows of new tokens.
+        grown: names of those in `whole` that join the base's rows and rows of new tokens, which are stored as blocks.
     """
 
     delta: Delta
@@ -61,19 +59,24 @@ class MergePlan:
         """Read a delta and find its tensors in a checkpoint.
 
         Raises:
-            SMTError: the delta is damaged, or belongs to another base; or its base was quantised, and `onto` is left
-                open.
+            SMTError: the delta is damaged, or belongs to another base; or `onto` is missing or does not apply.
         """
         delta = Delta.load(delta_folder)
         check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
         if checkpoint.is_quantised and quantised_names(delta):
             raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
+        layers = [config.get(LAYERS) for config in (load_config(delta_folder), checkpoint.config or {})]
+        if None not in layers and layers[0] != layers[1]:
+            raise SMTError(
+                f"the delta was trained with {LAYERS}={layers[0]}, and {checkpoint.folder} has {layers[1]}. Merge in "
+                "memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
+            )
         plan = cls.of(delta, delta_folder, checkpoint)
         refuse_missing([name for name in delta.whole_arrays if name not in plan.keys], checkpoint.folder)
         for dtype in plan.other_dtypes:
             logger.warning(
-                "The delta was trained on %s and is merged into %s weights. The result is not exactly the trained "
-                "model.",
+                "The delta was trained on %s weights and is merged into %s ones. The result is not exactly the "
+                "trained model.",
                 delta.weight_dtype,
                 dtype,
             )
@@ -90,12 +93,12 @@ class MergePlan:
 
     @classmethod
     def of(cls, delta: Delta, delta_folder: Path, checkpoint: Checkpoint) -> MergePlan:
-        """Find the tensors of a delta in a checkpoint; a whole one that is new in the model is in none.
+        """Find the tensors of a delta in a checkpoint, without whole ones that are new in the model.
 
         Raises:
             SMTError: the checkpoint lacks a weight that has blocks, or the delta belongs to another base.
         """
-        # Looking for the blocks also tells which tensors loading renames.
+        # This also fills `checkpoint.renamed`, which `find_whole` reads.
         parts = find_parts(delta, checkpoint)
         keys, sites = find_whole(delta, checkpoint), find_sites(delta, parts, checkpoint)
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
@@ -113,7 +116,7 @@ class MergePlan:
 
     @property
     def other_dtypes(self) -> set[str]:
-        """Dtypes of the checkpoint's weights with blocks, other than that of training."""
+        """Dtypes of the checkpoint's weights with blocks, other than the dtype of training."""
         return {self.tensors[key].dtype for key in self.sites} - {self.delta.weight_dtype}
 
     @property
@@ -130,7 +133,7 @@ class MergePlan:
     def write(self, path: Path) -> None:
         """Write the trained values into a copy of one of the checkpoint's files.
 
-        A tensor over a resized vocabulary does not fit into its place: then the file is written again, from memory.
+        A tensor with a resized vocabulary does not fit into its place: then the file is rewritten, from memory.
         """
         resized = {}
         for key, stored in self.tensors.items():
@@ -169,16 +172,11 @@ def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:
     write_atomically(path, lambda temporary: save_arrays(arrays | resized, temporary, metadata))
 
 
-def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
-    """Return the sizes of the vocabulary in a configuration and its parts."""
-    return {part["vocab_size"] for part in parts_of(config) if is_int(part.get("vocab_size"))}
-
-
 def refuse_grown(plan: MergePlan, what: str) -> None:
-    """Raise `SMTError` if a delta has rows of new tokens in blocks, which cannot be used in some way."""
+    """Raise `SMTError` if a delta has rows of new tokens in blocks; `what` names what this prevents."""
     if plan.grown:
         raise SMTError(
-            f"the delta has rows of new tokens in `{plan.grown[0]}`, which the base has not, and cannot be "
+            f"the delta has rows of new tokens in `{plan.grown[0]}`, which the base does not have, and cannot be "
             f"{what}. Merge it instead (smt merge), or load it with from_delta."
         )
 
@@ -192,5 +190,5 @@ def _expect(key: str, stored: StoredTensor, shape: tuple[int, ...], dtypes: Iter
     if stored.dtype not in dtypes:
         raise SMTError(
             f"`{key}` of {folder} is stored as {stored.dtype} in {stored.size} bytes, which blocks cannot be written "
-            "into. Use the base as it was trained on, unquantised."
+            "into. Use the unquantised base that it was trained on."
         )

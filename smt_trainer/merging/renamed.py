@@ -1,8 +1,8 @@
-"""Where the tensors lie that loading a checkpoint gives other names.
+"""Find tensors of a checkpoint that transformers renames on loading.
 
-A model of images and text holds `model.language_model.layers.0...`, its checkpoint `language_model.model.layers.0...`:
-transformers describes such renamings beside the conversions of experts, and applies those of the model's class and of
-all models in it. Class and renamings need torch, so this waits for a name that the checkpoint lacks.
+A vision-language model holds `model.language_model.layers.0...`, its checkpoint `language_model.model.layers.0...`:
+transformers describes such renamings along with the conversions of experts, and applies those of the model's class and
+of all models in it. This imports torch, so it is done only for a name that the checkpoint lacks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from smt_trainer.model.names import find_names
 
 
 def find_renamed(names: list[str], checkpoint: Checkpoint) -> dict[str, list[MatrixRows]]:
-    """Return where weights lie that a checkpoint has under other names, by the names of linears and of the matrices of
-    experts. Note the names in `checkpoint.renamed` and `checkpoint.fused`."""
+    """Return name of a linear or an expert's matrix -> where its weight lies in a checkpoint under another name. Fill
+    `checkpoint.renamed` and `checkpoint.fused`."""
     _look_up(checkpoint)
     located = {name: MatrixRows(key) for name, key in checkpoint.renamed.items()}
     for name, (key, first, count) in checkpoint.fused.items():
         located[name] = MatrixRows(key, within=slice(first, first + count))
     weights = find_names([f"{name}.weight" for name in names], located)
     found = {key.removesuffix(".weight"): [located[other]] for key, other in weights.items()}
-    # A name that ends in a number may be that of a linear in a list, too.
+    # A name that ends in a number may also be that of a linear in a `ModuleList`.
     numbers = {name: name.rpartition(".") for name in names if name not in found}
     stacks = find_names({stack for stack, _, _ in numbers.values()}, checkpoint.renamed)
     for name, (stack, _, number) in numbers.items():
@@ -34,14 +34,14 @@ def find_renamed(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Mat
 
 
 def _look_up(checkpoint: Checkpoint) -> None:
-    """Note the tensors of a checkpoint that loading renames or splits, and does not change otherwise."""
+    """Record in a checkpoint which of its tensors loading only renames or splits."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     from smt_trainer.model.skeleton import skeleton
 
     try:
         model = skeleton(checkpoint)
-    except SMTError:  # a class of the user's own, of which nothing is known
+    except SMTError:  # a class that transformers does not have
         return
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for loaded in as_loaded(checkpoint, get_model_conversion_mapping(model)):

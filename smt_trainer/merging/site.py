@@ -1,8 +1,8 @@
 """Where blocks lie in the tensors of a checkpoint.
 
 The blocks of a linear lie in one tensor, its weight. Those of an expert's matrix may lie in a slice of a tensor with
-all experts, or in several tensors that loading puts on top of each other (the gate and the up projection). A block that
-reaches over the edge between two is cut at it: into as many blocks of fewer rows as the sizes ask for.
+all experts, or in several tensors that loading concatenates (the gate and the up projection). A block that crosses the
+boundary between two of them is cut there: all blocks are cut into ones of fewer rows that fit.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Site:
 
     Attributes:
         name: of the linear or the expert's matrix.
-        grid: cuts what the tensor holds of the matrix.
+        grid: divides the rows of the matrix that the tensor holds into blocks.
         block_indices: [n, 2] (row, column) of the blocks in this grid.
         blocks: [n, br, bc] their trained values.
-        expert: where the matrix lies in the first dimension of the tensor; None if it is the whole tensor.
+        expert: index of the matrix in the first dimension of a tensor of all experts; None for other tensors.
     """
 
     name: str
@@ -71,15 +71,15 @@ class Site:
         return Site(self.name, replace(fine, out_features=count), indices, blocks, self.expert)
 
     def matrix(self, tensor: Any) -> Any:
-        """Return the matrix in a tensor, a view."""
+        """Return a view of the matrix in a tensor."""
         return tensor if self.expert is None else tensor[self.expert]
 
     def take(self, tensor: Any) -> Any:
-        """Return the values [n, br, bc] that a tensor, of numpy or torch, has in the place of the blocks."""
+        """Return the values [n, br, bc] at the places of the blocks in a numpy or torch tensor."""
         rows, columns = self.block_indices.T
         return self.grid.split(self.matrix(tensor))[rows, columns]
 
     def put(self, tensor: Any, blocks: Any) -> None:
-        """Write values [n, br, bc] into a tensor in the place of the blocks."""
+        """Write values [n, br, bc] into a tensor at the places of the blocks."""
         rows, columns = self.block_indices.T
         self.grid.split(self.matrix(tensor))[rows, columns] = blocks

@@ -1,4 +1,4 @@
-"""Tensors that a checkpoint stores twice, since transformers ties them on loading. Imports no torch."""
+"""Find tensors that a checkpoint stores twice and transformers ties on loading. Imports no torch."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from smt_trainer.model.names import layer_index
 
 
 def tied_copies(key: str, checkpoint: Checkpoint, taken: set[str]) -> list[str]:
-    """Return the other names under which a checkpoint stores a tensor that is tied to itself.
+    """Return the other names under which a checkpoint stores a tensor that transformers ties.
 
     transformers ties input and output embeddings that are stored twice if the configuration says so and the values
-    agree. `BertLMPredictionHead` does so with a bias. A configuration that says nothing leaves it to the values.
+    agree; likewise the bias of `BertLMPredictionHead`. If the configuration says nothing, the values alone decide.
     """
     place = checkpoint.tensors[key]
     if not may_tie(checkpoint.config or {}):
@@ -26,7 +26,7 @@ def tied_copies(key: str, checkpoint: Checkpoint, taken: set[str]) -> list[str]:
 
 
 def may_tie(config: dict[str, Any]) -> bool:
-    """Return whether a configuration leaves it open, or says, that input and output embeddings are tied."""
+    """Return whether a configuration says that input and output embeddings are tied, or says nothing of it."""
     said = [part["tie_word_embeddings"] for part in parts_of(config) if "tie_word_embeddings" in part]
     return not said or any(said)
 

@@ -1,13 +1,13 @@
 """Take a delta out of a merged checkpoint: copy its files, then write the base's values where the delta has its own.
 
-A delta holds trained values, not differences, so neither it nor the merged checkpoint knows what stood there before.
-That comes from the base, of which only these places are read (and all of it once, to prove that the checkpoint is base
-plus delta). Whoever cannot keep the base keeps the way back instead, which is as small as the delta:
+A delta holds trained values, not differences, so neither it nor the merged checkpoint has the values from before. They
+are read from the base (all of which is read once, to prove that the checkpoint is base plus delta). To do without the
+base later, keep the reverse delta instead, which is as small as the delta:
 
-    smt extract MERGED BASE back      the delta that makes the base of the merged checkpoint
+    smt extract MERGED BASE back      the delta that turns the merged checkpoint back into the base
     smt merge MERGED back OUT         later, without the base
 
-Nothing imports torch.
+torch is imported only if transformers renames, splits or combines the tensors on loading.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def unmerge(
 ) -> Path:
     """Write the base that a delta was merged into, bit for bit, in the files of the merged checkpoint.
 
-    The files beside the weights are the base's.
+    The files other than weights are the base's.
 
     Args:
         merged: folder of the merged checkpoint.
@@ -51,7 +51,7 @@ def unmerge(
         base: folder or hub name of the base, which holds the values that the delta replaced.
         base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
-        onto: "original" if a delta of a quantised base was merged onto the weights that it was made of.
+        onto: "original" if a delta of a quantised base was merged onto the weights that were quantised.
 
     Returns:
         The output folder.
@@ -75,14 +75,15 @@ def unmerge(
         (where, problem), others = problems[0], len(problems) - 1
         raise SMTError(
             f"{merged} is not {checkpoint.folder} with the delta merged into it: `{where}` {problem}"
-            f"{f', and {others} other tensors' if others else ''}. See smt verify, and give what was merged."
+            f"{f', and {others} other tensors' if others else ''}. Run smt verify for details, and give the base and "
+            "delta that were merged."
         )
     originals = _originals(plan, checkpoint, found)
     with new_folder(output) as stage, copying(found, stage) as copies:
         for number, (name, copy) in enumerate(copies.items(), 1):
             copy.result()
             originals.write(stage / name)
-            logger.info("%s is the base's again (%d of %d).", name, number, len(copies))
+            logger.info("%s has the base's values again (%d of %d).", name, number, len(copies))
         copy_of_base(checkpoint, stage)
         if found.index is not None:
             (stage / found.index).write_bytes((merged / found.index).read_bytes())
@@ -91,7 +92,7 @@ def unmerge(
 
 
 def _originals(plan: MergePlan, checkpoint: Checkpoint, merged: Checkpoint) -> MergePlan:
-    """Return the base's values at the places of a delta, to be written into copies of the merged files."""
+    """Return the plan that writes the base's values at the places of a delta into copies of the merged files."""
 
     def weight(key: str) -> np.ndarray:
         return checkpoint.array(plan.tensors[key])
@@ -106,9 +107,9 @@ def _originals(plan: MergePlan, checkpoint: Checkpoint, merged: Checkpoint) -> M
 
 
 def _prove(originals: MergePlan, checkpoint: Checkpoint, stage: Path) -> None:
-    """Raise `SMTError` unless a folder has the fingerprint of the delta's base, which is known to be a checkpoint's."""
+    """Raise `SMTError` unless a folder has the fingerprint of the delta's base, as `checkpoint` was found to have."""
     loaded = replace(Checkpoint.open(stage), renamed=checkpoint.renamed, fused=checkpoint.fused).loaded
     if differing := originals.delta.base.differences_on_disk(stage, loaded):
         raise SMTError(
-            f"`{differing[0]}` of what was written is not the base's. Was a file changed meanwhile? Run again."
+            f"`{differing[0]}` was written with other values than the base's. Was a file changed meanwhile? Run again."
         )

@@ -6,10 +6,10 @@ With B and M the bits of a tensor in the base and in the merged checkpoint, D th
     wrong     values in P where M != D
     outside   values outside of P where M != B: those changed in all, less those changed in P
 
-the merge is right if wrong = outside = 0 in each tensor, there are no others than the base's, each with the base's
-dtype and shape, and every other file has the content that merging writes (`folder.py`). A tensor that the base stores
-twice, tied to itself, has the trained values under both names. How tensors are spread over files is free, and so are
-hidden files, those of trainers and a README, which says what people want to say of the merged model.
+the merge is right if wrong = outside = 0 in each tensor, the tensors are those of the base, in its dtypes and shapes
+(apart from a resized vocabulary), and every other file has the content that merging writes (`delta/folder.py`). A tied
+tensor that the base stores twice must have the trained values under both names. How tensors are distributed over files
+does not matter, nor do hidden files, files that trainers leave, and a README, which people may rewrite.
 
 Both checkpoints are read once, a piece at a time, by threads: memory holds the delta and these pieces.
 """
@@ -51,7 +51,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What comparing a merged checkpoint with its base and delta has found.
+    """The result of comparing a merged checkpoint with its base and delta.
 
     Attributes:
         tensors: name of each tensor that the delta trains and the merged checkpoint has -> its counts.
@@ -81,14 +81,14 @@ def verify_merge(
         merged: folder of the merged checkpoint.
         base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
-        onto: "original" if a delta of a quantised base was merged onto the weights that it was made of.
+        onto: "original" if a delta of a quantised base was merged onto the weights that were quantised.
 
     Returns:
-        What differs. A merged checkpoint that cannot be read is one problem.
+        What differs. A merged checkpoint that cannot be read counts as one problem.
 
     Raises:
         SMTError: the delta is damaged or belongs to another base; the base is damaged; there is no merged folder; or
-            `onto` is left open, or is "dequantized": no file holds the weights that such a merge starts from.
+            `onto` is missing or does not apply, or is "dequantized": no file holds the weights for such a merge.
     """
     merged = Path(merged)
     if onto == DEQUANTIZED:
@@ -114,8 +114,8 @@ def verify_merge(
 def compare_tensors(
     checkpoint: Checkpoint, plan: MergePlan, merged: Checkpoint
 ) -> tuple[dict[str, Counts], list[tuple[str, str]]]:
-    """Return the counts of each tensor that a delta trains, and what is wrong with any tensor of a merged checkpoint:
-    whether its values are those of base and delta, in whichever files they lie."""
+    """Compare the tensors of a merged checkpoint with base and delta, in whichever files they lie; return the counts of
+    each tensor that the delta trains, and (tensor, what is wrong with it)."""
     tensors, problems = {}, []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compared = pool.map(lambda key: _compare(key, checkpoint, plan, merged), checkpoint.tensors)
@@ -129,7 +129,7 @@ def compare_tensors(
 
 
 def _compare(key: str, checkpoint: Checkpoint, plan: MergePlan, merged: Checkpoint) -> tuple[Counts | None, str | None]:
-    """Return the counts of a tensor that the delta trains, and what is wrong with any tensor."""
+    """Return the counts of a tensor, if the delta trains it, and what is wrong with it, if anything."""
     before, after = checkpoint.tensors[key], merged.tensors.get(key)
     shape = plan.whole[key].shape if key in plan.whole else before.shape
     if after is None:
@@ -174,7 +174,7 @@ def differing(first: np.ndarray, second: np.ndarray) -> int:
 def _compare_files(
     checkpoint: Checkpoint, plan: MergePlan, delta_folder: Path, merged: Path
 ) -> Iterator[tuple[str, str]]:
-    """Yield the files beside the weights that are not as merging writes them, and what is wrong with each."""
+    """Yield the files other than weights that are not as merging writes them, and what is wrong with each."""
     expected = other_files(checkpoint, delta_folder, resized=plan.is_resized)
     expected.pop(README, None)
     found = set(files_beside_weights(merged)) - {README}
@@ -185,11 +185,11 @@ def _compare_files(
         wanted = content.encode() if isinstance(content, str) else content.read_bytes()
         if problem := _difference(wanted, (merged / name).read_bytes(), name.suffix):
             yield name.as_posix(), problem
-    yield from ((name.as_posix(), "is of neither base nor training") for name in sorted(found - expected.keys()))
+    yield from ((name.as_posix(), "is from neither base nor training") for name in sorted(found - expected.keys()))
 
 
 def _difference(wanted: bytes, found: bytes, suffix: str) -> str | None:
-    """Return how a file differs from what it should be; JSON may be written in another way."""
+    """Return how a file differs from what it should be; JSON may be formatted differently."""
     if wanted == found:
         return None
     with contextlib.suppress(*DAMAGE):

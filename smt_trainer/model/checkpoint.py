@@ -12,6 +12,7 @@ import numpy as np
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
 from smt_trainer.model.hub import fetch, is_folder
+from smt_trainer.settings import is_int
 from smt_trainer.tensor_file import open_array
 from smt_trainer.tensor_header import StoredTensor, read_header
 
@@ -30,6 +31,11 @@ CHUNK = 2**22
 def parts_of(config: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a configuration and those nested in it, such as the language model's in a vision-language model's."""
     return [config, *(value for value in config.values() if isinstance(value, dict))]
+
+
+def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
+    """Return the sizes of the vocabulary in a configuration and its parts."""
+    return {part["vocab_size"] for part in parts_of(config) if is_int(part.get("vocab_size"))}
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
     checksum(W) = sum of the sampled values of W, read as 64-bit integers (32-bit if all are sampled), modulo 2^64
 
-In a tensor of at most `WHOLE` values all are sampled; in a larger one, `RUN` neighbours out of every `stride` values in
-row-major order. The stride gives a model about `RUNS` runs, so a fingerprint takes some six milliseconds, whatever the
-size of the model (recipes/benchmarks/results/fingerprint.md). It is a power of two and depends on the size of the whole
-model, including tensors that the fingerprint leaves out. So fingerprints of the same base sample the same values and
-can be compared without the base, with or without a new head. In each tensor the stride is increased until it shares no
-factor but 2 with the row length, so that runs begin all over the columns. With N values in the model, the b rows of a
-block meet about b (b + RUN) RUNS / N runs: one in two blocks of 64x64 in 135 million values. A base that was tuned in
-any way differs in many runs. Norms and biases are compared value by value. If the vocabulary has grown since, only the
-base's rows are sampled (`rows`). The sum does not depend on its order, on the device or on how the checkpoint is
-sharded.
+In a tensor of at most `SAMPLED_IN_FULL` values all are sampled; in a larger one, `RUN` neighbours out of every `stride`
+values in row-major order. The stride gives a model about `RUNS` runs, so a fingerprint takes some six milliseconds,
+whatever the size of the model (recipes/benchmarks/results/fingerprint.md). It is a power of two and depends on the size
+of the whole model, including tensors that the fingerprint leaves out. So fingerprints of the same base sample the same
+values and can be compared without the base, with or without a new head. In each tensor the stride is increased until it
+shares no factor but 2 with the row length, so that runs begin all over the columns. With N values in the model, the b
+rows of a block meet about b (b + RUN) RUNS / N runs: one in two blocks of 64x64 in 135 million values. A base that was
+tuned in any way differs in many runs. Norms and biases are compared value by value. If the vocabulary has grown since,
+only the base's rows are sampled (`rows`). The sum does not depend on its order, on the device or on how the checkpoint
+is sharded.
 
 For a weight that bitsandbytes has quantised, the indices are sampled (`codes`), so the same base has the same
 fingerprint when quantised in the same way. They are compared only with a model that is quantised, too.
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-WHOLE, RUN, RUNS = 16384, 64, 8192
-# The least number of runs in a tensor of more than `WHOLE` values, approximately.
+SAMPLED_IN_FULL, RUN, RUNS = 16384, 64, 8192
+# The least number of runs in a tensor of more than `SAMPLED_IN_FULL` values, approximately.
 FEWEST = 16
 
 
@@ -179,7 +179,7 @@ def _stride(shapes: Iterable[tuple[int, ...]]) -> int:
 def _runs(shape: tuple[int, ...], stride: int) -> tuple[int, int, int]:
     """Return the number of runs in a tensor, the stride from one to the next, and the number of values in each."""
     numel = math.prod(shape)
-    if numel <= WHOLE:
+    if numel <= SAMPLED_IN_FULL:
         return 1, numel, numel
     step = _apart(min(stride, numel // FEWEST), shape[-1])
     return numel // step, step, RUN

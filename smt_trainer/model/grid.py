@@ -155,7 +155,7 @@ class BlockGrid:
             raise SMTError(f"`embedding` of a grid must be true or false, got {embedding!r}. The file is damaged.")
         if not isinstance(kernel, list) or len(kernel) > 3 or not all(is_int(size) for size in [*kernel, groups]):
             raise SMTError(
-                f"the kernel of a grid must be up to three whole numbers and its groups a whole number, got "
+                "the kernel of a grid must be up to three whole numbers and its groups a whole number, got "
                 f"{kernel!r} and {groups!r}. The file is damaged; create it again."
             )
         return cls(*sizes, transposed=transposed, kernel=tuple(kernel), groups=groups, embedding=embedding)

@@ -18,9 +18,14 @@ from smt_trainer.model.sharded import full_shape
 HEADED_CLASSES = ("Classification", "ForMultipleChoice", "ForQuestionAnswering")
 
 
+def has_head(model: nn.Module) -> bool:
+    """Return whether a model is of a class with a head for a task."""
+    return any(task in type(model).__name__ for task in HEADED_CLASSES)
+
+
 def head_names(model: nn.Module) -> list[str]:
     """Return the names of the children that form a model's head, such as `score`; empty for classes without one."""
-    if not any(task in type(model).__name__ for task in HEADED_CLASSES):
+    if not has_head(model):
         return []
     base: Any = getattr(model, "base_model_prefix", "")
     children = dict(model.named_children())

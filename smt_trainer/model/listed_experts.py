@@ -1,7 +1,7 @@
 """Find experts that are modules in a list: `mlp.experts.7.up_proj`, with a `ModuleList` or `ModuleDict` `experts`.
 
-Their linears are targets like any others. But a router decides which of them a forward calls, so ranks call different
-ones.
+Their linears are targets like any others. But a router decides which of them a forward calls, and these
+differ between ranks.
 """
 
 from __future__ import annotations

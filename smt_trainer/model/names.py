@@ -98,7 +98,7 @@ def by_projection(names: Iterable[str]) -> dict[str, list[str]]:
     return labelled
 
 
-def count_projections(names: Iterable[str]) -> str:
+def list_projections(names: Iterable[str]) -> str:
     """Count modules by projection, for a message: `q_proj (2), v_proj (2)`."""
     return ", ".join(f"{label} ({len(modules)})" for label, modules in by_projection(names).items())
 

@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from smt_trainer.errors import SMTError
-from smt_trainer.model.checkpoint import Checkpoint
-from smt_trainer.model.hub import cached_folder
+from smt_trainer.model.base import base_checkpoint, base_config
+from smt_trainer.model.checkpoint import vocabulary_sizes
 from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.model.sharded import full_shape
 
@@ -33,7 +31,8 @@ def newly_initialised(model: nn.Module) -> list[str]:
         return []
     ignored: Any = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     shapes = _stored_shapes(model, parameters)
-    resized = {name for name in embeddings(model) if name in shapes and shapes[name] != full_shape(parameters[name])}
+    tables = [name for name in embeddings(model) if name in parameters]
+    resized = {name for name in tables if _is_resized(full_shape(parameters[name]), shapes.get(name), model)}
     return [
         name
         for name, parameter in parameters.items()
@@ -41,6 +40,15 @@ def newly_initialised(model: nn.Module) -> list[str]:
         # A device map may drop marks, so look in the checkpoint, too.
         or not (hasattr(parameter, MARK) or name in shapes or any(re.search(pattern, name) for pattern in ignored))
     ]
+
+
+def _is_resized(shape: tuple[int, ...], stored: tuple[int, ...] | None, model: nn.Module) -> bool:
+    """Return whether an embedding has another shape than in the checkpoint, or than its configuration says if the
+    weights cannot be read."""
+    if stored is not None:
+        return stored != shape
+    vocabularies = vocabulary_sizes(base_config(model)) if base_checkpoint(model) is None else set()
+    return bool(vocabularies) and shape[0] not in vocabularies
 
 
 def new_rows(model: nn.Module) -> dict[str, range]:
@@ -57,7 +65,7 @@ def new_rows(model: nn.Module) -> dict[str, range]:
 
 def _stored_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Return the shapes of parameters in the checkpoint that a model was loaded from; skip those that it lacks."""
-    checkpoint = _checkpoint(model)
+    checkpoint = base_checkpoint(model)
     tensors = {} if checkpoint is None else checkpoint.tensors
     return {name: tensors[other].shape for name, other in find_names(names, tensors).items()}
 
@@ -76,21 +84,3 @@ def embeddings(model: nn.Module) -> list[str]:
         if id(module) in owned
         for name, _ in module.named_parameters(recurse=False)
     ]
-
-
-def _checkpoint(model: nn.Module) -> Checkpoint | None:
-    """Return the checkpoint that a model was loaded from, in a folder or the hub's cache; None if it cannot be read."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
-    if not name:
-        return None
-    folder = Path(name)
-    if not folder.is_dir():
-        cached = cached_folder(name, getattr(config, "_commit_hash", None))
-        if cached is None:
-            return None
-        folder = cached
-    try:
-        return Checkpoint.open(folder)
-    except SMTError:
-        return None

@@ -60,8 +60,8 @@ def find_whole(
         norms = [name for name in _norms(model, config.lowest_layer) if name in trained]
         found += _expect(norms, "train_norm=True, but this model has no norm layer, or all are frozen")
     if config.train_bias:
-        biases = [f"{name}.bias" for name in linears if getattr(model.get_submodule(name), "bias", None) is not None]
-        biases = [name for name in biases if name in trained]
+        # The matrix of an expert is no module and has no bias of its own.
+        biases = [name for name in (f"{linear}.bias" for linear in linears) if name in parameters and name in trained]
         found += _expect(biases, "train_bias=True, but none of the linears with blocks has a bias, or all are frozen")
     _refuse_sharded(parameters, found)
     return tuple(dict.fromkeys(found))
@@ -151,6 +151,10 @@ def _find_named(model: nn.Module, names: list[str]) -> list[str]:
             raise SMTError(
                 f"modules_to_save names {wanted!r}, which this model does not have. Its top-level modules are: "
                 f"{', '.join(name for name, _ in model.named_children())}."
+            )
+        if not any(model.get_submodule(name).state_dict() for name in matching):
+            raise SMTError(
+                f"modules_to_save names {wanted!r}, which has no parameters or buffers to train. Leave it out."
             )
         found += matching
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""Which experts are trained: hot experts."""
+"""Which experts are trained, and how much of each."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def plot_all(
         folder: where to write `selection.png`, `layers.png`, `shares.png`, `experts.png` and `scores.png`, and their
             `.csv` files.
         scores: module name -> scores [R, C] from which the blocks were chosen.
-        suffix: text between each file name and its ending.
+        suffix: text between the name of each file and its ending.
 
     Returns:
         The paths of the pictures.

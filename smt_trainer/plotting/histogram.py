@@ -14,7 +14,7 @@ from smt_trainer.model.names import by_projection
 from smt_trainer.selection.block_selection import BlockSelection
 
 BINS = 40
-# The axis is logarithmic if the highest score is more than this many times the median.
+# The axis is logarithmic if the highest score is more than this many times the median positive score.
 LOGARITHMIC_FROM = 10
 
 

@@ -24,7 +24,7 @@ def plot_shares(selection: BlockSelection, path: str | Path | None = None) -> Fi
     """Draw each projection's share of the trained weights, as in figure 5 of the SMT paper, above its share of the
     targets.
 
-    If the selection preferred no projection, both bars of each would be equally long.
+    If the selection preferred no projection, both bars of each projection would have the same length.
 
     Args:
         selection: what to draw; `share_rows` gives the same data as rows.

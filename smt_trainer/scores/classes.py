@@ -11,7 +11,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
 
@@ -50,9 +50,20 @@ def take_classes(inputs: MutableMapping[str, Any], column: str | None) -> Tensor
     return labels.gather(1, first).squeeze(1)
 
 
-def loss_terms(inputs: Mapping[str, Any], examples: int) -> Tensor:
-    """Count the loss terms of each example [B]: its labelled tokens, or one if the example has a single label."""
+def loss_terms(inputs: Mapping[str, Any], examples: int, predicts_next: bool) -> Tensor:
+    """Count the loss terms of each example [B]: its labelled tokens, or one if the example has a single label.
+
+    Nothing predicts the first token of a sequence if each token `predicts_next`.
+    """
     labels = inputs.get("labels")
     if torch.is_tensor(labels) and labels.ndim == 2 and not labels.is_floating_point():
-        return (labels != NO_LABEL).sum(1).cpu()
+        return (labels[:, int(predicts_next) :] != NO_LABEL).sum(1).cpu()
     return torch.ones(examples, dtype=torch.long)
+
+
+def predicts_next_token(model: nn.Module) -> bool:
+    """Return whether the loss of a model is that of a causal language model, which shifts the labels by one token."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    is_decoder = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return is_decoder and getattr(model, "loss_function", None) is ForCausalLMLoss

@@ -78,7 +78,7 @@ class QMTaylor(BlockSums):
             self.places.setdefault(label, len(self.places))
         self._make_room(len(self.places))
         places = torch.tensor([self.places[label] for label in labels], dtype=torch.long)
-        self.step_counts.index_add_(0, places, loss_terms(inputs, len(self.classes))[has_class])
+        self.step_counts.index_add_(0, places, loss_terms(inputs, len(self.classes), self.predicts_next)[has_class])
 
     def _make_room(self, classes: int) -> None:
         if classes <= len(self.counts):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.scores.classes import predicts_next_token
 from smt_trainer.scores.preserved import frozen, statistics_preserved
 from smt_trainer.scores.reach import Reach
 from smt_trainer.scores.scorer import Scorer
@@ -40,6 +41,7 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
     if scorer.needs_warmup:
         device, count = next(model.parameters()).device, 0
         reach = Reach(scorer.targets, scorer.needs_backward)
+        scorer.predicts_next = predicts_next_token(model)
         with frozen(model), statistics_preserved(model, scorer), scorer.attached(), reach.watching():
             for batch in batches:
                 inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.calls import watching_calls
-from smt_trainer.model.names import count_projections
+from smt_trainer.model.names import list_projections
 
 if TYPE_CHECKING:
     from smt_trainer.model.kinds import Target
@@ -71,8 +71,8 @@ class Reach:
         called, passed = ({name for name, share in zip(self.targets, row, strict=True) if share} for row in flags)
         silent = [name for name in self.targets if name not in called]
         unused = [name for name in self.targets if name in called - passed] if self.needs_backward else []
-        reasons = [f"the model never called {count_projections(silent)}"] if silent else []
-        reasons += [f"no gradient reached {count_projections(unused)}"] if unused else []
+        reasons = [f"the model never called {list_projections(silent)}"] if silent else []
+        reasons += [f"no gradient reached {list_projections(unused)}"] if unused else []
         if len(silent) + len(unused) == len(self.targets):
             raise SMTError(
                 f"none of the targets can be trained: in the warm-up, {' and '.join(reasons)}. Name other modules in "

@@ -52,6 +52,8 @@ class Scorer(ABC):
         self, targets: Mapping[str, Target], grids: Mapping[str, BlockGrid], config: SMTConfig, seed: int
     ) -> None:
         self.targets, self.grids, self.config, self.seed = targets, grids, config, seed
+        # Whether each token predicts the next one, so that the first has no loss.
+        self.predicts_next = False
 
     @contextlib.contextmanager
     def attached(self, by_step: bool = False) -> Generator[None]:

@@ -34,7 +34,7 @@ from smt_trainer.manifest import (
     refusing_damage,
     sealed,
 )
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.grid import BlockGrid, read_grids
 from smt_trainer.model.kinds import fits_grid, named_targets, targets_named
 from smt_trainer.model.quantised import keep_differentiable

@@ -16,7 +16,7 @@ from torch import nn
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.kinds import named_targets
 from smt_trainer.model.names import lies_in

@@ -45,6 +45,8 @@ class BlockModule(nn.Module):
     plan: Any
     plain_class: type[nn.Module]
     group: ClassVar[Callable[[Tensor, BlockGrid], tuple[Any, Tensor, Tensor]]] = staticmethod(group_blocks)
+    # Buffers of numbers of blocks and features.
+    INDICES: ClassVar[tuple[str, ...]] = ("block_indices", "positions")
     # Whether the weight holds the values of the blocks; a quantised one cannot.
     weight_holds_blocks: ClassVar[bool] = True
     # Whether the blocks have been changed without a trace, by a callback through `.data` for example. It may recur.
@@ -70,6 +72,7 @@ class BlockModule(nn.Module):
         linear.plain_class = plain_class
         linear.weight.requires_grad_(False)
         linear.take_blocks(grid, block_indices, master_dtype)
+        linear.keep_indices()
         return linear
 
     def take_blocks(self, grid: BlockGrid, block_indices: Tensor, master_dtype: torch.dtype) -> Tensor:
@@ -103,6 +106,22 @@ class BlockModule(nn.Module):
         write_back([self])
         return self.base_weight()
 
+    def keep_indices(self) -> None:
+        """Undo changes to the numbers of blocks and features: an average of all buffers of two models rounds them."""
+        indices = vars(self).setdefault("_indices", {})
+        for name in self.INDICES:
+            buffer = self._buffers[name]
+            if buffer is None or buffer.is_meta:
+                continue
+            values, version = indices.get(name, (None, None))
+            if version == buffer._version:
+                continue
+            if values is None:
+                values = buffer.to("cpu", copy=True)
+            elif not torch.equal(buffer.cpu(), values):
+                buffer.copy_(values)
+            indices[name] = values, buffer._version
+
     def to_plain(self) -> nn.Module:
         """Write the blocks into the weight and turn back into a plain linear, in place."""
         write_back([self])
@@ -111,7 +130,7 @@ class BlockModule(nn.Module):
     def _restore(self) -> nn.Module:
         for name in ("blocks", "block_indices", "positions", "grid", "plan", "_written"):
             delattr(self, name)
-        for name in ("_views", "changed_unseen"):
+        for name in ("_views", "_indices", "changed_unseen"):
             vars(self).pop(name, None)
         self.__class__ = vars(self).pop("plain_class")
         return self
@@ -155,6 +174,7 @@ class BlockModule(nn.Module):
             or not self.weight_holds_blocks
         ):
             return False
+        self.keep_indices()
         held = self.grid.gather(self.base_weight(), self.block_indices)
         return not torch.equal(held, self.blocks.detach().to(held.dtype))
 
@@ -176,6 +196,7 @@ class BlockModule(nn.Module):
         `.data` or by a fused optimizer are seen only after `write_if_changed` has found such a change before. Sharded
         blocks are gathered in forward, so they are not written there (`write_back.py`).
         """
+        self.keep_indices()
         if self._was_changed():
             return True
         written, _ = self._written
@@ -237,6 +258,7 @@ class BlockModule(nn.Module):
 
     def row_major_order(self) -> Tensor:
         """Return [n] int64 on the CPU: the order that sorts the blocks row by row, as in selections and deltas."""
+        self.keep_indices()
         rows, columns = self.block_indices.long().cpu().unbind(1)
         return torch.argsort(rows * self.grid.shape[1] + columns)
 

@@ -21,6 +21,7 @@ from smt_trainer.model.whole import find_whole, get_whole, stored_whole
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.selection.tokens import lost_rows
 from smt_trainer.sparse.block_module import BlockModule, block_modules
+from smt_trainer.sparse.changed_base import warn_of_changed_base
 from smt_trainer.sparse.conv import block_conv_of
 from smt_trainer.sparse.dequantise import dequantise
 from smt_trainer.sparse.embedding import convert_embedding
@@ -67,6 +68,7 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     quantization = quantization_of(model)
     left_out = {*new, *stored} - rows.keys()
     base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, left_out, rows)
+    warn_of_changed_base(model, base)
     return convert_checked(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
 
 

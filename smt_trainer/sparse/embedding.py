@@ -29,6 +29,7 @@ class SMTEmbedding(BlockModule, nn.Embedding):  # pyrefly: ignore[inconsistent-i
         heads: the linears that share the weight.
     """
 
+    INDICES = (*BlockModule.INDICES, "places", "within")
     bias = None
     places: Tensor
     within: Tensor

@@ -41,6 +41,7 @@ class BlockExpert(BlockModule):
         vars(self)["matrix"] = matrix
         self.stacked = matrix.index, len(matrix.stack)
         self.take_blocks(grid, block_indices, master_dtype)
+        self.keep_indices()
 
     @property
     def weight(self) -> Tensor:  # pyrefly: ignore[bad-override]

@@ -40,6 +40,7 @@ class SlicedSMTLinear(SMTLinear):
         within_block: the rows and the columns of a block that lie in the slice.
     """
 
+    INDICES = (*SMTLinear.INDICES, "mine")
     is_divided = True  # pyrefly: ignore[bad-override]  # for all, and not by the weight, which may be the slice alone
     style: Any
     own_slice: Slice

@@ -46,6 +46,8 @@ def write_back(linears: Iterable[BlockModule]) -> None:
     copy, and a GPU has no fused copy to strided views: in both cases each weight takes one indexed copy.
     """
     linears = [linear for linear in linears if linear.weight_holds_blocks]
+    for linear in linears:
+        linear.keep_indices()
     views, values = [], []
     for linear, blocks in zip(linears, full_tensors([linear.blocks for linear in linears]), strict=True):
         if one_by_one(linear.grid, blocks) or linear.is_divided:

@@ -1,1 +1,1 @@
-"""The trainer: the only home of transformers' Trainer."""
+"""The trainer: the only package that builds on transformers' Trainer."""

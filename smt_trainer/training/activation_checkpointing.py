@@ -14,7 +14,7 @@ def let_backward_stop_early(model: PreTrainedModel, args: TrainingArguments) -> 
     kwargs = dict(args.gradient_checkpointing_kwargs or {})
     for handled_by_transformers in ("every_n_layers", "offload"):
         kwargs.pop(handled_by_transformers, None)
-    # transformers' default is the other kind; torch's, for kwargs that do not say, is the reentrant one.
+    # Without kwargs, transformers uses the other kind; with kwargs that lack `use_reentrant`, torch the reentrant one.
     reentrant = bool(kwargs) and kwargs.get("use_reentrant") is not False
     if args.gradient_checkpointing and not reentrant and hasattr(model, "disable_input_require_grads"):
         model.disable_input_require_grads()

@@ -1,4 +1,4 @@
-"""`SMTCallback`: the events of SMT in a training run, and what is said at them."""
+"""`SMTCallback`: the events of SMT in a training run, with progress bar and log; and callbacks that write blocks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SMTCallback(TrainerCallback):
 
 
 class WriteBack(TrainerCallback):
-    """A callback that writes back blocks. It looks the rewritten linears up once a run."""
+    """Base class of callbacks that write blocks back. It looks up the rewritten linears once per run."""
 
     def __init__(self) -> None:
         self.linears: list[BlockModule] = []
@@ -66,10 +66,10 @@ class WriteBack(TrainerCallback):
 
 
 class CompiledWriteBack(WriteBack):
-    """Write back what a callback has done to the blocks: a compiled forward does not look whether they are stale."""
+    """Write back changes that callbacks make to the blocks: a compiled forward does not check whether it must."""
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """The callbacks of the step before are done."""
+        """The callbacks of the previous step are done."""
         write_back(linear for linear in self.linears if not is_sharded(linear.blocks) and linear.is_stale())
 
 
@@ -77,10 +77,10 @@ class DeepSpeedWriteBack(WriteBack):
     """Write back the blocks after DeepSpeed's steps: its optimizer holds other tensors, so no hook sees them."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """DeepSpeed may just have loaded blocks."""
+        """DeepSpeed may have just loaded blocks from a checkpoint."""
         super().on_train_begin(args, state, control, model, **kwargs)
         write_back(self.linears)
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """The blocks were just stepped."""
+        """The optimizer has just changed the blocks."""
         write_back(self.linears)

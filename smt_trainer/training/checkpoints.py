@@ -1,4 +1,4 @@
-"""Checkpoints hold the delta in place of the model; and which one a run is resumed from."""
+"""Save the delta in checkpoints in place of the model, and find the checkpoint that a run is resumed from."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta, architecture_of
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, NO_WEIGHTS, refuse_full_model
+from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, LAYERS, NO_WEIGHTS, refuse_full_model
 from smt_trainer.delta.load import load_delta
 from smt_trainer.delta.model_card import delta_card
 from smt_trainer.delta.put import put_delta
+from smt_trainer.delta.training_settings import LABELS
 from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, load_json, new_folder, write_atomically, write_text
 from smt_trainer.merging.dequantise import save_dequantised
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
+from smt_trainer.model.heads import has_head
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.convert import check_onto_for_merge
@@ -82,7 +84,7 @@ class SavesDelta(Trainer):
         folder = Path(output_dir) if output_dir else self._output_folder
         refuse_full_model(folder)
         if self._saves_checkpoint:
-            # Left by an earlier run: a checkpoint counts as whole once it has one.
+            # An earlier run may have left this file, which marks a checkpoint as complete.
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         delta.save(folder)
         self._save_configs(folder)
@@ -98,12 +100,16 @@ class SavesDelta(Trainer):
             tokenizer.save_pretrained(folder)
 
     def _save_configs(self, folder: Path) -> None:
-        """Write what a trained model has beside its weights, so that the folder means one thing: a delta."""
+        """Write the configurations of the model; config.json says that the folder holds a delta and no weights."""
         config = getattr(self.model, "config", None)
         if config is not None and hasattr(config, "to_json_string"):
             values = json.loads(config.to_json_string(use_diff=True)) | {EXPLICIT: NO_WEIGHTS}
             if isinstance(self.model, PreTrainedModel):
                 values["architectures"] = [architecture_of(self.model)]
+            # Of the class's default, too: the base may have others.
+            everything = json.loads(config.to_json_string(use_diff=False))
+            kept = [LAYERS, *(LABELS if has_head(self.model) else ())]
+            values |= {key: everything[key] for key in kept if everything.get(key) is not None}
             write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
@@ -119,7 +125,7 @@ class SavesDelta(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # The first rank writes the trainer's state next. It says that all ranks have written theirs.
+        # The first rank writes trainer_state.json next, which marks that all ranks have written their files.
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -174,18 +180,18 @@ class SavesDelta(Trainer):
             onto: "dequantized" if blocks lie in quantised weights, which are written dense (see `delta/onto.py`).
 
         Raises:
-            SMTError: the folder exists and is not empty, nothing has been trained yet, `onto` is left open, or the
-                model has no `save_pretrained`.
+            SMTError: the folder exists and is not empty, nothing has been trained yet, `onto` is missing for blocks in
+                quantised weights or given for others, or the model has no `save_pretrained`.
         """
         check_onto_for_merge(self.model, onto)
         if not hasattr(self.model, "save_pretrained"):
             raise SMTError(
-                f"a {type(self.model).__name__} has no save_pretrained to write itself with. Call "
-                "merge_and_unload(trainer.model) and save the plain model in its own way."
+                f"a {type(self.model).__name__} has no save_pretrained. Call merge_and_unload(trainer.model), and save "
+                "the plain model by yourself."
             )
         self._check_new(Path(output_dir))
         state = plain_state_dict(self.model, keep=self.args.should_save) if onto is None else {}
-        # FSDP2 leaves the compiled model in the place of the model.
+        # FSDP2 leaves the compiled model in place of the model.
         model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save:
             with new_folder(Path(output_dir)) as folder, saving_gathered(model):
@@ -200,7 +206,7 @@ class SavesDelta(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _check_new(self, output: Path) -> None:
-        """Raise `SMTError` on all ranks, before the weights are gathered, if the one that writes may not."""
+        """Raise `SMTError` on all ranks, before the weights are gathered, if the folder is not new or empty."""
         refusal = None
         if self.args.should_save:
             try:
@@ -212,11 +218,11 @@ class SavesDelta(Trainer):
 
 
 def warn_of_missing_optimizer(checkpoint: str | Path) -> None:
-    """Say that a run goes on without what its optimizer knew, which Trainer passes over in silence."""
+    """Warn that a run resumes without the state of its optimizer, which Trainer does not mention."""
     if Path(checkpoint, DELTA_FILE).is_file() and not any(Path(checkpoint).glob("optimizer*")):
         logger.warning(
-            "%s has blocks but no state of an optimizer (saved with save_only_model=True, or under DeepSpeed): the "
-            "optimizer and the schedule of its rate begin anew.",
+            "%s has blocks but no optimizer state (saved with save_only_model=True, or under DeepSpeed): the optimizer "
+            "and the learning rate schedule start from the beginning.",
             checkpoint,
         )
 
@@ -234,9 +240,9 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def refuse_no_checkpoint(folder: Path) -> None:
-    """Raise `SMTError` if a folder holds a delta that is no checkpoint, such as the one that `save_model` writes."""
+    """Raise `SMTError` if a folder holds a delta but is no checkpoint, such as one that `save_model` has written."""
     if (folder / DELTA_FILE).is_file() and not (folder / TRAINER_STATE_NAME).is_file():
         raise SMTError(
-            f"{folder} holds a delta, but no {TRAINER_STATE_NAME} to resume from. Give a checkpoint of a run; or, to "
+            f"{folder} holds a delta, but no {TRAINER_STATE_NAME} to resume from. Pass a checkpoint of a run; or, to "
             "train the blocks of that delta further, from step 0, call load_delta(model, folder) before SMTTrainer."
         )

@@ -1,4 +1,4 @@
-"""The class of each example, from a column of the training data: past the trainer's collator and into the batch.
+"""Add the class of each example, from a column of the training data, to the batches that the trainer collates.
 
 Relies on `Trainer._set_signature_columns_if_needed`.
 """
@@ -19,7 +19,7 @@ from smt_trainer.scores.classes import CLASSES_KEY
 
 
 def refuse_missing_column(dataset: Any, column: str | None) -> None:
-    """Raise `SMTError` if a data set is known to lack a column; one that is read in order shows it later."""
+    """Raise `SMTError` if a data set is known to lack a column; a streamed one may show it only when it is read."""
     if column is None:
         return
     columns = getattr(dataset, "column_names", None)
@@ -36,7 +36,7 @@ def _missing(column: str, columns: list[str]) -> SMTError:
 
 @contextlib.contextmanager
 def collating_classes(trainer, column: str | None) -> Generator[None]:
-    """Make data loaders that give the classes of a column beside each batch, while this context lasts.
+    """Make the data loaders that are created within this context add the classes of a column to each batch.
 
     The trainer's own collator receives the same features as in training.
 
@@ -88,6 +88,6 @@ class ClassCollator:
 
 
 def _number(value: Any) -> int:
-    """A hash of a value: the same in every process, and for a number in whatever type it comes."""
+    """Return a hash of a value that is the same in every process, and for numbers of Python, NumPy and torch."""
     value = value.tolist() if hasattr(value, "tolist") else value
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), signed=True)

@@ -1,7 +1,7 @@
 """What FSDP2 and DeepSpeed need from the trainer, beyond what accelerate does for any model.
 
-FSDP2    The warm-up runs on a copy of the model, which accelerate shards and which is dropped afterwards. The
-         parameters of a sharded model are fixed, so the original is rewritten whole, and the main loop shards it.
+FSDP2    The warm-up runs on a copy of the model, which accelerate shards and which is dropped afterwards. A sharded
+         model cannot be given other parameters, so the original is rewritten unsharded; the main loop shards it.
 ZeRO     The warm-up runs on the bare model, before DeepSpeed's engine exists. With ZeRO-3 the weights may already be
          partitioned; such a model needs an existing selection, or a score without a warm-up.
 """
@@ -24,7 +24,7 @@ from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import get_state, set_state
 from smt_trainer.training.loss_scale import LossScale
 
-# Whether FSDP2 can take zeros for the gradients of parameters that one rank has not used: experts without a token.
+# Whether FSDP2 can use zeros as gradients of parameters that a rank has not used: experts without a token.
 KNOWS_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")
 
 
@@ -54,7 +54,8 @@ def warmup_model(model: nn.Module, accelerator: Accelerator) -> Generator[nn.Mod
 
 
 def has_weights(accelerator: Accelerator) -> bool:
-    """Return whether this rank has the base weights before sharding: all ranks have, or only the first one."""
+    """Return whether this rank has the base weights before sharding; with `cpu_ram_efficient_loading`, only the first
+    rank has."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     return accelerator.is_main_process or plugin is None or not plugin.cpu_ram_efficient_loading
 
@@ -71,10 +72,10 @@ def bare_autocast(accelerator: Accelerator) -> contextlib.AbstractContextManager
 
 @contextlib.contextmanager
 def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: bool = True) -> Generator[None]:
-    """Let `accelerator.backward` work for an unprepared model within this context.
+    """Make `accelerator.backward` work for an unprepared model within this context.
 
-    It uses the warm-up's own loss scale; DeepSpeed's engine does not exist yet. If only forward is needed, backward
-    does nothing.
+    It uses the warm-up's own loss scale, if there is one, and no DeepSpeed engine, which does not exist yet. If only
+    forward is needed, it does nothing.
     """
     if needed and scale is None and accelerator.distributed_type != DistributedType.DEEPSPEED:
         yield

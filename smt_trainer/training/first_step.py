@@ -1,7 +1,7 @@
-"""The trainer as it is at the first step, for a warm-up that runs before there is one.
+"""Give a trainer the state of its first step, for a warm-up that runs before that step.
 
 A loss may be annealed by `state.global_step / state.max_steps`, or read the learning rate. So in the warm-up the state
-is that of step 0, and a schedule runs over an optimizer of nothing. All are put back afterwards.
+is that of step 0, and a schedule exists, over a dummy optimizer. All are restored afterwards.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers.trainer_utils import has_length
 
 @contextlib.contextmanager
 def at_first_step(trainer: Trainer, loader, steps: int) -> Generator[None]:
-    """Let a trainer look as at its first step within this context.
+    """Give a trainer the state, optimizer and schedule of its first step within this context.
 
     Args:
         trainer: before its main loop.
         loader: its training data.
-        steps: how many steps there are if neither the data nor the arguments tell.
+        steps: the number of steps, if neither the data nor the arguments determine it.
     """
     before = {name: getattr(trainer, name) for name in ("state", "control", "optimizer", "lr_scheduler")}
     trainer.state = _first_state(trainer, loader, steps)

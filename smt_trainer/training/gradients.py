@@ -1,14 +1,14 @@
-"""See in the first step of training whether the chosen blocks get a gradient.
+"""Check, in the first training step, that the chosen blocks get a gradient.
 
-A gradient warm-up proves it beforehand. Without one (a score of the weights, a given selection), linears with blocks
+A gradient warm-up proves this beforehand. Without one (a score of the weights, a given selection), linears with blocks
 may be out of reach, as `scores/reach.py` describes. The first optimizer step is refused if
 
 - a linear was called and its blocks got no gradient: nothing uses its output, or
 - the module around a linear ran without calling it: that module reads its weight directly.
 
-A linear in a list of modules may just have had no token (an expert), and one whose module did not run no turn (a
-dropped layer, the vision tower in a batch of text). In a compiled model no call is seen. These are waited for. If no
-gradient ever comes, a warning says so at the end.
+Other linears may get a gradient in a later step: those in a list of modules (an expert without a token), those whose
+module did not run (a dropped layer, the vision tower in a batch of text), and those of a compiled model, where no call
+is seen. If no gradient ever comes, a warning says so at the end.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from transformers import TrainerCallback
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.listed_experts import LISTS
-from smt_trainer.model.names import count_projections
+from smt_trainer.model.names import list_projections
 from smt_trainer.sparse.block_module import BlockModule, block_modules
 
 logger = logging.getLogger(__name__)
 
 
 class ExpectGradients(TrainerCallback):
-    """Refuses the first optimizer step of blocks without a gradient. The trainer always installs it.
+    """Refuses the first optimizer step if blocks got no gradient. The trainer always installs it.
 
     Attributes:
         is_armed: whether the next run is watched; the first optimizer step that passes disarms it.
@@ -69,7 +69,7 @@ class ExpectGradients(TrainerCallback):
         self.handles.append(module.register_forward_pre_hook(functools.partial(self.note, name)))
 
     def note(self, name: str, module: nn.Module, inputs: tuple) -> None:
-        """Note a call, unless it belongs to an evaluation or cannot be noted in a compiled graph."""
+        """Note a call, except in an evaluation and in a compiled graph."""
         if not torch.compiler.is_compiling() and (module.training or torch.is_grad_enabled()):
             self.ran.add(name)
 
@@ -92,8 +92,8 @@ class ExpectGradients(TrainerCallback):
             silent = []
         if not (unused or silent):
             return
-        reasons = [f"the model reads {count_projections(silent)} without calling them"] if silent else []
-        reasons += [f"nothing uses the output of {count_projections(unused)}"] if unused else []
+        reasons = [f"the model reads {list_projections(silent)} without calling them"] if silent else []
+        reasons += [f"nothing uses the output of {list_projections(unused)}"] if unused else []
         raise SMTError(
             f"{len(unused) + len(silent)} of {count} linears with blocks get no gradient, so they would not be "
             f"trained: {' and '.join(reasons)}. No optimizer step was taken. Leave them out, as with exclude_modules="
@@ -101,11 +101,11 @@ class ExpectGradients(TrainerCallback):
         )
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Name what was never trained."""
+        """Warn of blocks that were never trained."""
         if self.awaited:
             logger.warning(
-                "No gradient reached the blocks of %s in %d steps; they are as before.",
-                count_projections(list(self.awaited)),
+                "No gradient reached the blocks of %s in %d steps; they are unchanged.",
+                list_projections(list(self.awaited)),
                 state.global_step,
             )
         self.awaited = {}

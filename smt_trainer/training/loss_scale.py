@@ -31,7 +31,7 @@ class LossScale:
         (loss * self.value).backward()
 
     def settle(self, scorer: Scorer) -> None:
-        """Add what the last step contributes, or leave it out if any part of it overflowed on any rank."""
+        """Add the last step's contributions to the sums, or skip them if any of them overflowed on any rank."""
         contributions = scorer.take_step()
         overflowed = torch.tensor(any(not part.isfinite().all() for _, part in contributions), dtype=torch.float32)
         average_over_ranks([overflowed])
@@ -44,7 +44,7 @@ class LossScale:
             total.add_(part.to(total.device), alpha=1 / self.value if part.is_floating_point() else 1)
 
     def report(self) -> None:
-        """Log how many steps do not count. Raises `SMTError` if none counts."""
+        """Log how many steps do not count. Raise `SMTError` if none counts."""
         if self.skipped == self.steps:
             raise SMTError(
                 f"a gradient overflowed in all {self.steps} warm-up steps under fp16, down to a loss scale of "

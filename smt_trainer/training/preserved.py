@@ -1,4 +1,4 @@
-"""What the warm-up must leave as it was: random states, and what the trainer counts."""
+"""Restore what the warm-up must not change: random states, and the plain data that a trainer gathers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-# A tensor above this size is no counter.
+# Tensors with more elements than this are no counters, and are left alone.
 LARGEST_COUNTER = 2**16
 
 
@@ -32,8 +32,8 @@ def rng_preserved() -> Generator[None]:
 def plain_data_preserved(owner: object, apart: tuple[object, ...] = ()) -> Generator[None]:
     """Restore the attributes of `owner` that hold plain data on exit, and remove those that were added.
 
-    Trainers and their users gather metrics there in each training step. Plain data are numbers, text, small tensors and
-    arrays, and containers of these; each stays the same object.
+    Trainers and their users gather metrics there in each training step. Plain data are numbers, strings, small tensors
+    and arrays, and containers of these; each stays the same object.
 
     Args:
         owner: any object.
@@ -56,8 +56,8 @@ def plain_data_preserved(owner: object, apart: tuple[object, ...] = ()) -> Gener
 
 
 def _contents(values: Iterable[object]) -> list[tuple[Any, Any]]:
-    """Return all lists, dictionaries, tensors and others that can change within plain values, each with a copy of what
-    is in it. The copies hold the same objects, so that references between them survive."""
+    """Return all mutable objects within plain values (lists, dictionaries, tensors and others), each with a copy of its
+    content. The copies are shallow, so that references between the objects survive."""
     found: dict[int, tuple[Any, Any]] = {}
     left = deque(values)
     while left:
@@ -76,9 +76,9 @@ def _contents(values: Iterable[object]) -> list[tuple[Any, Any]]:
 
 
 def _refill(holder: Any, content: Any) -> None:
-    """Give a container, a tensor or an array its content back."""
+    """Restore the content of a container, a tensor or an array."""
     if isinstance(holder, torch.Tensor):
-        with torch.inference_mode():  # it may have been made in there
+        with torch.inference_mode():  # the tensor may have been made in this mode
             holder.copy_(content)
     elif isinstance(holder, np.ndarray):
         if holder.flags.writeable:

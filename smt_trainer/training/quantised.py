@@ -1,11 +1,12 @@
-"""Let Trainer take a quantised model without adapters.
+"""Make Trainer accept a quantised model without adapters.
 
-Trainer refuses a quantised model unless it holds adapters of PEFT, or says so in `_hf_peft_config_loaded`. The blocks
-take their place. The mark is removed when the trainer is made, since saving would believe it.
+Trainer refuses a quantised model unless it has PEFT adapters, or claims to by `_hf_peft_config_loaded`. Here the blocks
+are trained in place of adapters. So the model is marked while the trainer is constructed; afterwards the mark is
+removed, since saving would rely on it.
 
-What peft's `prepare_model_for_kbit_training` does besides is not needed: rewriting freezes all other parameters; the
-trained blocks are in float32 whatever the norms and the output embeddings are in; and Trainer itself makes the inputs
-require a gradient for reentrant checkpointing.
+The rest of what peft's `prepare_model_for_kbit_training` does is not needed: rewriting freezes all other parameters;
+the trained blocks are in `master_dtype` (float32 by default), whatever the norms and the output embeddings are in; and
+Trainer itself makes the inputs require a gradient for reentrant checkpointing.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MARK = "_hf_peft_config_loaded"
 
 @contextlib.contextmanager
 def admitting_quantised(trainer: Any, model: Any) -> Generator[None]:
-    """Let the constructor of Trainer within this context take a model, or what its `model_init` makes, as it is."""
+    """Within this context, make Trainer's constructor accept a quantised model, given or made by `model_init`."""
     marked = []
 
     def mark(model: Any) -> Any:

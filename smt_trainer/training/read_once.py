@@ -1,8 +1,8 @@
 """Refuse training data that can be read only once: the warm-up and the main loop both read them from the beginning.
 
-An `__iter__` may return one iterator for ever, or be a generator over one. So the first example is read twice, each
-time from a new iterator and with the same random numbers. The data sets of `datasets` start again by construction and
-are not read, which may take long.
+An `__iter__` may always return the same iterator, or be a generator over one. So the first example is read twice, each
+time from a new iterator and with the same random numbers. Streamed data sets of `datasets` start again by construction,
+so they are not read, which may take long.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NOTHING = object()
 
 
 def refuse_data_read_once(dataset: Any) -> None:
-    """Raise `SMTError` if a data set that is read in order does not start again from its beginning."""
+    """Raise `SMTError` if an iterable data set does not start again from its beginning."""
     if not isinstance(dataset, (IterableDataset, Iterator)) or type(dataset).__module__ == "datasets.iterable_dataset":
         return
     if iter(dataset) is iter(dataset):
@@ -29,8 +29,8 @@ def refuse_data_read_once(dataset: Any) -> None:
     first, second = _first_example(dataset), _first_example(dataset)
     if not _same(first, second):
         raise SMTError(
-            f"{_READ_ONCE}: the first example of a second reading is another one. Two examples were taken from it to "
-            f"find out; make it again. {_REMEDY}"
+            f"{_READ_ONCE}: the second time, it begins with another example. Two examples were taken from it to find "
+            f"out, so create it again. {_REMEDY}"
         )
 
 

@@ -1,6 +1,6 @@
-"""The reference model of preference and reinforcement learning is the model that was handed over.
+"""Make the reference model of preference and reinforcement learning equal to the model that the trainer was given.
 
-TRL loads a reference by the name in the model's configuration. After a first fine-tuning that name still says the
+TRL loads a reference by the name in the model's configuration. After a first fine-tuning that name still refers to the
 untuned base, whether the deltas were merged in memory or the model trains blocks.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def is_reference_given(trainer: Trainer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Return whether a reference model is among the arguments that a trainer was made with.
 
-    A subclass may take them as `*args, **kwargs`: the first class that names its `ref_model` says which one it is.
+    A subclass may take them as `*args, **kwargs`: the first class with a parameter `ref_model` gives its position.
     """
     for kind in type(trainer).__mro__:
         names = list(inspect.signature(kind.__init__).parameters)
@@ -37,10 +37,10 @@ def is_reference_given(trainer: Trainer, args: Sequence[Any], kwargs: Mapping[st
 
 @torch.no_grad()
 def match_reference(trainer: Trainer) -> None:
-    """Give the reference that a trainer made for itself the values of its model, before training.
+    """Copy the values of a trainer's model to the reference that the trainer has loaded itself, before training.
 
     Raises:
-        SMTError: the reference has other parameters, or is sharded over ranks and known to be another model.
+        SMTError: the reference has other parameters, or is sharded over ranks and known to have other values.
     """
     model, reference = trainer.model, getattr(trainer, "ref_model", None)
     if model is None or reference is None:

@@ -1,4 +1,4 @@
-"""Refuse what SMTTrainer cannot train with, at construction, before any work is lost."""
+"""Refuse arguments, models and setups that SMTTrainer cannot train with at construction, before any work is lost."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def refuse_unusable(trainer) -> None:
 def refuse_bound_optimizer(trainer) -> None:
     """Raise `SMTError` if the trainer holds an optimizer or a scheduler of parameters that are not trained.
 
-    The ones of its own earlier run, or of the blocks of a rewritten model, may stay.
+    Those of its own earlier run, or over the blocks of a rewritten model, are allowed.
     """
     optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
     if scheduler is not None and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
         _refuse_bound(trainer.model, scheduler.optimizer)
-    # DeepSpeed's holds flat copies of the parameters, and only DeepSpeed makes one.
+    # DeepSpeed's optimizer holds flat copies of the parameters, and only DeepSpeed makes one.
     if optimizer is not None and not isinstance(optimizer, DeepSpeedOptimizerWrapper):
         _refuse_bound(trainer.model, optimizer)
 
@@ -99,7 +99,7 @@ def refuse_other_blocks(model: nn.Module, config: SMTConfig, given: BlockSelecti
         raise SMTError(
             f"this model trains blocks already, which were chosen under another smt_config (ours first: "
             f"{'; '.join(differences)}). Leave smt_config out to go on training them; to choose others, load the "
-            "base anew or, to build on what is trained, what merge_and_save writes."
+            "base again or, to build on what was trained, the checkpoint that merge_and_save writes."
         )
 
 
@@ -114,7 +114,7 @@ def _listed(selection: BlockSelection, new: Mapping[str, range]) -> dict[str, li
 
 
 def _refuse_unfollowed_experts(trainer) -> None:
-    """Raise `SMTError` if matrices of experts are targets and their products cannot be followed."""
+    """Raise `SMTError` if matrices of experts are targets and torch.compile hides their products."""
     model, config = trainer.model, trainer.smt_config
     if model is None or is_smt_model(model) or not trainer.args.torch_compile:
         return
@@ -123,8 +123,8 @@ def _refuse_unfollowed_experts(trainer) -> None:
     asked = narrow(names, config) if given is None else [name for name in names if name in given.grids]
     if asked:
         raise SMTError(
-            f"`{asked[0]}` is the matrix of an expert, whose products are followed as Python runs them, and "
-            "torch_compile=True leaves no Python to run. Leave it out, or the experts: target_modules='attention'."
+            f"`{asked[0]}` is the matrix of an expert, whose products are watched as Python runs them, which "
+            "torch_compile=True prevents. Leave out torch_compile, or the experts: target_modules='attention'."
         )
 
 
@@ -170,7 +170,8 @@ def _refuse_sharded_states(trainer) -> None:
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if optim.startswith(OPTIMIZERS_OF_BITSANDBYTES) and trainer.accelerator.distributed_type == DistributedType.FSDP:
         raise SMTError(
-            f"optim={optim!r} is one of bitsandbytes, which cannot step what FSDP2 shards. Use adamw_torch, or DDP."
+            f"optim={optim!r} is an optimizer of bitsandbytes, which cannot step what FSDP2 shards. Use adamw_torch, "
+            "or DDP."
         )
 
 
@@ -203,23 +204,23 @@ def _refuse_copies_by_name(args) -> None:
 
 
 def _refuse_vllm(trainer, needs_warmup: bool) -> None:
-    """Refuse to hand weights over to vLLM where these would not be the merged model's."""
+    """Raise `SMTError` if the trainer would send weights to vLLM that are not those of the merged model."""
     # TRL's asynchronous trainer has no use_vllm: it always sends.
     if not (getattr(trainer.args, "use_vllm", False) or hasattr(trainer, "_sync_weight")):
         return
     if not knows_sync(trainer):
         raise SMTError(
-            f"{type(trainer).__name__} hands weights over to vLLM in another way than by vllm_generation.sync_weights "
-            "or _move_model_to_vllm, so the blocks would get lost. Generate without vLLM (use_vllm=False), or use "
+            f"{type(trainer).__name__} sends weights to vLLM in another way than by vllm_generation.sync_weights or "
+            "_move_model_to_vllm, so the blocks would be lost. Generate without vLLM (use_vllm=False), or use "
             "GRPOTrainer, RLOOTrainer or OnlineDPOTrainer."
         )
     if trainer.model is not None and quantization_of(trainer.model) is not None:
         raise SMTError(
-            "use_vllm=True hands weights over, and the quantised ones of this model cannot hold the trained blocks. "
-            "Load the base without quantization_config, or generate without vLLM."
+            "use_vllm=True sends weights to vLLM, and the quantised weights of this model cannot hold the trained "
+            "blocks. Load the base without quantization_config, or generate without vLLM."
         )
     if needs_warmup and trainer.accelerator.distributed_type == DistributedType.FSDP:
         raise SMTError(
-            "use_vllm=True with FSDP2 hands weights over as sharded ones, and in the warm-up they are whole. Choose "
-            "the blocks in a run before and pass its smt_selection.json as SMTConfig(selection=...)."
+            "use_vllm=True with FSDP2 sends weights as sharded ones, but in the warm-up they are not sharded. Choose "
+            "the blocks in an earlier run and pass its smt_selection.json as SMTConfig(selection=...)."
         )

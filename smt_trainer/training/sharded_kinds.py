@@ -5,11 +5,11 @@
     ZeRO-1, 2  trained                             trained   trained      refused
     ZeRO-3     trained                             refused   refused      refused
 
-ZeRO-3 gathers the parameters of a module when the module is called. Those of experts in one parameter it gathers after
-their hooks have read them, and never those of their blocks, which lie in modules that are not called. Experts that are
-modules in a list are called on some ranks only, and the others never take part in the gathering. Before torch 2.13,
-FSDP2 adds up gradients of different ones in the warm-up. Rows of new tokens are rows of embeddings, but a base without
-them has not been tried there.
+ZeRO-3 gathers the parameters of a module when the module is called. It gathers a 3-D parameter of experts only after
+our hooks have read it, and never gathers the experts' blocks, which lie in modules that are not called. Experts that
+are modules in a list are called on some ranks only, and the other ranks never take part in the gathering. Before torch
+2.13, FSDP2 adds up gradients of different experts in the warm-up. Rows of new tokens are rows of embeddings, but
+sharding has not been tried with a base that lacks them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def refuse_partitioned_experts(accelerator: Accelerator, model: nn.Module, targe
     expert = next((name for name in targets if find_expert(model, name) is not None), None)
     if expert is not None and _partitions(accelerator):
         raise SMTError(
-            f"`{expert}` lies in a parameter with all experts, whose products cannot be followed where ZeRO-3 "
+            f"`{expert}` lies in a parameter with all experts, whose products cannot be watched where ZeRO-3 "
             "partitions it. Use FSDP2, DDP or ZeRO-1 or 2, or leave the experts out: target_modules='attention'."
         )
     lists = tuple(f"{name}." for name, _, _ in expert_lists(model))
@@ -57,8 +57,8 @@ def refuse_partitioned_experts(accelerator: Accelerator, model: nn.Module, targe
     if listed is not None and accelerator.distributed_type == DistributedType.FSDP and not KNOWS_UNUSED:
         raise SMTError(
             f"`{listed}` belongs to an expert in a list, which a router calls on some ranks only, and FSDP2 of torch "
-            f"{torch.__version__} adds up gradients of different ones. Use torch 2.13 or newer, or DDP, or leave the "
-            "experts out: target_modules='attention'."
+            f"{torch.__version__} adds up gradients of different experts. Use torch 2.13 or newer, or DDP, or leave "
+            "the experts out: target_modules='attention'."
         )
 
 

@@ -1,7 +1,7 @@
-"""What a model that transformers cuts over ranks on loading (`DistributedConfig`) needs from the trainer.
+"""What the trainer does for a model that transformers cuts over ranks on loading (`DistributedConfig`).
 
-All ranks hold all blocks, and the state of their optimizer (`sparse/tensor_parallel.py`). So a checkpoint has what a
-resumed run needs. Trainer refuses checkpoints of such models, whose own weights it would train.
+All ranks hold all blocks and their optimizer state (`sparse/tensor_parallel.py`), so a checkpoint has what a resumed
+run needs. Trainer refuses checkpoints of such models, as it expects to train the weights that are cut.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from smt_trainer.training.distributed import is_sharding
 
 # torch's ring attention and DeepSpeed's Ulysses, which run on several GPUs only.
 UNSHOWN = {"cp": "context parallelism (cp_size)", "sp": "sequence parallelism (sp_size)"}
-# What a `DistributedConfig` may ask for beside `tp_size`, and `ep_size` over the same ranks.
+# What a `DistributedConfig` may ask for in addition to `tp_size`, and to `ep_size` over the same ranks.
 BESIDE = ("fsdp_size", "dp_replicate_size", "pp_size")
 
 
 @contextlib.contextmanager
 def admitting_checkpoints(model: Any, given: Iterable[Any]) -> Generator[None]:
-    """Let the constructor of Trainer, within this context and with these arguments, take a model that is cut over ranks
-    together with checkpoints."""
+    """Within this context, make Trainer's constructor accept a model that is cut over ranks, although the `given`
+    arguments ask for checkpoints."""
     arguments = next((one for one in given if isinstance(one, TrainingArguments)), None)
     if arguments is None or not getattr(model, "is_distributed_loading_by_transformers", False):
         yield
@@ -44,7 +44,7 @@ def admitting_checkpoints(model: Any, given: Iterable[Any]) -> Generator[None]:
 
 @contextlib.contextmanager
 def saving_gathered(model: nn.Module) -> Generator[None]:
-    """Let `save_pretrained` write a state dict that is gathered already, on one rank alone."""
+    """Make `save_pretrained` write a state dict that is gathered already, on one rank alone, within this context."""
     config: Any = getattr(model, "config", None)
     layout = getattr(config, "distributed_config", None)
     if layout is None:
@@ -64,9 +64,9 @@ def refuse_unshown_parallelism(trainer) -> None:
     for kind, name in UNSHOWN.items():
         if getattr(sizes, f"{kind}_size", 1) > 1:
             raise SMTError(
-                f"parallelism_config asks for {name}, under which blocks are not known to be exact: it runs on GPUs "
-                "only, on several, which the tests do not have. Use DDP, FSDP2 or ZeRO with gradient_checkpointing "
-                "for long sequences, or tensor parallelism."
+                f"parallelism_config asks for {name}, under which blocks are not known to be exact: it needs several "
+                "GPUs, which the tests do not have. Use DDP, FSDP2 or ZeRO with gradient_checkpointing for long "
+                "sequences, or tensor parallelism."
             )
     for part in (model, getattr(trainer, "ref_model", None)):
         if part is not None:
@@ -90,8 +90,8 @@ def refuse_unshown_parallelism(trainer) -> None:
     beside += _beside_config(trainer.smt_config)
     if beside:
         raise SMTError(
-            f"tensor parallelism cuts the model, and beside {beside[0]} blocks are not known to be exact. Leave that "
-            "out, or load the model whole, without distributed_config."
+            f"tensor parallelism cuts the model, and together with {beside[0]} blocks are not known to be exact. Leave "
+            "that out, or load the model whole, without distributed_config."
         )
 
 
@@ -104,12 +104,12 @@ def _refuse_uncut(model: nn.Module, tp_size: int) -> None:
         )
     if tp_size > 1:
         raise SMTError(
-            f"tp_size={tp_size}, but no linear of the model is cut as it is known here. Load it under transformers "
+            f"tp_size={tp_size}, but no linear of the model is cut in a supported way. Load it under transformers "
             f"5.23 or newer with from_pretrained(..., distributed_config=DistributedConfig(tp_size={tp_size}))."
         )
 
 
 def _beside_config(config: SMTConfig) -> list[str]:
-    """Name what a configuration asks for and slices of weights do not give."""
+    """Return the settings of a configuration that slices of weights do not support."""
     found = [f"score={config.score!r}"] if config.selection is None and SCORERS[config.score].needs_all_features else []
     return found + (["train_dependents=True"] if config.train_dependents else [])

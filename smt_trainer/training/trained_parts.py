@@ -1,15 +1,15 @@
-"""What of a model is trained, in a line."""
+"""Describe in one line which parts of a model are trained."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from smt_trainer.model.names import count_projections
+from smt_trainer.model.names import list_projections
 from smt_trainer.sparse.state import get_state, trainable_parameters
 
 
 def trained_parts(model: nn.Module) -> str:
-    """Describe how much of a rewritten model is trained, which blocks, and what is trained or stored beside them.
+    """Describe how much of a rewritten model is trained, which blocks, and what else is trained or stored.
 
     Raises:
         SMTError: the model trains no blocks.
@@ -18,10 +18,10 @@ def trained_parts(model: nn.Module) -> str:
     selection, trained = state.selection, trainable_parameters(model)
     parts = {
         "whole": [name for name in state.whole if name not in state.newly_initialised],
-        "new, since the checkpoint lacks it": [name for name in state.whole if name in state.newly_initialised],
-        "statistics, should forward change them": list(state.statistics),
+        "new, not in the checkpoint": [name for name in state.whole if name in state.newly_initialised],
+        "statistics, if forward changes them": list(state.statistics),
     }
-    beside = "".join(f"; {what}: {count_projections(names)}" for what, names in parts.items() if names)
+    beside = "".join(f"; {what}: {list_projections(names)}" for what, names in parts.items() if names)
     return (
         f"trainable parameters: {trained:,} of {selection.num_parameters:,} "
         f"({trained / selection.num_parameters:.3%} of the model); {selection.summary()}{beside}"

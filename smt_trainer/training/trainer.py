@@ -7,8 +7,8 @@ optimizer or wraps the model for several devices:
     selection   the best blocks within the budget (`selection/`)
     rewriting   targets become `SMTLinear`s, everything else is frozen (`sparse/convert.py`)
 
-Then the stock loop runs on the final parameters, as if the model had come that way. Checkpoints hold the delta in place
-of the model (`checkpoints.py`).
+Then the stock loop runs on the final parameters, as if the model had been given like this. Checkpoints hold the delta
+in place of the model (`checkpoints.py`).
 
 Private methods of Trainer that this folder relies on. Overridden: `_inner_training_loop`, `_save`,
 `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
@@ -32,7 +32,7 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.folder import refuse_full_model
 from smt_trainer.errors import SMTError
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.merged import is_merged
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.targets import count_parameters, frozen_names
@@ -74,12 +74,12 @@ logger = logging.getLogger(__name__)
 
 
 def uncompiled(model):
-    """Return the plain model inside one that `torch.compile` returned, and any other as it is."""
+    """Return the plain model inside one that `torch.compile` returned, and any other model unchanged."""
     if not is_compiled_module(model):
         return model
     logger.warning(
-        "The model is trained without its torch.compile, which was made before the blocks were chosen. "
-        "TrainingArguments(torch_compile=True) compiles the model with its blocks."
+        "The model was compiled before the blocks were chosen, so it is trained uncompiled. To compile it with its "
+        "blocks, set TrainingArguments(torch_compile=True)."
     )
     return model._orig_mod
 
@@ -94,7 +94,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
 
     Attributes:
         is_in_warmup: whether the gradient warm-up runs now. It calls `training_step` and `compute_loss` as training
-            does in its first step: `state` is that of step 0, `lr_scheduler` a schedule of nothing, and `log` is
+            does in its first step: `state` is that of step 0, `lr_scheduler` that of a dummy optimizer, and `log` is
             silent.
 
     Raises:
@@ -150,14 +150,14 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             self.add_callback(SMTCallback())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """Train as Trainer does. `resume_from_checkpoint=True` takes the last checkpoint that was written to its end.
+        """Train as Trainer does. `resume_from_checkpoint=True` takes the last complete checkpoint.
 
         A run interrupted before its first checkpoint restarts with the blocks already chosen, without another warm-up.
 
         Raises:
             SMTError: the checkpoint, or the selection in the output folder, was made under another `smt_config`; or
-                what was given is a delta and no checkpoint.
-            ValueError: True was given, and the output folder holds neither (Trainer's own).
+                the given folder holds a delta but is no checkpoint.
+            ValueError: True was given, and the output folder holds neither (raised by Trainer).
         """
         self._was_interrupted = False
         if resume_from_checkpoint is True:
@@ -176,9 +176,9 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     def select(self) -> BlockSelection:
         """Choose the blocks as `train` does, and leave the model as it was.
 
-        Selection and scores are written to the output folder; either can be another run's `SMTConfig.selection`, as can
-        what is returned. `train` chooses again unless `smt_config.selection` is set. Only `train` tells the model to
-        checkpoint its activations: where memory is short, do so before.
+        Selection and scores are written to the output folder; either file, or the returned selection, can be another
+        run's `SMTConfig.selection`. `train` chooses again unless `smt_config.selection` is set. Only `train` enables
+        gradient checkpointing: where memory is short, call `model.gradient_checkpointing_enable()` before.
 
         Raises:
             SMTError: the model trains blocks already, or they cannot be chosen.
@@ -213,7 +213,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         """Make the model one that trains its blocks: those of a checkpoint, if any, or those that are chosen now."""
         if checkpoint is not None:
             if not is_smt_model(self.model):
-                # Trainer loads a model that is sharded over ranks only after it is.
+                # For a model that is sharded over ranks, Trainer loads the checkpoint only after sharding: too late.
                 self._load_from_checkpoint(checkpoint)
             if not self.is_deepspeed_enabled:
                 warn_of_missing_optimizer(checkpoint)
@@ -228,16 +228,16 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         refuse_partitioned_experts(self.accelerator, self.model, self.smt_selection.grids)
 
     def _choose_blocks(self, folder: Path) -> BlockSelection:
-        """Return the configured selection, or the one that a warm-up leads to: the same on all ranks.
+        """Return the configured selection, or the result of a warm-up: the same on all ranks.
 
-        Selection and scores of all blocks are kept in the output folder.
+        A warm-up's selection and scores of all blocks are saved in the output folder.
         """
         self._report = {}
         if is_merged(self.model):
             logger.warning(
-                "A delta was merged into this model, and the blocks to come lie on top of it: their delta will fit no "
-                "checkpoint that there is. Save the merged model first, with save_pretrained, and train that. To go on "
-                "with the blocks of that delta instead, load it with from_delta(..., merge=False)."
+                "A delta was merged into this model, and the new blocks build on it: their delta will not fit any "
+                "existing checkpoint. Save the merged model first, with save_pretrained, and train that. To go on with "
+                "the blocks of that delta instead, load it with from_delta(..., merge=False)."
             )
         if (selection := self._given_selection) is not None:
             if frozen := frozen_names(self.model, selection.block_indices):
@@ -252,12 +252,12 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         return selection
 
     def _read_selection(self, path: Path) -> BlockSelection:
-        """Return what an interrupted run chose."""
+        """Return the blocks that an interrupted run chose."""
         selection, base = BlockSelection.load(path), base_name(self.model)
         self._refuse_other_config(selection.config, path)
         if selection.base_model != base:
             logger.warning(
-                "The blocks of %s were chosen in %s; this model is %s. If that is no copy of the same model, start "
+                "The blocks of %s were chosen in %s; this model is %s. Unless both are copies of the same model, start "
                 "again in another output_dir.",
                 path,
                 selection.base_model,
@@ -285,14 +285,14 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         return selection
 
     def _expect_gradients(self) -> None:
-        """Watch the first step, unless a warm-up saw the gradients or DeepSpeed takes them away."""
+        """Watch the first step, unless a warm-up has seen the gradients or DeepSpeed removes them from `.grad`."""
         scorer = SCORERS[self.smt_config.score]
         ran_warmup = self._given_selection is None and not self._was_interrupted and scorer.needs_warmup
         if not (ran_warmup and scorer.needs_backward) and not self.is_deepspeed_enabled:
             self._gradients.arm(calls_are_known=ran_warmup)
 
     def _find_candidates(self) -> Candidates:
-        """Return the candidates of the model, which are looked for, and warned about, once."""
+        """Return the candidates of the model, cached so that the search and its warnings run once."""
         flags = tuple(parameter.requires_grad for parameter in self.model.parameters())
         if self._candidates_cache is not None:
             model, config, found_flags, candidates = self._candidates_cache
@@ -307,10 +307,10 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         return candidates
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as Trainer does, with the results of the warm-up beside the first loss; in the warm-up, do nothing."""
+        """Log as Trainer does, with the results of the warm-up along with the first loss; do nothing in the warm-up."""
         if self.is_in_warmup:
             return
-        # Without a logged loss, the summary at the end comes first.
+        # If no loss is logged, they go into the summary at the end.
         if "loss" in logs or "train_runtime" in logs:
             logs.update(self._report)
             self._report = {}
@@ -328,7 +328,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
 
     @property
     def _given_selection(self) -> BlockSelection | None:  # pyrefly: ignore[bad-override]  # it is no plain attribute
-        """The configured selection, trained as this trainer's configuration says."""
+        """The configured selection, with those fields of this trainer's configuration that decide the training."""
         if self._selection_cache is None or self._selection_cache[0] != self.smt_config:
             selection = given_selection(self.smt_config, None if is_smt_model(self.model) else self.model)
             self._selection_cache = replace(self.smt_config), selection
@@ -336,7 +336,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
 
     @property
     def smt_callbacks(self) -> list[SMTCallback]:
-        """The callbacks that are told of the events of SMT."""
+        """The callbacks that receive the events of SMT."""
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SMTCallback)]
 
     @property
@@ -345,7 +345,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         return get_state(self.model).selection
 
     def print_trainable_parameters(self) -> None:
-        """Write to standard output how much is trained, and which blocks."""
+        """Print how much is trained, and which blocks."""
         tqdm.write(trained_parts(self.model))
 
 
@@ -358,5 +358,5 @@ class SMTTrainer(SMTTrainerMixin, Trainer):
     The learning rate acts on the weights themselves: AdamW moves each by about the rate a step. So the right rate grows
     with their size: compare it with their root mean square, `weight.float().square().mean().sqrt()`, which is far
     smaller in wide models. Begin at 1e-4 (the authors' code: 1e-5 for 7B parameters) and judge by an evaluation. A rate
-    ten times too large lowers the training loss all the more, and can leave a model with one answer to everything.
+    ten times too large lowers the training loss even further, and can leave a model with one answer to everything.
     """

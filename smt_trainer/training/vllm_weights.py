@@ -1,12 +1,12 @@
-"""What TRL's trainers hand over to vLLM (`use_vllm=True`): the parameters of the merged model.
+"""Make TRL's trainers send the parameters of the merged model to vLLM (`use_vllm=True`).
 
 TRL sends all of `model.named_parameters()` before it generates, in one of two places:
 
     `trainer.vllm_generation.sync_weights`    GRPO, RLOO, distillation and others
     `trainer._move_model_to_vllm`             online DPO
 
-Of a rewritten model that is each parameter of the merged one, under its name and in its order, and the `blocks`. So
-while TRL sends, the model leaves those out (`as_merged`). Gathering, order and transport stay TRL's.
+A rewritten model has each parameter of the merged one, under the same name and in the same order, and its `blocks`. So
+while TRL sends, the model leaves out the blocks (`as_merged`). Gathering, order and transport stay TRL's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def as_merged(model: nn.Module) -> Generator[None]:
-    """Let `model.named_parameters()` name the parameters of the merged model, with its values, within this context."""
+    """Make `model.named_parameters()` yield the parameters of the merged model, with its values, in this context."""
     blocks = set()
     for _, linear in block_modules(model):
         linear.write_if_changed()
@@ -44,22 +44,22 @@ def as_merged(model: nn.Module) -> Generator[None]:
 
 
 class SyncsVLLM:
-    """The part of `SMTTrainerMixin` that hands weights over to vLLM."""
+    """The part of `SMTTrainerMixin` that sends weights to vLLM."""
 
     model: Any
     vllm_generation: Any
 
     def sync_vllm(self, sync_all: Callable[[], None]) -> None:
-        """Bring the weights of vLLM up to date: called by TRL's trainers before they generate, where a step was made.
+        """Update the weights of vLLM. TRL's trainers call this before they generate, if a step was taken since.
 
-        By default this sends the whole merged model, as TRL does. Override it to send what training changes:
-        `sync_all()` the first time, and then `model_patches(self.model)`, which `to_vllm` and `to_sparse_nccl` turn
-        into what vLLM takes. With `vllm_enable_sleep_mode=True` vLLM forgets its weights, so send all each time. After
+        By default this sends the whole merged model, as TRL does. Override it to send only what training changes:
+        `sync_all()` the first time, and then `model_patches(self.model)`, converted for vLLM by `to_vllm` or
+        `to_sparse_nccl`. With `vllm_enable_sleep_mode=True` vLLM forgets its weights, so send all each time. After
         patches, reset vLLM's prefix cache.
 
         Args:
-            sync_all: sends all parameters of the merged model, with their names. In the warm-up, when
-                `self.is_in_warmup`, the model is still the base.
+            sync_all: sends all parameters of the merged model, with their names. In the warm-up
+                (`self.is_in_warmup`), the model is still the base.
         """
         sync_all()
 
@@ -75,17 +75,17 @@ class SyncsVLLM:
         self.sync_vllm(sync_all)
 
     def _follow_vllm(self) -> None:
-        """Stand in for the `sync_weights` of TRL's generation, which it also calls itself."""
+        """Replace the `sync_weights` of TRL's `vllm_generation`, which also calls it itself."""
         generation = getattr(self, "vllm_generation", None)
         if generation is not None:
-            # Proxies, since a circle would keep the model alive until the next garbage collection.
+            # Weak proxies: a reference cycle would keep the model alive until the next garbage collection.
             trainer, sender = weakref.proxy(self), weakref.proxy(generation)
             send = type(generation).sync_weights
             generation.sync_weights = lambda: trainer._sync(sender.model, lambda: send(sender))
 
 
 def knows_sync(trainer: Any) -> bool:
-    """Return whether a trainer hands weights over in one of the two places."""
+    """Return whether a trainer sends weights to vLLM in one of the two places."""
     known = getattr(trainer, "vllm_generation", None)
     behind = super(SyncsVLLM, trainer) if isinstance(trainer, SyncsVLLM) else trainer
     return callable(getattr(known, "sync_weights", None)) or hasattr(behind, "_move_model_to_vllm")

@@ -1,8 +1,8 @@
 """The gradient warm-up of a trainer: scores from the first batches of the main loop, with no trace left behind.
 
 It replays the beginning of the main loop on the bare model, before Trainer makes an optimizer or wraps anything: the
-same batches, the same `training_step`, the same mixed precision, in the state of step 0. What is logged meanwhile goes
-nowhere. Afterwards random states, counters and the model's buffers are as before, so the main loop starts as if nothing
+same batches, the same `training_step`, the same mixed precision, in the state of step 0. Logs of the warm-up are
+dropped. Afterwards random states, counters and the model's buffers are as before, so the main loop starts as if nothing
 had run.
 """
 
@@ -19,6 +19,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.kinds import targets_named
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
+from smt_trainer.scores.classes import predicts_next_token
 from smt_trainer.scores.collect import reached_scores
 from smt_trainer.scores.preserved import frozen, statistics_preserved
 from smt_trainer.scores.reach import Reach
@@ -52,9 +53,9 @@ class Warmup:
         self.losses: list[float] = []
 
     def run(self) -> dict[str, Tensor]:
-        """Return the scores of all blocks of the targets that it reached, the same on every rank.
+        """Run the warm-up; return the scores of all blocks of the targets that it reached, the same on every rank.
 
-        Run no batch if the score needs none.
+        If the score needs no batch, none is run.
 
         Raises:
             SMTError: the training data gives no batch, no target was reached, or a gradient overflowed in every step.
@@ -64,6 +65,7 @@ class Warmup:
         with warmup_model(self.trainer.model, self.accelerator) as model:
             scorer = self.scorer(model)
             reach = Reach(scorer.targets, self.kind.needs_backward)
+            scorer.predicts_next = predicts_next_token(model)
             with (
                 self.as_in_training() as batches,
                 frozen(model),
@@ -81,13 +83,13 @@ class Warmup:
             return reached_scores(scorer, reach)
 
     def scorer(self, model: nn.Module) -> Scorer:
-        """The configured scorer of the targets in a model, wrapped or not."""
+        """Return the configured scorer for the targets in a model, wrapped or not."""
         targets = targets_named(model, self.grids)
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
     @contextlib.contextmanager
     def as_in_training(self) -> Generator[Iterator[tuple[list, Tensor | int | None]]]:
-        """Let the trainer's methods work on the bare model, and leave no trace in the trainer or the random states.
+        """Make the trainer's methods work on the bare model; leave no trace in the trainer or the random states.
 
         Yields the micro-batches of each step in the order of the main loop, epoch after epoch, and their number of
         labels.
@@ -108,7 +110,7 @@ class Warmup:
             self.tell("on_warmup_end")
 
     def epochs(self, loader) -> Iterator[tuple[list, Tensor | int | None]]:
-        """Yield what `as_in_training` does, without end. Raise `SMTError` if an epoch has no batch."""
+        """Yield the steps of `as_in_training`, endlessly. Raise `SMTError` if an epoch has no batch."""
         for epoch in itertools.count():
             # accelerate does not pass the epoch on to a batch sampler that it shards.
             for part in (loader, getattr(getattr(loader, "batch_sampler", None), "batch_sampler", None)):

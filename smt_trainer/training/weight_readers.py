@@ -1,8 +1,8 @@
-"""See in the first step of training that nothing but a linear's own product reads its weight, where blocks lie.
+"""Check, in the first training step, that only a linear's own product reads a weight with blocks.
 
 The blocks get their gradient in that product. A loss that multiplies by a head's weight itself, or that has a penalty
 on weights, uses the values of the blocks and would give them no gradient. So in the first step these weights require a
-gradient, too: the products give them none, and one that arrives comes from another reader, which is refused.
+gradient, too. The products give them none: a gradient that arrives comes from another reader, which is refused.
 
 Not seen: readers of weights that are sharded, quantised or an expert's, and readers in a compiled model.
 """
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from smt_trainer.errors import SMTError
-from smt_trainer.model.names import count_projections
+from smt_trainer.model.names import list_projections
 from smt_trainer.sparse.block_module import BlockModule, block_modules
 
 
@@ -29,7 +29,7 @@ class RefuseWeightReaders(TrainerCallback):
         self.read: set[str] = set()
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Let the weights require a gradient."""
+        """Make the weights require a gradient."""
         self.detach()
         if model is None or args.torch_compile:
             return
@@ -50,13 +50,13 @@ class RefuseWeightReaders(TrainerCallback):
         if read:
             leaves = sorted({name.rpartition(".")[2] for name in read})
             raise SMTError(
-                f"the model or its loss reads the weights of {count_projections(read)} beside their own products, so "
+                f"the model or its loss reads the weights of {list_projections(read)} outside their own products, so "
                 "their blocks would lack a part of their gradient. No optimizer step was taken. Choose no blocks in "
                 f"them, as with exclude_modules={leaves}, or train them whole, with modules_to_save={leaves}."
             )
 
     def detach(self) -> None:
-        """Let the weights be frozen again."""
+        """Remove the hooks, and freeze the weights again."""
         for handle in self.handles:
             handle.remove()
         for weight in self.weights:
@@ -67,5 +67,5 @@ class RefuseWeightReaders(TrainerCallback):
 
 def _can_watch(linear: BlockModule) -> bool:
     plain = linear.weight_holds_blocks and linear.stacked is None and type(linear.weight) is nn.Parameter
-    # One that somebody has unfrozen stays so; saving says that it learns in its blocks alone.
+    # A weight that the user has unfrozen stays so; on saving, a warning says that only its blocks are trained.
     return plain and not linear.weight.requires_grad

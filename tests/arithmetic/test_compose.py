@@ -170,7 +170,7 @@ def test_heads_that_are_new_have_a_mean_and_no_sum(tmp_path):
     torch.testing.assert_close(heads[2], (heads[0] + heads[1]) / 2)
     assert from_delta(tmp_path / "mean", base=tmp_path / "base").score.weight.equal(heads[2])
     compose_deltas(tmp_path / "base", folders[:1], tmp_path / "one")
-    with pytest.raises(SMTError, match=r"`score.weight` has no change that could be weighed: it is new"):
+    with pytest.raises(SMTError, match=r"`score.weight` has no change that could be weighted: it is new"):
         compose_deltas(tmp_path / "base", folders, tmp_path / "sum")
     assert not (tmp_path / "sum").exists()
 

@@ -219,7 +219,7 @@ def the_same(base, tuned):
 def no_target(base, tuned):
     the_same(base, tuned)
     rewrite(tuned, lambda weights: weights[NORM].add_(1))
-    return f"in only other tensors than these, such as `{NORM}`"
+    return f"in no target, only in other tensors such as `{NORM}`"
 
 
 def unknown_tensor(base, tuned):
@@ -264,15 +264,15 @@ def test_a_tie_that_was_broken_is_refused(tmp_path):
         head = tied.state_dict()[EMBEDDINGS] + amount
         rewrite(tmp_path / name, lambda weights, head=head: weights.update({HEAD: head.clone()}))
     rewrite(tmp_path / "tuned", lambda weights: weights["model.layers.0.self_attn.q_proj.weight"].add_(1))
-    with pytest.raises(SMTError, match=f"no delta makes .* after merging, `{HEAD}` is not trained, and 4,096 of"):
+    with pytest.raises(SMTError, match=f"no delta turns .* after merging, `{HEAD}` is not trained, and 4,096 of"):
         extract_delta(tmp_path / "base", tmp_path / "tuned", tmp_path / "extracted")
 
 
 def test_fields_of_training_and_a_place_in_the_base_are_refused(pair):
     base, tuned = pair(tiny.llama)
-    with pytest.raises(SMTError, match="train_norm says nothing about extracting"):
+    with pytest.raises(SMTError, match="train_norm has no effect on extracting"):
         extract_delta(base, tuned, base.parent / "out", train_norm=True)
-    with pytest.raises(SMTError, match="scope says nothing about extracting without a budget; give some of budget, "):
+    with pytest.raises(SMTError, match="scope has no effect on extracting without a budget; give some of budget, "):
         extract_delta(base, tuned, base.parent / "out", scope="per_module")
     with pytest.raises(SMTError, match=r"lies in .*tuned"):
         extract_delta(base, tuned, tuned / "delta")

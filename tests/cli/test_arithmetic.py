@@ -34,7 +34,7 @@ def test_compose_says_where_deltas_touch(folder, capsys):
     words = ["compose", "@base", "@delta0", "@delta1", "@sum", "--weights", "1", "-0.5"]
     status, output = smt(capsys, folder, *words)
     shared = diff_deltas(folder / "delta0", folder / "delta1").total.shared
-    assert status == 0 and f"the deltas touch in {shared} blocks, in q_proj (" in output
+    assert status == 0 and f"the deltas overlap in {shared} blocks, in q_proj (" in output
     assert smt(capsys, folder, "merge", "@base", "@sum", "@summed")[0] == 0
     assert smt(capsys, folder, "verify", "@base", "@sum", "@summed", "--logits")[0] == 0
     assert smt(capsys, folder, "compose", "@base", "@delta0", "@delta1", "@mean", "--mean")[0] == 0
@@ -67,7 +67,7 @@ def test_diff_tells_of_other_bases_and_whole_tensors(folder, capsys):
     output = smt(capsys, folder, "diff", "@delta0", "@other")[1]
     assert output.startswith("base         not the same, ") and "whole        0 tensors in both" in output
     arithmetic.train(tiny.llama().bfloat16(), folder / "rounded")
-    assert "do not tell whether values agree" in smt(capsys, folder, "diff", "@delta0", "@rounded")[1]
+    assert "do not show whether values agree" in smt(capsys, folder, "diff", "@delta0", "@rounded")[1]
 
 
 def test_compose_and_unmerge_need_no_torch(folder):

@@ -276,7 +276,7 @@ def test_of_messages_the_last_one_is_learnt_as_the_chat_template_writes_it():
     [
         (None, "the tokenizer's chat template cannot write the messages: .*chat_template"),
         ("{{ raise_exception('no such role') }}", "cannot write the messages: no such role Give one"),
-        ("{{ messages | length }}", "writes the first messages differently before an answer and with it"),
+        ("{{ messages | length }}", "writes the first messages differently without and with an answer"),
     ],
 )
 def test_messages_that_a_template_cannot_write_are_refused(template, message):

@@ -114,4 +114,4 @@ def test_a_wrong_command_line_gives_the_usage_and_status_2(command, capsys):
 def test_the_help_names_every_command_and_the_exit_status(capsys):
     said = help_of(capsys)
     assert all(f" {command} " in said for command in (*RESULTS, "completion"))
-    assert "Exit status: 0 if it is done; 1 if the answer is no (smt verify); 2 for an error" in said
+    assert "Exit status: 0 for success; 1 if the answer is no (smt verify); 2 for an error" in said

@@ -1,4 +1,4 @@
-"""Families of models: check the table in `families.md`, and that a step trains what it says and nothing else."""
+"""Model families: check the table in `families.md`, and that a step trains the chosen blocks and nothing else."""
 
 import copy
 import re
@@ -36,13 +36,13 @@ ROWS = {line.split(" | ")[0].removeprefix("| "): line for line in TABLE.read_tex
 OF_THE_TABLE = Version(re.search(r"transformers (\d+\.\d+\.\d+)", TABLE.read_text())[1])
 SPEAKING = [name for name, family in FAMILIES.items() if family.is_composite and name != "CLIP"]
 EVERYTHING = "every linear"
-# transformers 5.5 has other modules in these, or runs them otherwise.
+# transformers 5.5 has other modules in these, or runs them differently.
 CHANGED = frozenset("DeepSeek-V2, Mamba, Falcon-Mamba, Granite 4 hybrid, Jamba, Nemotron-H, ViT".split(", "))
 
 
 @pytest.fixture(autouse=True)
 def skip_missing(request):
-    """Skip families that older releases of transformers do not have, or have otherwise."""
+    """Skip families that older releases of transformers lack, or implement differently."""
     name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
     if name and not hasattr(transformers, FAMILIES[name].architecture):
         pytest.skip(f"transformers {transformers.__version__} has no {FAMILIES[name].architecture}")
@@ -51,7 +51,7 @@ def skip_missing(request):
 
 
 def perturbed(name: str) -> nn.Module:
-    """Build a model in which no weight is zero, so that none keeps others from a gradient."""
+    """Build a model without zero weights, which would keep others from getting a gradient."""
     model, generator = FAMILIES[name].build(), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,13 +60,13 @@ def perturbed(name: str) -> nn.Module:
 
 
 def config(name: str, target_modules, **fields) -> SMTConfig:
-    """Choose two small blocks of every target that forward calls."""
+    """Make a configuration of two small blocks in each target."""
     fields = {"scope": "per_module", "budget": 2, "block_size": (4, 16), "modules_to_save": []} | fields
     return SMTConfig(target_modules=target_modules, smt_warmup_steps=1, **fields)
 
 
 def linears(model: nn.Module) -> list[str]:
-    """Name all linears and matrices of experts but the output embeddings."""
+    """Name all linears and matrices of experts except the output embeddings."""
     found = {name for name, one in named_targets(model).items() if is_linear(one) or isinstance(one, ExpertMatrix)}
     return sorted(found - {"lm_head"})
 
@@ -86,7 +86,7 @@ def test_the_table_has_no_other_rows():
 
 
 def cases() -> list:
-    """All targets at once in the default suite, those of each other keyword and name in the slow one."""
+    """Make the cases: all linears at once in the default suite, each other keyword and all names in the slow one."""
     found = []
     for name, family in FAMILIES.items():
         found.append(pytest.param(name, "all-linear", id=f"{name}-all-linear"))

@@ -1,4 +1,4 @@
-"""Folders are in the order of a run: a module imports from its own folder or earlier ones."""
+"""Folders are ordered as in a run: a module imports only from its own folder or earlier ones."""
 
 import ast
 import subprocess
@@ -26,7 +26,7 @@ ORDER = [
     "plotting",
     "cli",
 ]
-# This folder imports Trainer and its callbacks when it is loaded.
+# This folder imports Trainer and its callbacks on import.
 HOME_OF_TRAINER = "training"
 
 
@@ -43,7 +43,7 @@ def folder(name: str) -> str:
 
 
 def imports(tree: ast.AST) -> set[str]:
-    """Return the full names of all modules imported under a node, except for type checking only."""
+    """Return the full names of all modules imported under a node, but for those under `TYPE_CHECKING`."""
     found = set()
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,4 +1,4 @@
-"""What the README says is done here, in its words; its figures are those of committed results."""
+"""Run the commands and code of the README as written, and compare its figures with the committed results."""
 
 import json
 import re
@@ -28,18 +28,18 @@ READMES = [
 
 
 def code(language: str) -> list[str]:
-    """The README's code blocks in one language."""
+    """Return the README's code blocks in one language."""
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
 def command_lines() -> list[list[str]]:
-    """The commands of the README, without their comments."""
+    """Return the commands of the README, without their comments."""
     lines = [line for block in code("bash") for line in block.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def own_loop(model) -> None:
-    """One step."""
+    """Take one optimizer step."""
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad])
     model(**tiny.batch()).loss.backward()
     optimizer.step()
@@ -127,7 +127,7 @@ def test_the_figures_of_a_step_are_those_of_the_committed_measurement():
 
 
 def ratio(report: str, method: str, budget: str, column: int) -> str:
-    """A figure of a method in the first table of a benchmark's report."""
+    """Return a figure of a method in the first table of a benchmark's report."""
     lines = (ROOT / f"recipes/benchmarks/results/{report}.md").read_text(encoding="utf-8").splitlines()
     row = next(line for line in lines if line.startswith(f"| {method} | {budget} |"))
     return row.strip("| ").split(" | ")[column]

@@ -1,7 +1,7 @@
 """Every field of `TrainingArguments`: check the table in `training_arguments.md` and its claims.
 
-SMTTrainer chooses every block of the value projections by a gradient warm-up; the stock trainer trains only these
-weights. Everything that can be observed of two such runs must then agree under all arguments.
+SMTTrainer selects every block of the value projections after a gradient warm-up; the stock trainer trains only these
+weights. Everything observable of the two runs must then agree, whatever the arguments.
 """
 
 import copy
@@ -55,12 +55,12 @@ HERE = Version(transformers.__version__)
 
 
 class Watching:
-    """Extends a recording trainer: also records what the warm-up and evaluation see."""
+    """Mixin for a recording trainer that also records what the warm-up and evaluation see."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.evaluated = []
-        # Not a plain list, which would be as before after the warm-up.
+        # Not a plain list, which the warm-up would restore when it ends.
         self.warm_up = types.SimpleNamespace(inputs=[])
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -137,7 +137,7 @@ def trained(kind, folder, **case):
 
 
 def record(trainer) -> dict:
-    """Evaluate a trained trainer; return everything that can be observed of it."""
+    """Evaluate a trained trainer; return everything observable of it."""
     loader = trainer.callback_handler.train_dataloader
     weights = trainer.model.state_dict()
     shown = {
@@ -206,7 +206,7 @@ def leaves(value, path: str = ""):
 
 
 def same(ours, stock) -> bool:
-    """Compare two values; floats up to the rounding of other matrix products and of a loss in float32."""
+    """Compare two values; floats up to the rounding of different matrix products and of a float32 loss."""
     if torch.is_tensor(ours) and torch.is_tensor(stock):
         tolerances = {"rtol": 1e-5, "atol": 1e-9, "equal_nan": True} if ours.is_floating_point() else {}
         return ours.shape == stock.shape and (
@@ -218,7 +218,7 @@ def same(ours, stock) -> bool:
 
 
 def differences(ours: dict, stock: dict) -> dict:
-    """Return path -> both values, where two records differ."""
+    """Return path -> both values, for each path where two records differ."""
     ours, stock = dict(leaves(ours)), dict(leaves(stock))
     both = {path: (ours.get(path, "missing"), stock.get(path, "missing")) for path in ours | stock}
     return {path: pair for path, pair in both.items() if not same(*pair)}
@@ -226,7 +226,7 @@ def differences(ours: dict, stock: dict) -> dict:
 
 @pytest.fixture(autouse=True)
 def global_state():
-    """Restore what a trainer sets for the whole process."""
+    """Restore the global state that a trainer changes."""
     verbosity, deterministic = transformers.utils.logging.get_verbosity(), torch.are_deterministic_algorithms_enabled()
     yield
     transformers.utils.logging.set_verbosity(verbosity)
@@ -254,7 +254,7 @@ def ragged_with_lengths():
 
 
 def one_unlabelled():
-    """Make data whose third batch, in order, has no label and so no loss."""
+    """Make data whose third batch, in order, has no labels and so no loss."""
     items = tiny.examples()
     return items[:8] + [item | {"labels": torch.full_like(item["labels"], -100)} for item in items[8:12]] + items[12:]
 
@@ -375,7 +375,7 @@ def is_known(fields: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def baselines(tmp_path_factory):
-    """Return a function that gives the stock trainer's record without the tested argument, made once per setting."""
+    """Return a function that returns the stock trainer's record without the tested argument, made once per setting."""
     known = {}
 
     def baseline(beside: dict) -> dict:
@@ -535,7 +535,7 @@ def terminate(trainer) -> None:
 
 
 class Terminated:
-    """Extends a trainer: it is terminated in the warm-up, or in the step after `at` others."""
+    """Trainer mixin: the process is terminated in the warm-up, or in the step after `at` others."""
 
     at = None
 
@@ -569,7 +569,7 @@ def test_a_terminated_run_saves_itself_and_resumes_as_on_the_stock_trainer(steps
 
 
 class Counting(TrainerCallback, ExportableState):
-    """Counts steps; its count can be saved."""
+    """Counts steps, as part of the saved state."""
 
     def __init__(self, count: int = 0) -> None:
         self.count = count
@@ -766,7 +766,7 @@ ON_TWO_NODES = {
 
 
 def on_a_node(folder: Path, environment: dict) -> None:
-    """Make all runs in one of the two processes, and write their records."""
+    """Perform all runs in one of the two processes, and write their records."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     gc.freeze()

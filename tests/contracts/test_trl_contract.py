@@ -33,7 +33,7 @@ def test_online_dpo_sends_by_a_method_of_its_own():
 
 @pytest.fixture
 def ranks(tmp_path):
-    """Be one rank of one."""
+    """Make this process the only rank."""
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

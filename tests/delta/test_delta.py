@@ -156,7 +156,7 @@ def test_from_delta_loads_base_and_delta_in_one_line(base, delta):
             lambda: tiny.build("LlamaForCausalLM", hidden_size=96, num_key_value_heads=4),
             "64x64; this model has .* 96x96",
         ),
-        (lambda: tiny.llama().bfloat16(), "in float32 or finer"),
+        (lambda: tiny.llama().bfloat16(), "in float32 or a finer dtype"),
     ],
 )
 def test_a_delta_of_another_base_is_refused_and_the_model_left_as_it_was(make, message, delta):
@@ -370,7 +370,7 @@ DAMAGE = {
         lambda folder: whole(f"{next(iter(Delta.load(folder).blocks))}.weight")(folder),
         "whole, which its configuration does not train",
     ),
-    "dropped from both": (set_config(train_norm=True), "holds nothing of what train_norm=True trains whole"),
+    "dropped from both": (set_config(train_norm=True), "holds no tensor that train_norm=True trains whole"),
     "unknown master": (set_config(master_dtype="int8"), "master_dtype must be one of"),
     "master of no type": (set_config(master_dtype=["float32"]), "master_dtype must be one of"),
     "a selection within": (set_config(selection="elsewhere.json"), "must have no selection of its own"),
@@ -463,7 +463,7 @@ def test_a_model_of_several_dtypes_keeps_its_values(tmp_path):
 def test_the_code_of_a_base_that_the_delta_names_is_not_run(delta, monkeypatch):
     folder, _ = delta
     edit(folder, lambda manifest: manifest["selection"].update(base_model="author/model"))
-    with pytest.raises(SMTError, match=r"its author would decide whose code runs. Say base= yourself"):
+    with pytest.raises(SMTError, match=r"author would decide whose code runs. Pass base= yourself"):
         from_delta(folder, trust_remote_code=True)
 
 

@@ -24,7 +24,7 @@ from smt_trainer import (
 from smt_trainer.cli import main
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
 from smt_trainer.delta.hub import find_delta
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 
 LEFT_BY_RUNS = ["training_args.bin", "smt_scores.safetensors", "optimizer.pt", "checkpoint-2/smt_delta.safetensors"]
 
@@ -136,7 +136,9 @@ def test_without_a_connection_a_delta_comes_from_the_cache_or_is_refused(trained
 def test_pushing_where_the_hub_cannot_be_reached_is_refused(delta, monkeypatch):
     folder, _ = delta
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(SMTError, match=r"^the delta could not be pushed to me/delta on the hub .*Connect, log in"):
+    with pytest.raises(
+        SMTError, match=r"^the delta could not be pushed to me/delta on the hub .*Check the connection, log in"
+    ):
         push_delta(folder, "me/delta")
 
 

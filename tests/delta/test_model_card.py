@@ -14,7 +14,7 @@ from texts import byte_tokenizer
 
 from smt_trainer import convert_to_smt, push_delta
 from smt_trainer.delta.model_card import delta_card
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 
 VIT = {"image_size": 8, "patch_size": 4, "num_labels": 3}
 # Class of training -> what its base is stored as, the class that the card names, its task, inputs.

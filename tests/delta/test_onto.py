@@ -92,10 +92,10 @@ def test_a_merge_says_how_far_it_is_from_the_trained_model(onto, case, tmp_path,
     with caplog.at_level(logging.INFO, "smt_trainer"):
         merge_checkpoint(base, delta, tmp_path / "merged", onto=onto)
     line = caplog.messages[-1]
-    assert "beside the trained one over 96 tokens of a few prompts: KL" in line
+    assert "compared with the trained one over 96 tokens of a few prompts: KL" in line
     if onto == "dequantized" and kind != "int8":
         # The base is in float32, and so is the merged model's `dtype`; its weights are those of bfloat16.
-        assert "the same likeliest next token after 100%" in line
+        assert "the same most likely token after 100% of them" in line
 
 
 def test_what_is_left_open_is_refused(case, tmp_path):
@@ -164,7 +164,7 @@ def test_a_base_that_is_stored_quantised_serves_as_one_that_is_quantised_on_load
     torch.testing.assert_close(tiny.logits(merged), expected, rtol=0, atol=NEAR.get(kind, 0))
     from_delta(tmp_path / "delta", base=tmp_path / "stored", onto="dequantized").save_pretrained(tmp_path / "saved")
     tiny.assert_same(dict(AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()), merged.state_dict())
-    with pytest.raises(SMTError, match="takes the weights that it was made of"):
+    with pytest.raises(SMTError, match="needs the checkpoint that was quantised"):
         merge_checkpoint(tmp_path / "stored", tmp_path / "delta", tmp_path / "no", onto="original")
     with pytest.raises(SMTError, match="cannot hold the trained blocks"):
         merge_checkpoint(tmp_path / "stored", tmp_path / "delta", tmp_path / "no")

@@ -125,7 +125,7 @@ def test_of_a_base_that_is_stored_in_another_dtype_the_change_is_that_of_trainin
     tiny.llama().save_pretrained(base)
     trained = merge_and_unload(changed(tiny.llama().bfloat16(), delta))
     export_lora(base, delta, adapter)
-    assert "The base is stored in float32 and was trained in bfloat16: on the base in bfloat16" in warnings()[0]
+    assert "The base is stored in float32 and was trained in bfloat16: load it in bfloat16" in warnings()[0]
     plain = type(trained).from_pretrained(base, dtype="bfloat16")
     tiny.assert_same(
         tiny.weights(peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload()), tiny.weights(trained)
@@ -472,10 +472,10 @@ def test_onto_original_it_is_the_merge_onto_the_original(over_quantised, folders
 
 def test_what_an_adapter_goes_onto_has_to_be_said(over_quantised, folders, tmp_path):
     base, delta, adapter = folders
-    with pytest.raises(SMTError, match=r"Say what the adapter goes onto: onto='dequantized' \(smt export --onto"):
+    with pytest.raises(SMTError, match=r"Choose what the adapter goes onto: onto='dequantized' \(smt export --onto"):
         export_lora(base, delta, adapter)
     over_quantised.load().save_pretrained(tmp_path / "stored")
-    with pytest.raises(SMTError, match=r"is stored quantised, and an adapter is made from the checkpoint"):
+    with pytest.raises(SMTError, match=r"is stored quantised, but an adapter is made from the checkpoint"):
         export_lora(tmp_path / "stored", delta, adapter, onto="dequantized")
     assert not adapter.exists()
 

@@ -126,7 +126,7 @@ def test_merging_into_another_dtype_gives_a_warning(tmp_path, warnings):
     save_delta(model, tmp_path / "delta")
     tiny.llama().save_pretrained(tmp_path / "base")
     merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
-    assert "trained on bfloat16 and is merged into float32" in warnings()[0]
+    assert "trained on bfloat16 weights and is merged into float32 ones" in warnings()[0]
 
 
 def no_safetensors(base):

@@ -193,7 +193,7 @@ def template_of_the_base(base, delta, merged):
 
 def another_template(base, delta, merged):
     write(merged, {"chat_template.json": {}})
-    return {"chat_template.json": "is of neither base nor training"}
+    return {"chat_template.json": "is from neither base nor training"}
 
 
 def other_settings(base, delta, merged):
@@ -320,7 +320,7 @@ def test_merges_onto_what_was_quantised_are_verified_and_onto_dequantised_weight
     assert verify_merge(base, delta, merged, onto="original").problems == []
     edit(merged, UNTRAINED, lambda tensor: tensor.bfloat16().float())
     assert [where for where, _ in verify_merge(base, delta, merged, onto="original").problems] == [UNTRAINED]
-    with pytest.raises(SMTError, match="Say which model you want"):
+    with pytest.raises(SMTError, match="Choose a model: onto="):
         verify_merge(base, delta, merged)
     with pytest.raises(SMTError, match="no file holds the dequantised weights"):
         verify_merge(base, delta, merged, onto="dequantized")

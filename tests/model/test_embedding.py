@@ -87,5 +87,5 @@ def test_a_grid_of_an_embedding_is_read_back_and_is_nothing_else():
     assert BlockGrid.from_dict(grid.to_dict()) == grid != BlockGrid(48, 64, 1, 64)
     with pytest.raises(SMTError, match="not two of these"):
         BlockGrid(48, 64, 1, 64, transposed=True, embedding=True)
-    with pytest.raises(SMTError, match="an embedding or not, got 1"):
+    with pytest.raises(SMTError, match="must be true or false, got 1"):
         BlockGrid.from_dict(grid.to_dict() | {"embedding": 1})

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_and_unload, save_delta
 from smt_trainer.model import fingerprint
-from smt_trainer.model.fingerprint import FEWEST, RUN, WHOLE, Fingerprint, read_sample, sample, saved_tensors
+from smt_trainer.model.fingerprint import FEWEST, RUN, SAMPLED_IN_FULL, Fingerprint, read_sample, sample, saved_tensors
 from smt_trainer.model.names import find_names
 from smt_trainer.tensor_header import read_header
 
@@ -43,7 +43,7 @@ def checksum(weight, dtype, stride) -> str:
     st.integers(2, 300), st.integers(1, 400), st.integers(0, 10**6), st.sampled_from([torch.float32, torch.bfloat16])
 )
 def test_runs_of_a_large_tensor_lie_within_it_and_all_over_its_columns(rows, columns, stride, dtype):
-    model = nn.Linear(columns, rows + WHOLE // columns, bias=False, dtype=dtype)
+    model = nn.Linear(columns, rows + SAMPLED_IN_FULL // columns, bias=False, dtype=dtype)
     count = model.weight.numel()
     found = fingerprint._apart(min(max(RUN, stride), count // FEWEST), columns)
     starts = torch.arange(count // found) * found
@@ -158,7 +158,7 @@ def test_the_digest_tells_bases_apart(llama):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
 def test_the_sample_of_a_file_is_that_of_the_tensor(dtype, tmp_path):
-    shapes = ((), (0, 3), (5,), (64,), (WHOLE + 7,), (130, 1024), (3, 64, 1111))
+    shapes = ((), (0, 3), (5,), (64,), (SAMPLED_IN_FULL + 7,), (130, 1024), (3, 64, 1111))
     tensors = {str(shape): torch.randn(shape).to(dtype) for shape in shapes}
     save_file(tensors, tmp_path / "file.safetensors")
     places, _ = read_header(tmp_path / "file.safetensors", "file")
@@ -187,7 +187,7 @@ def test_a_checksum_is_the_sum_of_the_values_as_integers(dtype, base_dtype):
     for shape in ((0,), (7,), (300, 301)):
         tensor = torch.randn(shape).to(getattr(torch, dtype))
         found = checksum(tensor, kind, 1000)
-        if tensor.numel() > WHOLE:
+        if tensor.numel() > SAMPLED_IN_FULL:
             step = fingerprint._apart(1000, 301)
             runs = [tensor.view(-1)[start : start + RUN] for start in range(0, tensor.numel() - step + 1, step)]
             values, integer = torch.cat(runs), torch.int64

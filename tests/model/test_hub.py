@@ -6,7 +6,7 @@ import tiny
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import SMTError
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, find_checkpoint
 
 OTHER_FORMATS = ["pytorch_model.bin", "consolidated.safetensors", "model.fp16.safetensors", "onnx/model.onnx", "x.pt"]

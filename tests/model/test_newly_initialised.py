@@ -112,6 +112,25 @@ def test_a_mark_that_was_lost_makes_nothing_new(encoder):
     assert newly_initialised(model) == expected == ["qa_outputs.weight", "qa_outputs.bias"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_resized_vocabulary_of_a_checkpoint_without_safetensors_must_be_named(tied, tmp_path):
+    model = tiny.llama(tie_word_embeddings=tied)
+    model.config.save_pretrained(tmp_path / "base")
+    torch.save(model.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    assert newly_initialised(AutoModelForCausalLM.from_pretrained(tmp_path / "base")) == []
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    with pytest.raises(
+        SMTError, match=r"other rows than the model's checkpoint.*modules_to_save=\['(embed_tokens|lm_head)'\]"
+    ):
+        convert_to_smt(model, tiny.choose(model))
+    names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
+    convert_to_smt(model, tiny.choose(model, tiny.config(score="random", modules_to_save=names)))
+    tiny.step(model, **tiny.batch())
+    save_delta(model, tmp_path / "delta")
+    tiny.assert_same(tiny.logits(from_delta(tmp_path / "delta", base=str(tmp_path / "base"))), tiny.logits(model))
+
+
 def test_a_model_from_a_configuration_has_nothing_newly_initialised(llama):
     assert newly_initialised(llama) == [] == newly_initialised(tiny.albert())
 

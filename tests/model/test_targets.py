@@ -106,7 +106,7 @@ def test_layers_below_the_lowest_are_left_out(llama):
         ({"target_modules": r"q_.*"}, r"\(a regular expression for whole names; several names are a list\) matches no"),
         (
             {"target_modules": ["attention", "mlp"]},
-            r"in a list, 'attention' is the name of a module.* matches",
+            r"in a list, 'attention' means a module of this name.* matches",
         ),
         ({"lowest_layer": 2}, "lowest_layer=2 matches no linear.* or lower lowest_layer"),
         ({"exclude_modules": ["q_proj", "k_proj", "v_proj"]}, "exclude_modules=.* matches no linear"),

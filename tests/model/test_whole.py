@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from architectures import EXPERTS
 from reference import block_mask
 
 from smt_trainer import SMTError, convert_to_smt, load_delta, merge_checkpoint, save_delta
@@ -108,3 +109,17 @@ def test_norms_and_biases_are_trained_stored_and_merged_and_nothing_else_changes
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     ours, theirs = (dict(each.model.named_parameters()) for each in (resumed, trainer))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_module_without_parameters_is_refused(llama):
+    with pytest.raises(SMTError, match=r"modules_to_save names 'act_fn', which has no parameters"):
+        convert_to_smt(llama, tiny.choose(llama, tiny.config(score="random", modules_to_save=["act_fn"])))
+
+
+def test_biases_are_trained_beside_blocks_of_experts():
+    model = tiny.build("Qwen2MoeForCausalLM", num_key_value_heads=2, **EXPERTS)
+    smt_config = tiny.config(score="random", target_modules="all-linear", train_bias=True, scope="per_module", budget=1)
+    convert_to_smt(model, tiny.choose(model, smt_config))
+    assert set(model.smt_state.whole) == {
+        f"model.layers.{layer}.self_attn.{name}.bias" for layer in (0, 1) for name in ("q_proj", "k_proj", "v_proj")
+    }

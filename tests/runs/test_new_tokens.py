@@ -150,7 +150,7 @@ def test_a_merge_is_taken_back_and_what_has_no_place_for_new_rows_is_refused(bas
     tiny.assert_same(load_file(tmp_path / "back" / "model.safetensors"), load_file(base / "model.safetensors"))
     with pytest.raises(SMTError, match="another vocabulary than its base"):
         delta_patches(base, tmp_path / "delta")
-    with pytest.raises(SMTError, match=r"rows of new tokens in `.*`, which the base has not"):
+    with pytest.raises(SMTError, match=r"rows of new tokens in `.*`, which the base does not have"):
         compose_deltas(base, [tmp_path / "delta"], tmp_path / "sum")
     with pytest.raises(SMTError, match=r"is an embedding, and an adapter|rows of new tokens"):
         export_lora(base, tmp_path / "delta", tmp_path / "lora")

@@ -1,15 +1,17 @@
 """Forward, evaluation, the delta and the merge hold the same values, whoever changed the blocks."""
 
 import copy
+import functools
 
 import pytest
 import tiny
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from smt_trainer import convert_to_smt, from_delta, merge_and_unload
+from smt_trainer import convert_to_smt, from_delta, merge_and_unload, save_delta
 from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.plain import plain_state_dict
 
@@ -98,6 +100,41 @@ def test_evaluation_delta_and_merge_agree_after_a_callback_swapped_the_values(ba
     ):
         stock = transformers.Trainer(again, tiny.arguments(tmp_path / "stock"))
         assert stock.evaluate(tiny.examples())["eval_loss"] == seen
+
+
+def average_of_the_state_dict(average, model, decay) -> None:
+    """Average all tensors of two models, as timm's ModelEma does: what is no float is rounded towards zero."""
+    with torch.no_grad():
+        for ours, theirs in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+            ours.copy_(decay * ours + (1 - decay) * theirs)
+
+
+@pytest.mark.parametrize("by", ["torch", "state dict"])
+def test_an_average_of_all_buffers_keeps_the_blocks_in_their_places(by, base, tmp_path):
+    decay, rewritten = 0.9, AutoModelForCausalLM.from_pretrained(base)
+    convert_to_smt(rewritten, tiny.choose(rewritten))
+    if by == "torch":
+        averaged = AveragedModel(rewritten, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        averaged.update_parameters(rewritten)
+        average, update = averaged.module, averaged.update_parameters
+    else:
+        average = copy.deepcopy(rewritten)
+        update = functools.partial(average_of_the_state_dict, average, decay=decay)
+    expected = {name: linear.blocks.detach().clone() for name, linear in block_modules(rewritten)}
+    for _ in range(3):
+        tiny.step(rewritten, **tiny.batch())
+        update(rewritten)
+        for name, linear in block_modules(rewritten):
+            expected[name].lerp_(linear.blocks.detach(), 1 - decay)
+    seen = tiny.logits(average)
+    by_hand = AutoModelForCausalLM.from_pretrained(base)
+    convert_to_smt(by_hand, rewritten.smt_state.selection)
+    with torch.no_grad():
+        for name, linear in block_modules(by_hand):
+            linear.blocks.copy_(expected[name])
+    torch.testing.assert_close(seen, tiny.logits(by_hand))
+    save_delta(average, tmp_path / "average")
+    torch.testing.assert_close(tiny.logits(from_delta(tmp_path / "average", base=str(base))), seen)
 
 
 def test_a_stock_trainer_trains_the_blocks_of_a_rewritten_model(tmp_path):

@@ -21,6 +21,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.targets import find_targets, target_grids
 from smt_trainer.scores import SCORERS, make_scorer
 from smt_trainer.scores.block_sums import add_block_sums
+from smt_trainer.scores.classes import predicts_next_token
 from smt_trainer.scores.preserved import frozen
 
 OF_SUMMED_GRADIENT = {
@@ -64,6 +65,7 @@ def classes_of(inputs):
 
 
 def observe(model, scorer, batches=None, context=NO_CONTEXT):
+    scorer.predicts_next = predicts_next_token(model)
     with frozen(model), scorer.attached():
         for inputs in batches or (batches_of(model) if scorer.needs_warmup else []):
             scorer.begin_batch(inputs)
@@ -171,13 +173,15 @@ def test_a_single_class_scores_as_taylor_does(make):
     assert_close(observe(model, scorer_for(model, "qm_taylor"), batches), expected, 1e-5)
 
 
-def test_a_class_weighs_by_its_mean_loss_however_long_its_examples_are():
+@pytest.mark.parametrize("first_has_label", [False, True])
+def test_a_class_weighs_by_its_mean_loss_however_long_its_examples_are(first_has_label):
     """Eq. 6 of SPSFT takes the mean loss of each class; here one class has two labelled tokens, the other eight."""
     model = tiny.llama().double()
     (inputs,) = batches_of(model, 1)
     labels = inputs["labels"].clone()
-    labels[:, 0] = -100
-    labels[:2, 1], labels[2:, 1] = 3, 4
+    labels[:2, :2], labels[2:, :2] = 3, 4
+    if not first_has_label:
+        labels[:, 0] = -100
     labels[:2, 3:], labels[2:, 9:] = -100, -100
     scores = observe(model, scorer_for(model, "qm_taylor"), [inputs | {"labels": labels}])
     grids = scorer_for(model, "qm_taylor").grids

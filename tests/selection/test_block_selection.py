@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import blocks_within, ranked
 
 from smt_trainer import BlockSelection, SMTConfig, SMTError
-from smt_trainer.model.base_name import base_name
+from smt_trainer.model.base import base_name
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.selection.choose import select_blocks
 

@@ -1,4 +1,4 @@
-"""Architectures of transformers in tiny sizes, and what to expect of each."""
+"""Architectures of transformers in tiny sizes, and the projections to expect in each."""
 
 import tiny
 import torch
@@ -61,7 +61,7 @@ ARCHITECTURES = {
     # ViT's names differ between releases of transformers.
     "ViTForImageClassification": ({"image_size": 8, "patch_size": 4, "num_labels": 3}, None),
 }
-# Number of attentions, where a model does not have one in each of its two layers: some are crossed, some shared.
+# Number of attentions, if it is not one in each of the two layers: cross-attention adds some, shared layers save some.
 ATTENTIONS = {
     "BartForConditionalGeneration": 6,
     "T5ForConditionalGeneration": 6,

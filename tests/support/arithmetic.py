@@ -1,4 +1,4 @@
-"""Deltas of tiny bases, for the tests of arithmetic on them."""
+"""Deltas of tiny bases, for the tests of arithmetic on deltas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smt_trainer.delta.delta import Delta
 
 
 def train(model: nn.Module, folder: Path, seed: int = 0, selection: BlockSelection | None = None, **fields) -> Path:
-    """Change blocks of a model, and what is trained whole, by random amounts; save the delta and return its folder."""
+    """Randomly change all that a converted model trains; save the delta and return its folder."""
     convert_to_smt(model, selection or tiny.choose(model, tiny.config(score="random", **fields), seed))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -26,7 +26,7 @@ def train(model: nn.Module, folder: Path, seed: int = 0, selection: BlockSelecti
 
 
 def put(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with the values of a delta in them, whatever they were: merging that does not ask for the base."""
+    """Return weights overwritten by the values of a delta: merging without a check of the base."""
     delta, weights = Delta.load(folder), {key: tensor.clone() for key, tensor in weights.items()}
     for name, blocks in delta.blocks.items():
         indices = torch.from_numpy(delta.selection.block_indices[name])
@@ -37,7 +37,7 @@ def put(folder: Path, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def halves(selection: BlockSelection) -> list[BlockSelection]:
-    """Return two selections of every other block of one, in the same modules."""
+    """Split a selection into two of alternating blocks, in the same modules."""
     return [
         BlockSelection(
             selection.grids,

@@ -1,4 +1,4 @@
-"""Families of models in tiny sizes, with inputs that each can train on."""
+"""Model families in tiny sizes, with inputs to train each on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def of_sentences(model: nn.Module) -> dict[str, Tensor]:
 
 
 def of_sound(model: nn.Module) -> dict[str, Tensor]:
-    """Four spectra and what was said."""
+    """Four spectrograms and their transcripts."""
     return {"input_features": torch.randn(4, 8, 12), "labels": tiny.tokens(4)}
 
 
@@ -81,7 +81,7 @@ def with_image(count: int, *, nested: bool = False) -> Callable[[nn.Module], dic
 
 
 def with_types(model: nn.Module) -> dict[str, Tensor]:
-    """Two sequences with images, and which tokens are of an image."""
+    """Two sequences with images, and a mask of the image tokens."""
     batch = with_image(4)(model)
     return batch | {"token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).long()}
 
@@ -107,14 +107,14 @@ def _with_placeholders(count: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of models.
+    """A family of models.
 
     Attributes:
-        architecture: class of transformers.
-        overrides: of `tiny.SIZES`; a composite configuration gets only these.
+        architecture: name of a class of transformers.
+        overrides: fields that override `tiny.SIZES`; a composite configuration gets only these.
         inputs: makes one batch.
         is_composite: whether the configuration has one part for text and one for images.
-        read: projections whose weight forward reads without calling them; no block of theirs can be trained.
+        read: projections whose weight forward reads without calling them, so that none of their blocks can be trained.
     """
 
     architecture: str
@@ -124,7 +124,7 @@ class Family:
     read: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
-        """Build the model from a seed."""
+        """Build the model from a fixed seed."""
         if not self.is_composite:
             return tiny.build(self.architecture, **self.overrides)
         kind = getattr(transformers, self.architecture)
@@ -134,7 +134,7 @@ class Family:
 
 
 def vlm(architecture: str, text: dict, vision: dict, inputs: Callable, **overrides) -> Family:
-    """A model of images and text."""
+    """Describe a model of images and text."""
     parts = {"text_config": TEXT | text, "vision_config": vision}
     return Family(architecture, parts | {"image_token_id": IMAGE_TOKEN} | overrides, inputs, is_composite=True)
 

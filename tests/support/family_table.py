@@ -1,4 +1,4 @@
-"""The table of what the keywords of `target_modules` mean in each family of models.
+"""Write the table of what the keywords of `target_modules` mean in each family of models.
 
 `PYTHONPATH=.:tests/support python tests/support/family_table.py` writes it to `tests/contracts/families.md`.
 """
@@ -71,7 +71,7 @@ def row(name: str, family: Family) -> str:
 
 
 def meant(model: nn.Module, keyword: str) -> list[str] | None:
-    """Return the targets of a keyword; None if it matches some, and none can be tuned."""
+    """Return the targets of a keyword; None if it matches modules, none of which can be tuned."""
     try:
         return list(find_targets(model, SMTConfig(target_modules=keyword)))
     except SMTError as error:
@@ -79,7 +79,7 @@ def meant(model: nn.Module, keyword: str) -> list[str] | None:
 
 
 def cell(model: nn.Module, names: list[str] | None, known: Iterable[str] = (), read: Iterable[str] = ()) -> str:
-    """Return the projections of targets without the known ones, and the number and share of the weights of all."""
+    """Return a cell: the projections of targets without the known ones, then the number and share of all weights."""
     if not names:
         return UNTUNABLE if names is None else NONE
     everything, known = named_targets(model), set(known)
@@ -90,7 +90,7 @@ def cell(model: nn.Module, names: list[str] | None, known: Iterable[str] = (), r
 
 
 def projections(names: list[str], read: Iterable[str] = ()) -> str:
-    """Return the names of projections; mark those whose weight is only read."""
+    """List the names of projections, marking those whose weight is only read."""
     return ", ".join(f"`{label}`{' (read)' if label in read else ''}" for label in by_projection(names))
 
 

@@ -1,7 +1,7 @@
-"""A stand-in for the Hugging Face hub on the loopback: as much of its API as huggingface_hub uses for models.
+"""A stand-in for the Hugging Face hub on localhost, with the part of its API that huggingface_hub uses for models.
 
 POST /api/repos/create                   make a repository
-POST /api/models/NAME/preupload/REVISION how each file is to be sent: here always in the commit
+POST /api/models/NAME/preupload/REVISION how to send each file: here always in the commit
 POST /api/models/NAME/commit/REVISION    one commit, a line of JSON for each file
 POST /api/models/NAME/branch/REVISION    make a branch
 GET  /api/models/NAME[/revision/REVISION] what a repository holds, with the hash of the commit
@@ -30,14 +30,14 @@ import transformers.utils.hub
 
 @dataclass
 class Repository:
-    """Commits (hash -> file name -> content) and what points to them."""
+    """Commits (hash -> file name -> content), and the branches and tags that point to them."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        """Add files to those of a branch; return the hash."""
+        """Commit files on top of a branch; return the hash."""
         held = self.commits.get(self.branches.get(branch, ""), {}) | files
         text = repr((len(self.commits), sorted(held.items()))).encode()
         sha = hashlib.sha1(text).hexdigest()
@@ -75,10 +75,10 @@ class Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def log_message(self, *args) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_POST(self) -> None:
-        """Make repositories, branches and commits."""
+        """Create repositories, branches and commits."""
         body, path = self._body(), unquote(urlsplit(self.path).path)
         if path == "/api/repos/create":
             asked = json.loads(body)
@@ -203,7 +203,7 @@ def serving() -> Generator[Hub]:
 
 @contextlib.contextmanager
 def used(cache: Path) -> Generator[Hub]:
-    """Serve an empty hub, and let this process and its children use it, with a cache of its own."""
+    """Serve an empty hub, and make this process and its children use it, with `cache` as their cache."""
     with serving() as hub, pytest.MonkeyPatch.context() as patch:
         for name, value in {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(cache), "HF_TOKEN": "hf_none"}.items():
             patch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Models of images in tiny sizes, and data for them."""
+"""Tiny image models, and data for them."""
 
 import tiny
 import torch
@@ -31,14 +31,14 @@ def convnext(seed: int = 0) -> nn.Module:
 
 
 class ConvNextForImageClassification(transformers.ConvNextForImageClassification):
-    """Says what accelerate asks of a model before it shards it: that there are no embeddings."""
+    """A model that tells accelerate, which asks before it shards, that there are no input embeddings."""
 
     def get_input_embeddings(self) -> None:
         return None
 
 
 class Bottleneck(nn.Module):
-    """A bottleneck of ResNeXt: 1x1, a grouped 3x3 and 1x1 beside the residual stream."""
+    """A bottleneck of ResNeXt: a 1x1, a grouped 3x3 and a 1x1 convolution, with a residual connection."""
 
     def __init__(self, width: int, inner: int, groups: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """Two bottlenecks in groups, the second depthwise; a stem with a bias that pads in circles."""
+    """Two bottlenecks with groups, the second depthwise, and a stem with a bias and circular padding."""
 
     main_input_name = "pixel_values"
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts, with each way to write their products."""
+"""Mixtures of experts, in each of transformers' implementations of their products."""
 
 import tiny
 import torch
@@ -32,7 +32,7 @@ def untrained(architecture: str, implementation: str = "grouped_mm", seed: int =
 
 
 def mixture(architecture: str = "Qwen3MoeForCausalLM", implementation: str = "grouped_mm", **overrides) -> nn.Module:
-    """Build a mixture of experts with weights large enough that no expert is like another."""
+    """Build a mixture of experts with weights so large that the experts clearly differ."""
     model = tiny.build(architecture, **MODELS[architecture] | overrides)
     if architecture != "Llama4ForCausalLM":
         model.set_experts_implementation(implementation)
@@ -40,12 +40,12 @@ def mixture(architecture: str = "Qwen3MoeForCausalLM", implementation: str = "gr
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    # grouped_mm knows no float64.
+    # grouped_mm does not support float64.
     return model.train() if implementation == "grouped_mm" else model.double().train()
 
 
 class Listed(nn.Module):
-    """Experts that are modules in a list, of which each token takes one; one without a token is not called."""
+    """Experts that are modules in a list. Each token goes to one of them; an expert without tokens is not called."""
 
     def __init__(self, hidden: int, count: int = 8, width: int = 32) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Listed(nn.Module):
 
 
 class ListedForCausalLM(LlamaForCausalLM):
-    """A Llama with `Listed` in the place of each MLP."""
+    """A Llama with `Listed` in place of each MLP."""
 
     config_class = LlamaConfig
 

@@ -1,4 +1,4 @@
-"""A model some of whose linears cannot be trained, or not in every step."""
+"""A model with linears that cannot be trained, or not in every step."""
 
 import tiny
 import torch

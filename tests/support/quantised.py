@@ -1,4 +1,4 @@
-"""Bases that bitsandbytes has really quantised, on the CPU."""
+"""Bases quantised by the real bitsandbytes, on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = {
 
 
 def config(kind: str, **more) -> BitsAndBytesConfig:
-    """Return the configuration of a kind of quantisation."""
+    """Return the configuration of one of `KINDS`."""
     return BitsAndBytesConfig(**KINDS[kind] | more)
 
 
@@ -28,12 +28,12 @@ def load(base: Path, kind: str, **more) -> nn.Module:
 
 
 def loader(base: Path, kind: str, **more):
-    """Return a function that loads a model, and that can be sent to another process."""
+    """Return a picklable function that loads a model."""
     return functools.partial(load, base, kind, **more)
 
 
 def make_linear(kind: str, out: int = 64, into: int = 128, dtype=torch.bfloat16, bias: bool = True) -> nn.Module:
-    """Make a linear as transformers does, with random weights."""
+    """Make a quantised linear as transformers does, with random weights."""
     import bitsandbytes as bnb
 
     fields = KINDS[kind]

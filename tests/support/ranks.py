@@ -1,4 +1,4 @@
-"""Two ranks beside one process."""
+"""Compare training on two ranks with training in one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def assert_two_ranks_train_like_one_process(folder: Path, **run) -> None:
 
     Args:
         folder: empty; receives both runs.
-        run: passed to `training_script.resumable`; the blocks are of float32.
+        run: passed to `training_script.resumable`; the blocks must be float32.
     """
     found = []
     for processes in (1, 2):

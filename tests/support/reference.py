@@ -1,4 +1,4 @@
-"""The slow twins: what the library computes fast, as plain loops that a reader can check."""
+"""Slow twins of what the library computes fast: plain loops that a reader can check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def block(weight: Tensor, grid: BlockGrid, row: int, column: int) -> Tensor:
 
 
 def block_scores(weight: Tensor, grid: BlockGrid, score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the `score` of every block [R, C], one block at a time."""
+    """Return the `score` of every block, [R, C], computed one block at a time."""
     rows, columns = grid.shape
     return torch.stack([torch.stack([score(block(weight, grid, r, c)) for c in range(columns)]) for r in range(rows)])
 
@@ -34,7 +34,7 @@ def block_mask(grid: BlockGrid, block_indices: Tensor) -> Tensor:
 
 
 def cell_shares(rows: int, columns: int, chosen: set[int], most: tuple[int, int]) -> list[list[float]]:
-    """Return the share of `chosen` flat positions in each cell of a grid that is drawn with at most `most` cells."""
+    """Return the share of `chosen` flat positions in each cell when a grid is drawn with at most `most` cells."""
     height, width = -(-rows // most[0]), -(-columns // most[1])
     cells = [
         [
@@ -62,7 +62,7 @@ def ranked(scores: dict[str, Tensor]) -> list[tuple[str, int, int]]:
 
 
 def blocks_within(ranking: list[tuple[str, int, int]], grids: dict[str, BlockGrid], wanted: float) -> int:
-    """Count the best blocks whose weights come nearest to `wanted`: at least one, and the larger of two counts."""
+    """Count the best blocks whose weights come nearest to `wanted`: at least one, and in a tie the larger count."""
     totals, total = [], 0
     for name, _, _ in ranking:
         total += grids[name].block_numel
@@ -101,7 +101,7 @@ def summed_gradients(
 
 
 def examples_of_class(inputs: dict[str, Tensor], classes: Tensor, label: int) -> tuple[dict[str, Tensor], float]:
-    """Return a class's examples in a batch of equally long examples, and their share of the batch's loss."""
+    """Return the examples of one class in a batch of equally long examples, and their share of the batch's loss."""
     mine = classes == label
     return {key: value[mine] for key, value in inputs.items()}, mine.float().mean().item()
 
@@ -112,7 +112,7 @@ def taylor(weight: Tensor, gradient: Tensor, grid: BlockGrid) -> Tensor:
 
 
 def quantile_mean(scores: list[Tensor]) -> Tensor:
-    """Return the mean of the 0, 10, ..., 100 % quantiles of tensors [R, C], number by number."""
+    """Return the elementwise mean of the 0, 10, ..., 100 % quantiles of tensors [R, C]."""
     mean = torch.zeros_like(scores[0])
     for row, column in torch.cartesian_prod(*map(torch.arange, mean.shape)).tolist():
         values = sorted(score[row, column].item() for score in scores)
@@ -147,7 +147,7 @@ def train_only(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
 
 
 def rank_correlation(first: list[float], second: list[float]) -> float:
-    """Return Spearman's: Pearson's correlation of ranks, where a rank counts lower numbers and half the equal ones."""
+    """Return Spearman's correlation: Pearson's of ranks, where a rank counts lower numbers and half the equal ones."""
     ranks = [
         [sum(b < a for b in values) + sum(b == a for b in values) / 2 for a in values] for values in (first, second)
     ]
@@ -173,7 +173,7 @@ def recorded_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Te
 
 
 def with_row(model: nn.Module, source: str, row: int, factor: float, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return `recorded_inputs` while one row of a linear, bias included, is multiplied by a factor."""
+    """Return the `recorded_inputs` when one row of a linear, bias included, is multiplied by a factor."""
     linear = model.get_submodule(source)
     weight = linear.weight.data.T if type(linear).__name__ == "Conv1D" else linear.weight.data
     parts = [part[row] for part in (weight, getattr(linear, "bias", None)) if part is not None]

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 2 sharded_script.py FOLDER CASE...
     accelerate launch --config_file recipes/accelerate/NAME.yaml ... sharded_script.py FOLDER launched NAME
 
-Writes the outcome of each case to `FOLDER/CASE/result-RANK.pt`. On the CPU, accelerate chooses none of them: it
+Writes the outcome of each case to `FOLDER/CASE/result-RANK.pt`. On the CPU, accelerate uses none of these: it
 silently runs DDP instead of FSDP, refuses tensor parallelism, and starts DeepSpeed as one process.
 `choose_fsdp_on_cpu`, `choose_slices_on_cpu` and `choose_zero_on_cpu` override these decisions. The rest is the real
 code of accelerate, torch, transformers and DeepSpeed, and each run asserts that its model was sharded.
@@ -40,7 +40,7 @@ ZERO = {
     "gradient_clipping": "auto",
     "zero_allow_untested_optimizer": True,
 }
-# Of a `DistributedConfig`.
+# Fields of a `DistributedConfig`.
 SLICES = {"tp_size": 2}
 EVERYWHERE = {"target_modules": "all-linear", "budget": 24}
 MIXTURE = FSDP | {"transformer_layer_cls_to_wrap": ["Qwen3MoeDecoderLayer"]}
@@ -51,7 +51,7 @@ CONVOLUTIONS = {"target_modules": "all-conv", "granularity": "row", "block_size"
 
 
 def biased(seed: int):
-    """Make a model whose linears have biases, with values, which are 0 at first."""
+    """Make a model whose linears have biases other than the initial 0."""
     model = tiny.llama(seed=seed, attention_bias=True, mlp_bias=True)
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if name.endswith("bias"):
@@ -128,7 +128,7 @@ CASES = {
         "ranks": {"parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)},
     },
     "tp": {"slices": SLICES, "smt": EVERYWHERE, "arguments": {"max_grad_norm": 0.1}},
-    # The slice of one rank holds none.
+    # One rank's slices hold no block.
     "tp-one-block": {"slices": SLICES, "smt": {"budget": 1}},
     "tp-rows": {"slices": SLICES, "smt": EVERYWHERE | {"granularity": "row", "block_size": "auto", "budget": 40}},
     "tp-biased": {"slices": SLICES, "smt": EVERYWHERE, "model": "biased"},
@@ -199,7 +199,7 @@ def choose_zero_on_cpu() -> None:
 
 
 def arguments(folder: Path, case: dict, processes: int) -> TrainingArguments:
-    """Make training arguments with the same global batch on any number of processes. Slices see all of it."""
+    """Make arguments with the same global batch on any number of processes. Tensor-parallel ranks see all of it."""
     batch = BATCH if "slices" in case else BATCH // processes
     how = {"use_cpu": not torch.cuda.is_available() and (processes == 1 or "zero" not in case)}
     if processes > 1 and "fsdp" in case and "launched" not in case:
@@ -252,7 +252,7 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
         one_loads = (case.get("fsdp") or {}).get("cpu_ram_efficient_loading")
         model = base_model(case, seed=rank if one_loads else 0)
     assert processes == 1 or is_partitioned(next(model.parameters())) == bool(case.get("partitioned"))
-    # Noise cannot be generalised from; it is learnt by heart.
+    # Images of noise can only be memorised, so the evaluation data are part of the training data.
     are_images = case.get("model") == "images"
     return SMTTrainer(
         model=model,
@@ -264,7 +264,7 @@ def make_trainer(folder: Path, case: dict, processes: int) -> SMTTrainer:
 
 
 def outcome(trainer: SMTTrainer) -> dict:
-    """Return all that runs must agree on, gathered on every rank."""
+    """Return everything that runs must agree on, gathered on every rank."""
     linears = dict(block_modules(trainer.model))
     return {
         "blocks": {

@@ -1,4 +1,4 @@
-"""Models that transformers' tensor parallelism cuts, in one process."""
+"""Slice models by transformers' tensor parallelism, in one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.integrations.tensor_parallel import apply_tensor_parallelism, 
 
 @contextlib.contextmanager
 def silent_ranks(count: int) -> Generator[None]:
-    """Let this process be the first of several, between which nothing is sent."""
+    """Make this process the first of `count` ranks, between which nothing is sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
         yield
@@ -26,7 +26,7 @@ def silent_ranks(count: int) -> Generator[None]:
 
 @contextlib.contextmanager
 def only_rank(folder: Path) -> Generator[None]:
-    """Let this process be all ranks."""
+    """Make this process the only rank."""
     dist.init_process_group("gloo", f"file://{folder}/store", rank=0, world_size=1)
     try:
         yield
@@ -35,7 +35,7 @@ def only_rank(folder: Path) -> Generator[None]:
 
 
 def cut(model: nn.Module) -> nn.Module:
-    """Cut the linears of a model by its own plan, into as many slices as there are ranks."""
+    """Cut the linears of a model by its own `tp_plan`, into as many slices as there are ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
     model._tp_size = mesh.size()
     plan = model.tp_plan

@@ -11,7 +11,7 @@ from smt_trainer.model.grid import BlockGrid
 
 @st.composite
 def grids(draw) -> BlockGrid:
-    """Draw a grid of up to 5x5 blocks of up to 4x4, of a weight stored either way."""
+    """Draw a grid of up to 5x5 blocks of up to 4x4, of a weight that may be stored transposed."""
     (rows, columns), (br, bc) = (draw(st.tuples(*[st.integers(1, most)] * 2)) for most in (5, 4))
     return BlockGrid(rows * br, columns * bc, br, bc, transposed=draw(st.booleans()))
 

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 @pytest.fixture(name="base", params=[False, True], ids=["untied", "tied"])
 def either_base(request, tmp_path) -> Path:
-    """Write it; return its folder. Imported into a module of tests, this is the `base` of each of them."""
+    """Write the model; return its folder. Import this into a test module to run its tests with either as `base`."""
     tiny.llama(tie_word_embeddings=request.param).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
 def load(folder: Path) -> nn.Module:
-    """Load a model for text."""
+    """Load a causal language model."""
     return AutoModelForCausalLM.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Models, data and arguments small enough for tests, made from a configuration and a seed without downloads."""
+"""Models, data and arguments small enough for tests, made without downloads from a configuration and a seed."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def pad(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Stream(IterableDataset):
-    """A data set without a length, which can be read many times, or only once with `once=True`."""
+    """A data set without a length, which can be read many times, or only once if `once`."""
 
     def __init__(self, items: list, once: bool = False) -> None:
         self.items = iter(items) if once else items
@@ -118,7 +118,7 @@ def config(**overrides) -> SMTConfig:
 
 
 class Recording:
-    """Mixin for a trainer; keeps what each micro-step of its main loop receives and returns."""
+    """Trainer mixin that records inputs, random state and loss of each micro-step of the main loop."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -135,7 +135,7 @@ class Recording:
 
 
 class RecordingTrainer(Recording, transformers.Trainer):
-    """The stock trainer, recording."""
+    """Transformers' Trainer, recording."""
 
 
 class RecordingSMTTrainer(Recording, SMTTrainer):
@@ -174,7 +174,7 @@ def stock_trainer(model: nn.Module, folder: str | Path, data=None, collator=None
 
 
 def warm_up(trainer: SMTTrainer) -> dict[str, Tensor]:
-    """The scores of a trainer's warm-up, without what comes after it."""
+    """Run only the warm-up of a trainer, and return its scores."""
     return Warmup(trainer, find_candidates(trainer.model, trainer.smt_config).grids).run()
 
 
@@ -227,7 +227,7 @@ def step(model, optimizer_class=torch.optim.SGD, **inputs) -> None:
 
 @torch.no_grad()
 def disturb(model: nn.Module) -> None:
-    """Change all that a rewritten model trains at random, as training would."""
+    """Randomly change all that a rewritten model trains, as training would."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter += torch.randn_like(parameter) / 8
@@ -259,7 +259,7 @@ def assert_same(ours, theirs) -> None:
 
 
 class Noting(SMTCallback):
-    """Notes the events in order."""
+    """Records the events in order."""
 
     def __init__(self):
         super().__init__()

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 training_script.py resume FOLDER CHECKPOINT
     torchrun --nproc-per-node 2 training_script.py ranks FOLDER
 
-Writes the outcome to `FOLDER/result-RANK.pt`. `launch` does the same, but saves the seconds that a new interpreter
-takes for its imports: it forks processes from a server that has only imported the libraries.
+Writes the outcome to `FOLDER/result-RANK.pt`. `launch` does the same without the seconds that a new
+interpreter needs for its imports: it forks processes from a server that has only imported the libraries.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def result(trainer) -> dict:
 
 
 def with_dropout():
-    """Make the model of the runs that are resumed."""
+    """Make a model with dropout, whose runs depend on the random state."""
     return tiny.llama(attention_dropout=0.3)
 
 
 def resumable(folder: Path, make: Callable = with_dropout, **overrides):
-    """Make a run of six steps, each of two micro-batches, with a checkpoint after every second step."""
+    """Make the trainer of six steps, each of two micro-batches, with a checkpoint after every second step."""
     defaults = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     return tiny.smt_trainer(make(), folder, **defaults | overrides)
 
@@ -109,7 +109,7 @@ def launch(
         folder: receives the outcome.
         processes: number of ranks.
         moment: the moment at which the `dying` ranks kill themselves.
-        delay: seconds from the start of training until the `dying` ranks are killed; if done earlier, they wait.
+        delay: seconds from the start of training until the `dying` ranks are killed; ranks that finish earlier wait.
         dying: the ranks that die.
         checkpoint: step to resume from, instead of the last checkpoint.
         overrides: passed to `resumable`.
@@ -170,7 +170,7 @@ def train(
 
 
 def torchrun(script: str, processes: int, *arguments: str | Path, **environment: str) -> None:
-    """Run a file in new interpreters."""
+    """Run a file with torchrun, in new interpreters."""
     launcher = ["torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     _run_module([*launcher, script, *arguments], environment)
 
@@ -208,7 +208,7 @@ def die() -> None:
 
 
 class Mortal(SMTCallback):
-    """Kills the process at a moment between two writes."""
+    """Kills the process at a given moment of training."""
 
     def __init__(self, moment: str | None) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ class Mortal(SMTCallback):
 
 
 def die_at(moment: str | None) -> None:
-    """Make the process die half-way through a write, if the moment is a write."""
+    """Make the process die in the middle of a write, if `moment` names a write."""
     if moment == "writing the selection":
         BlockSelection.save = lambda selection, path: write_atomically(path, half_written)
     if moment == "writing the delta":

@@ -1,6 +1,6 @@
-"""Stand-ins for vLLM that keep what TRL sends them, for tests without vLLM: its engine, and TRL's client of its server.
+"""Stand-ins that record what TRL sends to vLLM, for tests without vLLM: its engine, and TRL's client of its server.
 
-They generate random tokens. `sent` holds, for each time that weights were handed over, what came: name -> tensor.
+They generate random tokens. `sent` holds name -> tensor for each update of the weights.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import torch
 
 
 class Receiver:
-    """Keeps what it is sent."""
+    """Records the weights that it is sent."""
 
     def __init__(self) -> None:
         self.sent, self.incoming = [], {}
@@ -21,7 +21,7 @@ class Receiver:
         self.incoming[name] = tensor.detach().clone()
 
     def reset_prefix_cache(self) -> None:
-        """End handing over, as TRL does."""
+        """End an update of the weights, as TRL does."""
         self.sent.append(self.incoming)
         self.incoming = {}
 
@@ -42,13 +42,13 @@ class LLM(Receiver):
             self.receive(name, tensor)
 
     def generate(self, prompts, sampling_params, use_tqdm=False) -> list:
-        """Return outputs as vLLM's."""
+        """Return outputs in the form of vLLM's."""
         count = sampling_params.n
         return [SimpleNamespace(prompt_token_ids=[5], outputs=[output() for _ in range(count)]) for _ in prompts]
 
 
 class SamplingParams(SimpleNamespace):
-    """vLLM's arguments of a generation."""
+    """vLLM's arguments for a generation."""
 
 
 class Client(Receiver):
@@ -65,7 +65,7 @@ class Client(Receiver):
         return {"model_config": {"logprobs_mode": "processed_logprobs"}}
 
     def update_named_params(self, metadata, named_params) -> None:
-        """Take weights, which must be those announced."""
+        """Take weights, which must match their metadata."""
         for (name, dtype, shape), (sent, tensor) in zip(metadata, named_params, strict=True):
             assert (name, dtype, shape) == (sent, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
             self.receive(name, tensor)
@@ -76,23 +76,23 @@ class Client(Receiver):
 
     @contextlib.contextmanager
     def weight_update(self):
-        """Group weights."""
+        """Group the weights of one update."""
         yield
 
     def generate(self, prompts, n, **_) -> dict:
-        """Return outputs as TRL's client."""
+        """Return outputs in the form of TRL's client."""
         ids = [output().token_ids for _ in range(n * len(prompts))]
         return {"prompt_ids": prompts, "completion_ids": ids, "logprobs": [[[-1.0]] * 2] * len(ids)}
 
 
 def output() -> SimpleNamespace:
-    """Return two tokens."""
+    """Return an output of two random tokens."""
     ids = torch.randint(5, 100, (2,)).tolist()
     return SimpleNamespace(token_ids=ids, logprobs=[{id: SimpleNamespace(rank=1, logprob=-1.0)} for id in ids])
 
 
 def install(monkeypatch, *modules) -> None:
-    """Let modules of TRL believe that vLLM is there."""
+    """Make modules of TRL use these stand-ins as if vLLM were installed."""
     for module in modules:
         monkeypatch.setattr(module, "is_vllm_available", lambda: True)
         monkeypatch.setattr(module, "VLLMClient", Client)

@@ -1,4 +1,4 @@
-"""What a server does with patches."""
+"""Apply weight patches as a server would."""
 
 from collections.abc import Iterable, Mapping
 
@@ -15,7 +15,7 @@ def apply_patches(state: Mapping[str, Tensor], patches: Iterable[WeightPatch]) -
 
     Args:
         state: tensor name -> tensor, such as a plain model's `state_dict()`.
-        patches: all of them are read and checked before anything is written.
+        patches: the patches; all are read and checked before anything is written.
 
     Raises:
         SMTError: a tensor is unknown, or has another shape or dtype. Nothing is written.

@@ -64,7 +64,7 @@ def test_data_that_start_again_are_accepted_and_the_random_state_is_kept(make):
 def test_another_image_is_another_example():
     image = pytest.importorskip("PIL.Image")
     refuse_data_read_once(Stream(lambda self: [{"image": image.new("L", (2, 2), 1)}]))
-    with pytest.raises(SMTError, match="another one"):
+    with pytest.raises(SMTError, match="another example"):
         refuse_data_read_once(Stream(lambda self: [{"image": image.new("L", (2, 2), self.reads)}]))
 
 

@@ -104,7 +104,7 @@ def test_weights_sharded_on_loading_are_refused(construct, tmp_path):
 
 
 def test_handing_weights_over_in_an_unknown_way_is_refused(construct):
-    message = r"hands weights over to vLLM in another way than .*use_vllm=False"
+    message = r"sends weights to vLLM in another way than .*use_vllm=False"
     with pytest.raises(SMTError, match=message):
         construct(arguments={"use_vllm": True})
     with pytest.raises(SMTError, match=message):
@@ -127,7 +127,7 @@ def test_handing_over_weights_that_are_not_the_merged_ones_is_refused(construct,
     single = {"distributed_type": DistributedType.NO}
     construct(state=single, **vllm)
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(SMTError, match=r"use_vllm=True hands weights over.*without quantization_config"):
+    with pytest.raises(SMTError, match=r"use_vllm=True sends weights to vLLM.*without quantization_config"):
         construct(model=quantised.load(base, "nf4"), state=single, **vllm)
 
 

@@ -51,20 +51,20 @@ def test_a_model_that_is_split_without_tensor_parallelism_is_refused(sizes, load
 def test_tensor_parallelism_beside_other_parallelism_is_refused(load):
     with slices.silent_ranks(4):
         model = load(tiny.llama(), tp_size=2, fsdp_size=2)
-        with pytest.raises(SMTError, match="tensor parallelism cuts the model, and beside fsdp_size=2 blocks are not"):
+        with pytest.raises(SMTError, match="cuts the model, and together with fsdp_size=2 blocks are not"):
             refuse_unshown_parallelism(trainer(model))
 
 
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ({"arguments": {"torch_compile": True}}, "beside torch_compile=True"),
-        ({"arguments": {"use_vllm": True}}, "beside use_vllm=True"),
-        ({"distributed_type": DistributedType.FSDP}, "beside FSDP or DeepSpeed"),
-        ({"distributed_type": DistributedType.DEEPSPEED}, "beside FSDP or DeepSpeed"),
-        ({"score": "activation"}, "beside score='activation'"),
-        ({"score": "qm_taylor", "class_column": "labels"}, "beside score='qm_taylor'"),
-        ({"granularity": "row", "block_size": "auto", "train_dependents": True}, "beside train_dependents=True"),
+        ({"arguments": {"torch_compile": True}}, "together with torch_compile=True"),
+        ({"arguments": {"use_vllm": True}}, "together with use_vllm=True"),
+        ({"distributed_type": DistributedType.FSDP}, "together with FSDP or DeepSpeed"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, "together with FSDP or DeepSpeed"),
+        ({"score": "activation"}, "together with score='activation'"),
+        ({"score": "qm_taylor", "class_column": "labels"}, "together with score='qm_taylor'"),
+        ({"granularity": "row", "block_size": "auto", "train_dependents": True}, "together with train_dependents=True"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -101,14 +101,14 @@ def test_a_quantised_base_that_is_cut_is_refused(load):
     with slices.silent_ranks(2):
         model = load(tiny.llama(), tp_size=2)
         model.config.quantization_config = {"quant_method": "fp8"}
-        with pytest.raises(SMTError, match="beside a quantised base"):
+        with pytest.raises(SMTError, match="together with a quantised base"):
             refuse_unshown_parallelism(trainer(model))
 
 
 def test_a_model_cut_in_a_way_of_older_versions_is_refused():
     model = tiny.llama()
     model._tp_size = 2
-    with pytest.raises(SMTError, match=r"no linear of the model is cut as it is known here. Load it under"):
+    with pytest.raises(SMTError, match=r"no linear of the model is cut in a supported way. Load it under"):
         refuse_unshown_parallelism(trainer(model))
 
 

@@ -34,7 +34,7 @@ def test_a_penalty_on_a_weight_is_refused_before_a_step_is_taken(tmp_path):
     model = tiny.llama()
     before = tiny.weights(model)
     run = tiny.smt_trainer(model, tmp_path, tiny.config(target_modules=["v_proj"]), kind=Penalised, max_grad_norm=1)
-    with pytest.raises(SMTError, match=r"reads the weights of v_proj \(1\) beside .*exclude_modules=\['v_proj'\]"):
+    with pytest.raises(SMTError, match=r"reads the weights of v_proj \(1\) outside .*exclude_modules=\['v_proj'\]"):
         run.train()
     assert run.state.global_step == 0 and is_frozen(model)
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())

@@ -1,0 +1,59 @@
+"""Find the name of the base that a model was loaded from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from smt_trainer.errors import SMTError
+from smt_trainer.files import load_json
+from smt_trainer.model.checkpoint import CONFIG, Checkpoint
+from smt_trainer.model.hub import cached_commit, cached_folder
+from smt_trainer.model.merged import is_merged
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Return the model's hub name, with its revision if known (`name@commit`); for a local base, the folder's name.
+
+    A model that a delta was merged into has no name: it is no longer the base that it was loaded from.
+    """
+    if is_merged(model):
+        return None
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name:
+        return None
+    if Path(name).exists():
+        return Path(name).resolve().name
+    revision = getattr(config, "_commit_hash", None) or cached_commit(name)
+    return f"{name}@{revision}" if revision else name
+
+
+def base_checkpoint(model: nn.Module) -> Checkpoint | None:
+    """Return the checkpoint that a model was loaded from, in a folder or the hub's cache; None if it cannot be read."""
+    folder = _base_folder(model)
+    try:
+        return None if folder is None else Checkpoint.open(folder)
+    except SMTError:
+        return None
+
+
+def base_config(model: nn.Module) -> dict[str, Any]:
+    """Return the content of the config.json that a model was loaded with; an empty one if it cannot be read."""
+    folder = _base_folder(model)
+    if folder is None or not (folder / CONFIG).is_file():
+        return {}
+    config = load_json(folder / CONFIG, "configuration of the base")
+    return config if isinstance(config, dict) else {}
+
+
+def _base_folder(model: nn.Module) -> Path | None:
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return Path(name)
+    return cached_folder(name, getattr(config, "_commit_hash", None))
