@@ -23,8 +23,8 @@ from recipes.parts.classification import SEED, Classification, Examples
 from recipes.parts.classify_arguments import ClassifyArguments, parse_classify_arguments
 from recipes.parts.classify_methods import METHODS
 from recipes.parts.classify_report import Outcome, Report, write_report
-from recipes.parts.heads import new_modules
 from recipes.parts.methods import Adapter, Sparse, trained_parameters
+from recipes.parts.new_modules import new_modules
 from recipes.parts.registry import load_classification
 from smt_trainer import SMTConfig, SMTTrainer, from_delta, merge_and_unload, plot_selection
 

@@ -15,8 +15,8 @@ from datasets import disable_progress_bars
 
 from recipes.parts.arguments import parse_arguments, resumed_from
 from recipes.parts.experiment import Experiment
+from recipes.parts.provenance import peak_memory_bytes
 from recipes.parts.report import Run, write_report
-from recipes.parts.reporting import peak_memory_bytes
 from smt_trainer import plot_selection
 from smt_trainer.delta.onto import in_words
 

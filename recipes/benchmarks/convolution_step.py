@@ -23,7 +23,7 @@ from tqdm import tqdm
 from recipes.benchmarks.parts.image_models import images, resnet50
 from recipes.benchmarks.parts.timing import quartiles, timed
 from recipes.parts.markdown import mib, percent, provenance, spread, table
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer import BlockScores, SMTConfig, convert_to_smt
 
 PACKAGES = ("torch", "transformers", "smt_trainer")

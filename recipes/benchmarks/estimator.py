@@ -16,7 +16,7 @@ from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.benchmarks.parts.quantised import BITS
 from recipes.benchmarks.parts.setting import DTYPES
 from recipes.parts.markdown import gib, mib, percent, table
-from recipes.parts.reporting import command
+from recipes.parts.provenance import command
 from smt_trainer import SMTConfig
 from smt_trainer.estimation.estimate import estimate
 

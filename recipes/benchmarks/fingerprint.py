@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.parts.markdown import provenance, table
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer.model.fingerprint import RUN, RUNS, Fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors", "smt_trainer")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from recipes.benchmarks.parts.readers import FORGED, REFUSED, SAME, attack, make_readers
 from recipes.parts.markdown import provenance, table
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 
 PACKAGES = ("torch", "safetensors", "numpy", "smt_trainer")
 FAILED = "failed"

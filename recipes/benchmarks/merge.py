@@ -27,7 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from recipes.benchmarks.parts.models import Shape
 from recipes.benchmarks.parts.timing import quartiles
 from recipes.parts.markdown import mib, provenance, spread, table
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer import SMTConfig, convert_to_smt, save_delta
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.selection.choose import select_blocks

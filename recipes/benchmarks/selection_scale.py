@@ -16,7 +16,7 @@ from recipes.benchmarks.parts.hooks import SCORES, measure_warmup
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.benchmarks.parts.selection import measure_selection
 from recipes.parts.markdown import provenance, table
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 
 PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")
 LAYERS = (2, 8, 32, 128, 256)

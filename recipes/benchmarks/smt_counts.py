@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.parts.markdown import provenance, table
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer import BlockScores, BlockSelection, SMTConfig
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from recipes.benchmarks.parts.image_models import ResNeXt101, deit, resnet101, vit
 from recipes.benchmarks.parts.models import MODELS
 from recipes.parts.markdown import provenance, table
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer import BlockScores, SMTConfig
 from smt_trainer.model.targets import count_parameters
 

@@ -25,7 +25,7 @@ from recipes.benchmarks.parts.timing import quartiles
 from recipes.parts.adapters import adapter_config
 from recipes.parts.markdown import percent, provenance, spread, table
 from recipes.parts.methods import trained_parameters
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer import Delta, SMTConfig, convert_to_smt, swap
 from smt_trainer.model.targets import count_parameters, find_targets, target_grids
 from smt_trainer.selection.choose import select_blocks

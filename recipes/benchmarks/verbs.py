@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from recipes.parts.markdown import mib, provenance, table
 from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer import SMTConfig, SMTTrainer, delta_patches, swap
 from smt_trainer.delta.folder import DELTA_FILE
 

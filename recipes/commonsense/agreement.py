@@ -24,7 +24,7 @@ from recipes.parts.experiment import draw
 from recipes.parts.json_file import write_json
 from recipes.parts.markdown import provenance, table
 from recipes.parts.model import load_model, resolve_model
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from recipes.parts.task import Decoding
 from smt_trainer import from_delta
 from smt_trainer.files import write_text

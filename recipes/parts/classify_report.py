@@ -12,7 +12,7 @@ from recipes.parts.bootstrap import difference
 from recipes.parts.json_file import write_json
 from recipes.parts.markdown import provenance, table
 from recipes.parts.measures_of_labels import Measure
-from recipes.parts.reporting import command, hardware, peak_memory_bytes, versions, without_folder
+from recipes.parts.provenance import command, hardware, peak_memory_bytes, versions, without_folder
 from smt_trainer.files import write_text
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "smt_trainer")

@@ -11,9 +11,10 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from recipes.parts.arguments import RecipeArguments
-from recipes.parts.beside import Beside, train_beside
+from recipes.parts.baseline import Beside, train_beside
+from recipes.parts.cached_evaluation import Subject, keep, kept
 from recipes.parts.collator import CompletionCollator
-from recipes.parts.constant import constant_answers
+from recipes.parts.constant_answers import constant_answers
 from recipes.parts.dtype import fastest_dtype
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.measures import table
@@ -24,7 +25,6 @@ from recipes.parts.prompt import pad_token, tokenize_for_training
 from recipes.parts.quantisation import quantised_loading
 from recipes.parts.registry import load_task
 from recipes.parts.task import Decoding, Task
-from recipes.parts.untuned import Subject, keep, kept
 from smt_trainer import SMTConfig, SMTTrainer
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.model.quantised import quantization_of

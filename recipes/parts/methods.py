@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from recipes.parts.adapters import adapter_config
-from recipes.parts.heads import new_modules
+from recipes.parts.new_modules import new_modules
 from smt_trainer import SMTConfig, SMTTrainer
 from smt_trainer.model.targets import count_parameters, find_targets
 

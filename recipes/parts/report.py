@@ -5,15 +5,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from recipes.parts.beside import Beside
-from recipes.parts.constant import constant_answers
+from recipes.parts.baseline import Beside
+from recipes.parts.constant_answers import constant_answers
 from recipes.parts.evaluation import Evaluation, paired_gain
 from recipes.parts.json_file import write_json
 from recipes.parts.markdown import provenance
 from recipes.parts.markdown import table as markdown_table
 from recipes.parts.measures import gain_text, is_loss, table
 from recipes.parts.merged import Comparison
-from recipes.parts.reporting import command, hardware, versions, without_folder
+from recipes.parts.provenance import command, hardware, versions, without_folder
 from recipes.parts.task import Task
 from smt_trainer import BlockSelection
 from smt_trainer.files import write_text

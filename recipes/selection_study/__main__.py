@@ -20,7 +20,7 @@ from recipes.commonsense.parts.data import load_splits
 from recipes.parts.collator import CompletionCollator
 from recipes.parts.model import DEFAULT_MODEL, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
-from recipes.parts.reporting import command, hardware, peak_memory_bytes, versions, without_folder
+from recipes.parts.provenance import command, hardware, peak_memory_bytes, versions, without_folder
 from recipes.selection_study.report import write_report
 from recipes.selection_study.study import compare, run
 from recipes.selection_study.warmup import SCORES

@@ -14,10 +14,10 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.parts.answer_scores import last_scores
 from recipes.parts.collator import attention, left_pad
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.generation import generate_texts
-from recipes.parts.head import last_scores
 from recipes.parts.inference import batches, evaluating
 from recipes.parts.prompt import encode_prompt, pad_token
 from recipes.parts.records import cut, cut_validation

@@ -111,8 +111,9 @@ def refuse_adapters(model: nn.Module) -> None:
         if type(module).__module__.partition(".")[0] == "peft":
             raise SMTError(
                 f"{f'`{name}`' if name else 'the model'} is a PEFT {type(module).__name__}; blocks can be trained "
-                "only in plain weights. Merge the adapter with model = model.merge_and_unload() or drop it with "
-                "model.unload() first, or pass the base model as loaded."
+                "only in plain weights. Merge the adapter with model.merge_and_unload(), save that model with "
+                "save_pretrained and load it again, since the delta needs it as its base; or drop the adapter with "
+                "model.unload()."
             )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.parts.models import MODELS, Mixture, Shape
 from recipes.benchmarks.parts.quantised import quantise
-from recipes.parts.reporting import command, hardware, versions
+from recipes.parts.provenance import command, hardware, versions
 from smt_trainer.model.targets import count_parameters
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")

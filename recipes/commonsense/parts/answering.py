@@ -7,6 +7,7 @@ answer5). One pass over the prompt gives both kinds of answer:
     prompt                 -> keys and values of that pass, without the shared tokens -> generation
 """
 
+import inspect
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple
@@ -17,9 +18,9 @@ from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from recipes.commonsense.parts.templates import OUTPUT, named_answers
+from recipes.parts.answer_scores import last_scores
 from recipes.parts.collator import attention, left_pad
 from recipes.parts.generation import generation_config
-from recipes.parts.head import last_scores
 from recipes.parts.inference import batches
 from recipes.parts.prompt import encode_prompt, pad_token
 from recipes.parts.task import Decoding
@@ -109,7 +110,7 @@ def _read(
         model,
         tokens,
         **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         use_cache=cache is not None,
     )
     if cache is not None:
@@ -130,5 +131,11 @@ def _generate(
     cache.batch_repeat_interleave(decoding.num_beams)
     ids = left_pad(prompts, generation.pad_token_id).to(model.device)
     mask = attention(prompts)["attention_mask"].to(model.device)
-    output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, generation_config=generation)
+    own = {cache_argument(model): cache}
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=generation, **own)
     return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return what a model's forward calls its cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from recipes.parts.markdown import table
-from recipes.parts.reporting import command
+from recipes.parts.provenance import command
 from recipes.studies.parts.charts import draw
 from recipes.studies.parts.comparison import difference
 from recipes.studies.parts.protocol import PROTOCOLS

@@ -24,8 +24,8 @@ from recipes.parts.collator import CompletionCollator
 from recipes.parts.methods import trained_parameters
 from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
+from recipes.parts.provenance import hardware, versions
 from recipes.parts.registry import load_task
-from recipes.parts.reporting import hardware, versions
 from recipes.parts.task import Decoding, Splits
 from recipes.studies.parts.general import forgetting
 from recipes.studies.parts.methods import COMMON, METHODS

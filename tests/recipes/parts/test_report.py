@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipes.parts.beside import Beside
+from recipes.parts.baseline import Beside
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.merged import Comparison
 from recipes.parts.report import DELTA_FILES, Run, write_report

@@ -2,7 +2,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from recipes.parts.head import last_scores
+from recipes.parts.answer_scores import last_scores
 from recipes.parts.prompt import encode_prompt
 from recipes.parts.source import Source
 from recipes.parts.task import Decoding

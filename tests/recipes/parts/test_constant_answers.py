@@ -1,4 +1,4 @@
-from recipes.parts.constant import constant_answers
+from recipes.parts.constant_answers import constant_answers
 from recipes.parts.evaluation import Evaluation
 
 

@@ -6,9 +6,9 @@ import torch
 from datasets import Dataset
 
 from recipes.commonsense.task import COMMONSENSE
+from recipes.parts.cached_evaluation import Subject, keep, kept
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.task import Decoding
-from recipes.parts.untuned import Subject, keep, kept
 
 EVALUATION = Evaluation(
     {"accuracy": {"piqa": [1.0, 0.0]}}, {"piqa": ["a", 'b "quoted"\n']}, {"accuracy": {"piqa": ["a", None]}}

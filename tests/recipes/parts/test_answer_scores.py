@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import Cohere2Config, Cohere2ForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from recipes.parts.head import last_scores
+from recipes.parts.answer_scores import last_scores
 from smt_trainer import BlockScores, SMTConfig, convert_to_smt
 
 IDS = torch.arange(3, 33).reshape(5, 6)
