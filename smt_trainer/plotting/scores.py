@@ -24,8 +24,8 @@ def plot_scores(scores: Mapping[str, Tensor], selection: BlockSelection, path: s
     """Draw a histogram of each projection's scores, with the trained blocks filled and the cut marked.
 
     The cut is the lowest score of a trained block. The axis of block counts is logarithmic. The axis of scores is
-    logarithmic if the highest score is more than ten times the median; the title then counts the blocks with a score of
-    0.
+    logarithmic if the highest score is more than ten times the median positive score; the title then counts the blocks
+    with a score of 0.
 
     Args:
         scores: module name -> [R, C], as passed to `select_blocks`.

@@ -176,9 +176,9 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     def select(self) -> BlockSelection:
         """Choose the blocks as `train` does, and leave the model as it was.
 
-        Selection and scores are written to the output folder; either file, or the returned selection, can be another
-        run's `SMTConfig.selection`. `train` chooses again unless `smt_config.selection` is set. Only `train` enables
-        gradient checkpointing: where memory is short, call `model.gradient_checkpointing_enable()` before.
+        A warm-up writes selection and scores to the output folder; either file, or the returned selection, can be
+        another run's `SMTConfig.selection`. `train` chooses again unless `smt_config.selection` is set. Only `train`
+        enables gradient checkpointing: where memory is short, call `model.gradient_checkpointing_enable()` before.
 
         Raises:
             SMTError: the model trains blocks already, or they cannot be chosen.

@@ -397,7 +397,7 @@ def test_the_configuration_beside_a_delta_names_the_class_that_was_trained(tmp_p
     trained(tmp_path / "out", model, data=data).save_model(tmp_path / "delta")
     assert AutoConfig.from_pretrained(tmp_path / "delta").architectures == ["LlamaForSequenceClassification"]
     assert type(from_delta(tmp_path / "delta", base=tmp_path / "base")) is type(model)
-    with pytest.raises(SMTError, match=r"auto_class must be a class.*got 'base'\. A base goes to base="):
+    with pytest.raises(SMTError, match=r"auto_class must be a class.*got 'base'\. Pass a base as base="):
         from_delta(tmp_path / "delta", "base")
 
 
