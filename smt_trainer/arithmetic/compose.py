@@ -13,7 +13,6 @@ from pathlib import Path
 from smt_trainer.arithmetic.refine import on_one_grid
 from smt_trainer.arithmetic.weighted_sum import Terms
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.folder import copy_to_delta
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import check_onto, in_words
 from smt_trainer.errors import SMTError
@@ -21,6 +20,7 @@ from smt_trainer.files import new_folder
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.merge import check_outside, open_both
 from smt_trainer.merging.plan import MergePlan, refuse_grown
+from smt_trainer.merging.side_files import copy_to_delta
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.names import list_projections
 from smt_trainer.selection.block_selection import BlockSelection

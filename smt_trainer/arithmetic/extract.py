@@ -19,11 +19,11 @@ from typing import Any
 from smt_trainer.arithmetic.changes import Changes
 from smt_trainer.arithmetic.pair import Pair
 from smt_trainer.config import SMTConfig
-from smt_trainer.delta.folder import copy_to_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, new_folder
 from smt_trainer.merging.merge import check_outside
 from smt_trainer.merging.plan import MergePlan
+from smt_trainer.merging.side_files import copy_to_delta
 from smt_trainer.merging.verify import compare_tensors
 from smt_trainer.selection.block_selection import BlockSelection
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from smt_trainer.arrays import cast
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.folder import DELTA_FILE, copy_trained
+from smt_trainer.delta.folder import DELTA_FILE
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.errors import SMTError
 from smt_trainer.export.adapter_config import ADAPTER_CONFIG, adapter_config
@@ -34,6 +34,7 @@ from smt_trainer.files import new_folder
 from smt_trainer.merging.matrix_rows import read_matrix
 from smt_trainer.merging.merge import open_both
 from smt_trainer.merging.plan import MergePlan, refuse_grown
+from smt_trainer.merging.side_files import copy_trained
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.settings import is_int

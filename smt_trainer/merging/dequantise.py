@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smt_trainer.arrays import as_array
-from smt_trainer.delta.folder import copy_others
 from smt_trainer.delta.load import as_config, from_delta
 from smt_trainer.merging.logit_difference import compare_with_merged
+from smt_trainer.merging.side_files import copy_others
 from smt_trainer.model.checkpoint import CONFIG, Checkpoint
 from smt_trainer.model.quantised import floating_dtype
 from smt_trainer.sparse.block_module import block_modules

@@ -15,10 +15,10 @@ from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from smt_trainer.delta.folder import copy_others
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.errors import SMTError
 from smt_trainer.files import check_new, new_folder
+from smt_trainer.merging.side_files import copy_others
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 
 logger = logging.getLogger(__name__)

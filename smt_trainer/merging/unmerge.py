@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from smt_trainer.delta.folder import copy_of_base
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.errors import SMTError
 from smt_trainer.files import new_folder
 from smt_trainer.merging.merge import check_outside, copying, open_both
 from smt_trainer.merging.plan import MergePlan
+from smt_trainer.merging.side_files import copy_of_base
 from smt_trainer.merging.verify import MERGED, compare_tensors
 from smt_trainer.model.checkpoint import Checkpoint
 
