@@ -109,7 +109,7 @@ def from_delta(
     settings: dict[str, Any] = {}
     if "config" not in kwargs:
         with refusing_damage(f"configuration beside the delta in {delta}"):
-            settings = training_settings(trained, base, kwargs)
+            settings = training_settings(folder, base, kwargs)
     if loaded.quantization is not None and "quantization_config" not in kwargs:
         stored = _is_quantised(base, kwargs)
         check_onto(loaded, onto, is_quantised=stored)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from smt_trainer.delta.folder import CODE, EXPLICIT, VOCABULARY
+from smt_trainer.delta.folder import CODE, VOCABULARY, load_config
+from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 
 # Fields of a configuration that describe a model's head.
 LABELS = ("id2label", "label2id", "problem_type")
@@ -18,36 +20,36 @@ OTHERS = {
 }
 
 
-def training_settings(trained: dict[str, Any], base: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of the trained model's configuration to pass to `from_pretrained`: labels and changed fields.
+def training_settings(folder: Path, base: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` that give a base the configuration of training: labels and changed fields.
 
     Args:
-        trained: content of the delta's config.json, which leaves out its class's defaults.
+        folder: of the delta; its config.json leaves out what the class has by default.
         base: hub name or path of the base.
-        kwargs: other arguments of `from_pretrained`.
+        kwargs: the user's arguments of `from_pretrained`.
     """
+    trained = load_config(folder)
     labels = {key: trained[key] for key in LABELS if key in trained}
     if "id2label" in labels:
         labels["id2label"] = {int(number): label for number, label in labels["id2label"].items()}
         # The delta holds the new head.
         labels["ignore_mismatched_sizes"] = True
-    return _changed_fields(trained, base, kwargs) | labels
+    return _changed_fields(folder, trained.get("model_type"), base, kwargs) | labels
 
 
-def _changed_fields(trained: dict[str, Any], base: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that differ from the base's configuration."""
+def _changed_fields(folder: Path, model_type: str | None, base: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields with other values than in the base's configuration."""
     from transformers import AutoConfig
 
-    if "model_type" not in trained:
+    if model_type is None:
         return {}
     try:
         config = AutoConfig.from_pretrained(base, **{key: kwargs[key] for key in WHERE if key in kwargs})
-    except (OSError, ValueError, KeyError):  # loading the model will report it, or knows a custom class
+    except (OSError, ValueError, KeyError):  # loading the model says what is wrong, or knows a class of the user's own
         return {}
-    if config.model_type != trained["model_type"]:
+    if config.model_type != model_type:
         return {}
-    before, after = config.to_dict(), type(config).from_dict(dict(trained)).to_dict()
-    return _differing(before, after)
+    return _differing(config.to_dict(), type(config).from_json_file(folder / CONFIG).to_dict())
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
