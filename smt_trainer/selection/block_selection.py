@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from smt_trainer.manifest import check_format, check_keys, read_base, read_confi
 from smt_trainer.model.grid import BlockGrid, numel, read_grids
 from smt_trainer.model.names import by_projection
 from smt_trainer.settings import is_int
-
-if TYPE_CHECKING:
-    pass
 
 SELECTION_FILE = "smt_selection.json"
 FORMAT = 1
