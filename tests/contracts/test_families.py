@@ -23,6 +23,7 @@ from smt_trainer import (
     merge_checkpoint,
     verify_merge,
 )
+from smt_trainer.delta.training_settings import training_settings
 from smt_trainer.model.experts import ExpertMatrix
 from smt_trainer.model.groups import LINEAR_KEYWORDS
 from smt_trainer.model.kinds import is_linear, named_targets
@@ -207,3 +208,13 @@ def test_merging_gives_the_trained_model(name, tmp_path):
     changed = {key for key, value in result.state_dict().items() if not torch.equal(value, plain.state_dict()[key])}
     assert len(changed) > 2
     tiny.assert_same(tensors(result), tensors(merge_and_unload(model)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_as_it_was_loaded_has_no_settings_of_its_own(name, tmp_path):
+    model = FAMILIES[name].build()
+    model.save_pretrained(tmp_path / "base")
+    config = type(model).from_pretrained(tmp_path / "base").config
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=True))
+    found = training_settings(tmp_path, str(tmp_path / "base"), {})
+    assert found.keys() <= {"id2label", "label2id", "problem_type", "ignore_mismatched_sizes"}

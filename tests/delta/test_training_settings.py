@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from families import FAMILIES
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from smt_trainer import SMTError, from_delta, merge_checkpoint
@@ -46,16 +45,6 @@ def test_a_setting_that_the_user_gives_has_precedence(base, tmp_path):
 def test_a_model_as_its_base_was_has_no_settings_of_its_own(base, tmp_path):
     train(AutoModelForCausalLM.from_pretrained(base), tmp_path)
     assert training_settings(tmp_path / "delta", str(base), {}) == {}
-
-
-@pytest.mark.parametrize("name", [name for name, one in FAMILIES.items() if hasattr(transformers, one.architecture)])
-def test_no_family_has_settings_that_loading_alone_makes(name, tmp_path):
-    model = FAMILIES[name].build()
-    model.save_pretrained(tmp_path / "base")
-    config = type(model).from_pretrained(tmp_path / "base").config
-    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=True))
-    found = training_settings(tmp_path, str(tmp_path / "base"), {})
-    assert found.keys() <= {"id2label", "label2id", "problem_type", "ignore_mismatched_sizes"}
 
 
 def test_a_merged_checkpoint_has_all_layers_or_none_is_written(base, tmp_path):
