@@ -15,6 +15,11 @@ from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
 VOCABULARY, LAYERS = "vocab_size", "num_hidden_layers"
 # The key that says which Python files `trust_remote_code=True` runs.
 CODE = "auto_map"
+# Keys of config.json that describe the stored tensors and the code that reads them.
+AS_STORED = (
+    *(EXPLICIT, CODE, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
+    *("tie_word_embeddings", VOCABULARY),
+)
 DELTA_FILE = "smt_delta.safetensors"
 CONFIG_FILE = "smt_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"

@@ -12,7 +12,7 @@ from smt_trainer.delta.folder import GENERATION_CONFIG_FILE, load_config
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED, WAYS, check_onto, quantised_names
 from smt_trainer.delta.put import put_delta
-from smt_trainer.delta.training_settings import training_settings
+from smt_trainer.delta.training_settings import SPECIAL_TOKENS, training_settings
 from smt_trainer.errors import SMTError, first_line
 from smt_trainer.manifest import refusing_damage
 from smt_trainer.model.quantised import quantization_of
@@ -21,8 +21,6 @@ from smt_trainer.sparse.state import has_quantised_blocks
 
 # Arguments of from_pretrained that say how to access the hub.
 ACCESS = ("token", "cache_dir", "local_files_only")
-# What of a configuration is set after loading.
-SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 
 
 def load_delta(

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smt_trainer.delta.folder import CODE, VOCABULARY, load_config
-from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
+from smt_trainer.delta.folder import AS_STORED, load_config
+from smt_trainer.model.checkpoint import CONFIG
 
 # Fields of a configuration that describe a model's head.
 LABELS = ("id2label", "label2id", "problem_type")
+# Fields that are set after loading.
+SPECIAL_TOKENS = {"pad_token_id", "bos_token_id", "eos_token_id"}
 # Arguments of `from_pretrained` that say where the base is read from.
 WHERE = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "trust_remote_code", "code_revision")
 # Fields that describe how weights are stored, are restored in another way, or concern only the run.
 OTHERS = {
-    *(EXPLICIT, CODE, VOCABULARY, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
-    *("tie_word_embeddings", "transformers_version", "use_cache", "_name_or_path", "_commit_hash", "name_or_path"),
-    *(*LABELS, "num_labels", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *AS_STORED,
+    *("transformers_version", "use_cache", "_name_or_path", "_commit_hash", "name_or_path"),
+    *(*LABELS, "num_labels", *SPECIAL_TOKENS),
 }
 
 
@@ -56,7 +58,7 @@ def _differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """Return the fields with other values, also in nested configurations."""
     found = {}
     for key, value in after.items():
-        if key in OTHERS or before.get(key, ...) == value or key not in before:
+        if key in OTHERS or key not in before or before[key] == value:
             continue
         if isinstance(value, dict) and isinstance(before[key], dict) and "model_type" in before[key]:
             value = _differing(before[key], value)

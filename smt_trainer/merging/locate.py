@@ -40,8 +40,8 @@ def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: 
         for part in found:
             rows = checkpoint.tensors[part.key].shape[0]
             site = whole if len(found) == 1 else whole.rows(part.first_row, rows)
-            if part.within is not None:
-                site = site.within(part.within.start, rows)
+            if part.among is not None:
+                site = whole.rows(-part.among[0], rows)
             if len(site.blocks):
                 sites.setdefault(part.key, []).append(site)
     return sites

@@ -16,13 +16,13 @@ class MatrixRows(NamedTuple):
         key: name of the tensor.
         first_row: the first of these rows in the matrix.
         expert: index of the matrix in the first dimension of a tensor of all experts; None for other tensors.
-        within: the rows of the tensor that hold the matrix, if it also holds other matrices.
+        among: first row and number of the tensor's rows that hold them, if it also holds other matrices.
     """
 
     key: str
     first_row: int = 0
     expert: int | None = None
-    within: slice | None = None
+    among: tuple[int, int] | None = None
 
 
 def read_matrix(checkpoint: Checkpoint, parts: list[MatrixRows]) -> np.ndarray:
@@ -31,5 +31,6 @@ def read_matrix(checkpoint: Checkpoint, parts: list[MatrixRows]) -> np.ndarray:
     for part in parts:
         tensor = checkpoint.array(checkpoint.tensors[part.key])
         tensor = tensor if part.expert is None else tensor[part.expert]
-        found.append(tensor if part.within is None else tensor[part.within])
+        first, count = part.among or (0, len(tensor))
+        found.append(tensor[first : first + count])
     return found[0] if len(found) == 1 else np.concatenate(found)

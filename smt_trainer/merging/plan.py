@@ -104,7 +104,8 @@ class MergePlan:
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
         grown = find_grown(delta, sites, checkpoint)
         sites = {key: found for key, found in sites.items() if key not in grown}
-        used = [tuple(map(str, part)) for found in parts.values() for part in found]
+        found_in = [part for found in parts.values() for part in found if part.key not in grown]
+        used = [(part.key, part.expert, part.among) for part in found_in]
         if len(whole) < len(keys) or len(set(used)) < len(used) or whole.keys() & sites.keys():
             raise SMTError(f"two names in the delta stand for one tensor of {checkpoint.folder}. The delta is damaged.")
         whole |= grown

@@ -21,7 +21,7 @@ def find_renamed(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Mat
     _look_up(checkpoint)
     located = {name: MatrixRows(key) for name, key in checkpoint.renamed.items()}
     for name, (key, first, count) in checkpoint.fused.items():
-        located[name] = MatrixRows(key, within=slice(first, first + count))
+        located[name] = MatrixRows(key, among=(first, count))
     weights = find_names([f"{name}.weight" for name in names], located)
     found = {key.removesuffix(".weight"): [located[other]] for key, other in weights.items()}
     # A name that ends in a number may also be that of a linear in a `ModuleList`.

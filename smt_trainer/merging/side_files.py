@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from smt_trainer.delta.folder import (
+    AS_STORED,
     CODE,
     LAYERS,
     NO_WEIGHTS,
@@ -28,11 +29,10 @@ from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
 from smt_trainer.model.checkpoint import CONFIG, EXPLICIT, Checkpoint
 
-# Keys of config.json that describe the stored weights and the code that reads them.
+# Keys of config.json that the base decides: its tensors have these sizes.
 OF_WEIGHTS = [
-    *(EXPLICIT, CODE, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
-    *("tie_word_embeddings", VOCABULARY, LAYERS, "hidden_size", "intermediate_size"),
-    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *AS_STORED,
+    *(LAYERS, "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
 ]
 
 

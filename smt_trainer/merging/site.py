@@ -56,19 +56,13 @@ class Site:
     expert: int | None = None
 
     def rows(self, first: int, count: int) -> Site:
-        """Return the part of this site that lies in `count` rows of the matrix, from `first` on."""
+        """Return the part of this site that lies in `count` rows, from row `first` of the matrix on, which is negative
+        if other matrices lie before it."""
         fine = replace(self.grid, block_rows=math.gcd(self.grid.block_rows, first, count))
         indices, blocks = cut_blocks(self.grid, fine, self.block_indices, self.blocks)
         indices = indices - (first // fine.block_rows, 0)
         inside = (indices[:, 0] >= 0) & (indices[:, 0] < count // fine.block_rows)
         return Site(self.name, replace(fine, out_features=count), indices[inside], blocks[inside], self.expert)
-
-    def within(self, first: int, count: int) -> Site:
-        """Return this site in a tensor of `count` rows, in which the matrix begins at row `first`."""
-        fine = replace(self.grid, block_rows=math.gcd(self.grid.block_rows, first, count))
-        indices, blocks = cut_blocks(self.grid, fine, self.block_indices, self.blocks)
-        indices = indices + np.array([first // fine.block_rows, 0])
-        return Site(self.name, replace(fine, out_features=count), indices, blocks, self.expert)
 
     def matrix(self, tensor: Any) -> Any:
         """Return a view of the matrix in a tensor."""

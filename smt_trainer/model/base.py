@@ -1,4 +1,4 @@
-"""Find the name of the base that a model was loaded from."""
+"""Find the base that a model was loaded from: its name, its checkpoint and its configuration there."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ def base_name(model: nn.Module) -> str | None:
     """
     if is_merged(model):
         return None
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
+    name, commit = _loaded_from(model)
     if not name:
         return None
     if Path(name).exists():
         return Path(name).resolve().name
-    revision = getattr(config, "_commit_hash", None) or cached_commit(name)
+    revision = commit or cached_commit(name)
     return f"{name}@{revision}" if revision else name
 
 
@@ -50,10 +49,13 @@ def base_config(model: nn.Module) -> dict[str, Any]:
 
 
 def _base_folder(model: nn.Module) -> Path | None:
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
+    name, commit = _loaded_from(model)
     if not name:
         return None
-    if Path(name).is_dir():
-        return Path(name)
-    return cached_folder(name, getattr(config, "_commit_hash", None))
+    return Path(name) if Path(name).is_dir() else cached_folder(name, commit)
+
+
+def _loaded_from(model: nn.Module) -> tuple[str | None, str | None]:
+    """Return the name or path that a model was loaded by, and the commit, if transformers has noted them."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", None), getattr(config, "_commit_hash", None)

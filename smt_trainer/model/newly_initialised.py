@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from smt_trainer.model.base import base_checkpoint, base_config
-from smt_trainer.model.checkpoint import vocabulary_sizes
+from smt_trainer.model.checkpoint import Checkpoint, vocabulary_sizes
 from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.model.sharded import full_shape
 
@@ -30,9 +30,13 @@ def newly_initialised(model: nn.Module) -> list[str]:
     if not any(hasattr(parameter, MARK) for parameter in parameters.values()):
         return []
     ignored: Any = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    shapes = _stored_shapes(model, parameters)
-    tables = [name for name in embeddings(model) if name in parameters]
-    resized = {name for name in tables if _is_resized(full_shape(parameters[name]), shapes.get(name), model)}
+    checkpoint = base_checkpoint(model)
+    shapes = _stored_shapes(checkpoint, parameters)
+    tables = {name: full_shape(parameters[name]) for name in embeddings(model) if name in parameters}
+    resized = {name for name, shape in tables.items() if shapes.get(name, shape) != shape}
+    # If the weights cannot be read, their configuration still tells how large the vocabulary was.
+    if checkpoint is None and (sizes := vocabulary_sizes(base_config(model))):
+        resized |= {name for name, shape in tables.items() if shape[0] not in sizes}
     return [
         name
         for name, parameter in parameters.items()
@@ -42,30 +46,20 @@ def newly_initialised(model: nn.Module) -> list[str]:
     ]
 
 
-def _is_resized(shape: tuple[int, ...], stored: tuple[int, ...] | None, model: nn.Module) -> bool:
-    """Return whether an embedding has another shape than in the checkpoint, or than its configuration says if the
-    weights cannot be read."""
-    if stored is not None:
-        return stored != shape
-    vocabularies = vocabulary_sizes(base_config(model)) if base_checkpoint(model) is None else set()
-    return bool(vocabularies) and shape[0] not in vocabularies
-
-
 def new_rows(model: nn.Module) -> dict[str, range]:
     """Return the vocabulary's rows that the checkpoint lacks: weight of the token embeddings, or of a head not tied to
     them -> row numbers. A weight that shrank is skipped."""
     resized = [name for name in newly_initialised(model) if name in embeddings(model)]
     found = {}
-    for name, before in _stored_shapes(model, resized).items() if resized else ():
+    for name, before in _stored_shapes(base_checkpoint(model), resized).items() if resized else ():
         after = full_shape(model.get_parameter(name))
         if len(after) == 2 and before[1:] == after[1:] and before[0] < after[0]:
             found[name] = range(before[0], after[0])
     return found
 
 
-def _stored_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of parameters in the checkpoint that a model was loaded from; skip those that it lacks."""
-    checkpoint = base_checkpoint(model)
+def _stored_shapes(checkpoint: Checkpoint | None, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of parameters in a checkpoint, if it can be read; skip those that it lacks."""
     tensors = {} if checkpoint is None else checkpoint.tensors
     return {name: tensors[other].shape for name, other in find_names(names, tensors).items()}
 

@@ -110,8 +110,8 @@ class BlockModule(nn.Module):
         """Undo changes to the numbers of blocks and features: an average of all buffers of two models rounds them."""
         indices = vars(self).setdefault("_indices", {})
         for name in self.INDICES:
-            buffer = self._buffers[name]
-            if buffer is None or buffer.is_meta:
+            buffer = getattr(self, name)
+            if buffer.is_meta:
                 continue
             values, version = indices.get(name, (None, None))
             if version == buffer._version:

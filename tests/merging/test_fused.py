@@ -6,20 +6,17 @@ import tiny
 import torch
 import transformers
 from architectures import GROUPED
-from weight_patches import apply_patches
+from round_trips import assert_composed_and_unmerged_exactly, assert_patches_merge
 
 from smt_trainer import (
     Delta,
     SMTError,
-    compose_deltas,
     convert_to_smt,
     export_lora,
     merge_and_unload,
     merge_checkpoint,
-    unmerge,
     verify_merge,
 )
-from smt_trainer.export.patches import delta_patches
 from smt_trainer.merging.site import Site
 from smt_trainer.model.grid import BlockGrid
 
@@ -93,20 +90,13 @@ def test_a_base_that_differs_in_a_fused_tensor_is_refused(trained):
 @needs_model
 def test_patches_have_the_names_and_rows_of_the_base(trained):
     _, folder = trained
-    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
-    state = tiny.saved_tensors(folder / "base")
-    apply_patches(state, delta_patches(folder / "base", folder / "delta"))
-    tiny.assert_same(state, tiny.saved_tensors(folder / "merged"))
+    assert_patches_merge(folder)
 
 
 @needs_model
 def test_what_is_composed_and_taken_out_again_is_exact(trained):
     _, folder = trained
-    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
-    compose_deltas(folder / "base", [folder / "delta"], folder / "same")
-    tiny.assert_same(Delta.load(folder / "same").blocks, Delta.load(folder / "delta").blocks)
-    unmerge(folder / "merged", folder / "delta", folder / "unmerged", base=folder / "base")
-    tiny.assert_same(tiny.saved_tensors(folder / "unmerged"), tiny.saved_tensors(folder / "base"))
+    assert_composed_and_unmerged_exactly(folder)
 
 
 @needs_model
@@ -126,7 +116,7 @@ def test_a_matrix_may_begin_at_any_row_of_a_tensor(first, total):
     site = Site("q", grid, indices, rng.normal(size=(3, 8, 4)))
     matrix, tensor = np.zeros((16, 24)), np.zeros((total, 24))
     site.put(matrix, site.blocks)
-    inside = site.within(first, total)
+    inside = site.rows(-first, total)
     inside.put(tensor, inside.blocks)
     assert inside.grid.stored_shape == tensor.shape
     assert np.array_equal(tensor[first : first + 16], matrix) and np.count_nonzero(tensor) == np.count_nonzero(matrix)

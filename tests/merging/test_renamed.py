@@ -6,10 +6,9 @@ import pytest
 import tiny
 import torch
 from families import FAMILIES
-from weight_patches import apply_patches
+from round_trips import assert_composed_and_unmerged_exactly, assert_patches_merge
 
-from smt_trainer import Delta, SMTError, compose_deltas, convert_to_smt, export_lora, merge_checkpoint, unmerge
-from smt_trainer.export.patches import delta_patches
+from smt_trainer import Delta, SMTError, convert_to_smt, export_lora, merge_checkpoint
 
 
 @pytest.fixture
@@ -56,19 +55,12 @@ def test_a_base_of_an_unknown_class_is_refused(trained):
 
 def test_patches_have_the_names_of_the_base(trained):
     _, folder = trained
-    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
-    state = tiny.saved_tensors(folder / "base")
-    apply_patches(state, delta_patches(folder / "base", folder / "delta"))
-    tiny.assert_same(state, tiny.saved_tensors(folder / "merged"))
+    assert_patches_merge(folder)
 
 
 def test_what_is_composed_and_taken_out_again_is_exact(trained):
     _, folder = trained
-    merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
-    compose_deltas(folder / "base", [folder / "delta"], folder / "same")
-    tiny.assert_same(Delta.load(folder / "same").blocks, Delta.load(folder / "delta").blocks)
-    unmerge(folder / "merged", folder / "delta", folder / "unmerged", base=folder / "base")
-    tiny.assert_same(tiny.saved_tensors(folder / "unmerged"), tiny.saved_tensors(folder / "base"))
+    assert_composed_and_unmerged_exactly(folder)
 
 
 def test_an_adapter_has_the_names_of_the_model(trained):
