@@ -14,11 +14,12 @@ import time
 from datasets import disable_progress_bars
 
 from recipes.parts.arguments import parse_arguments, resumed_from
-from recipes.parts.experiment import Experiment
+from recipes.parts.experiment import Experiment, StepTimer
 from recipes.parts.provenance import peak_memory_bytes
 from recipes.parts.report import Run, write_report
-from smt_trainer import plot_selection
+from smt_trainer import SMTTrainer, plot_selection
 from smt_trainer.delta.onto import in_words
+from smt_trainer.model.quantised import quantization_of
 
 
 def main() -> None:
@@ -30,38 +31,45 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     disable_progress_bars()
 
-    experiment = Experiment(recipe, decoding, smt_config, training)
-    trainer, output = experiment.trainer, experiment.output
-    checkpoint = resumed_from(training)
-    before = experiment.evaluate_untuned()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    experiment, timer = Experiment(recipe, decoding, training), StepTimer()
+    trainer = SMTTrainer(
+        model=experiment.load_base(),
+        args=training,
+        train_dataset=experiment.train_dataset(),
+        data_collator=experiment.collator(),
+        processing_class=experiment.tokenizer,
+        callbacks=[timer],
+        smt_config=smt_config,
+    )
+    before = experiment.evaluate_untuned(trainer)
+    trainer.train(resume_from_checkpoint=resumed_from(training))
     peak_memory = peak_memory_bytes()
-    trainer.save_model(str(output / "delta"))
-    after = experiment.evaluate_tuned()
-    beside = experiment.train_beside() if recipe.beside else None
+    trainer.save_model(str(experiment.delta))
+    after = experiment.evaluate_tuned(trainer)
+    beside = experiment.train_beside(trainer) if recipe.beside else None
 
     if trainer.is_world_process_zero():
-        plot_selection(trainer.smt_selection, output / "selection.png")
+        plot_selection(trainer.smt_selection, experiment.output / "selection.png")
+        quantization = quantization_of(trainer.model)
         run = Run(
             task=experiment.task,
             model=recipe.model,
             dtype=experiment.dtype,
-            quantization=in_words(experiment.quantization) if experiment.quantization else None,
+            quantization=in_words(quantization) if quantization else None,
             evaluated_on=recipe.evaluate_on,
             before=before,
             after=after,
-            merged_onto=experiment.merged_onto,
-            merged=experiment.merge(),
+            merged=experiment.merge(trainer.model),
             beside=beside,
             selection=trainer.smt_selection,
             steps=trainer.state.global_step,
-            seconds_per_step=statistics.median(experiment.timer.seconds) if experiment.timer.seconds else None,
+            seconds_per_step=statistics.median(timer.seconds) if timer.seconds else None,
             peak_memory_bytes=peak_memory,
-            delta_folder=output / "delta",
+            delta_folder=experiment.delta,
             seed=training.seed,
             total_seconds=time.perf_counter() - started,
         )
-        write_report(run, output)
+        write_report(run, experiment.output)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -8,7 +8,6 @@ down to the images. Each round takes one step of each variant, in a new random o
 
 import argparse
 import copy
-import json
 import os
 import random
 from collections.abc import Callable
@@ -21,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.image_models import images, resnet50
+from recipes.benchmarks.parts.results import write_results
 from recipes.benchmarks.parts.timing import quartiles, timed
-from recipes.parts.markdown import mib, percent, provenance, spread, table
-from recipes.parts.provenance import command, hardware, versions
+from recipes.parts.markdown import mib, percent, provenance_rows, spread, table
+from recipes.parts.provenance import provenance
 from smt_trainer import BlockScores, SMTConfig, convert_to_smt
 
 PACKAGES = ("torch", "transformers", "smt_trainer")
@@ -112,9 +112,7 @@ def measure(build: Callable[[int], nn.Module], batch: int, edge: int, budgets: t
         },
         "rounds": rounds,
         "load": [load, os.getloadavg()[0]],
-        "command": command("recipes.benchmarks.convolution_step"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.convolution_step", PACKAGES),
         "seed": SEED,
     }
 
@@ -143,7 +141,7 @@ def markdown(results: dict) -> str:
             "rounds.\n",
             table("trained|weights|FLOPs|saved|seconds|to frozen", rows),
             f"Load at start and end: {', '.join(f'{load:.1f}' for load in results['load'])}.\n",
-            table("|", provenance(results)),
+            table("|", provenance_rows(results)),
         ]
     )
 
@@ -160,9 +158,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = measure(resnet50, arguments.batch, arguments.edge, tuple(arguments.budgets), arguments.rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "convolution_step.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "convolution_step.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "convolution_step", results, markdown(results))
 
 
 if __name__ == "__main__":

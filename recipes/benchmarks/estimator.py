@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig
 
 from recipes.benchmarks.parts.methods import FULL, SMT
-from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.models import MODELS
 from recipes.benchmarks.parts.quantised import BITS
-from recipes.benchmarks.parts.setting import DTYPES
+from recipes.benchmarks.parts.results import write_results
+from recipes.benchmarks.parts.setting import DTYPES, SHAPES
 from recipes.parts.markdown import gib, mib, percent, table
 from recipes.parts.provenance import command
 from smt_trainer import SMTConfig
@@ -25,12 +25,18 @@ LARGE = "Llama-2-7B"
 ESTIMATED = {SMT: "smt", "LoRA": "lora", FULL: "full"}
 
 
+def is_modelled(results: dict) -> bool:
+    """Return whether the estimator models this step: it has no loss in chunks, and no experts as targets."""
+    setting = results["setting"]
+    return not setting["chunked_loss"] and setting.get("targets") != "experts"
+
+
 def compare(results: dict) -> list[dict]:
     """Return measured and estimated peak memory in bytes for each method and budget of one result."""
     setting, rows = results["setting"], []
     base = setting.get("base")
     measured = {(row["method"], row["budget"]): row for row in results["methods"]}
-    config = LlamaConfig(**Shape(**setting["shape"])._asdict())
+    config = SHAPES[results["shape"]].config()
     for budget in dict.fromkeys(row["budget"] for row in results["methods"] if row["method"] == SMT):
         found = estimate(
             config,
@@ -58,7 +64,7 @@ def plan() -> list[list[str]]:
     rows = []
     for bits in (None, 8, 4):
         found = estimate(
-            LlamaConfig(**MODELS[LARGE]._asdict()),
+            MODELS[LARGE].config(),
             SMTConfig(),
             batch=16,
             seq=512,
@@ -108,16 +114,15 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Compare all results of the folder except those with a loss in chunks, which the estimator does not model."""
+    """Compare all results of the folder that the estimator models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--results", type=Path, required=True, help="folder of step-*.json; the comparison is written there"
     )
     folder = parser.parse_args(words).results
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("step-*.json"))]
-    rows = [row for results in found if not results["setting"]["chunked_loss"] for row in compare(results)]
-    (folder / "estimator.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (folder / "estimator.md").write_text(markdown(rows), encoding="utf-8")
+    rows = [row for results in filter(is_modelled, found) for row in compare(results)]
+    write_results(folder, "estimator", rows, markdown(rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ file into memory and leaves the reading to the first use. Then its fingerprint i
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -21,8 +20,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from recipes.benchmarks.parts.models import MODELS, Shape
-from recipes.parts.markdown import provenance, table
-from recipes.parts.provenance import command, hardware, versions
+from recipes.benchmarks.parts.results import write_results
+from recipes.parts.markdown import provenance_rows, table
+from recipes.parts.provenance import provenance
 from smt_trainer.model.fingerprint import RUN, RUNS, Fingerprint
 
 PACKAGES = ("torch", "transformers", "safetensors", "smt_trainer")
@@ -52,9 +52,7 @@ def measure(cases: list[Case], rounds: int) -> dict:
     return {
         "cases": [measure_case(case, rounds) for case in tqdm(cases, "fingerprint")],
         "rounds": rounds,
-        "command": command("recipes.benchmarks.fingerprint"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.fingerprint", PACKAGES),
         "seed": SEED,
     }
 
@@ -111,7 +109,7 @@ def markdown(results: dict) -> str:
                     for row in results["cases"]
                 ],
             ),
-            table("|", provenance(results)),
+            table("|", provenance_rows(results)),
         ]
     )
 
@@ -124,9 +122,7 @@ def main() -> None:
     arguments = parser.parse_args()
     disable_progress_bar()
     results = measure(CASES, arguments.rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "fingerprint.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "fingerprint.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "fingerprint", results, markdown(results))
 
 
 if __name__ == "__main__":

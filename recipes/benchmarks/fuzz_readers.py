@@ -10,7 +10,6 @@ with a forged checksum is inspected, compared, put into a model and merged; only
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import tempfile
@@ -24,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.readers import FORGED, REFUSED, SAME, attack, make_readers
-from recipes.parts.markdown import provenance, table
-from recipes.parts.provenance import command, hardware, versions
+from recipes.benchmarks.parts.results import write_results
+from recipes.parts.markdown import provenance_rows, table
+from recipes.parts.provenance import provenance
 
 PACKAGES = ("torch", "safetensors", "numpy", "smt_trainer")
 FAILED = "failed"
@@ -56,9 +56,7 @@ def run(cases: int, seed: int) -> dict[str, Any]:
         "failures": failures,
         "seconds": round(time.monotonic() - started, 1),
         "longest_case_seconds": round(longest, 3),
-        "command": command("recipes.benchmarks.fuzz_readers"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.fuzz_readers", PACKAGES),
         "seed": seed,
     }
 
@@ -78,7 +76,7 @@ def markdown(results: dict[str, Any]) -> str:
                 [
                     ["cases", f"{results['cases']:,}"],
                     ["seconds", f"{results['seconds']:,} in all, {results['longest_case_seconds']} the longest case"],
-                    *provenance(results),
+                    *provenance_rows(results),
                 ],
             ),
         ]
@@ -95,9 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable()
     results = run(arguments.cases, arguments.seed)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "fuzz_readers.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "fuzz_readers.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "fuzz_readers", results, markdown(results))
 
 
 if __name__ == "__main__":

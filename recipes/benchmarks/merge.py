@@ -8,7 +8,6 @@ The time is that of the whole process.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -25,12 +24,12 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from recipes.benchmarks.parts.models import Shape
+from recipes.benchmarks.parts.results import write_results
 from recipes.benchmarks.parts.timing import quartiles
-from recipes.parts.markdown import mib, provenance, spread, table
-from recipes.parts.provenance import command, hardware, versions
-from smt_trainer import SMTConfig, convert_to_smt, save_delta
-from smt_trainer.model.targets import count_parameters, find_targets, target_grids
-from smt_trainer.selection.choose import select_blocks
+from recipes.parts.markdown import mib, provenance_rows, spread, table
+from recipes.parts.provenance import provenance
+from smt_trainer import BlockScores, SMTConfig, convert_to_smt, save_delta
+from smt_trainer.model.targets import count_parameters
 from smt_trainer.sparse.block_module import block_modules
 
 PACKAGES = ("numpy", "torch", "transformers", "safetensors", "smt_trainer")
@@ -72,9 +71,7 @@ def measure(shape: Shape, shard: int, config: SMTConfig, rounds: int) -> dict:
         },
         "merge_peak_bytes": statistics.median(peaks),
         "rounds": rounds,
-        "command": command("recipes.benchmarks.merge"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.merge", PACKAGES),
         "seed": SEED,
     }
 
@@ -84,10 +81,8 @@ def write(folders: Folders, shape: Shape, shard: int, config: SMTConfig) -> int:
     torch.manual_seed(SEED)
     model = shape.build().bfloat16()
     model.save_pretrained(folders.base, max_shard_size=shard)
-    grids = target_grids(find_targets(model, config), config)
-    scores = {name: torch.rand(grid.shape) for name, grid in grids.items()}
     parameters = count_parameters(model)
-    convert_to_smt(model, select_blocks(scores, grids, config, parameters))
+    convert_to_smt(model, BlockScores.of(model, config, [], SEED).select())
     with torch.no_grad():
         for _, linear in block_modules(model):
             linear.blocks += 1
@@ -137,7 +132,7 @@ def markdown(results: dict) -> str:
             ),
             f"Peak resident memory of the merge: {mib(results['merge_peak_bytes'])} MiB, where the largest shard has "
             f"{mib(results['largest_shard_bytes'])} MiB.\n",
-            table("|", provenance(results)),
+            table("|", provenance_rows(results)),
         ]
     )
 
@@ -149,10 +144,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="how often each is run")
     arguments = parser.parse_args()
     disable_progress_bar()
-    results = measure(SHAPE, SHARD, SMTConfig(), arguments.rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "merge.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "merge.md").write_text(markdown(results), encoding="utf-8")
+    results = measure(SHAPE, SHARD, SMTConfig(score="random"), arguments.rounds)
+    write_results(arguments.output, "merge", results, markdown(results))
 
 
 if __name__ == "__main__":

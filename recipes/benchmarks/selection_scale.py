@@ -4,7 +4,6 @@ python -m recipes.benchmarks.selection_scale --output recipes/benchmarks/results
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from tqdm import tqdm
 
 from recipes.benchmarks.parts.hooks import SCORES, measure_warmup
 from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.results import write_results
 from recipes.benchmarks.parts.selection import measure_selection
-from recipes.parts.markdown import provenance, table
-from recipes.parts.provenance import command, hardware, versions
+from recipes.parts.markdown import provenance_rows, table
+from recipes.parts.provenance import provenance
 
 PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")
 LAYERS = (2, 8, 32, 128, 256)
@@ -33,9 +33,7 @@ def measure(models: dict[str, Shape], layers: Sequence[int], rounds: int) -> dic
         # Smaller models run more rounds, so that all take about as long.
         "warmup": [measure_warmup(count, rounds * max(layers) // count, SEED) for count in tqdm(layers, "warm-up")],
         "rounds": rounds,
-        "command": command("recipes.benchmarks.selection_scale"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.selection_scale", PACKAGES),
         "seed": SEED,
     }
 
@@ -78,7 +76,7 @@ def markdown(results: dict) -> str:
         table(
             "|",
             [
-                *provenance(results),
+                *provenance_rows(results),
             ],
         ),
     ]
@@ -103,9 +101,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = measure(MODELS, LAYERS, arguments.rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "selection_scale.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "selection_scale.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "selection_scale", results, markdown(results))
 
 
 if __name__ == "__main__":

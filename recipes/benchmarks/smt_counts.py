@@ -10,7 +10,6 @@ device; which blocks are chosen does not change their number.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -19,8 +18,9 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from recipes.benchmarks.parts.models import MODELS, Shape
-from recipes.parts.markdown import provenance, table
-from recipes.parts.provenance import command, hardware, versions
+from recipes.benchmarks.parts.results import write_results
+from recipes.parts.markdown import provenance_rows, table
+from recipes.parts.provenance import provenance
 from smt_trainer import BlockScores, BlockSelection, SMTConfig
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
@@ -72,9 +72,7 @@ def measure() -> dict:
         "table_4": [count_groups(*shares) for shares in TABLE_4],
         "table_6": [count_projection(name) for name in ("k_proj", "q_proj", "v_proj")],
         "adapters": [count_adapters(*setting[:4]) | {"tables": setting[4]} for setting in tqdm(ADAPTERS, "adapters")],
-        "command": command("recipes.benchmarks.smt_counts"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.smt_counts", PACKAGES),
         "seed": SEED,
     }
 
@@ -194,7 +192,7 @@ def markdown(results: dict) -> str:
             "LoRA and DoRA on q, k, v, up and down, counted by PEFT:\n",
             table("model|method|tables|rank|millions|% as PEFT prints it|% of the model|paper", adapters),
             ABOUT,
-            table("|", provenance(results)),
+            table("|", provenance_rows(results)),
         ]
     )
 
@@ -216,9 +214,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for smt_counts.json and .md")
     arguments = parser.parse_args()
     results = measure()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "smt_counts.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "smt_counts.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "smt_counts", results, markdown(results))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ except in the search for dependents, which runs the model.
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,9 @@ from tqdm import tqdm
 
 from recipes.benchmarks.parts.image_models import ResNeXt101, deit, resnet101, vit
 from recipes.benchmarks.parts.models import MODELS
-from recipes.parts.markdown import provenance, table
-from recipes.parts.provenance import command, hardware, versions
+from recipes.benchmarks.parts.results import write_results
+from recipes.parts.markdown import provenance_rows, table
+from recipes.parts.provenance import provenance
 from smt_trainer import BlockScores, SMTConfig
 from smt_trainer.model.targets import count_parameters
 
@@ -55,9 +55,7 @@ def measure(models: dict[str, Callable[[int], nn.Module]], labels: dict[str, int
     return {
         "table_2": [row for name, build in tqdm(models.items(), "models") for row in count_images(name, build, labels)],
         "table_7": [count_llama(*setting) | {"paper": paper} for setting, paper in TABLE_7.items()],
-        "command": command("recipes.benchmarks.spsft_counts"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.spsft_counts", PACKAGES),
         "seed": SEED,
     }
 
@@ -143,7 +141,7 @@ def markdown(results: dict) -> str:
             ABOUT_TABLE_2,
             "Table 7, rows of each linear:\n",
             table("model|linears|rows|trained", llama),
-            table("|", provenance(results)),
+            table("|", provenance_rows(results)),
         ]
     )
 
@@ -174,9 +172,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for spsft_counts.json and .md")
     arguments = parser.parse_args()
     results = measure(IMAGE_MODELS, LABELS)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "spsft_counts.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "spsft_counts.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "spsft_counts", results, markdown(results))
 
 
 if __name__ == "__main__":

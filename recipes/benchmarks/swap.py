@@ -9,7 +9,6 @@ new random order.
 
 import argparse
 import copy
-import json
 import random
 import time
 from collections.abc import Callable
@@ -21,14 +20,14 @@ from torch import nn
 from tqdm import tqdm
 
 from recipes.benchmarks.parts.models import MODELS, Shape
+from recipes.benchmarks.parts.results import write_results
 from recipes.benchmarks.parts.timing import quartiles
 from recipes.parts.adapters import adapter_config
-from recipes.parts.markdown import percent, provenance, spread, table
+from recipes.parts.markdown import percent, provenance_rows, spread, table
 from recipes.parts.methods import trained_parameters
-from recipes.parts.provenance import command, hardware, versions
-from smt_trainer import Delta, SMTConfig, convert_to_smt, swap
-from smt_trainer.model.targets import count_parameters, find_targets, target_grids
-from smt_trainer.selection.choose import select_blocks
+from recipes.parts.provenance import provenance
+from smt_trainer import BlockScores, Delta, SMTConfig, convert_to_smt, swap
+from smt_trainer.model.targets import count_parameters, find_targets
 from smt_trainer.sparse.block_module import block_modules
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
@@ -44,9 +43,7 @@ def measure(shape: Shape, budgets: tuple[float, ...], rounds: int) -> dict:
         "tokens": TOKENS,
         "budgets": [measure_budget(shape, budget, rounds) for budget in budgets],
         "rounds": rounds,
-        "command": command("recipes.benchmarks.swap"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.benchmarks.swap", PACKAGES),
         "seed": SEED,
     }
 
@@ -90,10 +87,7 @@ def measure_budget(shape: Shape, budget: float, rounds: int) -> dict:
 def tuned(base: nn.Module, budget: float, seed: int) -> Delta:
     """Return a delta of random blocks of a base, each value changed."""
     model, config = copy.deepcopy(base), SMTConfig(budget=budget, score="random")
-    grids = target_grids(find_targets(model, config), config)
-    torch.manual_seed(seed)
-    scores = {name: torch.rand(grid.shape) for name, grid in grids.items()}
-    convert_to_smt(model, select_blocks(scores, grids, config, count_parameters(model)))
+    convert_to_smt(model, BlockScores.of(model, config, [], seed).select())
     with torch.no_grad():
         for _, linear in block_modules(model):
             linear.blocks += 1
@@ -137,7 +131,7 @@ def markdown(results: dict) -> str:
             table("budget|change|weights|milliseconds", rows),
             f"A forward of {results['tokens']} tokens, without gradients:\n",
             table("budget|forward of|milliseconds|to the base", forwards),
-            table("|", provenance(results)),
+            table("|", provenance_rows(results)),
         ]
     )
 
@@ -154,9 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="how often each is run")
     arguments = parser.parse_args()
     results = measure(MODELS[MODEL], BUDGETS, arguments.rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "swap.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "swap.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "swap", results, markdown(results))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python -m recipes.benchmarks.training_step --output recipes/benchmarks/results
 
 import argparse
 import gc
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from recipes.benchmarks.parts.memory import account, peaks
 from recipes.benchmarks.parts.methods import FLOOR, FULL, METHODS, OF_EXPERTS, SECOND_FLOOR, SMT, UNABLE, Variant
 from recipes.benchmarks.parts.own_work import own_work
 from recipes.benchmarks.parts.quantised import BITS
+from recipes.benchmarks.parts.results import write_results
 from recipes.benchmarks.parts.setting import DTYPES, GPU_SHAPES, SHAPES, Setting
 from recipes.benchmarks.parts.tables import markdown
 from recipes.benchmarks.parts.timing import Round, ratios, seconds, time_rounds
@@ -121,9 +121,7 @@ def report(arguments: argparse.Namespace, shape: str) -> None:
 
 def write(results: dict, folder: Path, stem: str) -> None:
     """Write the JSON, the tables and the chart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{stem}.md").write_text(markdown(results, f"{stem}.png"), encoding="utf-8")
+    write_results(folder, stem, results, markdown(results, f"{stem}.png"))
     draw(results, folder / f"{stem}.png")
 
 

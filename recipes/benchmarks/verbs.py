@@ -5,7 +5,6 @@ python -m recipes.benchmarks.verbs --output recipes/benchmarks/results
 
 import argparse
 import filecmp
-import json
 import resource
 import subprocess
 import sys
@@ -17,9 +16,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, TrainingArguments
 
-from recipes.parts.markdown import mib, provenance, table
+from recipes.benchmarks.parts.results import write_results
+from recipes.parts.markdown import mib, provenance_rows, table
 from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
-from recipes.parts.provenance import command, hardware, versions
+from recipes.parts.provenance import provenance
 from smt_trainer import SMTConfig, SMTTrainer, delta_patches, swap
 from smt_trainer.delta.folder import DELTA_FILE
 
@@ -128,7 +128,7 @@ def markdown(results: dict) -> str:
             ),
             *(f"- {statement}: {'yes' if holds else 'NO'}" for statement, holds in results["proofs"].items()),
             "",
-            table("|", provenance(results)),
+            table("|", provenance_rows(results)),
         ]
     )
 
@@ -151,14 +151,10 @@ def main(words: Sequence[str] | None = None) -> None:
             "delta_bytes": (folder / "first" / DELTA_FILE).stat().st_size,
             "rows": measure(folder),
             "proofs": proofs(folder),
-            "hardware": hardware(),
-            "versions": versions(("torch", "transformers", "smt_trainer")),
             "seed": SEEDS[0],
-            "command": command("recipes.benchmarks.verbs"),
+            **provenance("recipes.benchmarks.verbs", ("torch", "transformers", "smt_trainer")),
         }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "verbs.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / "verbs.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, "verbs", results, markdown(results))
 
 
 if __name__ == "__main__":

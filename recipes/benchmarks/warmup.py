@@ -4,7 +4,6 @@ python -m recipes.benchmarks.warmup --output recipes/benchmarks/results
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -15,6 +14,7 @@ import torch
 from recipes.benchmarks.parts import scoring, training
 from recipes.benchmarks.parts.memory import peaks
 from recipes.benchmarks.parts.methods import FLOOR, SMT, Variant
+from recipes.benchmarks.parts.results import write_results
 from recipes.benchmarks.parts.scoring import Scoring
 from recipes.benchmarks.parts.setting import SHAPES, Setting
 from recipes.benchmarks.parts.tables import TRAINED
@@ -116,10 +116,8 @@ def main(words: Sequence[str] | None = None) -> None:
     shape = SHAPES[arguments.shape]
     setting = Setting(shape, batch=arguments.batch, length=arguments.length, threads=arguments.threads)
     results = report(arguments.shape, setting, arguments.rounds)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     stem = "warmup" if setting.targets == "qkv" else "warmup-experts"
-    (arguments.output / f"{stem}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (arguments.output / f"{stem}.md").write_text(markdown(results), encoding="utf-8")
+    write_results(arguments.output, stem, results, markdown(results))
 
 
 if __name__ == "__main__":

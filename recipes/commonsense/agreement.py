@@ -22,9 +22,9 @@ from recipes.commonsense.parts.harness import ask, write_tasks
 from recipes.commonsense.task import COMMONSENSE, LIKELIEST
 from recipes.parts.experiment import draw
 from recipes.parts.json_file import write_json
-from recipes.parts.markdown import provenance, table
+from recipes.parts.markdown import provenance_rows, table
 from recipes.parts.model import load_model, resolve_model
-from recipes.parts.provenance import command, hardware, versions
+from recipes.parts.provenance import provenance
 from recipes.parts.task import Decoding
 from smt_trainer import from_delta
 from smt_trainer.files import write_text
@@ -56,9 +56,7 @@ def main() -> None:
         "questions": sum(map(len, questions.values())),
         "rows": rows,
         "seed": results["seed"],
-        "command": command("recipes.commonsense.agreement"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.commonsense.agreement", PACKAGES),
     }
     write_json(arguments.output / "agreement.json", found)
     write_text(arguments.output / "agreement.md", markdown(found))
@@ -106,7 +104,7 @@ def markdown(found: dict) -> str:
             "# The recipe and lm-evaluation-harness on the same commonsense questions\n",
             "Accuracy by likelihood in %, and how many questions both answer alike.\n",
             table("model|recipe|harness|answers alike", rows),
-            table("|", provenance(found)),
+            table("|", provenance_rows(found)),
         ]
     )
 

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from recipes.parts.bootstrap import difference
 from recipes.parts.json_file import write_json
-from recipes.parts.markdown import provenance, table
+from recipes.parts.markdown import provenance_rows, table
 from recipes.parts.measures_of_labels import Measure
-from recipes.parts.provenance import command, hardware, peak_memory_bytes, versions, without_folder
+from recipes.parts.provenance import peak_memory_bytes, provenance, without_folder
 from smt_trainer.files import write_text
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "safetensors", "smt_trainer")
@@ -81,9 +81,7 @@ class Report:
             "processor_seconds": self.processor_seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "seed": self.seed,
-            "command": command("recipes.classify"),
-            "hardware": hardware(),
-            "versions": versions(PACKAGES),
+            **provenance("recipes.classify", PACKAGES),
         }
 
     def _one(self, outcome: Outcome) -> dict:
@@ -139,7 +137,7 @@ def markdown(report: Report, results: dict) -> str:
                 ),
                 ["whole run", f"{report.total_seconds:.0f} s; {report.processor_seconds:.0f} s of the processor"],
                 ["peak memory", f"{results['peak_memory_bytes'] / 2**30:.2f} GiB"],
-                *provenance(results),
+                *provenance_rows(results),
             ],
         ),
     ]

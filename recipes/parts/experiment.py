@@ -1,4 +1,4 @@
-"""A fine-tuning run of a recipe: data, model and trainer, and how the model is measured and merged."""
+"""A fine-tuning run of a recipe: its data and its base, and how the model is measured and merged."""
 
 import logging
 import time
@@ -25,7 +25,7 @@ from recipes.parts.prompt import pad_token, tokenize_for_training
 from recipes.parts.quantisation import quantised_loading
 from recipes.parts.registry import load_task
 from recipes.parts.task import Decoding, Task
-from smt_trainer import SMTConfig, SMTTrainer
+from smt_trainer import SMTTrainer
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.model.quantised import quantization_of
 
@@ -33,28 +33,26 @@ logger = logging.getLogger(__name__)
 
 
 class Experiment:
-    """One model on one task: the data, the trainer, and how the model is loaded, measured and merged.
+    """One model on one task: the data, and how the model is loaded, measured and merged.
 
     Attributes:
         output: folder for everything that is written.
+        delta: folder in it for the delta.
         dtype: dtype that the model is loaded in.
         loading: further arguments of `from_pretrained`.
-        quantization: how the base is quantised; None if it is not.
-        merged_onto: the `onto` of `from_delta` when merging; None unless the base is quantised.
+        records: the training records.
         questions: question set -> the questions to evaluate on.
-        trainer: trains the model.
-        timer: records the seconds of its steps.
     """
 
-    def __init__(
-        self, recipe: RecipeArguments, decoding: Decoding, smt_config: SMTConfig, training: TrainingArguments
-    ) -> None:
+    def __init__(self, recipe: RecipeArguments, decoding: Decoding, training: TrainingArguments) -> None:
         self.recipe, self.decoding = recipe, decoding
         self.output = Path(str(training.output_dir))
+        self.delta = self.output / "delta"
         self.task: Task = load_task(recipe.task)
         with training.main_process_first(desc="fetching model and data"):
             self.base = resolve_model(recipe.model)
             splits = self.task.load(recipe.data, recipe.validation_per_set, seed=training.seed)
+        self.records = draw(splits.train, recipe.train_records, training.seed)
         self.questions = {
             name: draw(records, recipe.questions_per_set, training.seed)
             for name, records in getattr(splits, recipe.evaluate_on).items()
@@ -65,42 +63,40 @@ class Experiment:
         if recipe.dtype == "auto":
             self.dtype = broadcast_object_list([fastest_dtype(config)])[0]
         self.loading = quantised_loading(recipe.bits, config, self.dtype, training.device)
-        model = self._load()
-        self.quantization = quantization_of(model)
-        self.merged_onto = DEQUANTIZED if self.quantization else None
-        self.timer = StepTimer()
-        records = draw(splits.train, recipe.train_records, training.seed)
-        self.trainer = SMTTrainer(
-            model=model,
-            args=training,
-            train_dataset=records.map(
-                tokenize_for_training,
-                fn_kwargs={"tokenizer": self.tokenizer, "max_length": recipe.max_length},
-                remove_columns=records.column_names,
-            ),
-            data_collator=CompletionCollator(pad_token(self.tokenizer)),
-            processing_class=self.tokenizer,
-            callbacks=[self.timer],
-            smt_config=smt_config,
+
+    def load_base(self) -> PreTrainedModel:
+        """Load the base, quantised if the recipe says so."""
+        return load_model(self.base, self.dtype, self.recipe.trust_remote_code, **self.loading)
+
+    def train_dataset(self) -> Dataset:
+        """Return the training records as tokens, with labels on the completions only."""
+        return self.records.map(
+            tokenize_for_training,
+            fn_kwargs={"tokenizer": self.tokenizer, "max_length": self.recipe.max_length},
+            remove_columns=self.records.column_names,
         )
 
-    def evaluate_untuned(self) -> Evaluation:
+    def collator(self) -> CompletionCollator:
+        """Return what makes batches of them."""
+        return CompletionCollator(pad_token(self.tokenizer))
+
+    def evaluate_untuned(self, trainer: SMTTrainer) -> Evaluation:
         """Measure the model before training, or return what the run being resumed measured."""
-        subject = Subject.of(self.task, self.trainer.model, self.questions, self.decoding)
-        earlier = kept(subject, self.output) if self.trainer.args.resume_from_checkpoint else None
+        subject = Subject.of(self.task, trainer.model, self.questions, self.decoding)
+        earlier = kept(subject, self.output) if trainer.args.resume_from_checkpoint else None
         before = broadcast_object_list([earlier])[0]
         if before is None:
             logger.info("Evaluating %s untuned", self.recipe.model)
-            before = self.evaluate(self.trainer)
-            if self.trainer.is_world_process_zero():
+            before = self.evaluate(trainer)
+            if trainer.is_world_process_zero():
                 keep(before, subject, self.output)
         log(before, "untuned")
         return before
 
-    def evaluate_tuned(self) -> Evaluation:
+    def evaluate_tuned(self, trainer: SMTTrainer) -> Evaluation:
         """Measure the model after training."""
         logger.info("Evaluating the tuned model")
-        after = self.evaluate(self.trainer)
+        after = self.evaluate(trainer)
         log(after, "tuned")
         return after
 
@@ -117,27 +113,24 @@ class Experiment:
         parts = gather_object([self.task.evaluate(trainer.model, self.tokenizer, share, decoding)])
         return Evaluation.joined(parts)
 
-    def train_beside(self) -> Beside:
-        """Train and measure the PEFT method from the same base."""
+    def train_beside(self, trainer: SMTTrainer) -> Beside:
+        """Train and measure the PEFT method from the same base, as a finished SMT run was."""
         method = self.recipe.beside
         logger.info("Training %s for comparison", method)
-        rate = self.recipe.beside_rate or self.trainer.args.learning_rate
-        rival = train_beside(method, rate, self.trainer, self._load())
+        rate = self.recipe.beside_rate or trainer.args.learning_rate
+        rival = train_beside(method, rate, trainer, self.load_base())
         return Beside(method, rate, trained_parameters(rival.model), self.evaluate(rival, generate=False))
 
-    def merge(self) -> Comparison:
+    def merge(self, trained: PreTrainedModel) -> Comparison:
         """Write the merged checkpoint and compare it with the trained model on a few questions."""
         merged = self.output / "merged"
-        loading = self.loading | {"dtype": getattr(torch, self.dtype), "onto": self.merged_onto}
+        onto = DEQUANTIZED if quantization_of(trained) else None
+        loading = self.loading | {"dtype": getattr(torch, self.dtype), "onto": onto}
         loading["trust_remote_code"] = self.recipe.trust_remote_code
-        write_merged(self.base, self.output / "delta", merged, self.tokenizer, **loading)
+        write_merged(self.base, self.delta, merged, self.tokenizer, **loading)
         sample = {name: first(records, self.recipe.check_per_set) for name, records in self.questions.items()}
-        trained = self.trainer.model
         loaded = load_model(str(merged), self.dtype, self.recipe.trust_remote_code).to(trained.device)
-        return compare(self.task, trained, loaded, self.tokenizer, sample, self.decoding)
-
-    def _load(self) -> PreTrainedModel:
-        return load_model(self.base, self.dtype, self.recipe.trust_remote_code, **self.loading)
+        return Comparison(onto, *compare(self.task, trained, loaded, self.tokenizer, sample, self.decoding))
 
 
 class StepTimer(TrainerCallback):

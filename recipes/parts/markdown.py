@@ -7,7 +7,7 @@ def table(header: str, rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header.split("|"), rule, *rows)) + "\n"
 
 
-def provenance(results: dict) -> list[list[str]]:
+def provenance_rows(results: dict) -> list[list[str]]:
     """Return rows of hardware, versions, seed and command."""
     return [
         ["hardware", results["hardware"]],

@@ -19,10 +19,12 @@ class Comparison(NamedTuple):
     """A merged model compared with the trained one.
 
     Attributes:
+        onto: the weights of a quantised base that the delta was merged onto; None if the base is not quantised.
         equal: whether the logits of the prompts are bit-identical and the answers to the questions the same.
         moved: how far the logits are apart.
     """
 
+    onto: str | None
     equal: bool
     moved: LogitDifference
 
@@ -45,11 +47,15 @@ def compare(
     tokenizer: PreTrainedTokenizerBase,
     questions: dict[str, Dataset],
     decoding: Decoding,
-) -> Comparison:
-    """Compare logits on the first prompt of each set, and the answers to all questions."""
+) -> tuple[bool, LogitDifference]:
+    """Compare logits on the first prompt of each set, and the answers to all questions.
+
+    Returns:
+        Whether all are the same, and how far the logits are apart.
+    """
     prompts = [torch.tensor(encode_prompt(records[0], tokenizer)) for records in questions.values()]
     with inference(trained), inference(merged):
         logits = [[model(ids[None].to(model.device)).logits for ids in prompts] for model in (trained, merged)]
         answers = [task.evaluate(model, tokenizer, questions, decoding) for model in (trained, merged)]
         equal = all(map(torch.equal, *logits)) and answers[0] == answers[1]
-        return Comparison(equal, compare_logits(trained, merged, prompts))
+        return equal, compare_logits(trained, merged, prompts)

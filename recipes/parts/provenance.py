@@ -12,6 +12,11 @@ from pathlib import Path
 import torch
 
 
+def provenance(module: str, packages: Iterable[str]) -> dict:
+    """Return how a result was made: the command that runs `module`, the hardware and the versions of packages."""
+    return {"command": command(module), "hardware": hardware(), "versions": versions(packages)}
+
+
 def command(module: str) -> str:
     """Return the command line of this process, which runs `module`. Absolute paths are cut to their last part."""
     return shlex.join(["python", "-m", module, *map(without_folder, sys.argv[1:])])

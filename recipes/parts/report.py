@@ -9,11 +9,11 @@ from recipes.parts.baseline import Beside
 from recipes.parts.constant_answers import constant_answers
 from recipes.parts.evaluation import Evaluation, paired_gain
 from recipes.parts.json_file import write_json
-from recipes.parts.markdown import provenance
+from recipes.parts.markdown import provenance_rows
 from recipes.parts.markdown import table as markdown_table
 from recipes.parts.measures import gain_text, is_loss, table
 from recipes.parts.merged import Comparison
-from recipes.parts.provenance import command, hardware, versions, without_folder
+from recipes.parts.provenance import provenance, without_folder
 from recipes.parts.task import Task
 from smt_trainer import BlockSelection
 from smt_trainer.files import write_text
@@ -30,7 +30,6 @@ class Run:
         dtype: dtype of the weights; for a quantised base, of those that are not quantised.
         quantization: description of how the base is quantised; None if it is not.
         evaluated_on: the split of the questions.
-        merged_onto: the weights of a quantised base that the delta was merged onto; None if the base is not quantised.
         merged: comparison of the merged model with the trained one.
         beside: result of a PEFT method on the same records; None if none was asked for.
         seconds_per_step: median over the optimizer steps of training; None without steps.
@@ -45,7 +44,6 @@ class Run:
     evaluated_on: str
     before: Evaluation
     after: Evaluation
-    merged_onto: str | None
     merged: Comparison
     beside: Beside | None
     selection: BlockSelection
@@ -66,7 +64,7 @@ class Run:
             "evaluated_on": self.evaluated_on,
             "measures": {measure: summary(measure, self.before, self.after) for measure in self.after.values},
             "beside": self._beside(),
-            "merged_onto": self.merged_onto,
+            "merged_onto": self.merged.onto,
             "merged_equal": self.merged.equal,
             "merged_moved": self.merged.moved._asdict(),
             "trainable_fraction": self.selection.fraction_of_model,
@@ -77,9 +75,7 @@ class Run:
             "peak_memory_bytes": self.peak_memory_bytes,
             "delta_bytes": sum((self.delta_folder / name).stat().st_size for name in DELTA_FILES),
             "seed": self.seed,
-            "command": command("recipes.finetune"),
-            "hardware": hardware(),
-            "versions": versions(PACKAGES),
+            **provenance("recipes.finetune", PACKAGES),
             "before": self.before.values,
             "after": self.after.values,
         }
@@ -138,7 +134,7 @@ def markdown(run: Run) -> str:
         f"Gain: {', '.join(gain_text(measure, run.before, run.after) for measure in measures)} "
         "(paired 95 % interval).\n",
         *_compared(run),
-        markdown_table("|", [*_costs(results), *_merged(run), *provenance(results)]),
+        markdown_table("|", [*_costs(results), *_merged(run), *provenance_rows(results)]),
     ]
     return "\n".join(lines)
 
@@ -169,6 +165,6 @@ def _costs(results: dict) -> list[list[str]]:
 
 def _merged(run: Run) -> list[list[str]]:
     """Return rows of what was merged, and how it differs from the trained model."""
-    onto = [] if run.merged_onto is None else [["merged onto", f"{run.merged_onto} weights"]]
+    onto = [] if run.merged.onto is None else [["merged onto", f"{run.merged.onto} weights"]]
     equal = "yes" if run.merged.equal else f"NO: {run.merged.moved}"
     return [*onto, ["merged checkpoint equal to the trained model", equal]]

@@ -20,7 +20,7 @@ from recipes.commonsense.parts.data import load_splits
 from recipes.parts.collator import CompletionCollator
 from recipes.parts.model import DEFAULT_MODEL, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
-from recipes.parts.provenance import command, hardware, peak_memory_bytes, versions, without_folder
+from recipes.parts.provenance import peak_memory_bytes, provenance, without_folder
 from recipes.selection_study.report import write_report
 from recipes.selection_study.study import compare, run
 from recipes.selection_study.warmup import SCORES
@@ -50,9 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "budget": arguments.budget,
         "seconds": round(time.perf_counter() - started),
         "peak_memory_mib": round(peak_memory_bytes() / 2**20),
-        "command": command("recipes.selection_study"),
-        "hardware": hardware(),
-        "versions": versions(PACKAGES),
+        **provenance("recipes.selection_study", PACKAGES),
     }
     write_report(outcomes, compare(outcomes), facts, arguments.output)
 

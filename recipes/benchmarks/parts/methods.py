@@ -8,10 +8,8 @@ import peft
 from torch import nn
 
 from recipes.parts.adapters import ADAPTERS, adapter_config
-from smt_trainer import SMTConfig, convert_to_smt
-from smt_trainer.model.targets import count_parameters, find_targets, target_grids
-from smt_trainer.scores import make_scorer
-from smt_trainer.selection.choose import select_blocks
+from smt_trainer import BlockScores, SMTConfig, convert_to_smt
+from smt_trainer.model.targets import count_parameters, find_targets
 
 FLOOR, SECOND_FLOOR, FULL, ROWS, SMT = "floor", "floor, second copy", "full fine-tuning", "SPSFT rows", "SMT blocks"
 METHODS = (FULL, *ADAPTERS, ROWS, SMT)
@@ -68,7 +66,4 @@ def make_sparse(variant: Variant, model: nn.Module, seed: int, targets: str) -> 
         score="random",
         scope="per_module",
     )
-    targets = find_targets(model, config)
-    grids = target_grids(targets, config)
-    scores = make_scorer(targets, grids, config, seed).scores()
-    return convert_to_smt(model, select_blocks(scores, grids, config, count_parameters(model)))
+    return convert_to_smt(model, BlockScores.of(model, config, [], seed).select())

@@ -16,9 +16,13 @@ class Shape(NamedTuple):
     vocab_size: int
     tie_word_embeddings: bool = False
 
+    def config(self) -> LlamaConfig:
+        """Return the model's configuration."""
+        return LlamaConfig(**self._asdict())
+
     def build(self) -> LlamaForCausalLM:
         """Build the model on the current default device."""
-        return LlamaForCausalLM(LlamaConfig(**self._asdict()))
+        return LlamaForCausalLM(self.config())
 
 
 class Mixture(NamedTuple):
@@ -34,9 +38,13 @@ class Mixture(NamedTuple):
     num_experts_per_tok: int
     vocab_size: int
 
+    def config(self) -> Qwen3MoeConfig:
+        """Return the model's configuration."""
+        return Qwen3MoeConfig(**self._asdict())
+
     def build(self) -> Qwen3MoeForCausalLM:
         """Build the model on the current default device."""
-        return Qwen3MoeForCausalLM(Qwen3MoeConfig(**self._asdict()))
+        return Qwen3MoeForCausalLM(self.config())
 
 
 MODELS = {

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from recipes.benchmarks.parts.models import MODELS, Mixture, Shape
 from recipes.benchmarks.parts.quantised import quantise
-from recipes.parts.provenance import command, hardware, versions
+from recipes.parts.provenance import provenance
 from smt_trainer.model.targets import count_parameters
 
 PACKAGES = ("torch", "transformers", "peft", "smt_trainer")
@@ -91,11 +91,9 @@ class Setting:
             "setting": self.to_dict(),
             # Other programs add to clock time but not to processor time. A GPU has only clock time.
             "timer": "clock" if torch.cuda.is_available() else "processor",
-            "command": command(module),
-            "hardware": hardware(),
             "load": [load, os.getloadavg()[0]],
             "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-            "versions": versions((*PACKAGES, "bitsandbytes") if self.base else PACKAGES),
+            **provenance(module, (*PACKAGES, "bitsandbytes") if self.base else PACKAGES),
         }
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from recipes.benchmarks.estimator import compare, main
+from recipes.benchmarks.estimator import compare, is_modelled, main
 from recipes.benchmarks.parts.methods import SMT
 
 pytestmark = pytest.mark.slow
 RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results"
-MEASURED = [path for path in sorted(RESULTS.glob("step-*.json")) if "chunked" not in path.name]
+MEASURED = [path for path in sorted(RESULTS.glob("step-*.json")) if is_modelled(json.loads(path.read_text()))]
 
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.stem)

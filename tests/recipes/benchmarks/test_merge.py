@@ -11,7 +11,8 @@ RESULTS = Path(__file__).parents[3] / "recipes" / "benchmarks" / "results"
 
 
 def test_a_measurement_has_a_time_of_each_process_and_a_table_of_it():
-    results = json.loads(json.dumps(measure(tiny(2), 60_000, SMTConfig(block_size=16, budget=9), rounds=2)))
+    config = SMTConfig(block_size=16, budget=9, score="random")
+    results = json.loads(json.dumps(measure(tiny(2), 60_000, config, rounds=2)))
     assert results["shards"] > 1 and results["largest_shard_bytes"] < results["base_bytes"]
     assert results["seconds"].keys() == {"cp -r", "smt merge", "import torch"}
     assert results["to_copy"]["cp -r"]["median"] == 1
