@@ -33,7 +33,7 @@ from smt_trainer.export.saved_modules import saved_modules
 from smt_trainer.files import new_folder
 from smt_trainer.merging.matrix_rows import read_matrix
 from smt_trainer.merging.merge import open_both
-from smt_trainer.merging.plan import MergePlan, refuse_grown
+from smt_trainer.merging.plan import MergePlan, refuse_grown, refuse_other_depth
 from smt_trainer.merging.side_files import copy_trained
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.grid import BlockGrid
@@ -95,6 +95,7 @@ def export_lora(
     loaded = Delta.load(delta_folder)
     check_lora_onto(loaded, onto, checkpoint)
     _refuse_experts(loaded)
+    refuse_other_depth(delta_folder, checkpoint)
     ranks = _ranks(loaded, max_rank)
     plan = MergePlan.of(loaded, delta_folder, checkpoint)
     refuse_grown(plan, "written as an adapter")

@@ -65,12 +65,7 @@ class MergePlan:
         check_onto(delta, onto, is_quantised=checkpoint.is_quantised)
         if checkpoint.is_quantised and quantised_names(delta):
             raise SMTError(f"the quantised weights of {checkpoint.folder} cannot hold the trained blocks. {WAYS}")
-        layers = [config.get(LAYERS) for config in (load_config(delta_folder), checkpoint.config or {})]
-        if None not in layers and layers[0] != layers[1]:
-            raise SMTError(
-                f"the delta was trained with {LAYERS}={layers[0]}, and {checkpoint.folder} has {layers[1]}. Merge in "
-                "memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
-            )
+        refuse_other_depth(delta_folder, checkpoint)
         plan = cls.of(delta, delta_folder, checkpoint)
         refuse_missing([name for name in delta.whole_arrays if name not in plan.keys], checkpoint.folder)
         for dtype in plan.other_dtypes:
@@ -171,6 +166,16 @@ class MergePlan:
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:
     arrays, metadata = load_arrays(path, f"copy of the {BASE}")
     write_atomically(path, lambda temporary: save_arrays(arrays | resized, temporary, metadata))
+
+
+def refuse_other_depth(delta_folder: Path, checkpoint: Checkpoint) -> None:
+    """Raise `SMTError` if the model in training had another number of layers than the checkpoint."""
+    layers = [config.get(LAYERS) for config in (load_config(delta_folder), checkpoint.config or {})]
+    if None not in layers and layers[0] != layers[1]:
+        raise SMTError(
+            f"the delta was trained with {LAYERS}={layers[0]}, and {checkpoint.folder} has {layers[1]}. Merge in "
+            "memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
+        )
 
 
 def refuse_grown(plan: MergePlan, what: str) -> None:

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from smt_trainer import SMTError, from_delta, merge_checkpoint
+from smt_trainer import SMTError, export_lora, from_delta, merge_checkpoint
 from smt_trainer.delta.training_settings import training_settings
 
 CHANGED = {
@@ -47,13 +47,17 @@ def test_a_model_as_its_base_was_has_no_settings_of_its_own(base, tmp_path):
     assert training_settings(tmp_path / "delta", str(base), {}) == {}
 
 
-def test_a_merged_checkpoint_has_all_layers_or_none_is_written(base, tmp_path):
+@pytest.mark.parametrize("write", [merge_checkpoint, export_lora])
+def test_a_delta_of_fewer_layers_is_not_written_for_all(write, base, tmp_path):
+    train(AutoModelForCausalLM.from_pretrained(base, num_hidden_layers=1), tmp_path)
+    with pytest.raises(SMTError, match=r"num_hidden_layers=1, and .*base has 2.*in memory"):
+        write(base, tmp_path / "delta", tmp_path / "other")
+
+
+def test_a_merged_checkpoint_computes_with_the_settings_of_training(base, tmp_path):
     expected = train(AutoModelForCausalLM.from_pretrained(base, rms_norm_eps=0.1), tmp_path)
     merge_checkpoint(base, tmp_path / "delta", tmp_path / "merged")
     tiny.assert_same(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
-    train(AutoModelForCausalLM.from_pretrained(base, num_hidden_layers=1), tmp_path / "short")
-    with pytest.raises(SMTError, match=r"num_hidden_layers=1, and .*base has 2.*in memory"):
-        merge_checkpoint(base, tmp_path / "short" / "delta", tmp_path / "other")
 
 
 @pytest.mark.parametrize("labels", [2, 5])
