@@ -1,7 +1,7 @@
 """The studies: what each asks, and the arms that answer it."""
 
 from recipes.studies.parts.methods import METHODS
-from recipes.studies.parts.study import SEEDS, Arm, Study
+from recipes.studies.parts.study import SEEDS, UNTUNED, Arm, Study
 
 SMALL, LARGE = 0.0084, 0.05
 """The paper's budget, and one near its largest (4.91 %), as fractions of all parameters."""
@@ -9,7 +9,6 @@ SMALL, LARGE = 0.0084, 0.05
 MORE_SEEDS = (*SEEDS, 4, 5, 6)
 """Seeds of arms that are too close for three seeds to tell apart."""
 
-UNTUNED = Arm("untuned", "none")
 # Full fine-tuning has no float32 masters, so its weights must be in float32.
 FULL = Arm("full fine-tuning", "full", dtype="float32")
 RANDOM = Arm("random", "random", SMALL)

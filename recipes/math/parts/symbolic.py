@@ -24,6 +24,8 @@ RECORDS_PER_TEMPLATE = 150
 TEST_QUESTIONS = 500
 """Number of questions in each of the two test sets."""
 MOST_DRAWS_PER_RECORD = 20
+TEMPLATE = "template"
+"""Column that names the template of a record."""
 NEW_NUMBERS, NEW_TEMPLATES = "new numbers", "new templates"
 
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -32,7 +34,8 @@ NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 def symbolic_splits(validation: int, seed: int) -> Splits:
     """Return the splits, drawn from the templates in about a second.
 
-    `seed` only chooses the validation questions. Without them, the train and test sets are the same for every seed.
+    Each record names its template. `seed` only chooses the validation questions. Without them, the train and test sets
+    are the same for every seed.
 
     Args:
         validation: number of questions in each validation set; 0 for no validation.
@@ -50,7 +53,7 @@ def symbolic_splits(validation: int, seed: int) -> Splits:
         "train": order[TEST_TEMPLATES + VALIDATION_TEMPLATES :],
     }
     pools = {
-        role: [record for number in numbers for record in draw(templates[number], number)]
+        role: [record | {TEMPLATE: str(number)} for number in numbers for record in draw(templates[number], number)]
         for role, numbers in roles.items()
     }
     new_numbers, train = cut(pools["train"], TEST_QUESTIONS, SEED)

@@ -1,7 +1,8 @@
 """The difference between two arms of a study, with an interval over questions and seeds.
 
 Both arms answer the same Q questions after training with the same S seeds, so each question and seed gives one
-difference d_sq. With its means over the seeds d_q, and over the questions d_s,
+difference d_sq. Questions must be independent: of those made from one template, take the mean as one question. With the
+means of d_sq over the seeds d_q, and over the questions d_s,
 
     difference = mean(d_sq),    half width = t * sqrt(a + b),    a = var(d_q) / Q,    b = var(d_s) / S.
 

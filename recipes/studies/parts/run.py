@@ -6,6 +6,7 @@ import gc
 import json
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from statistics import mean
 
@@ -20,7 +21,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from recipes.math.parts.symbolic import TEMPLATE
 from recipes.parts.collator import CompletionCollator
+from recipes.parts.dtype import has_bfloat16_products
 from recipes.parts.methods import trained_parameters
 from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
@@ -37,6 +40,8 @@ LONGEST = 512
 """Most tokens of a training sequence."""
 BATCH_TOKENS = 65536 if torch.cuda.is_available() else 2048
 """Most prompt tokens in a batch of questions."""
+LEAST_PER_TEMPLATE = 2
+"""Least number of test questions of each template."""
 FULL_WARM_UP_RATE = 3e-5
 """Learning rate of the steps that train all weights first."""
 
@@ -95,6 +100,7 @@ def perform(run: Run) -> dict:
         **result,
         "seconds": round(time.perf_counter() - started, 1),
         "hardware": hardware(),
+        "bfloat16_products": torch.cuda.is_available() or has_bfloat16_products(),
         "versions": versions(PACKAGES),
     }
 
@@ -190,6 +196,9 @@ def _measure(model: PreTrainedModel, run: Run) -> dict:
     result: dict = {}
     if test:
         values = values | {"forgetting": forgetting(model, tokenizer)}
+        result["templates"] = {
+            name: list(map(int, asked[TEMPLATE])) for name, asked in questions.items() if TEMPLATE in asked.column_names
+        }
         result["values"] = {
             measure: {name: [round(value, 3) for value in each] for name, each in sets.items()}
             for measure, sets in values.items()
@@ -216,10 +225,22 @@ def _collator() -> CompletionCollator:
 def _splits(task: str) -> Splits:
     protocol = PROTOCOLS[task]
     splits = load_task(task).load(None, protocol.validation, seed=0)
-    test = {
-        name: questions.select(range(min(protocol.test, len(questions)))) for name, questions in splits.test.items()
-    }
+    test = {name: test_questions(questions, protocol.test) for name, questions in splits.test.items()}
     return dataclasses.replace(splits, test=test)
+
+
+def test_questions(questions: Dataset, number: int) -> Dataset:
+    """Return the first `number` questions, then more, until there are `LEAST_PER_TEMPLATE` of each template."""
+    number = min(number, len(questions))
+    chosen = list(range(number))
+    if TEMPLATE in questions.column_names:
+        templates = questions[TEMPLATE]
+        counts = Counter(templates[:number])
+        for index in range(number, len(questions)):
+            if counts[templates[index]] < LEAST_PER_TEMPLATE:
+                counts[templates[index]] += 1
+                chosen.append(index)
+    return questions.select(chosen)
 
 
 def _records(task: str, seed: int, number: int) -> Dataset:

@@ -72,6 +72,9 @@ class Arm:
         return Run(task, "none", None, 0.0, 0, "test", 0, 0)
 
 
+UNTUNED = Arm("untuned", "none")
+
+
 @dataclass(frozen=True)
 class Study:
     """A question and its arms.

@@ -53,7 +53,7 @@ def check(splits, template_of):
     assert trained.isdisjoint(used[f"validation {NEW_TEMPLATES}"])
     assert used[f"test {NEW_TEMPLATES}"].isdisjoint(used[f"validation {NEW_TEMPLATES}"])
     for records in sets.values():
-        assert records.column_names == ["instruction", "input", "output", "answer"]
+        assert records.column_names == ["instruction", "input", "output", "answer", "template"]
         for record in records:
             assert record["output"].endswith(f"\n#### {record['answer']}")
 
