@@ -1,4 +1,5 @@
-"""Perform the runs that the studies still lack. A finished run is never repeated; a killed one starts over.
+"""Perform the runs that the studies still lack. A killed run starts over. A finished one is repeated only if its test
+had questions of fewer templates than later ones have, after all missing ones.
 
 python -m recipes.queue methods plateau --processes 2
 
@@ -66,8 +67,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def missing(studies: Sequence[Study], store: Store) -> dict[Run, None]:
-    """Return the runs that are still to do, each once, in the order of the studies."""
-    return dict.fromkeys(run for study in studies for run in study.missing(store))
+    """Return the runs that are still to do, each once, in the order of the studies; then those to do again."""
+    to_do = [run for study in studies for run in study.missing(store)]
+    return dict.fromkeys(to_do + [run for study in studies for run in study.narrow(store)])
 
 
 class Queue:

@@ -15,6 +15,14 @@ RANDOM = Arm("random", "random", SMALL)
 PAPER = Arm("the paper's, q/k/v", "smt", SMALL)
 EACH_MODULE = Arm("the best of each module", "smt", SMALL, fields={"scope": "per_module"})
 RANDOM_ALL = Arm("random, all linears", "smt-all", SMALL, fields={"score": "random"}, seeds=MORE_SEEDS)
+# As many in each linear as in an arm that chooses by scope="per_module", which leaves k and v without blocks.
+RANDOM_EACH = Arm(
+    "random, as many in each linear",
+    "smt-all",
+    SMALL,
+    fields={"score": "random", "scope": "per_module"},
+    rate_of=RANDOM_ALL,
+)
 LOW_ALL = Arm("small inputs, all linears", "smt-low-all", SMALL, seeds=MORE_SEEDS)
 SMT = {budget: Arm(f"SMT, {100 * budget:g} %", "smt", budget) for budget in (SMALL, LARGE)}
 
@@ -103,6 +111,7 @@ INPUTS = Study(
     (
         LOW_ALL,
         RANDOM_ALL,
+        RANDOM_EACH,
         Arm("LoRA, all linears", "lora-all", SMALL, seeds=MORE_SEEDS),
         PAPER,
         Arm("random, q/k/v", "random", SMALL),
@@ -132,6 +141,7 @@ SCORES = Study(
     "Which score chooses the best blocks of each linear?",
     (
         RANDOM_ALL,
+        RANDOM_EACH,
         LOW_ALL,
         GRADIENT_ALL,
         *(

@@ -16,20 +16,10 @@ from smt_trainer.files import write_text
 
 def write_report(study: Study, store: Store, folder: Path) -> None:
     """Write `<study>.md` and its picture from the results so far."""
-    results = {arm: finished(arm, study.task, store) for arm in study.arms}
+    results = {arm: [store[run] for run in arm.reported(study.task, store)] for arm in study.arms}
     if any(results.values()):
         draw(study, Outcomes(results | untuned(study, store)), folder / f"{study.name}.png")
     write_text(folder / f"{study.name}.md", markdown(study, results, store))
-
-
-def finished(arm: Arm, task: str, store: Store) -> list[dict]:
-    """Return the results of the arm's final runs that are done, in the order of the seeds."""
-    if arm.method == "none":
-        runs = [arm.untuned(task)]
-    else:
-        rate = arm.tuning(task, store).rate
-        runs = [] if rate is None else arm.final(task, rate)
-    return [store[run] for run in runs if run in store]
 
 
 def untuned(study: Study, store: Store) -> dict[Arm, list[dict]]:

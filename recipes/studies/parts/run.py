@@ -225,11 +225,11 @@ def _collator() -> CompletionCollator:
 def _splits(task: str) -> Splits:
     protocol = PROTOCOLS[task]
     splits = load_task(task).load(None, protocol.validation, seed=0)
-    test = {name: test_questions(questions, protocol.test) for name, questions in splits.test.items()}
+    test = {name: choose_questions(questions, protocol.test) for name, questions in splits.test.items()}
     return dataclasses.replace(splits, test=test)
 
 
-def test_questions(questions: Dataset, number: int) -> Dataset:
+def choose_questions(questions: Dataset, number: int) -> Dataset:
     """Return the first `number` questions, then more, until there are `LEAST_PER_TEMPLATE` of each template."""
     number = min(number, len(questions))
     chosen = list(range(number))

@@ -7,7 +7,7 @@ from recipes.studies.parts.run import Run
 
 
 class Store:
-    """Results by run, in one file that only grows.
+    """Results by run, in one file that only grows. Of two results of a run the later one counts.
 
     Args:
         path: file to read and to append to; it need not exist.
@@ -36,5 +36,14 @@ class Store:
             file.write(json.dumps(result) + "\n")
         self._remember(result)
 
+    def most_templates(self, task: str) -> int:
+        """Return the largest number of question templates that a run of a task was tested on."""
+        return max((number_of_templates(each) for run, each in self._results.items() if run.task == task), default=0)
+
     def _remember(self, result: dict) -> None:
         self._results[Run(**result["run"])] = result
+
+
+def number_of_templates(result: dict) -> int:
+    """Return how many templates the test questions of a result were made from; 0 for a task without templates."""
+    return sum(len(set(templates)) for templates in result.get("templates", {}).values())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from recipes.studies.parts.protocol import PROTOCOLS
 from recipes.studies.parts.run import Run
-from recipes.studies.parts.store import Store
+from recipes.studies.parts.store import Store, number_of_templates
 from recipes.studies.parts.tuning import Tuning, tune
 
 TUNING_SEED = 0
@@ -63,6 +63,15 @@ class Arm:
             runs = self.final(task, tuning.rate)
         yield from (run for run in runs if run not in store)
 
+    def reported(self, task: str, store: Store) -> list[Run]:
+        """Return the runs that are reported and done, in the order of the seeds."""
+        if self.method == "none":
+            runs = [self.untuned(task)]
+        else:
+            rate = self.tuning(task, store).rate
+            runs = [] if rate is None else self.final(task, rate)
+        return [run for run in runs if run in store]
+
     def final(self, task: str, rate: float) -> list[Run]:
         """Return the runs that are reported, one per seed."""
         return [self.run(task, rate, seed, "test") for seed in self.seeds]
@@ -95,3 +104,11 @@ class Study:
         """Yield the runs that are still to do, as far as they are known."""
         for arm in self.arms:
             yield from arm.missing(self.task, store)
+
+    def narrow(self, store: Store) -> Iterator[Run]:
+        """Yield the finished runs whose test had questions of fewer templates than others of the task."""
+        most = store.most_templates(self.task)
+        for arm in self.arms:
+            for run in arm.reported(self.task, store):
+                if number_of_templates(store[run]) < most:
+                    yield run

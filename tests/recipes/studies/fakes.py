@@ -26,6 +26,11 @@ def perform(run: Run) -> dict:
     }
 
 
+def perform_widely(run: Run) -> dict:
+    """Return a result with as many templates as any other."""
+    return perform(run) | {"templates": {"new numbers": [7, 8]}}
+
+
 def perform_once_killed(run: Run) -> dict:
     """End the whole process the first time that a run with seed 2 is made, as a lack of memory does."""
     mark = Path(os.environ["KILLED_ONCE"])

@@ -118,5 +118,18 @@ def test_arms_are_compared_on_the_seeds_that_both_have(tmp_path):
         return run | {"means": {"loss": {"new numbers": seed + 0.5}}, "seconds": 1, "hardware": "", "versions": {}}
 
     other = Arm("other", "lora", 0.0084)
-    text = markdown(STUDY, {SMT: [result(1), result(2)], other: [result(2), result(3)]}, Store(tmp_path / "runs.jsonl"))
-    assert "| other | +0.000 ± 0.000 |" in text
+    results = {SMT: [result(1), result(2), result(3)], other: [result(2), result(3), result(4)]}
+    assert "| other | +0.000 ± 0.000 |" in markdown(STUDY, results, Store(tmp_path / "runs.jsonl"))
+
+
+def test_what_a_wider_test_would_measure_again_comes_last(work):
+    store, _ = work(fakes.perform)
+    narrow = store[SMT.final("math", fakes.BEST_RATE)[0]]
+    assert not list(STUDY.narrow(store))
+    for result in [store[run] for arm in STUDY.arms for run in arm.reported("math", store)]:
+        templates = [7] if result is narrow else [7, 8]
+        store.add(result | {"templates": {"new numbers": templates}})
+    assert [run.seed for run in STUDY.narrow(store)] == [1]
+    assert [run.method for run in queue.missing([STUDY], store)] == ["smt"]
+    again, _ = work(fakes.perform_widely)
+    assert not list(STUDY.narrow(again)) and not queue.missing([STUDY], again)
