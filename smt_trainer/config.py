@@ -139,8 +139,8 @@ class SMTConfig:
         "auto",
         BlockSize(),
         decides="scores",
-        help="Edge of a block in weights, or rows and columns (64x32), out and in features. 'auto': "
-        "the largest common divisor, at most 256, of the dimensions of all targeted weights.",
+        help="Edge of a block in weights. As 64x32: its rows and columns, out and in features. 'auto': the largest "
+        "common divisor, at most 256, of the dimensions of all targeted weights.",
     )
     granularity: str = setting(
         "block",
@@ -160,7 +160,7 @@ class SMTConfig:
         10,
         Integer(least=1),
         decides="warm-up",
-        help="Steps of the gradient warm-up, each on as many examples as an optimizer step. No weight changes in it.",
+        help="Steps of the gradient warm-up. Each takes as many examples as an optimizer step; no weight changes.",
     )
     class_column: str | None = setting(
         None,
@@ -187,8 +187,8 @@ class SMTConfig:
         None,
         SelectionSource(),
         decides="run",
-        help="Train without a warm-up: on a BlockSelection, on the path of its JSON file, or on what the other fields "
-        "choose from a scores file (.safetensors).",
+        help="Train without a warm-up: on a BlockSelection, on the path of its JSON file or of a folder with an "
+        "smt_selection.json, or on what the other fields choose from a scores file (.safetensors).",
     )
     modules_to_save: list[str] | None = setting(
         None,

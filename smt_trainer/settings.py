@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from smt_trainer.errors import SMTError
 
+# For messages to those who may have given a budget in percent.
+PERCENT = "0.84 % is written 0.0084"
+
 Decides = Literal["targets", "scores", "warm-up", "choice", "training", "run"]
 """What a field can decide."""
 
@@ -144,8 +147,8 @@ class Budget(Kind):
         for label, amount in amounts.items():
             if not is_amount(amount):
                 raise SMTError(
-                    f"{label} must be a float in (0, 1] (fraction of the parameters) or an int >= 1 (number of blocks)"
-                    f"{'' if groups else ', or a dict of these by group'}, got {amount!r}."
+                    f"{label} must be a float in (0, 1] (fraction of the parameters; {PERCENT}) or an int >= 1 (number "
+                    f"of blocks){'' if groups else ', or a dict of these by group'}, got {amount!r}."
                 )
         return dict(value) if groups else value
 
@@ -167,16 +170,16 @@ class Amount(Kind):
 
 
 class SelectionSource(Kind):
-    """The path of a file, or what such a file holds."""
+    """The path of a file or folder, or what the file holds."""
 
-    flag: Mapping[str, Any] = {"metavar": "FILE"}
+    flag: Mapping[str, Any] = {"metavar": "PATH"}
 
     def __call__(self, name: str, value: Any) -> Any:
         if hasattr(value, "__fspath__"):
             return str(value)
         if isinstance(value, str | Mapping) or hasattr(value, "to_dict"):
             return value
-        raise SMTError(f"{name} must be the path of a file, or what it holds, got {value!r}.")
+        raise SMTError(f"{name} must be the path of a file or folder, or what the file holds, got {value!r}.")
 
 
 class Setting(str):
@@ -230,7 +233,9 @@ def parse_amount(name: str, text: str) -> float | int:
             return kind(text)
         except ValueError:
             continue
-    raise SMTError(f"{name} must be a count of blocks such as 100 or a fraction such as 0.0084, got {text!r}.")
+    raise SMTError(
+        f"{name} must be a count of blocks such as 100 or a fraction such as 0.0084 ({PERCENT}), got {text!r}."
+    )
 
 
 def is_int(value: Any) -> bool:

@@ -62,7 +62,8 @@ def read_header(path: Path, what: str) -> tuple[dict[str, StoredTensor], dict[st
         SMTError: the file is missing or damaged, or its tensors do not fill it one after the other.
     """
     if not path.is_file():
-        raise SMTError(f"no {what} at {path.parent}: {path.name} is missing. Check the path.")
+        why = f"{path.name} is missing" if path.parent.is_dir() else "there is no such folder"
+        raise SMTError(f"no {what} at {path.parent}: {why}. Check the path.")
     try:
         with open(path, "rb") as file:
             length, total = int.from_bytes(file.read(8), "little"), path.stat().st_size

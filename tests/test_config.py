@@ -116,7 +116,8 @@ def test_a_configuration_survives_json(values):
         ({"budget": 0.0}, "budget must be a float in"),
         ({"budget": -1}, "budget must be a float in"),
         ({"budget": -0.1}, "budget must be a float in"),
-        ({"budget": 1.5}, "budget must be a float in"),
+        ({"budget": 1.5}, r"budget must be a float in .*; 0\.84 % is written 0\.0084\).* got 1\.5"),
+        ({"budget": "0.84%"}, r"budget must be a count .* \(0\.84 % is written 0\.0084\), got '0\.84%'"),
         ({"budget": True}, "budget must be a float in"),
         ({"budget": float("nan")}, "budget must be a float in"),
         ({"budget": "a tenth"}, "budget must be a count of blocks such as 100 or a fraction"),
@@ -151,7 +152,7 @@ def test_a_configuration_survives_json(values):
         ({"target_modules": []}, "target_modules must be"),
         ({"target_modules": ""}, "target_modules must be"),
         ({"exclude_modules": [1]}, "exclude_modules must be"),
-        ({"selection": 5}, "selection must be the path of a file, or what it holds, got 5"),
+        ({"selection": 5}, "selection must be the path of a file or folder, or what the file holds, got 5"),
     ],
 )
 def test_a_value_out_of_range_is_refused_naming_the_field(values, message):

@@ -43,10 +43,11 @@ class Composition:
 
     def __str__(self) -> str:
         touching = []
-        if self.shared:
-            touching.append(f"{sum(self.shared.values()):,} blocks, in {list_projections(self.shared)}")
-        if self.shared_whole:
-            touching.append(f"{len(self.shared_whole)} whole tensors, such as `{self.shared_whole[0]}`")
+        blocks, whole = sum(self.shared.values()), self.shared_whole
+        if blocks:
+            touching.append(f"{blocks:,} block{'s' * (blocks > 1)}, in {list_projections(self.shared)}")
+        if whole:
+            touching.append(f"{len(whole)} whole tensor{'s, such as' if whole[1:] else ','} `{whole[0]}`")
         where = f"overlap in {' and in '.join(touching)}" if touching else "share nothing"
         return f"{self.selection.summary()}\nthe deltas {where}"
 

@@ -75,7 +75,7 @@ def _load(path: str):
     from smt_trainer.selection.block_selection import SELECTION_FILE, BlockSelection
 
     if Path(path, SELECTION_FILE).is_file() and not Path(path, DELTA_FILE).is_file():
-        return BlockSelection.load(Path(path, SELECTION_FILE))
+        return BlockSelection.load(path)
     kinds = {".safetensors": BlockScores.load, ".json": BlockSelection.load}
     return kinds.get(Path(path).suffix, Delta.load)(path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from smt_trainer.config import SMTConfig
 from smt_trainer.settings import settings
 
 LARGEST = 2**31
+NEGATIVE_NUMBER = re.compile(r"-\.?\d")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,6 +32,8 @@ def add_command(commands, name: str, run: Callable, does: str, more: str | None 
     """
     said = f"{does[0].upper()}{does[1:]}."
     parser = commands.add_parser(name, help=does, description=said.replace("%", "%%"), epilog=more)
+    # Older Pythons, 3.11 among them, take a number such as -1e-3 for a flag; argparse has no public way to change it.
+    parser._negative_number_matcher = NEGATIVE_NUMBER
     parser.set_defaults(run=run)
     return parser
 

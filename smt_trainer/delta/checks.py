@@ -148,24 +148,26 @@ def check_whole(delta: Delta) -> None:
         )
 
 
-def check_base(delta: Delta, name: str | None, differences: list[str]) -> None:
+def check_base(delta: Delta, name: str | None, differences: list[str], folder: Path | None = None) -> None:
     """Refuse a base that differs from the base of training; warn if only its name differs.
 
     Args:
         delta: what to put into the base.
         name: the base's name, if known.
         differences: names of the tensors of the base that have other values than in training.
+        folder: the delta's, if known, for the message.
 
     Raises:
         SMTError: there are differences.
     """
     expected = delta.selection.base_model
     if differences:
+        where = "" if folder is None else f" in {folder}"
         raise SMTError(
-            f"the delta was trained on {expected or 'another base model'}. {name or 'This model'} has other values in "
-            f"{len(differences)} of its {len(delta.base.checksums)} tensors, such as `{differences[0]}`. Load the base "
-            f"of training, in {delta.base.dtype} or a finer dtype; if another delta was merged into it, merge that "
-            "one first."
+            f"the delta{where} was trained on {expected or 'another base model'}. {name or 'This model'} has other "
+            f"values in {len(differences)} of its {len(delta.base.checksums)} tensors, such as `{differences[0]}`. "
+            f"Load the base of training, in {delta.base.dtype} or a finer dtype; if another delta was merged into it, "
+            "merge that one first (smt merge BASE EARLIER OUT) and give OUT as the base."
         )
     if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
         logger.warning("The delta names %s as its base. This model is %s; the weights agree.", expected, name)

@@ -83,13 +83,14 @@ def from_delta(
             exactly the trained one.
 
     Raises:
-        SMTError: as in `load_delta`; `auto_class` is no class; or `base` is missing, and the delta records none or
-            `trust_remote_code` would run code of the base that it names.
+        SMTError: as in `load_delta`; `auto_class` is no class; there is no such base; or `base` is missing, and the
+            delta records none or `trust_remote_code` would run code of the base that it names.
     """
     if auto_class is not None and not hasattr(auto_class, "from_pretrained"):
         raise SMTError(f"auto_class must be a class with from_pretrained, got {auto_class!r}. Pass a base as base=.")
     folder = find_delta(delta, revision, **{key: kwargs[key] for key in ACCESS if key in kwargs})
     loaded = Delta.load(folder)
+    by_user = base is not None
     if base is None:
         base, _, commit = (loaded.selection.base_model or "").partition("@")
         base_revision = base_revision or commit or None
@@ -100,6 +101,12 @@ def from_delta(
             )
     if not base:
         raise SMTError(f"the delta in {delta} records no base model; pass base=<hub name or path>.")
+    whose = "you gave" if by_user else f"the delta in {delta} names"
+    if _is_path(str(base)) and not Path(base).exists():
+        raise SMTError(
+            f"there is no folder at {base}, the base that {whose}. {'Check' if by_user else 'Pass'} base=<hub name or "
+            "path>."
+        )
     if base_revision is not None:
         kwargs["revision"] = base_revision
     trained = load_config(folder)
@@ -122,8 +129,8 @@ def from_delta(
         )
     except OSError as error:
         raise SMTError(
-            f"the base {base!r}, which you gave or the delta in {delta} names, could not be loaded: "
-            f"{first_line(error)} If it lies elsewhere, pass base=<hub name or path>."
+            f"the base {base!r}, which {whose}, could not be loaded: {first_line(error)} If it lies elsewhere, pass "
+            "base=<hub name or path>."
         ) from error
     put_delta(model, loaded, onto=onto)
     for key in SPECIAL_TOKENS & trained.keys():
@@ -135,6 +142,11 @@ def from_delta(
     if has_quantised_blocks(model) and onto is None:
         return model
     return merge_and_unload(model, onto=onto if has_quantised_blocks(model) else None) if merge else model
+
+
+def _is_path(base: str) -> bool:
+    """Return whether the name of a base can only be a path, and not a name on the hub."""
+    return Path(base).is_absolute() or base.startswith(("./", "../", "~")) or base.count("/") > 1
 
 
 def _is_quantised(base: str, kwargs: dict[str, Any]) -> bool:

@@ -48,18 +48,19 @@ STEP_COUNT_BYTES = 4
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one step on each device, in bytes except for `trainable` and `flops`; see the top of this file.
+    """Cost of one step, in bytes on each device except for `trainable` and `flops`; see the top of this file.
 
     Attributes:
         trainable: number of trained parameters; 0 in the warm-up.
         weights: the model's parameters and buffers, quantised ones with their scales.
         added: masters, adapters or accumulators.
-        optimizer: AdamW's state.
+        optimizer: AdamW's state, its moments in the dtype of what is trained: of SMT's masters, or of the weights in
+            full fine-tuning.
         gradients: those at the end of backward, with DDP's buckets.
         activations: tensors alive when the output embeddings are reached.
         loss: the most that output embeddings and loss add to `activations`.
         peak: the most that is alive at one time.
-        flops: FLOPs of forward and backward.
+        flops: FLOPs of forward and backward on each device, two for each multiply-add.
     """
 
     trainable: int

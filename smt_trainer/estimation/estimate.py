@@ -62,16 +62,19 @@ POSITION_BYTES = 8
 class Estimate:
     """What an SMT run takes on each device, and what LoRA and full fine-tuning would take.
 
+    A `Cost` is in bytes on each device, and in FLOPs. Since the warm-up ends before training begins, a run needs the
+    larger of the peaks of `smt` and `warmup`, which is `peak`.
+
     Attributes:
         selection: as many blocks as the run will choose, at random places unless the configuration names them.
         smt: a step of SMT.
         warmup: a step of the warm-up; None if the configuration needs no warm-up.
         lora: a step of LoRA with `lora_rank`.
-        full: a step of full fine-tuning, all in the weights' dtype.
+        full: a step of full fine-tuning, all in the weights' dtype, AdamW's moments included.
         lora_rank: the rank at which LoRA trains about as many parameters as SMT, at least 1.
         accumulators: score -> bytes of its warm-up sums, on all devices together; of `qm_taylor`, for one class.
-        write_back: bytes read and written after each step; 0 on a quantised base.
-        delta: bytes of the saved tensors, without their names and the manifest.
+        write_back: bytes read and written on each device after each step; 0 on a quantised base.
+        delta: bytes on disk of the saved tensors, without their names and the manifest.
     """
 
     selection: BlockSelection
@@ -86,7 +89,7 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most bytes that warm-up or training needs on each device."""
+        """The bytes that a run needs on each device: the larger peak of warm-up and training."""
         return max(self.smt.peak, self.warmup.peak if self.warmup else 0)
 
 

@@ -107,7 +107,7 @@ class MergePlan:
         tensors = {key: checkpoint.tensors[key] for key in [*sites, *whole]}
         vocabulary = vocabulary_sizes(load_config(delta_folder))
         plan = cls(delta, parts, keys, sites, whole, tensors, vocabulary, [*grown])
-        plan._check(checkpoint)
+        plan._check(checkpoint, delta_folder)
         return plan
 
     @property
@@ -146,21 +146,23 @@ class MergePlan:
         if resized:
             _write_again(path, resized)
 
-    def _check(self, checkpoint: Checkpoint) -> None:
+    def _check(self, checkpoint: Checkpoint, delta_folder: Path) -> None:
         delta, folder = self.delta, checkpoint.folder
+        what = f"the delta in {delta_folder}"
         for key, sites in self.sites.items():
             stored = self.tensors[key]
             for site in sites:
                 expected = site.grid.stored_shape
-                _expect(
-                    key, stored, expected if site.expert is None else (*stored.shape[:1], *expected), WEIGHTS, folder
-                )
-        check_base(delta, folder.resolve().name, delta.base.differences_on_disk(folder, checkpoint.loaded))
+                expected = expected if site.expert is None else (*stored.shape[:1], *expected)
+                _expect(what, key, stored, expected, WEIGHTS, folder)
+        differences = delta.base.differences_on_disk(folder, checkpoint.loaded)
+        check_base(delta, folder.resolve().name, differences, delta_folder)
         for key, values in self.whole.items():
             stored, dtype = self.tensors[key], dtype_name(values)
             alike = next((kind for kind in (WEIGHTS, INTEGERS) if dtype in kind), (dtype,))
             is_resized = values.ndim > 0 and len(values) in self.vocabulary
-            _expect(key, stored, stored.shape[:1] + values.shape[1:] if is_resized else values.shape, alike, folder)
+            shape = stored.shape[:1] + values.shape[1:] if is_resized else values.shape
+            _expect(what, key, stored, shape, alike, folder)
 
 
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:
@@ -187,10 +189,12 @@ def refuse_grown(plan: MergePlan, what: str) -> None:
         )
 
 
-def _expect(key: str, stored: StoredTensor, shape: tuple[int, ...], dtypes: Iterable[str], folder: Path) -> None:
+def _expect(
+    what: str, key: str, stored: StoredTensor, shape: tuple[int, ...], dtypes: Iterable[str], folder: Path
+) -> None:
     if stored.shape != shape:
         raise SMTError(
-            f"the delta expects `{key}` of {folder} to have shape {list(shape)}, got {list(stored.shape)}. Use the "
+            f"{what} expects `{key}` of {folder} to have shape {list(shape)}, got {list(stored.shape)}. Use the "
             "base that it was trained on."
         )
     if stored.dtype not in dtypes:

@@ -31,14 +31,16 @@ def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bo
     Args:
         targets: by name.
         observe: called with name, target and x of each call. Backward calls the function that it returns with dy.
-        start: whether to make outputs require a gradient if they do not, as when all weights are frozen.
+        start: whether to make outputs require a gradient if they do not, as when all weights are frozen. Then dy is the
+            gradient of the target's own output, whatever the hooks of users make of it.
     """
     handles = []
     try:
         for name, target in targets.items():
             if isinstance(target, nn.Module):
                 watch = functools.partial(_watch, name, observe, start)
-                handles.append(target.register_forward_hook(watch, with_kwargs=True))
+                # One that starts the graph runs before the hooks of users, which may change the output.
+                handles.append(target.register_forward_hook(watch, with_kwargs=True, prepend=start))
         experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
         with watching_products(experts, lambda leaf, names: _observer(experts, names, observe, start)):
             yield

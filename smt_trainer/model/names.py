@@ -6,6 +6,7 @@ same place of every layer, here `v_proj`.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 
@@ -41,6 +42,13 @@ def matches(name: str, patterns: str | Iterable[str]) -> bool:
         except (re.error, RecursionError, OverflowError) as error:
             raise SMTError(f"{patterns!r} is not a regular expression ({error}). Write one, or list names.") from error
     return any(name == pattern or name.endswith("." + pattern) for pattern in patterns)
+
+
+def closest_ending(pattern: str, names: Iterable[str]) -> str | None:
+    """Return the ending of a name, of as many parts as the pattern, that is most like it; None if none is alike."""
+    length = pattern.count(".") + 1
+    endings = {".".join(name.split(".")[-length:]) for name in names}
+    return next(iter(difflib.get_close_matches(pattern, endings, 1)), None)
 
 
 def is_excluded(name: str, patterns: str | Iterable[str] | None) -> bool:

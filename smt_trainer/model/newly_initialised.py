@@ -3,7 +3,8 @@
 These are new heads, a missing pooler and the rows of a resized vocabulary, all with random values. transformers marks
 each parameter that it reads from a checkpoint (`_is_hf_initialized`), so in a model that it loaded, a parameter without
 the mark is newly initialised. Embeddings keep the mark when they are resized, so their shapes are compared with those
-in the checkpoint. A model built from a configuration has no marks; nothing is reported for it.
+in the checkpoint. A copy of a loaded model (`copy.deepcopy`) has no marks. Its names are looked up in the checkpoint,
+unless loading converts names. A model built from a configuration alone has no checkpoint; nothing is reported for it.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ MARK = "_is_hf_initialized"
 def newly_initialised(model: nn.Module) -> list[str]:
     """Return the full names of the newly initialised parameters, in the model's order."""
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    if not any(hasattr(parameter, MARK) for parameter in parameters.values()):
+    is_marked = any(hasattr(parameter, MARK) for parameter in parameters.values())
+    checkpoint = base_checkpoint(model)
+    if not is_marked and checkpoint is None:
         return []
     ignored: Any = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    checkpoint = base_checkpoint(model)
     shapes = _stored_shapes(checkpoint, parameters)
     tables = {name: full_shape(parameters[name]) for name in embeddings(model) if name in parameters}
     resized = {name for name, shape in tables.items() if shapes.get(name, shape) != shape}
     # If the weights cannot be read, their configuration still tells how large the vocabulary was.
     if checkpoint is None and (sizes := vocabulary_sizes(base_config(model))):
         resized |= {name for name, shape in tables.items() if shape[0] not in sizes}
+    if not is_marked and _converts_names(model):
+        return [name for name in parameters if name in resized]
     return [
         name
         for name, parameter in parameters.items()
@@ -44,6 +48,14 @@ def newly_initialised(model: nn.Module) -> list[str]:
         # A device map may drop marks, so look in the checkpoint, too.
         or not (hasattr(parameter, MARK) or name in shapes or any(re.search(pattern, name) for pattern in ignored))
     ]
+
+
+def _converts_names(model: nn.Module) -> bool:
+    """Return whether transformers stores tensors of this model under other names, or several in one."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return isinstance(model, PreTrainedModel) and bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def new_rows(model: nn.Module) -> dict[str, range]:

@@ -32,7 +32,15 @@ from smt_trainer.model.groups import LINEAR_KEYWORDS, is_meant, with_stack
 from smt_trainer.model.heads import head_names
 from smt_trainer.model.kinds import is_linear, named_targets, stores_transpose, weight_shape
 from smt_trainer.model.language_model import find_language_model, find_towers, modules_beside
-from smt_trainer.model.names import by_projection, is_excluded, layer_index, lies_in, matches, plain_name
+from smt_trainer.model.names import (
+    by_projection,
+    closest_ending,
+    is_excluded,
+    layer_index,
+    lies_in,
+    matches,
+    plain_name,
+)
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.tensor_parallel import refuse_unfitting
@@ -55,12 +63,13 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
     may share its weight with linears, and is then the target for both. Also warn about linears of other kinds.
 
     Raises:
-        SMTError: the model holds PEFT adapters or compiled modules, nothing matches (the message lists the model's
-            linears), or no match can be tuned.
+        SMTError: the model holds PEFT adapters or compiled modules, nothing matches or a name in a list matches
+            nothing (the message lists the model's linears), or no match can be tuned.
     """
     refuse_adapters(model)
     refuse_wrappers(model)
     everything = named_targets(model)
+    _refuse_absent(model, everything, config)
     _warn_of_vain_exclusions(everything, config)
     apart = _heads(model)
     # A model without a head, like CLIP, compares text with images: none of its parts is the main one.
@@ -74,7 +83,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, Target]:
         first = next(name for name in reasons if reasons[name] == reason)
         many = "is" if count == 1 else f"and {count - 1} more are"
         logger.warning("`%s` %s not tuned: %s.", first, many, reason)
-    packed = _packed_linears(model, config, apart)
+    packed = {name: module for name, module in _packed_linears(model).items() if _is_wanted([name], config, apart)}
     if packed:
         logger.warning("%s", _about_packed(packed))
     frozen = frozen_names(model, targets)
@@ -198,16 +207,41 @@ def _matching(
     of_convolutions = of_embeddings = None if config.target_modules in TARGET_KEYWORDS else config
     if config.target_modules == ALL_CONVOLUTIONS:
         of_convolutions = replace(config, target_modules="all-linear")
-    transposed: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if is_transposed_convolution(module)
-    }
-    found = {}
+    transposed, found = _transposed_convolutions(model), {}
     for name, target in (*everything.items(), *transposed.items()):
         asked = of_convolutions if name in transposed or is_convolution(target) else config
         asked = of_embeddings if is_embedding(target) else asked
         if asked is not None and _is_wanted(_names_of(name, target), asked, apart):
             found[name] = target
     return found
+
+
+def _transposed_convolutions(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if is_transposed_convolution(module)}
+
+
+def _refuse_absent(model: nn.Module, everything: Mapping[str, Target], config: SMTConfig) -> None:
+    """Raise `SMTError` if a list names what no module of a kind with targets is called, whether it can be tuned or not.
+
+    A name counts even if all that it matches are then left out: excluded, frozen, or in a layer that is too low.
+    """
+    wanted = config.target_modules
+    if not isinstance(wanted, list):
+        return
+    names = {each for name, target in everything.items() for each in _names_of(name, target)}
+    names |= _transposed_convolutions(model).keys() | _packed_linears(model).keys()
+    absent = [pattern for pattern in wanted if not any(matches(name, [pattern]) for name in names)]
+    if not absent:
+        return
+    keywords = [pattern for pattern in absent if pattern in TARGET_KEYWORDS]
+    read = f" (in a list, {keywords[0]!r} means a module of this name; give a keyword alone)" if keywords else ""
+    close = [closest_ending(pattern, names) for pattern in absent if pattern not in keywords]
+    meant = " and ".join(repr(name) for name in close if name is not None)
+    raise SMTError(
+        f"target_modules={wanted!r}{read}: {' and '.join(map(repr, absent))} match{'es' * (len(absent) == 1)} no "
+        f"linear of this model. {_listing(everything)} Name some of them in target_modules."
+        f"{f' Did you mean {meant}?' if meant else ''}"
+    )
 
 
 def _warn_of_vain_exclusions(everything: Mapping[str, Target], config: SMTConfig) -> None:
@@ -224,14 +258,13 @@ def _about_frozen(frozen: Collection[str], count: int) -> str:
     )
 
 
-def _packed_linears(model: nn.Module, config: SMTConfig, apart: set[str]) -> dict[str, nn.Module]:
-    """Find selected modules that are no linears but have in and out features, such as linears of packed formats."""
+def _packed_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Find modules that are no linears but have in and out features, such as linears of packed formats."""
     return {
         name: module
         for name, module in model.named_modules()
         if not is_linear(module)
         and all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
-        and _is_wanted([name], config, apart)
     }
 
 
@@ -243,6 +276,14 @@ def _about_packed(packed: dict[str, nn.Module]) -> str:
     )
 
 
+def _listing(targets: Mapping[str, Target]) -> str:
+    """Return a sentence that counts a model's linears, convolutions and embeddings by projection and shape."""
+    shapes = Counter((*by_projection([name]), *weight_shape(target)) for name, target in targets.items())
+    listing = ", ".join(f"{leaf} ({count} of {out}x{into})" for (leaf, out, into), count in shapes.items())
+    none = "none (neither torch.nn.Linear nor Conv1D)"
+    return f"Its linears, convolutions and embeddings are: {listing or none}."
+
+
 def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching: Collection[str]) -> str:
     if matching:
         return (
@@ -250,21 +291,15 @@ def _nothing_matches(config: SMTConfig, targets: Mapping[str, Target], matching:
             "(see the warnings above). Choose other modules, unfreeze them, or load the model without a device map, "
             "and unquantised or quantised by bitsandbytes."
         )
-    shapes = Counter((*by_projection([name]), *weight_shape(target)) for name, target in targets.items())
-    listing = ", ".join(f"{leaf} ({count} of {out}x{into})" for (leaf, out, into), count in shapes.items())
     restrictions = "".join(
         f", {name}={value!r}"
         for name, value in (("exclude_modules", config.exclude_modules), ("lowest_layer", config.lowest_layer))
         if value
     )
     names, read = config.target_modules, ""
-    if isinstance(names, list):
-        if keywords := sorted({*names} & {*TARGET_KEYWORDS}):
-            read = f" (in a list, {keywords[0]!r} means a module of this name; give a keyword alone)"
-    elif names not in TARGET_KEYWORDS:
+    if isinstance(names, str) and names not in TARGET_KEYWORDS:
         read = " (a regular expression for whole names; several names are a list)"
     return (
-        f"target_modules={names!r}{read}{restrictions} matches no linear of this model. Its linears, "
-        f"convolutions and embeddings are: {listing or 'none (neither torch.nn.Linear nor Conv1D)'}. Name some of them "
-        f"in target_modules{', or lower lowest_layer' * bool(config.lowest_layer)}."
+        f"target_modules={names!r}{read}{restrictions} matches no linear of this model. {_listing(targets)} Name some "
+        f"of them in target_modules{', or lower lowest_layer' * bool(config.lowest_layer)}."
     )

@@ -83,8 +83,8 @@ def plot_selection(selection: BlockSelection, path: str | Path | None = None) ->
         reading = "layer; in each tile, in features run right and out features down"
         figure.text(0.01, 0.06 / height, f"{reading}, a cell is several blocks" if grouped else reading)
         figure.suptitle(
-            f"{selection.num_blocks:,} trained blocks of {block_shapes(selection)} weights, "
-            f"{selection.fraction_of_model:.2%} of {model_name(selection)}",
+            f"{selection.num_blocks:,} trained block{'s' * (selection.num_blocks > 1)} of {block_shapes(selection)} "
+            f"weights, {selection.fraction_of_model:.2%} of {model_name(selection)}",
             x=0.01,
             y=1 - 0.06 / height,
             ha="left",

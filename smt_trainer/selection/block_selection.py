@@ -104,7 +104,8 @@ class BlockSelection:
         shape = "{}x{}".format(*shapes.pop()) if len(shapes) == 1 else "several shapes"
         shares = ", ".join(f"{leaf} {count}" for leaf, count in self.blocks_by_projection().items())
         return (
-            f"{self.num_blocks:,} blocks of {shape} ({self.trainable_parameters:,} parameters): "
+            f"{self.num_blocks:,} block{'s' * (self.num_blocks > 1)} of {shape} "
+            f"({self.trainable_parameters:,} parameters): "
             f"{self.fraction_of_model:.3%} of the model, {self.fraction_of_targets:.3%} of the targets; {shares}"
         )
 
@@ -145,15 +146,19 @@ class BlockSelection:
 
     @classmethod
     def load(cls, path: str | Path) -> BlockSelection:
-        """Read what `save` wrote. Raises `SMTError` for a missing or damaged file.
+        """Read what `save` wrote: a file, or the smt_selection.json in a folder.
 
         A file that was written by hand needs no checksum.
+
+        Raises:
+            SMTError: the file is missing or damaged.
         """
-        return cls.from_dict(load_json(Path(path), "selection"))
+        path = Path(path)
+        return cls.from_dict(load_json(path / SELECTION_FILE if path.is_dir() else path, "selection"))
 
     @classmethod
     def resolve(cls, selection: BlockSelection | Mapping[str, Any] | str | Path) -> BlockSelection:
-        """Return the selection, given as a `BlockSelection`, as its dictionary or as the path of its file."""
+        """Return the selection, given as a `BlockSelection`, as its dictionary or as the path of its file or folder."""
         if isinstance(selection, BlockSelection):
             return selection
         return cls.from_dict(selection) if isinstance(selection, Mapping) else cls.load(selection)

@@ -24,6 +24,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid, numel
 from smt_trainer.model.groups import in_group
 from smt_trainer.model.names import layer_path
+from smt_trainer.settings import PERCENT
 
 PIECES = {"block": "blocks", "row": "rows", "column": "columns"}
 
@@ -90,19 +91,18 @@ class BudgetGroup:
         caps = {name: cap for name, cap in caps.items() if cap is not None}
         capped = f" under {' and '.join(f'{name}={cap}' for name, cap in caps.items())}" if caps else ""
         remedies = ["Lower the budget", *([f"raise {name}" for name in caps] or ["widen target_modules"])]
+        remedy = f"{' or '.join(remedies)}; {PERCENT}."
         if self.weights is not None:
             largest = max(grid.block_numel for grid in self.grids.values())
             if self.weights > weights + largest / 2 or not blocks:
                 raise SMTError(
                     f"{self.label} of {self.denominator:,} {_whose(self.config)} is more than the targets hold{capped} "
                     f"({int(weights):,} weights, {weights / self.denominator:.4f} of the {self.config.budget_of}). "
-                    f"{' or '.join(remedies)}."
+                    f"{remedy}"
                 )
         elif self.count > blocks:
             pieces = PIECES[self.config.granularity]
-            raise SMTError(
-                f"{self.label} {pieces} is more than the targets hold{capped} ({blocks}). {' or '.join(remedies)}."
-            )
+            raise SMTError(f"{self.label} {pieces} is more than the targets hold{capped} ({blocks}). {remedy}")
 
 
 def budget_groups(grids: Mapping[str, BlockGrid], config: SMTConfig, num_parameters: int) -> list[BudgetGroup]:

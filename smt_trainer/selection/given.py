@@ -52,10 +52,11 @@ def resolve_selection(
 ) -> BlockSelection:
     """Return the selection that `SMTConfig.selection` stands for.
 
-    It may be a selection, its dictionary or file, or a scores file (.safetensors), from which `config` chooses.
+    It may be a selection, its dictionary, file or folder, or a scores file (.safetensors), from which `config` chooses.
 
     Raises:
-        SMTError: the file is missing or damaged, or the scores do not fit `config` or the plain model, if one is given.
+        SMTError: the file is missing, also from the folder, or damaged; or the scores do not fit `config` or the plain
+            model, if one is given.
     """
     if not isinstance(selection, (str, Path)) or Path(selection).suffix != ".safetensors":
         return BlockSelection.resolve(selection)

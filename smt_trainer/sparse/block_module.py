@@ -18,6 +18,7 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import LocalPart, assign, full_tensor, is_sharded, local_parts
 from smt_trainer.sparse.block_views import BlockViews
+from smt_trainer.sparse.last_equal import LastEqual, version_of, warn_of_edits
 from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
 from smt_trainer.sparse.write_back import follow, write_back
 
@@ -33,6 +34,7 @@ class BlockModule(nn.Module):
         grid: cuts the weight into blocks.
         positions: indices of the features that the grouped products gather.
         plan: how the products are grouped (`group_blocks`).
+        last_equal: when the weight last held the values of the blocks.
         plain_class: the class that `to_plain` restores.
     """
 
@@ -43,6 +45,7 @@ class BlockModule(nn.Module):
     grid: BlockGrid
     positions: Tensor
     plan: Any
+    last_equal: LastEqual
     plain_class: type[nn.Module]
     group: ClassVar[Callable[[Tensor, BlockGrid], tuple[Any, Tensor, Tensor]]] = staticmethod(group_blocks)
     # Buffers of numbers of blocks and features.
@@ -114,13 +117,13 @@ class BlockModule(nn.Module):
             if buffer.is_meta:
                 continue
             values, version = indices.get(name, (None, None))
-            if version == buffer._version:
+            if version == version_of(buffer):
                 continue
             if values is None:
                 values = buffer.to("cpu", copy=True)
             elif not torch.equal(buffer.cpu(), values):
                 buffer.copy_(values)
-            indices[name] = values, buffer._version
+            indices[name] = values, version_of(buffer)
 
     def to_plain(self) -> nn.Module:
         """Write the blocks into the weight and turn back into a plain linear, in place."""
@@ -128,7 +131,7 @@ class BlockModule(nn.Module):
         return self._restore()
 
     def _restore(self) -> nn.Module:
-        for name in ("blocks", "block_indices", "positions", "grid", "plan", "_written"):
+        for name in ("blocks", "block_indices", "positions", "grid", "plan", "last_equal"):
             delattr(self, name)
         for name in ("_views", "_indices", "changed_unseen"):
             vars(self).pop(name, None)
@@ -156,57 +159,80 @@ class BlockModule(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def write_if_changed(self) -> None:
-        """Write the blocks into the weight if it `differs` from them.
+        """Write the blocks into the weight if it `differs` from them, or take over what was edited in the weight.
 
         Otherwise it is not touched: autograd refuses backward through a weight that was written since forward.
         """
-        if self.differs():
-            self.changed_unseen = self.changed_unseen or not self._was_changed()
+        if not self.is_comparable:
+            return
+        if not self.differs():
+            self.mark_written()
+        elif self.last_equal.weight_was_edited(self):
+            self.take_edits()
+        else:
+            self.changed_unseen = self.changed_unseen or not self.last_equal.blocks_were_changed(self)
             write_back([self])
+        self.last_equal.note_checksum(self)
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the weight can be compared with the blocks: it is no collective, and they have values."""
+        is_whole = not is_sharded(self.blocks) and not is_sharded(self.parameter)
+        return is_whole and not self.parameter.is_meta and self.weight_holds_blocks
 
     def differs(self) -> bool:
-        """Return whether the weight has other values than the blocks; False if finding out is a collective, if the
-        weight is on the meta device, or if it cannot hold the blocks."""
-        if (
-            is_sharded(self.blocks)
-            or is_sharded(self.parameter)
-            or self.parameter.is_meta
-            or not self.weight_holds_blocks
-        ):
+        """Return whether the weight has other values than the blocks; False if it is not comparable."""
+        if not self.is_comparable:
             return False
         self.keep_indices()
         held = self.grid.gather(self.base_weight(), self.block_indices)
         return not torch.equal(held, self.blocks.detach().to(held.dtype))
 
+    @torch.no_grad()
+    def take_edits(self) -> None:
+        """Take over into the blocks the values that were edited in the weight; the others keep their precision."""
+        held = self.grid.gather(self.base_weight(), self.block_indices)
+        edited = held != self.blocks.to(held.dtype)
+        if edited.any():
+            self.blocks.copy_(torch.where(edited, held.to(self.blocks.dtype), self.blocks))
+            warn_of_edits()
+        self.mark_written()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Each view would be stored with the whole weight.
+        return vars(self) | {"_views": None}
+
     def __setstate__(self, state) -> None:
-        # A copy of the model is followed as the original is. The version counter of its blocks starts anew.
+        # A copy of the model is followed as the original is.
         super().__setstate__(state)
         if self.weight_holds_blocks and not is_sharded(self.blocks):
-            self._written = self.blocks, -1
+            self.last_equal = LastEqual.in_a_copy(self)
         follow(self)
 
     def mark_written(self) -> None:
         """Record that the weight holds the current blocks."""
-        self._written = self.blocks, self.blocks._version
+        self.last_equal = LastEqual.of(self)
 
     def is_stale(self) -> bool:
         """Return whether the blocks have values that the weight lacks, as far as forward can tell cheaply.
 
         It sees changes by an operation, and other blocks in their place (`torch.func.functional_call`). Changes through
         `.data` or by a fused optimizer are seen only after `write_if_changed` has found such a change before. Sharded
-        blocks are gathered in forward, so they are not written there (`write_back.py`).
+        blocks are gathered in forward, so they are not written there (`write_back.py`). What an operation has edited in
+        the weight is taken over first.
         """
         self.keep_indices()
-        if self._was_changed():
+        if self.last_equal.blocks_were_changed(self):
             return True
-        written, _ = self._written
-        replaced = written is not self.blocks and not is_sharded(written)
-        return (replaced or self.changed_unseen) and self.differs()
-
-    def _was_changed(self) -> bool:
-        """Return whether an operation has changed the blocks since they were written into the weight."""
-        written, version = self._written
-        return written is self.blocks and version != written._version
+        if is_sharded(self.last_equal.blocks):
+            return False
+        if self.last_equal.weight_was_written(self):
+            self.take_edits()
+        replaced = self.last_equal.blocks is not self.blocks
+        if not replaced and not self.blocks.requires_grad:
+            # An adapter that is trained on top may be merged into the weight later.
+            self.last_equal.note_checksum(self)
+        return (replaced or self.changed_unseen or self.blocks.is_inference()) and self.differs()
 
     @property
     def is_divided(self) -> bool:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from smt_trainer.arrays import WEIGHTS, as_array, bits, cast, dtype_name
-from smt_trainer.model.base import base_checkpoint
+from smt_trainer.model.base import base_checkpoint, lost_base
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.merged import is_merged
@@ -29,7 +29,7 @@ ROWS = 4096
 
 
 def warn_of_changed_base(model: nn.Module, base: Fingerprint) -> None:
-    """Warn if a plain model has other values than its checkpoint, as far as that can be read.
+    """Warn if a plain model has other values than its checkpoint, as far as that can be read; or if it is not found.
 
     A model that a delta was merged into is left out: the trainer warns of it.
 
@@ -42,6 +42,13 @@ def warn_of_changed_base(model: nn.Module, base: Fingerprint) -> None:
         return
     checkpoint = base_checkpoint(model)
     if checkpoint is None:
+        if (name := lost_base(model)) is not None:
+            logger.warning(
+                "%s, which this model was loaded from, is not found: not from this working folder, nor in the hub's "
+                "cache. So changes since then are not seen, such as new tokens, whose rows would be neither trained "
+                "nor stored. Load it by an absolute path; a hub cache elsewhere goes into HF_HUB_CACHE.",
+                name,
+            )
         return
     changed = {
         *base.differences_on_disk(checkpoint.folder, checkpoint.tensors),

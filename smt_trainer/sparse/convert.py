@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +34,8 @@ from smt_trainer.sparse.state import SMTState, get_state, has_quantised_blocks, 
 
 if TYPE_CHECKING:
     from smt_trainer.model.kinds import Target
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,6 +72,7 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     left_out = {*new, *stored} - rows.keys()
     base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, left_out, rows)
     warn_of_changed_base(model, base)
+    _warn_of_gradient_hooks(linears)
     return convert_checked(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
 
 
@@ -80,6 +84,22 @@ def _refuse_replaced_forwards(linears: Mapping[str, Target]) -> None:
         raise SMTError(
             f"the forward of `{replaced[0]}` {REPLACED}, so its blocks would get no gradient. Load the model without "
             "that."
+        )
+
+
+def _warn_of_gradient_hooks(linears: Mapping[str, Target]) -> None:
+    """Warn of hooks on the gradients of weights, which get none from now on."""
+    hooked = [
+        name
+        for name, linear in linears.items()
+        if linear.weight._backward_hooks or getattr(linear.weight, "_post_accumulate_grad_hooks", None)
+    ]
+    if hooked:
+        logger.warning(
+            "%d weights with gradient hooks, such as that of `%s`, get blocks. The hooks will not be called: only "
+            "the blocks get a gradient. Register hooks on the parameters named `.blocks`, once the model is rewritten.",
+            len(hooked),
+            hooked[0],
         )
 
 

@@ -7,6 +7,8 @@ This happens wherever the two could differ, whoever changed the blocks:
     before evaluation and before a state dict is made                  for changes that leave no trace (`.data`); from
                                                                        then on every forward compares
 
+What others write into the weight goes the other way: the blocks take it over (`last_equal.py`).
+
 Sharded blocks are written by the hook alone, and by the trainer under DeepSpeed, whose optimizer holds other tensors.
 A quantised weight holds no blocks: there forward reads the blocks themselves (`quantised_linear.py`).
 """

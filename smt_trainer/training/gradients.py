@@ -25,6 +25,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.listed_experts import LISTS
 from smt_trainer.model.names import list_projections
 from smt_trainer.sparse.block_module import BlockModule, block_modules
+from smt_trainer.training.refusals import refuse_useless_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,12 @@ class ExpectGradients(TrainerCallback):
         """Watch the next run."""
         self.is_armed, self.calls_are_known = True, calls_are_known
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """Watch the linears with blocks, and the modules around them."""
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        """Check that the optimizer holds the blocks; watch the linears with blocks, and the modules around them."""
         self.detach()
         self.awaited = {}
+        if model is not None:
+            refuse_useless_optimizer(model, optimizer)
         if not self.is_armed or model is None:
             return
         self.awaited = {name: linear for name, linear in block_modules(model) if linear.blocks.requires_grad}

@@ -1,4 +1,4 @@
-"""Restore what the warm-up must not change: random states, and the plain data that a trainer gathers."""
+"""Restore what the warm-up must not change: random states, generators, and the plain data that a trainer gathers."""
 
 from __future__ import annotations
 
@@ -26,6 +26,45 @@ def rng_preserved() -> Generator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def generators_preserved(*owners: object) -> Generator[None]:
+    """Restore on exit the states of the random generators that objects have as attributes, as a collator with a seed of
+    its own does, and the attributes that held none yet."""
+    owners = tuple(owner for owner in owners if hasattr(owner, "__dict__"))
+    before = [dict(vars(owner)) for owner in owners]
+    states = [(one, _state_of(one)) for attributes in before for one in attributes.values() if _is_generator(one)]
+    try:
+        yield
+    finally:
+        for owner, attributes in zip(owners, before, strict=True):
+            for name in [name for name, value in vars(owner).items() if _is_generator(value)]:
+                if name in attributes:
+                    vars(owner)[name] = attributes[name]
+                else:
+                    del vars(owner)[name]
+        for generator, state in states:
+            _set_state(generator, state)
+
+
+def _is_generator(value: object) -> bool:
+    return isinstance(value, (torch.Generator, np.random.Generator, random.Random))
+
+
+def _state_of(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    else:
+        generator.setstate(state)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from accelerate import Accelerator
@@ -15,10 +16,11 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.experts import expert_stacks, matrices_of
 from smt_trainer.model.newly_initialised import new_rows
 from smt_trainer.model.quantised import quantization_of
-from smt_trainer.model.sharded import is_partitioned
+from smt_trainer.model.sharded import full_shape, is_partitioned
 from smt_trainer.model.targets import narrow, refuse_adapters
 from smt_trainer.scores import SCORERS
 from smt_trainer.selection.block_selection import BlockSelection
+from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.training.class_column import refuse_missing_column
 from smt_trainer.training.preserved import rng_preserved
@@ -26,6 +28,8 @@ from smt_trainer.training.read_once import refuse_data_read_once
 from smt_trainer.training.sharded_kinds import refuse_sharded_quantised
 from smt_trainer.training.tensor_parallel import refuse_unshown_parallelism
 from smt_trainer.training.vllm_weights import knows_sync
+
+logger = logging.getLogger(__name__)
 
 OPTIMIZERS_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_bnb")
 # Optimizers that keep their own map of the model's matrices, or swap weights outside forward.
@@ -85,6 +89,42 @@ def _refuse_bound(model: nn.Module, optimizer) -> None:
             "or set TrainingArguments.optim and lr_scheduler_type; leave trainer.optimizer and trainer.lr_scheduler at "
             "None."
         )
+
+
+def refuse_useless_optimizer(model: nn.Module, optimizer) -> None:
+    """Raise `SMTError` if the optimizer of a run holds none of the model's blocks; warn if it lacks some.
+
+    DeepSpeed's holds flat copies and is left out.
+    """
+    if optimizer is None or isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return
+    stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    trained = {f"{name}.blocks": one.blocks for name, one in block_modules(model) if one.blocks.requires_grad}
+    lacking = [name for name, blocks in trained.items() if id(blocks) not in stepped]
+    if trained and len(lacking) == len(trained):
+        raise SMTError(
+            f"the optimizer holds none of the trained blocks, such as `{lacking[0]}`, so nothing would be learned. If "
+            "your create_optimizer picks parameters by name, include those that end in `.blocks`, or all that require "
+            "a gradient."
+        )
+    if lacking:
+        logger.warning(
+            "The optimizer lacks %d of %d blocks' parameters, such as `%s`: they will not be trained.",
+            len(lacking),
+            len(trained),
+            lacking[0],
+        )
+
+
+def refuse_resized(model: nn.Module) -> None:
+    """Raise `SMTError` if an embedding was resized after its blocks were taken."""
+    for name, linear in block_modules(model):
+        found, expected = full_shape(linear.parameter), linear.grid.stored_shape
+        if linear.grid.embedding and found != expected:
+            raise SMTError(
+                f"`{name}` was resized from {expected[0]} to {found[0]} rows after its blocks were taken. Resize the "
+                "model first, as it was loaded, and choose the tokens then: select_tokens(model, ids)."
+            )
 
 
 def refuse_other_blocks(model: nn.Module, config: SMTConfig, given: BlockSelection | None) -> None:

@@ -45,6 +45,7 @@ from smt_trainer.selection.tokens import new_token_grids, with_new_tokens
 from smt_trainer.sparse.convert import convert_to_smt
 from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.sparse.state import get_state, is_smt_model
+from smt_trainer.sparse.whole_tensors import WholeTensors, warn_of_others
 from smt_trainer.training.activation_checkpointing import let_backward_stop_early
 from smt_trainer.training.callback import CompiledWriteBack, DeepSpeedWriteBack, SMTCallback
 from smt_trainer.training.checkpoints import (
@@ -61,6 +62,7 @@ from smt_trainer.training.refusals import (
     refuse_bound_optimizer,
     refuse_misplaced,
     refuse_other_blocks,
+    refuse_resized,
     refuse_unusable,
 )
 from smt_trainer.training.sharded_kinds import refuse_partitioned_experts, refuse_sharded_tokens
@@ -207,7 +209,12 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
                 return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, *rest, **kwargs)
         finally:
             self._gradients.detach()
-            self._readers.detach()
+            self._readers.forget()
+
+    def training_step(self, *args, **kwargs):
+        """Run forward and backward as Trainer does; in the first step, watch who reads the weights that hold blocks."""
+        with self._readers.watching():
+            return super().training_step(*args, **kwargs)
 
     def _make_sparse(self, checkpoint: str | None, folder: Path) -> None:
         """Make the model one that trains its blocks: those of a checkpoint, if any, or those that are chosen now."""
@@ -222,6 +229,8 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         refuse_full_model(self._output_folder)
         if is_smt_model(self.model):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
+            refuse_resized(self.model)
+            warn_of_others(self.model, WholeTensors.of(self.model))
         else:
             convert_to_smt(self.model, self._choose_blocks(folder))
             self._expect_gradients()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from smt_trainer import SMTError, compose_deltas, from_delta, load_delta, merge_checkpoint, verify_merge
+from smt_trainer.arithmetic.compose import Composition
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
 
@@ -183,12 +184,36 @@ def test_weights_that_make_one_up_to_rounding_need_no_base(weights, tmp_path):
     torch.testing.assert_close(found, sum(weight * head for weight, head in zip(weights, heads, strict=True)))
 
 
+@pytest.mark.parametrize(
+    ("shared", "whole", "text"),
+    [
+        ({"h.0.q_proj": 1}, [], "overlap in 1 block, in q_proj (1)"),
+        ({"h.0.q_proj": 1, "h.1.q_proj": 1}, ["x"], "overlap in 2 blocks, in q_proj (2) and in 1 whole tensor, `x`"),
+        ({}, ["x", "y"], "overlap in 2 whole tensors, such as `x`"),
+    ],
+)
+def test_one_is_singular(shared, whole, text, llama):
+    assert str(Composition(tiny.choose(llama), shared, whole)).endswith(f"\nthe deltas {text}")
+
+
 # ---- refused ----
 
 
-def test_other_bases_are_refused(base, trained, tmp_path):
-    other = arithmetic.train(tiny.llama(seed=1), tmp_path / "other")
-    with pytest.raises(SMTError, match="other values in"):
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: tiny.llama(seed=1),
+            r"was trained on another base model\. base has other values in .* merge that one first \(smt merge BASE "
+            r"EARLIER OUT\) and give OUT as the base\.$",
+        ),
+        (lambda: tiny.llama(hidden_size=32), r"expects `.*` of .*base to have shape"),
+    ],
+    ids=["other values", "other shapes"],
+)
+def test_other_bases_are_refused_naming_the_delta(make, message, base, trained, tmp_path):
+    other = arithmetic.train(make(), tmp_path / "other")
+    with pytest.raises(SMTError, match=f"^the delta in {other} {message}"):
         compose_deltas(base, [trained(0), other], tmp_path / "composed")
 
 

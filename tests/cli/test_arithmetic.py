@@ -5,10 +5,13 @@ import subprocess
 import sys
 
 import arithmetic
+import pytest
 import tiny
+from safetensors.torch import load_file
 
-from smt_trainer import diff_deltas
+from smt_trainer import compose_deltas, diff_deltas
 from smt_trainer.cli import main
+from smt_trainer.delta.folder import DELTA_FILE
 
 
 def smt(capsys, folder, *words):
@@ -39,6 +42,15 @@ def test_compose_says_where_deltas_touch(folder, capsys):
     assert smt(capsys, folder, "verify", "@base", "@sum", "@summed", "--logits")[0] == 0
     assert smt(capsys, folder, "compose", "@base", "@delta0", "@delta1", "@mean", "--mean")[0] == 0
     assert smt(capsys, folder, "compose", "@base", "@delta0", "@delta1", "@mean")[0] == 2
+
+
+@pytest.mark.parametrize("weight", ["-1", "-.5", "-1e-3"])
+def test_a_weight_may_be_negative_however_it_is_written(weight, folder, capsys):
+    words = ["compose", "@base", "@delta0", "@delta1"]
+    assert smt(capsys, folder, *words, "@sum", "--weights", weight, "1")[0] == 0
+    deltas = [folder / "delta0", folder / "delta1"]
+    compose_deltas(folder / "base", deltas, folder / "expected", weights=[float(weight), 1])
+    arithmetic.assert_equal(*(load_file(folder / name / DELTA_FILE) for name in ("sum", "expected")))
 
 
 def test_unmerge_gives_the_base(folder, capsys):

@@ -310,7 +310,7 @@ def test_data_that_cannot_be_learnt_from_are_refused(text, message, checkpoint, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["inspect", "nowhere"], "smt: no delta at nowhere"),
+        (["inspect", "nowhere"], "smt: no delta at nowhere: there is no such folder. Check the path."),
         (["merge", "base", "nowhere", "out"], "smt: no delta at nowhere"),
         (["inspect", "nowhere.json"], "smt: no selection at nowhere.json"),
         (["inspect", "nowhere.safetensors"], "smt: no scores file at"),

@@ -124,6 +124,13 @@ def test_a_delta_that_is_not_there_is_refused_in_a_line(name, revision, message,
         from_delta(name, revision=revision)
 
 
+def test_a_base_that_cannot_be_loaded_is_refused_saying_who_named_it(trained):
+    with pytest.raises(SMTError, match=r"^the base 'me/no', which you gave, could not be loaded: .*pass base="):
+        from_delta("me/delta", base="me/no")
+    with pytest.raises(SMTError, match=r"^the base 'someone/base', which the delta in me/delta names, could not be"):
+        from_delta("me/delta", base_revision="v9")
+
+
 def test_without_a_connection_a_delta_comes_from_the_cache_or_is_refused(trained, monkeypatch):
     first, second = trained
     from_delta("me/delta")

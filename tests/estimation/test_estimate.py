@@ -98,12 +98,16 @@ def test_activations_gradients_and_optimizer_are_those_of_a_real_step(name, chec
         assert sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]) == cost.weights + cost.added
 
 
-def test_bfloat16_weights_have_float32_masters():
+def test_bfloat16_weights_have_float32_masters_and_bfloat16_moments_without_them():
     found = guess(tiny.llama(), dtype=torch.bfloat16)
     model = real(tiny.llama(), found, torch.bfloat16)
     assert 0 <= step(model) - found.smt.activations <= NUMBERS
     assert gradients(model) == found.smt.gradients == 4 * found.selection.trainable_parameters
     assert optimizer_state(model) == found.smt.optimizer
+    full = real(tiny.llama(), dtype=torch.bfloat16)
+    step(full)
+    assert gradients(full) == found.full.gradients == 2 * found.full.trainable
+    assert optimizer_state(full) == found.full.optimizer
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

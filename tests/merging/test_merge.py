@@ -146,7 +146,7 @@ def fewer_layers(base):
 
 def wider(base):
     tiny.build("LlamaForCausalLM", hidden_size=96, num_key_value_heads=4).save_pretrained(base)
-    return r"the delta expects `.*` of .* to have shape \[(64|32), 64\], got \[.*, 96\]"
+    return r"the delta in .* expects `.*` of .* to have shape \[(64|32), 64\], got \[.*, 96\]"
 
 
 def truncated_base(base):

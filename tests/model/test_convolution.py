@@ -62,8 +62,9 @@ def test_all_conv_finds_the_convolutions_and_all_linear_the_linears():
 def test_what_cannot_be_tuned_is_left_out_by_name(layer, reason, caplog):
     model = nn.ModuleDict({"plain": nn.Conv2d(4, 4, 3), "odd": layer})
     with caplog.at_level(logging.WARNING):
-        assert list(find_targets(model, images.config())) == ["plain"]
-    assert f"`odd` is not tuned: {reason}" in caplog.text
+        for target_modules in ("all-conv", ["plain", "odd"]):
+            assert list(find_targets(model, images.config(target_modules=target_modules))) == ["plain"]
+    assert caplog.text.count(f"`odd` is not tuned: {reason}") == 2
 
 
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])

@@ -1,9 +1,12 @@
 """Newly initialised parameters are stored with the delta, or refused by name."""
 
+import copy
+
 import pytest
 import tiny
 import torch
 import transformers
+from mixtures import mixture
 from transformers import AutoModelForCausalLM
 
 from smt_trainer import (
@@ -152,3 +155,20 @@ def test_statistics_that_training_changed_come_back(tmp_path):
     save_delta(model, tmp_path / "delta")
     again = load_delta(base, tmp_path / "delta", merge=True)
     tiny.assert_same(tiny.weights(again), tiny.weights(merge_and_unload(model)))
+
+
+def test_a_copy_of_a_loaded_model_is_as_new_as_the_model(encoder):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert newly_initialised(copy.deepcopy(model)) == newly_initialised(model)
+    assert {name.rpartition(".")[0] for name in newly_initialised(model)} == {
+        "bert.embeddings.word_embeddings",
+        "bert.pooler.dense",
+        "classifier",
+    }
+
+
+def test_nothing_is_new_in_a_copy_whose_names_loading_converts(tmp_path):
+    mixture().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert newly_initialised(copy.deepcopy(loaded)) == newly_initialised(loaded) == []

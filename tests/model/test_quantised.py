@@ -79,8 +79,10 @@ class PackedLinear(nn.Module):
 def test_linears_of_other_formats_are_left_out_in_one_line_that_says_what_to_do(llama, warnings):
     for layer in llama.model.layers:
         layer.self_attn.v_proj = PackedLinear(layer.self_attn.v_proj)
-    assert len(find_targets(llama, SMTConfig())) == 4
-    (line,) = warnings()
+    for target_modules in ("qkv", ["q_proj", "k_proj", "v_proj"]):
+        assert len(find_targets(llama, SMTConfig(target_modules=target_modules))) == 4
+    line, again = warnings()
+    assert line == again
     assert line.startswith("2 linears, such as `model.layers.0.self_attn.v_proj`, are not tuned: a PackedLinear has no")
     assert "BitsAndBytesConfig" in line
 

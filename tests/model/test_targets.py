@@ -102,11 +102,11 @@ def test_layers_below_the_lowest_are_left_out(llama):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"target_modules": ["wq"]}, r"\['wq'\] matches no linear.*q_proj \(2 of 64x64\).*Name some of them"),
+        ({"target_modules": ["wq"]}, r"'wq' matches no linear.*q_proj \(2 of 64x64\).*Name some of them.*modules\.$"),
         ({"target_modules": r"q_.*"}, r"\(a regular expression for whole names; several names are a list\) matches no"),
         (
             {"target_modules": ["attention", "mlp"]},
-            r"in a list, 'attention' means a module of this name.* matches",
+            r"in a list, 'attention' means a module of this name.* match no linear",
         ),
         ({"lowest_layer": 2}, "lowest_layer=2 matches no linear.* or lower lowest_layer"),
         ({"exclude_modules": ["q_proj", "k_proj", "v_proj"]}, "exclude_modules=.* matches no linear"),
@@ -115,6 +115,37 @@ def test_layers_below_the_lowest_are_left_out(llama):
 def test_no_match_is_refused_listing_the_linears(llama, fields, message):
     with pytest.raises(SMTError, match=message):
         find_targets(llama, SMTConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "message"),
+    [
+        (["q_porj", "k_proj"], r": 'q_porj' matches no linear of this model.*Did you mean 'q_proj'\?$"),
+        (["k_proj", "self_attn.q_porj"], r": 'self_attn\.q_porj' matches .*Did you mean 'self_attn\.q_proj'\?$"),
+        (["qproj", "k_proj", "wv", "vproj"], "'qproj' and 'wv' and 'vproj' match no.* mean 'q_proj' and 'v_proj'.$"),
+        (["k_proj", "input_layernorm"], ": 'input_layernorm' matches no linear"),
+        (["k_proj", "self_attn"], ": 'self_attn' matches no linear"),
+        (["mlp", "k_proj"], r"\(in a list, 'mlp' means a module of this name.*: 'mlp' matches no linear.*modules\.$"),
+    ],
+    ids=str,
+)
+def test_a_name_in_a_list_that_matches_nothing_is_refused_naming_it_and_the_closest(target_modules, message, llama):
+    with pytest.raises(SMTError, match=message):
+        find_targets(llama, SMTConfig(target_modules=target_modules))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["0.self_attn.q_proj", "1.self_attn.v_proj"], "lowest_layer": 1},
+        {"target_modules": ["k_proj", "1.self_attn.v_proj"], "exclude_modules": ["k_proj"]},
+        {"target_modules": ["0.self_attn.v_proj", "1.self_attn.v_proj", "up_proj"], "exclude_modules": ["mlp"]},
+    ],
+    ids=str,
+)
+def test_a_name_counts_if_all_that_it_matches_is_left_out(fields, llama):
+    llama.model.layers[0].requires_grad_(False)
+    assert list(find_targets(llama, SMTConfig(**fields))) == QKV[5:]
 
 
 def test_a_model_without_linears_is_refused():

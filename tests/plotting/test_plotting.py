@@ -101,6 +101,8 @@ def test_a_weight_has_its_own_proportions_and_each_layer_its_number(selection):
             f"{projection}: {selection.blocks_by_projection()[projection]} of "
         )
     assert figure.get_suptitle() == "12 trained blocks of 16x16 weights, 4.39% of the model"
+    one = plot_selection(rows_selection(2, 2, {1}))
+    assert one.get_suptitle() == "1 trained block of 1x1 weights, 0.10% of the model"
 
 
 @given(data=st.data(), rows=st.integers(1, 30), columns=st.integers(1, 30), most=st.tuples(*[st.integers(1, 12)] * 2))

@@ -1,6 +1,7 @@
 """Scorers against scores computed from full weight gradients, block by block."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -15,8 +16,9 @@ from reference import (
     summed_gradients,
     taylor,
 )
+from torch import nn
 
-from smt_trainer import SMTError
+from smt_trainer import BlockScores, SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.targets import find_targets, target_grids
 from smt_trainer.scores import SCORERS, make_scorer
@@ -320,3 +322,24 @@ def test_observing_does_not_change_the_forward_pass(score, llama):
     with frozen(llama), scorer.attached():
         scorer.begin_batch({"labels": tiny.tokens(3)})
         assert torch.equal(tiny.logits(llama), expected)
+
+
+class Scaled(nn.Module):
+    """Reads the output of a linear, times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.proj, self.factor = nn.Linear(32, 32), factor
+
+    def forward(self, x):
+        return SimpleNamespace(loss=(self.factor * self.proj(x)).square().mean())
+
+
+@pytest.mark.parametrize("score", ["grad_signed", "grad_abs", "grad_l1", "taylor"])
+def test_a_hook_that_scales_an_output_counts_as_part_of_what_reads_it(score):
+    by_hook, inside = Scaled(1.0), Scaled(20.0)
+    by_hook.proj.register_forward_hook(lambda module, inputs, output: 20 * output)
+    config, batches = tiny.config(target_modules=["proj"], score=score, budget=1), [{"x": torch.randn(8, 32)}]
+    ours, expected = (BlockScores.of(model, config, batches).scores["proj"] for model in (by_hook, inside))
+    torch.testing.assert_close(ours, expected)

@@ -13,7 +13,9 @@ from reference import blocks_within, ranked
 from smt_trainer import BlockSelection, SMTConfig, SMTError
 from smt_trainer.model.base import base_name
 from smt_trainer.model.grid import BlockGrid
+from smt_trainer.selection.block_selection import SELECTION_FILE
 from smt_trainer.selection.choose import select_blocks
+from smt_trainer.selection.given import given_selection
 
 GRIDS = {"layers.0.q_proj": BlockGrid(64, 64, 16, 16), "layers.0.v_proj": BlockGrid(32, 64, 16, 16)}
 
@@ -127,9 +129,9 @@ def test_scores_that_are_all_zero_are_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"budget": 25}, r"budget=25 blocks is more than the targets hold \(24\)"),
+        ({"budget": 25}, r"budget=25 blocks is more than the targets hold \(24\).*; 0\.84 % is written 0\.0084\.$"),
         ({"budget": 9, "scope": "per_module"}, r"more than `layers\.0\.v_proj` holds: a weight of 32x64 has 8 blocks"),
-        ({"budget": 0.5}, r"more than the targets hold \(6,144 weights, 0\.0614 of the model\)"),
+        ({"budget": 0.5}, r"more than the targets hold \(6,144 weights, 0\.0614 of the model\).* written 0\.0084\.$"),
         ({"budget": 0.001}, r"100 weights, less than half a block of 256. Use at least 0\.0026"),
     ],
 )
@@ -144,6 +146,7 @@ def test_both_denominators_are_reported():
     assert selection.fraction_of_model == 6 * 256 / 100_000
     assert selection.fraction_of_targets == 6 / 24
     assert "6 blocks of 16x16 (1,536 parameters): 1.536% of the model, 25.000% of the targets" in selection.summary()
+    assert "1 block of 16x16 (256 parameters)" in select(budget=1).summary()
 
 
 def test_blocks_are_counted_by_projection_empty_ones_included():
@@ -162,11 +165,12 @@ def test_json_gives_the_same_selection_back(fields, tmp_path):
 
 
 def test_resolve_takes_a_selection_a_path_or_a_dictionary(tmp_path):
-    selection = select(budget=3)
-    selection.save(tmp_path / "selection.json")
+    selection, file = select(budget=3), tmp_path / SELECTION_FILE
+    selection.save(file)
     assert BlockSelection.resolve(selection) is selection
-    for given_as in (str(tmp_path / "selection.json"), tmp_path / "selection.json", selection.to_dict()):
+    for given_as in (str(file), file, str(tmp_path), tmp_path, selection.to_dict()):
         assert BlockSelection.resolve(given_as).to_dict() == selection.to_dict()
+        assert chosen(given_selection(SMTConfig(selection=given_as), None)) == chosen(selection)
 
 
 def drop_modules(values):
@@ -212,6 +216,8 @@ def test_a_file_that_holds_no_selection_is_refused(text, tmp_path):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(SMTError, match=r"no selection at .*selection\.json"):
         BlockSelection.load(tmp_path / "selection.json")
+    with pytest.raises(SMTError, match=rf"no selection at {tmp_path / SELECTION_FILE}: expected a JSON file"):
+        BlockSelection.load(tmp_path)
 
 
 def test_a_local_base_is_recorded_by_its_folder_alone(base):

@@ -69,3 +69,12 @@ def test_a_merged_delta_has_a_warning_of_its_own(base, warnings, tmp_path):
     convert(from_delta(tmp_path / "delta", base=str(base)))
     convert(merge_and_unload(model))
     assert not any("other values" in line for line in warnings())
+
+
+def test_a_base_that_is_not_found_again_is_named(base, warnings, monkeypatch, tmp_path):
+    monkeypatch.chdir(base.parent)
+    model = AutoModelForCausalLM.from_pretrained("base")
+    monkeypatch.chdir(tmp_path.parent)
+    convert(model)
+    (line,) = warnings()
+    assert line.startswith("base, which this model was loaded from, is not found") and "new tokens" in line

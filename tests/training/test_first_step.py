@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import random
 
 import numpy as np
 import pytest
@@ -213,3 +214,39 @@ def test_statistics_follow_those_of_the_stock_trainer(tmp_path):
         runs.append({name: tensor for name, tensor in model.named_buffers() if "block_indices" not in name})
     for name, tensor in runs[0].items():
         torch.testing.assert_close(runs[1][name], tensor)
+
+
+# ---- generators of their own ----
+
+
+class Noisy:
+    """A collator that masks tokens by a generator of its own, which it makes when it is first called."""
+
+    def __init__(self, make):
+        self.make, self.generator = make, None
+
+    def __call__(self, features):
+        self.generator = self.generator or self.make()
+        batch = tiny.pad(features)
+        is_torch = isinstance(self.generator, torch.Generator)
+        drawn = torch.rand(1, generator=self.generator).item() if is_torch else self.generator.random()
+        batch["labels"] = batch["labels"] if drawn < 0.5 else batch["labels"].roll(1, 1)
+        return batch
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: np.random.default_rng(3), lambda: random.Random(3), lambda: torch.Generator().manual_seed(3)],
+    ids=["numpy", "python", "torch"],
+)
+@pytest.mark.parametrize("is_made", [True, False])
+def test_a_generator_of_the_collator_is_as_without_a_warm_up(make, is_made, tmp_path):
+    losses = []
+    for trainer in (tiny.smt_trainer, tiny.stock_trainer):
+        collator = Noisy(make)
+        if is_made:
+            collator.generator = make()
+        run = trainer(tiny.llama(), tmp_path / trainer.__name__, collator=collator, learning_rate=0.0, max_steps=8)
+        run.train()
+        losses.append(tiny.logged(run, "loss"))
+    assert losses[0] == losses[1] and len(set(losses[0])) > 1

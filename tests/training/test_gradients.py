@@ -106,3 +106,33 @@ def test_a_run_in_reach_is_not_disturbed(make, overrides, tmp_path, warnings):
     run.train()
     assert run.state.global_step == 4 and no_hooks(model)
     assert not any("No gradient" in line for line in warnings())
+
+
+class ByName(tiny.SMTTrainer):
+    """Picks the parameters of its optimizer by their names."""
+
+    endings = (".weight", ".bias")
+
+    def create_optimizer(self, *args, **kwargs):
+        chosen = [one for name, one in self.model.named_parameters() if name.endswith(self.endings)]
+        self.optimizer = torch.optim.AdamW(chosen, lr=0.1)
+        return self.optimizer
+
+
+class First(ByName):
+    endings = ("layers.0.self_attn.v_proj.blocks",)
+
+
+@pytest.mark.parametrize("score", ["grad_l1", "random"])
+def test_an_optimizer_without_the_blocks_is_refused(score, tmp_path):
+    run = tiny.smt_trainer(tiny.llama(), tmp_path, tiny.config(target_modules=["v_proj"], score=score), kind=ByName)
+    with pytest.raises(SMTError, match=r"holds none of the trained blocks, such as `.*v_proj\.blocks`"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_an_optimizer_with_some_of_the_blocks_is_named(tmp_path, warnings):
+    fields = {"target_modules": ["v_proj"], "scope": "per_module", "budget": 1}
+    run = tiny.smt_trainer(tiny.llama(), tmp_path, tiny.config(**fields), kind=First)
+    run.train()
+    assert any("lacks 1 of 2 blocks' parameters, such as `model.layers.1" in line for line in warnings())

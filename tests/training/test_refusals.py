@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers.training_args import OptimizerNames
 
-from smt_trainer import SMTError, SMTTrainerMixin
+from smt_trainer import SMTError, SMTTrainerMixin, convert_to_smt, select_tokens
+from smt_trainer.sparse.state import get_state
 
 
 @pytest.fixture
@@ -149,3 +150,30 @@ def test_an_optimizer_of_bitsandbytes_is_refused_under_fsdp(optim, construct):
     with pytest.raises(SMTError, match="cannot step what FSDP2 shards"):
         construct(state={"distributed_type": DistributedType.FSDP}, arguments={"optim": optim})
     construct(state={"distributed_type": DistributedType.NO}, arguments={"optim": optim})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_was_resized_after_its_blocks_were_taken_is_refused(tied, tmp_path):
+    model = tiny.llama(tie_word_embeddings=tied)
+    convert_to_smt(model, select_tokens(model, [3, 5])).resize_token_embeddings(70)
+    with pytest.raises(SMTError, match=r"`model.embed_tokens` was resized from 64 to 70 rows after its blocks"):
+        tiny.smt_trainer(model, tmp_path, get_state(model).selection.config).train()
+
+
+def test_a_change_since_the_blocks_were_taken_is_named_before_training(tmp_path, warnings):
+    model = tiny.llama()
+    convert_to_smt(model, tiny.choose(model)).resize_token_embeddings(70)
+    trainer = tiny.smt_trainer(model, tmp_path, get_state(model).selection.config, max_steps=1)
+    trainer.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert any(
+        "2 frozen tensors, such as `model.embed_tokens.weight`, have other values" in line for line in warnings()
+    )
+
+
+class Stop(transformers.TrainerCallback):
+    """Ends the run before its first step."""
+
+    def on_train_begin(self, *args, **kwargs):
+        raise KeyboardInterrupt

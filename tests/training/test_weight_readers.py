@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback
 
 from smt_trainer import SMTError, select_tokens
 
@@ -70,3 +71,48 @@ def test_gradient_checkpointing_and_accumulation_are_no_readers(tmp_path):
     )
     run.train()
     assert run.state.global_step == 2 and is_frozen(run.model)
+
+
+class PenaltyOnBlocks(tiny.SMTTrainer):
+    """A penalty on what is trained."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        penalty = sum(one.square().sum() for name, one in model.named_parameters() if name.endswith(".blocks"))
+        return super().compute_loss(model, inputs, **kwargs) + 0.1 * penalty
+
+
+def test_a_penalty_on_the_blocks_is_no_reader(tmp_path):
+    run = tiny.smt_trainer(
+        tiny.llama(), tmp_path, tiny.config(target_modules=["v_proj"], score="random"), kind=PenaltyOnBlocks
+    )
+    run.train()
+    assert run.state.global_step == 4 and is_frozen(run.model)
+
+
+def test_callbacks_see_the_weights_frozen_and_every_trained_parameter_with_a_gradient(tmp_path):
+    seen = []
+
+    class Logs(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            seen.append({name for name, one in model.named_parameters() if one.requires_grad})
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+            assert all(one.grad is not None for one in trained.values())
+            seen.append(set(trained))
+
+    run = tiny.smt_trainer(tiny.llama(), tmp_path, max_steps=2)
+    run.add_callback(Logs())
+    run.train()
+    assert len(seen) == 3 and seen[0] == seen[1] == seen[2]
+    assert all(name.endswith("blocks") for name in seen[0])
+
+
+def test_a_weight_with_a_gradient_hook_is_trained_and_named(tmp_path, warnings):
+    model = tiny.llama()
+    model.get_submodule("model.layers.1.self_attn.v_proj").weight.register_hook(lambda gradient: gradient * 2)
+    fields = {"target_modules": ["v_proj"], "scope": "per_module", "budget": 2, "score": "random"}
+    run = tiny.smt_trainer(model, tmp_path, tiny.config(**fields))
+    run.train()
+    assert run.state.global_step == 4
+    assert any("1 weights with gradient hooks, such as that of `model.layers.1" in line for line in warnings())
