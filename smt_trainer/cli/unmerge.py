@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
     from smt_trainer.merging.unmerge import unmerge
 
     unmerge(
-        arguments.merged,
+        arguments.base,
         arguments.delta,
+        arguments.merged,
         arguments.out,
-        base=arguments.base,
         base_revision=arguments.revision,
         delta_revision=arguments.delta_revision,
         onto=arguments.onto,

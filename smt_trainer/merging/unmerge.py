@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def unmerge(
-    merged: str | Path,
+    base: str | Path,
     delta: str | Path,
+    merged: str | Path,
     output: str | Path,
     *,
-    base: str | Path,
     base_revision: str | None = None,
     delta_revision: str | None = None,
     onto: str | None = None,
@@ -45,10 +45,10 @@ def unmerge(
     The files other than weights are the base's.
 
     Args:
-        merged: folder of the merged checkpoint.
-        delta: folder or hub name of the delta.
-        output: folder to make; it appears whole or not at all.
         base: folder or hub name of the base, which holds the values that the delta replaced.
+        delta: folder or hub name of the delta.
+        merged: folder of the merged checkpoint.
+        output: folder to make; it appears whole or not at all.
         base_revision: revision of a base on the hub.
         delta_revision: revision of a delta on the hub.
         onto: "original" if a delta of a quantised base was merged onto the weights that were quantised.

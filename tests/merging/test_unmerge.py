@@ -34,7 +34,7 @@ def test_the_base_comes_back_file_by_file(build, fields, size, dtype, tmp_path):
     (delta / "tokenizer.json").write_text('{"of": "training"}')
     merge_checkpoint(base, delta, merged)
     assert contents(merged) != contents(base)
-    assert unmerge(merged, delta, back, base=base) == back
+    assert unmerge(base, delta, merged, back) == back
     assert contents(back) == contents(base)
 
 
@@ -48,7 +48,7 @@ def case(base, tmp_path):
 def test_the_files_are_those_of_the_merged_checkpoint(case, tmp_path):
     base, delta, merged = case
     AutoModelForCausalLM.from_pretrained(merged).save_pretrained(tmp_path / "shards", max_shard_size="40KB")
-    unmerge(tmp_path / "shards", delta, tmp_path / "back", base=base)
+    unmerge(base, delta, tmp_path / "shards", tmp_path / "back")
     arithmetic.assert_equal(tiny.saved_tensors(tmp_path / "back"), tiny.saved_tensors(base))
     assert (tmp_path / "back" / INDEX_FILE).is_file() and not (tmp_path / "back" / SINGLE_FILE).exists()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
@@ -60,7 +60,7 @@ def test_another_vocabulary_is_taken_back(base, tmp_path):
     model.resize_token_embeddings(tiny.VOCABULARY + 3, mean_resizing=False)
     delta = arithmetic.train(model, tmp_path / "delta", modules_to_save=["embed_tokens", "lm_head"])
     merge_checkpoint(base, delta, tmp_path / "merged")
-    unmerge(tmp_path / "merged", delta, tmp_path / "back", base=base)
+    unmerge(base, delta, tmp_path / "merged", tmp_path / "back")
     arithmetic.assert_equal(tiny.saved_tensors(tmp_path / "back"), tiny.saved_tensors(base))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").config.vocab_size == tiny.VOCABULARY
 
@@ -76,10 +76,10 @@ def test_a_merge_onto_what_was_quantised_is_taken_back(base, tmp_path):
     pytest.importorskip("bitsandbytes")
     delta = arithmetic.train(quantised.load(base, "nf4"), tmp_path / "delta")
     merge_checkpoint(base, delta, tmp_path / "merged", onto="original")
-    unmerge(tmp_path / "merged", delta, tmp_path / "back", base=base, onto="original")
+    unmerge(base, delta, tmp_path / "merged", tmp_path / "back", onto="original")
     arithmetic.assert_equal(tiny.saved_tensors(tmp_path / "back"), tiny.saved_tensors(base))
     with pytest.raises(SMTError, match="nothing of the base is left"):
-        unmerge(tmp_path / "merged", delta, tmp_path / "other", base=base, onto="dequantized")
+        unmerge(base, delta, tmp_path / "merged", tmp_path / "other", onto="dequantized")
 
 
 # ---- refused ----
@@ -92,7 +92,7 @@ def test_what_was_changed_after_merging_is_refused(key, case, tmp_path):
     weights[key].view(-1)[0] += 1
     save_file(weights, merged / SINGLE_FILE, metadata={"format": "pt"})
     with pytest.raises(SMTError, match=rf"is not .*base with the delta merged into it: `{key}` .*1 of"):
-        unmerge(merged, delta, tmp_path / "back", base=base)
+        unmerge(base, delta, merged, tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
@@ -100,8 +100,8 @@ def test_what_holds_no_merge_of_this_delta_is_refused(case, tmp_path):
     base, delta, merged = case
     other = arithmetic.train(tiny.llama(), tmp_path / "other", seed=5)
     with pytest.raises(SMTError, match=r"is not .* with the delta merged into it"):
-        unmerge(merged, other, tmp_path / "back", base=base)
+        unmerge(base, other, merged, tmp_path / "back")
     with pytest.raises(SMTError, match="other values in"):
-        unmerge(merged, delta, tmp_path / "back", base=merged)
+        unmerge(merged, delta, merged, tmp_path / "back")
     with pytest.raises(SMTError, match=r"lies in .*merged"):
-        unmerge(merged, delta, merged / "back", base=base)
+        unmerge(base, delta, merged, merged / "back")

@@ -117,5 +117,5 @@ def test_a_tied_tensor_that_is_stored_twice_is_merged_and_patched_twice(tmp_path
     assert torch.equal(tiny.logits(load(tmp_path / "merged")), tiny.logits(trainer.model))
     patched = {patch.name for patch in delta_patches(tmp_path / "base", tmp_path / "delta")}
     assert patched == {"lm_head.weight", f"{NAME}.weight"}
-    unmerge(tmp_path / "merged", tmp_path / "delta", tmp_path / "back", base=tmp_path / "base")
+    unmerge(tmp_path / "base", tmp_path / "delta", tmp_path / "merged", tmp_path / "back")
     tiny.assert_same(load_file(tmp_path / "back" / "model.safetensors"), load_file(path))

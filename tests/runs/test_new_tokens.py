@@ -146,7 +146,7 @@ def test_a_loop_of_ones_own_is_told_of_rows_that_it_would_lose(base, tmp_path):
 def test_a_merge_is_taken_back_and_what_has_no_place_for_new_rows_is_refused(base, tmp_path):
     trained(base, tmp_path / "run").save_model(tmp_path / "delta")
     merge_checkpoint(base, tmp_path / "delta", tmp_path / "merged")
-    unmerge(tmp_path / "merged", tmp_path / "delta", tmp_path / "back", base=base)
+    unmerge(base, tmp_path / "delta", tmp_path / "merged", tmp_path / "back")
     tiny.assert_same(load_file(tmp_path / "back" / "model.safetensors"), load_file(base / "model.safetensors"))
     with pytest.raises(SMTError, match="another vocabulary than its base"):
         delta_patches(base, tmp_path / "delta")

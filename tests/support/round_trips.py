@@ -20,5 +20,5 @@ def assert_composed_and_unmerged_exactly(folder) -> None:
     merge_checkpoint(folder / "base", folder / "delta", folder / "merged")
     compose_deltas(folder / "base", [folder / "delta"], folder / "same")
     tiny.assert_same(Delta.load(folder / "same").blocks, Delta.load(folder / "delta").blocks)
-    unmerge(folder / "merged", folder / "delta", folder / "unmerged", base=folder / "base")
+    unmerge(folder / "base", folder / "delta", folder / "merged", folder / "unmerged")
     tiny.assert_same(tiny.saved_tensors(folder / "unmerged"), tiny.saved_tensors(folder / "base"))
