@@ -61,8 +61,8 @@ class SMTConfig:
     The defaults are those of the paper ("Sparse Matrix in Large Language Model Fine-tuning", sections 3.1 and 4.1):
     query, key and value projections, blocks of 256x256 where the model's shapes allow, 0.84 % of the parameters, mean
     absolute value of the summed gradient; but 10 warm-up steps, which choose as well as the paper's 100
-    (recipes/studies/results/warmup.md). `SMTConfig.paper` has those. On the one model studied here, other blocks learned
-    more: score='low_activation', scope='per_module', target_modules='all-linear', block_size=64, at a rate of its own.
+    (recipes/studies/results/warmup.md). `SMTConfig.paper` has those. On the one model studied, others learned more:
+    score='low_activation', scope='per_module', target_modules='all-linear', block_size=64, at a rate of their own.
 
     `HfArgumentParser((SMTConfig, TrainingArguments))` and TRL's `TrlParser` parse it from a command line or YAML.
 
