@@ -32,7 +32,7 @@ def base_name(model: nn.Module) -> str | None:
 
 def base_checkpoint(model: nn.Module) -> Checkpoint | None:
     """Return the checkpoint that a model was loaded from, in a folder or the hub's cache; None if it cannot be read."""
-    folder = base_folder(model)
+    folder = _base_folder(model)
     try:
         return None if folder is None else Checkpoint.open(folder)
     except SMTError:
@@ -41,7 +41,7 @@ def base_checkpoint(model: nn.Module) -> Checkpoint | None:
 
 def base_config(model: nn.Module) -> dict[str, Any]:
     """Return the content of the config.json that a model was loaded with; an empty one if it cannot be read."""
-    folder = base_folder(model)
+    folder = _base_folder(model)
     if folder is None or not (folder / CONFIG).is_file():
         return {}
     config = load_json(folder / CONFIG, "configuration of the base")
@@ -51,10 +51,10 @@ def base_config(model: nn.Module) -> dict[str, Any]:
 def lost_base(model: nn.Module) -> str | None:
     """Return the name or path that a model was loaded by if it is found neither there nor in the hub's cache."""
     name, _ = _loaded_from(model)
-    return name if name and base_folder(model) is None else None
+    return name if name and _base_folder(model) is None else None
 
 
-def base_folder(model: nn.Module) -> Path | None:
+def _base_folder(model: nn.Module) -> Path | None:
     """Return the folder that a model was loaded from, which may be in the hub's cache; None if it is not found."""
     name, commit = _loaded_from(model)
     if not name:
