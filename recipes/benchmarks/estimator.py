@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from recipes.benchmarks.parts.methods import FULL, SMT
-from recipes.benchmarks.parts.models import MODELS
+from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.benchmarks.parts.quantised import BITS
 from recipes.benchmarks.parts.results import write_results
-from recipes.benchmarks.parts.setting import DTYPES, SHAPES
+from recipes.benchmarks.parts.setting import DTYPES
 from recipes.parts.markdown import gib, mib, percent, table
 from recipes.parts.provenance import command
 from smt_trainer import SMTConfig
@@ -36,7 +36,7 @@ def compare(results: dict) -> list[dict]:
     setting, rows = results["setting"], []
     base = setting.get("base")
     measured = {(row["method"], row["budget"]): row for row in results["methods"]}
-    config = SHAPES[results["shape"]].config()
+    config = Shape(**setting["shape"]).config()
     for budget in dict.fromkeys(row["budget"] for row in results["methods"] if row["method"] == SMT):
         found = estimate(
             config,
