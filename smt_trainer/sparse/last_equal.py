@@ -61,8 +61,9 @@ class LastEqual:
 
     def weight_was_edited(self, module: BlockModule) -> bool:
         """Return whether a weight that differs from the blocks does so because it was changed, and not the blocks."""
-        has_same_values = self.checksum is not None and self.checksum == checksum(module)
-        return self.weight_was_written(module) or (self.has_same_blocks(module) and has_same_values)
+        if self.weight_was_written(module):
+            return True
+        return self.has_same_blocks(module) and self.checksum is not None and self.checksum == checksum(module)
 
     def has_same_blocks(self, module: BlockModule) -> bool:
         """Return whether the blocks are the same parameter, which no operation has changed."""

@@ -29,7 +29,12 @@ PRODUCTS = {
 
 def bfloat16_products() -> AbstractContextManager:
     """Return a context manager that computes products of bfloat16 in the fastest way that this machine has."""
-    return nullcontext() if torch.cuda.is_available() or has_bfloat16_products() else RoundedProducts()
+    return nullcontext() if are_in_hardware() else RoundedProducts()
+
+
+def are_in_hardware() -> bool:
+    """Return whether this machine has instructions for products of bfloat16."""
+    return torch.cuda.is_available() or has_bfloat16_products()
 
 
 class RoundedProducts(TorchDispatchMode):

@@ -23,7 +23,6 @@ from transformers import (
 
 from recipes.math.parts.symbolic import TEMPLATE
 from recipes.parts.collator import CompletionCollator
-from recipes.parts.dtype import has_bfloat16_products
 from recipes.parts.methods import trained_parameters
 from recipes.parts.model import DEFAULT_MODEL, load_model, resolve_model
 from recipes.parts.prompt import pad_token, tokenize_for_training
@@ -32,7 +31,7 @@ from recipes.parts.registry import load_task
 from recipes.parts.task import Decoding, Splits
 from recipes.studies.parts.general import forgetting
 from recipes.studies.parts.methods import COMMON, METHODS
-from recipes.studies.parts.products import bfloat16_products
+from recipes.studies.parts.products import are_in_hardware, bfloat16_products
 from recipes.studies.parts.protocol import PROTOCOLS
 from smt_trainer import BlockSelection, SMTConfig, SMTTrainer
 
@@ -100,7 +99,7 @@ def perform(run: Run) -> dict:
         **result,
         "seconds": round(time.perf_counter() - started, 1),
         "hardware": hardware(),
-        "bfloat16_products": torch.cuda.is_available() or has_bfloat16_products(),
+        "bfloat16_products": are_in_hardware(),
         "versions": versions(PACKAGES),
     }
 

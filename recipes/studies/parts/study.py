@@ -55,22 +55,19 @@ class Arm:
 
     def missing(self, task: str, store: Store) -> Iterator[Run]:
         """Yield the runs that are still to do, as far as they are known."""
-        if self.method == "none":
-            runs = [self.untuned(task)]
-        elif (tuning := self.tuning(task, store)).rate is None:
-            runs = tuning.missing
-        else:
-            runs = self.final(task, tuning.rate)
-        yield from (run for run in runs if run not in store)
+        searched = [] if self.method == "none" else self.tuning(task, store).missing
+        yield from (run for run in [*searched, *self._to_report(task, store)] if run not in store)
 
     def reported(self, task: str, store: Store) -> list[Run]:
         """Return the runs that are reported and done, in the order of the seeds."""
+        return [run for run in self._to_report(task, store) if run in store]
+
+    def _to_report(self, task: str, store: Store) -> list[Run]:
+        """Return the runs to report; none while the rate is not known."""
         if self.method == "none":
-            runs = [self.untuned(task)]
-        else:
-            rate = self.tuning(task, store).rate
-            runs = [] if rate is None else self.final(task, rate)
-        return [run for run in runs if run in store]
+            return [self.untuned(task)]
+        rate = self.tuning(task, store).rate
+        return [] if rate is None else self.final(task, rate)
 
     def final(self, task: str, rate: float) -> list[Run]:
         """Return the runs that are reported, one per seed."""
