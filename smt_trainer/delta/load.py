@@ -102,7 +102,7 @@ def from_delta(
     if not base:
         raise SMTError(f"the delta in {delta} records no base model; pass base=<hub name or path>.")
     whose = "you gave" if by_user else f"the delta in {delta} names"
-    if _is_path(str(base)) and not Path(base).exists():
+    if not (Path(base).exists() or _may_be_on_hub(str(base))):
         raise SMTError(
             f"there is no folder at {base}, the base that {whose}. {'Check' if by_user else 'Pass'} base=<hub name or "
             "path>."
@@ -144,9 +144,16 @@ def from_delta(
     return merge_and_unload(model, onto=onto if has_quantised_blocks(model) else None) if merge else model
 
 
-def _is_path(base: str) -> bool:
-    """Return whether the name of a base can only be a path, and not a name on the hub."""
-    return Path(base).is_absolute() or base.startswith(("./", "../", "~")) or base.count("/") > 1
+def _may_be_on_hub(base: str) -> bool:
+    """Return whether the name of a base could be one on the hub, and not only a path."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _is_quantised(base: str, kwargs: dict[str, Any]) -> bool:

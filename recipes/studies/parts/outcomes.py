@@ -44,8 +44,8 @@ class Outcomes:
         """Return the mean over the templates, for each seed."""
         return [mean(row) for row in self.by_template(arm, measure, name)]
 
-    def difference(self, first: Arm, second: Arm, measure: str, name: str) -> tuple[float, float | None, int]:
-        """Return `second` minus `first` with the seeds of both, half the width of its 95 % interval, and their number.
+    def difference(self, first: Arm, second: Arm, measure: str, name: str) -> tuple[float, float | None]:
+        """Return `second` minus `first` with the seeds of both, and half the width of its 95 % interval.
 
         The half width is None with one seed, which does not tell how far another one would be.
 
@@ -59,7 +59,7 @@ class Outcomes:
         if not common:
             raise ValueError(f"Expected seeds in common, got {self.seeds(first)} and {self.seeds(second)}.")
         value, half_width = difference(*([row[seed] for seed in common] for row in rows))
-        return value, half_width if len(common) > 1 else None, len(common)
+        return value, half_width if len(common) > 1 else None
 
 
 def common_start(rows: list[list]) -> list:

@@ -104,7 +104,7 @@ def _cell(column: tuple[str, str], values: list[float]) -> str:
 def _difference(outcomes: Outcomes, first: Arm, second: Arm, column: tuple[str, str]) -> str:
     if not set(outcomes.seeds(first)) & set(outcomes.seeds(second)):
         return ""
-    value, half_width, _ = outcomes.difference(first, second, *column)
+    value, half_width = outcomes.difference(first, second, *column)
     scale, digits = (100, 1) if is_share(*column) else (1, 3)
     width = ", one seed" if half_width is None else f" ± {scale * half_width:.{digits}f}"
     return f"{scale * value:+.{digits}f}{width}"
