@@ -139,9 +139,8 @@ def from_delta(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    if has_quantised_blocks(model) and onto is None:
-        return model
-    return merge_and_unload(model, onto=onto if has_quantised_blocks(model) else None) if merge else model
+    apart = has_quantised_blocks(model) and onto is None
+    return model if apart or not merge else merge_and_unload(model, onto=onto if onto == DEQUANTIZED else None)
 
 
 def _may_be_on_hub(base: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.onto import check_onto, check_same_quantisation
+from smt_trainer.delta.onto import DEQUANTIZED, check_onto, check_same_quantisation
 from smt_trainer.errors import SMTError
 from smt_trainer.model.base import base_name
 from smt_trainer.model.names import plain_name
@@ -50,6 +50,11 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         check_onto(delta, onto, is_quantised=quantization is not None)
         if quantization is not None:
             check_same_quantisation(delta, quantization)
+        elif onto == DEQUANTIZED:
+            raise SMTError(
+                "onto='dequantized' needs the base quantised as in training, and this model is plain. Load it with the "
+                "quantization_config of training, or let from_delta do so."
+            )
         with _vocabulary_of(delta, model):
             linears = match_targets(model, delta.selection)
             if has_weights:

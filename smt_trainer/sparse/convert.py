@@ -170,11 +170,12 @@ def merge_and_unload(model: Model, *, onto: str | None = None) -> Model:
 
     Args:
         model: rewritten.
-        onto: "dequantized" for blocks in quantised weights: all quantised weights of the model become dense, in the
-            dtype of its other weights (`sparse/dequantise.py`).
+        onto: "dequantized" for a quantised model: all its quantised weights become dense, in the dtype of its other
+            weights (`sparse/dequantise.py`). Required where blocks lie in them.
 
     Raises:
-        SMTError: the model trains no blocks, or `onto` is missing for quantised weights or given for plain ones.
+        SMTError: the model trains no blocks, or `onto` is missing for blocks in quantised weights or given for a plain
+            model.
     """
     check_onto_for_merge(model, onto)
     state = get_state(model)
@@ -192,9 +193,12 @@ def merge_and_unload(model: Model, *, onto: str | None = None) -> Model:
 
 
 def check_onto_for_merge(model: nn.Module, onto: str | None) -> None:
-    """Raise `SMTError` if a model trains no blocks, or `onto` is missing for quantised weights or given for plain."""
+    """Raise `SMTError` if a model trains no blocks, or `onto` is missing for blocks in quantised weights, or given for
+    a plain model."""
     get_state(model)
     if has_quantised_blocks(model) and onto != "dequantized":
         raise SMTError(CANNOT_HOLD)
-    if not has_quantised_blocks(model) and onto is not None:
-        raise SMTError(f"onto={onto!r} is for blocks in quantised weights, and these are plain. Leave it out.")
+    if onto is not None and quantization_of(model) is None:
+        raise SMTError(f"onto={onto!r} is for quantised weights, and those of this model are plain. Leave it out.")
+    if onto not in (None, "dequantized"):
+        raise SMTError(f"onto must be 'dequantized' or left out, got {onto!r}.")

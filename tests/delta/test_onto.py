@@ -13,9 +13,9 @@ from smt_trainer import SMTError, convert_to_smt, from_delta, load_delta, merge_
 from smt_trainer.cli import main
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.model_card import delta_card
-from smt_trainer.model.quantised import keep_differentiable
+from smt_trainer.model.quantised import keep_differentiable, quantization_of
 from smt_trainer.selection.candidates import find_candidates
-from smt_trainer.sparse.state import get_state
+from smt_trainer.sparse.state import get_state, is_smt_model
 
 pytest.importorskip("bitsandbytes")
 KINDS = list(quantised.KINDS)
@@ -114,6 +114,34 @@ def test_what_is_left_open_is_refused(case, tmp_path):
     for merge in (merge_and_unload, lambda model: model.save_pretrained(tmp_path / "saved")):
         with pytest.raises(SMTError, match=r"quantised weights of this model cannot hold.*save_delta.*'dequantized'"):
             merge(model)
+
+
+def test_a_plain_model_is_not_taken_for_dequantized_weights(case):
+    _, base, delta, _ = case
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = plain.state_dict()
+    for merge in (False, True):
+        with pytest.raises(SMTError, match="needs the base quantised as in training, and this model is plain"):
+            load_delta(plain, delta, merge=merge, onto="dequantized")
+    assert not is_smt_model(plain)
+    tiny.assert_same(plain.state_dict(), before)
+
+
+def test_dequantized_also_makes_a_model_dense_whose_blocks_lie_in_plain_weights(base, tmp_path):
+    skipping = {"llm_int8_skip_modules": ["q_proj", "k_proj", "v_proj", "lm_head"]}
+    delta = tmp_path / "delta"
+    expected = tiny.logits(trained(base, "nf4", delta, **skipping))
+    given = quantised.config("nf4", **skipping)
+    assert quantization_of(from_delta(delta, base=base, quantization_config=given)) is not None
+    found = {"from_delta": from_delta(delta, base=base, onto="dequantized")}
+    model = quantised.load(base, "nf4", **skipping)
+    found["load_delta"] = load_delta(model, delta, merge=True, onto="dequantized")
+    merge_checkpoint(base, delta, tmp_path / "merged", onto="dequantized")
+    found["merge_checkpoint"] = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for dense in found.values():
+        assert quantization_of(dense) is None
+        tiny.assert_same(tiny.logits(dense), expected)
+        tiny.assert_same(dict(dense.state_dict()), dict(found["from_delta"].state_dict()))
 
 
 @pytest.mark.parametrize("onto", ["orignal", "dequantized", "original"])
