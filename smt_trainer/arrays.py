@@ -20,9 +20,10 @@ import numpy as np
 from smt_trainer.errors import SMTError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-WEIGHTS = ("float32", "bfloat16", "float16", "float64")
+FLOATS = ("float32", "bfloat16", "float16", "float64")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")
 FLOAT8 = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 DTYPES = {
@@ -35,6 +36,11 @@ DTYPES = {
 def dtype_name(values: np.ndarray) -> str:
     """Return torch's name of an array's dtype, such as "bfloat16"."""
     return values.dtype.names[0] if values.dtype.names else values.dtype.name
+
+
+def torch_name(dtype: torch.dtype) -> str:
+    """Return the name of a torch dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def raw(values: np.ndarray) -> np.ndarray:
@@ -55,7 +61,7 @@ def as_array(tensor: Tensor) -> np.ndarray:
     """
     import torch
 
-    name = str(tensor.dtype).removeprefix("torch.")
+    name = torch_name(tensor.dtype)
     if name not in DTYPES:
         raise SMTError(f"a tensor of {name} cannot be stored; expected one of {', '.join(DTYPES)}.")
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -75,7 +81,7 @@ def all_finite(values: np.ndarray) -> bool:
     name = dtype_name(values)
     if name == "bfloat16":
         return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
-    return name not in (*WEIGHTS, *FLOAT8) or bool(np.isfinite(_with_arithmetic(values)).all())
+    return name not in (*FLOATS, *FLOAT8) or bool(np.isfinite(_with_arithmetic(values)).all())
 
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -91,7 +97,7 @@ def cast(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def wider(first: str, second: str) -> str:
-    """Return the smallest dtype in `WEIGHTS` that holds every value of both dtypes."""
+    """Return the smallest dtype in `FLOATS` that holds every value of both dtypes."""
     sizes = {DTYPES[name].itemsize: name for name in (first, second)}
     return "float32" if first != second and len(sizes) == 1 else sizes[max(sizes)]
 

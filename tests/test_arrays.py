@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from smt_trainer import SMTError
-from smt_trainer.arrays import DTYPES, INTEGERS, WEIGHTS, all_finite, as_array, as_tensor, cast, dtype_name, wider
+from smt_trainer.arrays import DTYPES, FLOATS, INTEGERS, all_finite, as_array, as_tensor, cast, dtype_name, wider
 
 PATTERNS = torch.arange(-(2**15), 2**15).to(torch.int16)
 
@@ -21,8 +21,8 @@ def values(dtype: str) -> torch.Tensor:
     return torch.cat([random, *(middles * (1 + shift) for shift in (0, torch.finfo(kind).eps, -torch.finfo(kind).eps))])
 
 
-@pytest.mark.parametrize("target", WEIGHTS)
-@pytest.mark.parametrize("source", WEIGHTS)
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("source", FLOATS)
 def test_floats_are_cast_as_torch_casts_them(source, target):
     given = values(source)
     given = given[given.isfinite()]
@@ -31,13 +31,13 @@ def test_floats_are_cast_as_torch_casts_them(source, target):
 
 
 def test_a_nan_stays_one():
-    for source in WEIGHTS:
+    for source in FLOATS:
         nan = values(source)
         nan = nan[nan.isnan()]
-        assert all(as_tensor(cast(as_array(nan), target)).isnan().all() for target in WEIGHTS)
+        assert all(as_tensor(cast(as_array(nan), target)).isnan().all() for target in FLOATS)
 
 
-@pytest.mark.parametrize("target", [*INTEGERS, *WEIGHTS])
+@pytest.mark.parametrize("target", [*INTEGERS, *FLOATS])
 @pytest.mark.parametrize("source", INTEGERS)
 def test_integers_are_cast_as_torch_casts_them(source, target):
     given = torch.arange(-300, 300).to(getattr(torch, source))
@@ -67,10 +67,10 @@ def test_a_dtype_that_no_file_holds_is_refused():
         as_array(torch.zeros(1, dtype=torch.complex128))
 
 
-@pytest.mark.parametrize("dtype", [*WEIGHTS, "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("dtype", [*FLOATS, "float8_e4m3fn", "float8_e5m2"])
 def test_all_finite_is_torchs_isfinite(dtype):
-    given = values(dtype) if dtype in WEIGHTS else torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
-    finite = (given.float() if dtype not in WEIGHTS else given).isfinite().numpy()
+    given = values(dtype) if dtype in FLOATS else torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
+    finite = (given.float() if dtype not in FLOATS else given).isfinite().numpy()
     ours = as_array(given)
     assert all_finite(ours[finite]) and all_finite(ours[:0])
     others = ours[~finite]
@@ -82,7 +82,7 @@ def test_integers_are_finite():
 
 
 def test_the_wider_dtype_is_the_one_that_torch_promotes_to():
-    for first in WEIGHTS:
-        for second in WEIGHTS:
+    for first in FLOATS:
+        for second in FLOATS:
             expected = torch.promote_types(getattr(torch, first), getattr(torch, second))
             assert getattr(torch, wider(first, second)) == expected

@@ -13,7 +13,7 @@ from recipes.parts.model import DEFAULT_MODEL
 from recipes.parts.task import Decoding
 from smt_trainer import SMTConfig
 from smt_trainer.selection.block_selection import SELECTION_FILE
-from smt_trainer.training.checkpoints import last_checkpoint
+from smt_trainer.training.resuming import last_checkpoint
 
 
 @dataclass

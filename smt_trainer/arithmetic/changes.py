@@ -111,9 +111,9 @@ class Changes:
         named = [name for name, _ in saved_tensors(self.model) if name in self.keys]
         tensors = {name: self.pair.base.tensors[self.keys[name]] for name in named}
         dtype = tensors[f"{next(iter(blocks))}.weight"].dtype
-        base = Fingerprint.read(self.pair.base.folder, tensors, dtype, left_out)
+        fingerprint = Fingerprint.read(self.pair.base.folder, tensors, dtype, left_out)
         arrays = {name: np.array(self.pair.tensors(self.keys[name])[1]) for name in whole}
-        return Delta(selection, blocks, arrays, base, dtype, type(self.model).__name__, sorted(whole))
+        return Delta(selection, blocks, arrays, fingerprint, dtype, type(self.model).__name__, sorted(whole))
 
     def left(self, delta: Delta) -> tuple[float, dict[str, float]]:
         """Return what a delta leaves of the change (see `extract.py`), in all, and in each tensor not covered."""

@@ -86,7 +86,7 @@ def diff_deltas(first: str | Path, second: str | Path) -> DeltaDiff:
         projection: _together([modules[name] for name in names]) for projection, names in by_projection(modules).items()
     }
     names = dict.fromkeys([*one.whole_arrays, *other.whole_arrays])
-    differing = _differing_bases(one.base, other.base)
+    differing = _differing_bases(one.fingerprint, other.fingerprint)
     return DeltaDiff(
         None if differing is None else not differing,
         (one.selection.base_model, other.selection.base_model),

@@ -25,6 +25,7 @@ from smt_trainer.merging.merge import check_outside
 from smt_trainer.merging.plan import MergePlan
 from smt_trainer.merging.side_files import copy_to_delta
 from smt_trainer.merging.verify import compare_tensors
+from smt_trainer.model.hub import at_commit
 from smt_trainer.selection.block_selection import BlockSelection
 
 # Fields of a configuration that say where blocks may lie and how large they are.
@@ -129,7 +130,7 @@ def extract_delta(
 def _name(base: str | Path, pair: Pair) -> str:
     """Return the name of a base that a delta records: its folder's, or that on the hub with the commit."""
     folder = pair.base.folder
-    return folder.resolve().name if Path(base).is_dir() else f"{base}@{folder.name}"
+    return folder.resolve().name if Path(base).is_dir() else at_commit(str(base), folder.name)
 
 
 def _differences(pair: Pair, stage: Path) -> list[tuple[str, str]]:

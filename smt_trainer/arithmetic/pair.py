@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from smt_trainer.errors import SMTError
-from smt_trainer.merging.verify import differing
+from smt_trainer.merging.verify import count_differing
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
 from smt_trainer.tensor_file import map_bits
 
@@ -52,7 +52,7 @@ class Pair:
             return {key for key, count in zip(self.base.tensors, counts, strict=True) if count}
 
     def _count_differing(self, key: str) -> int:
-        return differing(
+        return count_differing(
             *(map_bits(one.folder / one.tensors[key].file, one.tensors[key]) for one in (self.base, self.tuned))
         )
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from smt_trainer.arrays import WEIGHTS, cast, dtype_name, wider
+from smt_trainer.arrays import FLOATS, cast, dtype_name, wider
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
@@ -69,10 +69,11 @@ class Terms:
         if len(self.deltas) > 1:
             selection = replace(selection, config=replace(config, budget=selection.num_blocks))
         # As in training, the fingerprint leaves out parameters that the delta holds whole.
-        common = {name: first.base.checksums[name] for name in first.base.checksums if self._is_in_all_bases(name)}
-        rows = {name: count for name, count in first.base.rows.items() if name in common}
-        base = replace(first.base, checksums=common, rows=rows)
-        composed = Delta(selection, blocks, whole, base, first.weight_dtype, first.architecture, unnamed)
+        ours = first.fingerprint
+        common = {name: checksum for name, checksum in ours.checksums.items() if self._is_in_all_bases(name)}
+        rows = {name: count for name, count in ours.rows.items() if name in common}
+        fingerprint = replace(ours, checksums=common, rows=rows)
+        composed = Delta(selection, blocks, whole, fingerprint, first.weight_dtype, first.architecture, unnamed)
         return composed, shared, [name for name, count in holders.items() if count > 1]
 
     def _blocks(self, name: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -103,7 +104,7 @@ class Terms:
         before = self._base(name) if name in self.tensors and needs_base else None
         found = [values for values in (*(values for values, _ in held), before) if values is not None]
         shapes, dtypes = {values.shape for values in found}, {dtype_name(values) for values in found}
-        if len(shapes) > 1 or not dtypes <= {*WEIGHTS} or (needs_base and before is None):
+        if len(shapes) > 1 or not dtypes <= {*FLOATS} or (needs_base and before is None):
             raise SMTError(
                 f"`{name}` has no change that could be weighted: it is new in the model, has several shapes (found "
                 f"{', '.join(map(str, sorted(shapes)))}), or holds no floats ({', '.join(sorted(dtypes))}). Only one "
@@ -132,7 +133,7 @@ class Terms:
         return cast(total, functools.reduce(wider, [dtype_name(values) for _, values, _ in terms]))
 
     def _is_in_all_bases(self, name: str) -> bool:
-        return all(name in delta.base.checksums for delta in self.deltas)
+        return all(name in delta.fingerprint.checksums for delta in self.deltas)
 
     def _base(self, name: str) -> np.ndarray:
         return self.checkpoint.array(self.tensors[name])

@@ -1,4 +1,4 @@
-"""The console script `smt`: one module per command, each imported only when it runs."""
+"""The console script `smt`: one module per command, each imports the library only when it runs."""
 
 from smt_trainer.cli.main import main
 

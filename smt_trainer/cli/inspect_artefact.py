@@ -101,7 +101,7 @@ def _result(artefact, selection) -> dict[str, Any]:
     if isinstance(artefact, Delta):
         found |= {
             "kind": "delta",
-            "fingerprint": artefact.base.digest,
+            "fingerprint": artefact.fingerprint.digest,
             "weight_dtype": artefact.weight_dtype,
             "quantization": artefact.quantization,
             "whole": {name: values.size for name, values in artefact.whole_arrays.items()},

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smt_trainer.arrays import WEIGHTS, all_finite, cast, dtype_name, wider
+from smt_trainer.arrays import FLOATS, all_finite, cast, dtype_name, wider
 from smt_trainer.errors import SMTError, printable
 from smt_trainer.manifest import check_keys
 from smt_trainer.model.fingerprint import RUN
+from smt_trainer.model.hub import split_commit
 from smt_trainer.model.names import matches
 from smt_trainer.settings import is_int
 
@@ -31,13 +32,13 @@ def check_manifest(manifest: dict[str, Any], folder: str | Path) -> None:
     for key in ("whole", "unnamed"):
         if not isinstance(manifest[key], list) or not all(isinstance(name, str) for name in manifest[key]):
             raise SMTError(f"the delta in {folder} is damaged: `{key}` must list names. Save or download it again.")
-    if dtype not in WEIGHTS:
+    if dtype not in FLOATS:
         raise SMTError(
-            f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(WEIGHTS)}, got {dtype!r}. "
+            f"the delta in {folder} is damaged: weight_dtype must be one of {', '.join(FLOATS)}, got {dtype!r}. "
             "Save or download it again."
         )
     well_formed = isinstance(base, dict) and {*base} - {"rows"} == {"dtype", "stride", "checksums", "codes"}
-    well_formed = well_formed and base["dtype"] in WEIGHTS and is_int(base["stride"]) and base["stride"] >= RUN
+    well_formed = well_formed and base["dtype"] in FLOATS and is_int(base["stride"]) and base["stride"] >= RUN
     # Deltas of older versions have none.
     rows = base.get("rows", {}) if well_formed else None
     well_formed = well_formed and isinstance(rows, dict) and all(is_int(count) and count > 0 for count in rows.values())
@@ -70,7 +71,7 @@ def check_dtypes(delta: Delta) -> None:
     master = delta.selection.config.master_dtype
     for name, blocks in delta.block_arrays.items():
         dtype = dtype_name(blocks)
-        if dtype not in WEIGHTS or dtype not in (master, wider(dtype, delta.weight_dtype)):
+        if dtype not in FLOATS or dtype not in (master, wider(dtype, delta.weight_dtype)):
             raise SMTError(
                 f"the delta's blocks of `{name}` are {dtype}; expected {delta.weight_dtype}, like its base, or "
                 f"{master}, like the masters. The delta is damaged; save or download it again."
@@ -92,7 +93,7 @@ def warn_of_rounding(delta: Delta, dtypes: Mapping[str, str]) -> None:
     held = {name: dtype_name(values) for name, values in delta.block_arrays.items()}
     held = held if delta.weight_dtype in held.values() else {}
     held |= {name: dtype_name(values) for name, values in delta.whole_arrays.items()}
-    pairs = {name: (held[name], dtype) for name, dtype in dtypes.items() if {held.get(name), dtype} <= {*WEIGHTS}}
+    pairs = {name: (held[name], dtype) for name, dtype in dtypes.items() if {held.get(name), dtype} <= {*FLOATS}}
     rounded = [name for name, (ours, theirs) in pairs.items() if wider(ours, theirs) != theirs]
     if rounded:
         logger.warning(
@@ -160,14 +161,14 @@ def check_base(delta: Delta, name: str | None, differences: list[str], folder: P
     Raises:
         SMTError: there are differences.
     """
-    expected = delta.selection.base_model
+    expected, fingerprint = delta.selection.base_model, delta.fingerprint
     if differences:
         where = "" if folder is None else f" in {folder}"
         raise SMTError(
             f"the delta{where} was trained on {expected or 'another base model'}. {name or 'This model'} has other "
-            f"values in {len(differences)} of its {len(delta.base.checksums)} tensors, such as `{differences[0]}`. "
-            f"Load the base of training, in {delta.base.dtype} or a finer dtype; if another delta was merged into it, "
+            f"values in {len(differences)} of its {len(fingerprint.checksums)} tensors, such as `{differences[0]}`. "
+            f"Load the base of training, in {fingerprint.dtype} or a finer dtype; if another delta was merged into it, "
             "merge that one first (smt merge BASE EARLIER OUT) and give OUT as the base."
         )
-    if expected and name and expected.partition("@")[0].split("/")[-1] != name.partition("@")[0].split("/")[-1]:
+    if expected and name and split_commit(expected)[0].split("/")[-1] != split_commit(name)[0].split("/")[-1]:
         logger.warning("The delta names %s as its base. This model is %s; the weights agree.", expected, name)

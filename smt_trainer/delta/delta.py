@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smt_trainer.arrays import as_array, as_tensor, dtype_name
+from smt_trainer.arrays import as_array, as_tensor, dtype_name, torch_name
 from smt_trainer.delta.checks import check_dtypes, check_finite, check_manifest, check_whole, take_indices, widened
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, refuse_full_model
+from smt_trainer.delta.folder import DELTA_FILE, MANIFEST_FILE, refuse_full_model
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically, write_text
 from smt_trainer.manifest import load_sealed, refusing_damage, sealed
@@ -47,7 +47,7 @@ class Delta:
         selection: the blocks, their model and how they were chosen.
         block_arrays: module name -> trained values [n, br, bc], in the order of `selection.block_indices`.
         whole_arrays: name of a parameter or buffer -> values, for what is trained whole or newly initialised.
-        base: checksums of the base (see `model/fingerprint.py`).
+        fingerprint: checksums of the base (see `model/fingerprint.py`).
         weight_dtype: dtype of the base weights in training, such as "bfloat16"; merging into this dtype is exact.
         architecture: class of the trained model, such as "LlamaForCausalLM".
         unnamed: whole tensors that the configuration does not name: newly initialised on loading, changed by forward,
@@ -58,7 +58,7 @@ class Delta:
     selection: BlockSelection
     block_arrays: dict[str, np.ndarray]
     whole_arrays: dict[str, np.ndarray]
-    base: Fingerprint
+    fingerprint: Fingerprint
     weight_dtype: str
     architecture: str = ""
     unnamed: list[str] = field(default_factory=list)
@@ -113,10 +113,8 @@ class Delta:
         copies = {name: full_tensor(tensor).detach().to("cpu", copy=True) for name, tensor in held.tensors.items()}
         whole = {name: as_array(tensor) for name, tensor in copies.items()}
         unnamed = sorted((state.newly_initialised | held.unnamed) & whole.keys())
-        dtype = str(state.weight_dtype).removeprefix("torch.")
-        return cls(
-            state.selection, blocks, whole, state.base, dtype, architecture_of(model), unnamed, state.quantization
-        )
+        dtype, architecture = torch_name(state.weight_dtype), architecture_of(model)
+        return cls(state.selection, blocks, whole, state.fingerprint, dtype, architecture, unnamed, state.quantization)
 
     def save(self, folder: str | Path) -> None:
         """Write the delta to a folder; make the folder if needed, and replace an older delta in one step.
@@ -130,7 +128,7 @@ class Delta:
             del module["block_indices"]
         manifest = {
             "format": FORMAT,
-            "fingerprint": asdict(self.base),
+            "fingerprint": asdict(self.fingerprint),
             "architecture": self.architecture,
             "unnamed": self.unnamed,
             "weight_dtype": self.weight_dtype,
@@ -149,7 +147,7 @@ class Delta:
         manifest = sealed(manifest, arrays)
         metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}
         write_atomically(Path(folder, DELTA_FILE), lambda path: save_arrays(arrays, path, metadata))
-        write_text(Path(folder, CONFIG_FILE), json.dumps(manifest, indent=2))
+        write_text(Path(folder, MANIFEST_FILE), json.dumps(manifest, indent=2))
 
     @classmethod
     def load(cls, folder: str | Path) -> Delta:
@@ -171,9 +169,9 @@ class Delta:
                     f"the delta in {folder} is damaged: expected the whole tensors {manifest['whole']}, got "
                     f"{sorted(arrays)}. Save or download it again."
                 )
-            base = Fingerprint(**manifest["fingerprint"])
+            fingerprint = Fingerprint(**manifest["fingerprint"])
             described = (manifest[key] for key in ("weight_dtype", "architecture", "unnamed", "quantization"))
-            delta = cls(selection, blocks, arrays, base, *described)
+            delta = cls(selection, blocks, arrays, fingerprint, *described)
             check_dtypes(delta)
             check_finite(delta)
             check_whole(delta)

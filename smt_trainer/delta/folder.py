@@ -10,24 +10,24 @@ from typing import Any
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
-from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
+from smt_trainer.model.checkpoint import CONFIG_FILE, WEIGHTS_KEY
 
 VOCABULARY, LAYERS = "vocab_size", "num_hidden_layers"
 # The key that says which Python files `trust_remote_code=True` runs.
-CODE = "auto_map"
+CODE_KEY = "auto_map"
 # Keys of config.json that describe the stored tensors and the code that reads them.
 AS_STORED = (
-    *(EXPLICIT, CODE, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
+    *(WEIGHTS_KEY, CODE_KEY, "architectures", "model_type", "dtype", "torch_dtype", "quantization_config"),
     *("tie_word_embeddings", VOCABULARY),
 )
 DELTA_FILE = "smt_delta.safetensors"
-CONFIG_FILE = "smt_config.json"
+MANIFEST_FILE = "smt_config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
-# Written under `EXPLICIT` in a delta's config.json, where transformers reads the name of the weights file, so that
+# Written under `WEIGHTS_KEY` in a delta's config.json, where transformers reads the name of the weights file, so that
 # `from_pretrained` on the folder fails with this text, even if it also holds an older whole model.
 NO_WEIGHTS = "this folder holds a delta, load it with smt_trainer.from_delta(folder)"
 
-WEIGHTS = "*.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.gguf *.onnx *.onnx_data *.index.json".split()
+WEIGHT_FILES = "*.safetensors *.bin *.pt *.pth *.h5 *.msgpack *.gguf *.onnx *.onnx_data *.index.json".split()
 FULL_MODELS = ("model*.safetensors", "model*.safetensors.index.json", "pytorch_model*.bin")
 LEFT_BY_RUNS = "smt_* training_args.bin trainer_state.json optimizer* scheduler* rng_state*".split()
 TEMPLATES = "chat_template* additional_chat_templates/*.jinja".split()
@@ -46,9 +46,9 @@ OF_TRAINING = [
 
 def load_config(folder: str | Path) -> dict[str, Any]:
     """Return the trained model's configuration from a delta's folder; an empty one if there is none."""
-    path = Path(folder, CONFIG)
+    path = Path(folder, CONFIG_FILE)
     config = load_json(path, "model configuration") if path.is_file() else {}
-    return {key: value for key, value in config.items() if key != EXPLICIT} if isinstance(config, dict) else {}
+    return {key: value for key, value in config.items() if key != WEIGHTS_KEY} if isinstance(config, dict) else {}
 
 
 def files_of_training(delta_folder: Path) -> Iterator[PurePath]:
@@ -68,7 +68,7 @@ def files_beside_weights(folder: Path, without: Path | None = None) -> Iterator[
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not fnmatch(name, "checkpoint-*"))
         for name in sorted(files):
             path = Path(parent, name)
-            if path.is_file() and not name.startswith(".") and not fits(PurePath(name), [*WEIGHTS, *LEFT_BY_RUNS]):
+            if path.is_file() and not name.startswith(".") and not fits(PurePath(name), [*WEIGHT_FILES, *LEFT_BY_RUNS]):
                 yield PurePath(path.relative_to(folder))
 
 

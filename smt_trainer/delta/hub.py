@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, OF_TRAINING, files_of_training
+from smt_trainer.delta.folder import DELTA_FILE, MANIFEST_FILE, OF_TRAINING, files_of_training
 from smt_trainer.errors import SMTError
-from smt_trainer.model.checkpoint import CONFIG
+from smt_trainer.model.checkpoint import CONFIG_FILE
 from smt_trainer.model.hub import fetch, is_folder
 
 README = "README.md"
 # A run's folder also holds scores, selection and pickled arguments, which loading the delta does not need.
-OF_DELTA = [DELTA_FILE, CONFIG, *OF_TRAINING]
+OF_DELTA = [DELTA_FILE, CONFIG_FILE, *OF_TRAINING]
 
 
 def find_delta(delta: str | Path, revision: str | None = None, **access: Any) -> Path:
@@ -70,7 +70,7 @@ def push_delta(
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
         operations = [
             CommitOperationAdd(str(path), folder / path)
-            for path in (DELTA_FILE, CONFIG_FILE, CONFIG, README, *files_of_training(folder))
+            for path in (DELTA_FILE, MANIFEST_FILE, CONFIG_FILE, README, *files_of_training(folder))
             if (folder / path).is_file()
         ]
         if not (folder / README).is_file():

@@ -15,6 +15,7 @@ from smt_trainer.delta.put import put_delta
 from smt_trainer.delta.training_settings import SPECIAL_TOKENS, training_settings
 from smt_trainer.errors import SMTError, first_line
 from smt_trainer.manifest import refusing_damage
+from smt_trainer.model.hub import split_commit
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.sparse.convert import Model, merge_and_unload
 from smt_trainer.sparse.state import has_quantised_blocks
@@ -92,8 +93,8 @@ def from_delta(
     loaded = Delta.load(folder)
     by_user = base is not None
     if base is None:
-        base, _, commit = (loaded.selection.base_model or "").partition("@")
-        base_revision = base_revision or commit or None
+        base, commit = split_commit(loaded.selection.base_model)
+        base_revision = base_revision or commit
         if base and kwargs.get("trust_remote_code"):
             raise SMTError(
                 f"trust_remote_code=True runs code of the base, and the delta in {delta} names {base!r} as its base: "
@@ -120,7 +121,7 @@ def from_delta(
         check_onto(loaded, onto, is_quantised=stored)
         if onto == DEQUANTIZED and not stored:
             kwargs["quantization_config"] = as_config(loaded.quantization)
-    dtype = loaded.weight_dtype if loaded.quantization is None else loaded.base.dtype
+    dtype = loaded.weight_dtype if loaded.quantization is None else loaded.fingerprint.dtype
     # transformers still accepts the older name; the newer one takes precedence.
     given = {"dtype": kwargs.pop("torch_dtype")} if "torch_dtype" in kwargs else {}
     try:
@@ -139,8 +140,8 @@ def from_delta(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    apart = has_quantised_blocks(model) and onto is None
-    return model if apart or not merge else merge_and_unload(model, onto=onto if onto == DEQUANTIZED else None)
+    is_apart = has_quantised_blocks(model) and onto is None
+    return model if is_apart or not merge else merge_and_unload(model, onto=onto if onto == DEQUANTIZED else None)
 
 
 def _may_be_on_hub(base: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from smt_trainer.delta.auto_class import loaded_by
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.onto import in_words
+from smt_trainer.model.hub import split_commit
 from smt_trainer.selection.block_selection import BlockSelection
 
 SECTION = """
@@ -130,5 +131,5 @@ def _code(selection: BlockSelection, architecture: str, folder: Path, repository
 
 def _name_on_hub(selection: BlockSelection) -> str | None:
     """Return the base's name on the hub, or None for a local folder, of which only the last name is recorded."""
-    name, _, commit = (selection.base_model or "").partition("@")
+    name, commit = split_commit(selection.base_model)
     return name if commit or "/" in name else None

@@ -33,7 +33,7 @@ DECIDING = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type
 
 def quantised_names(delta: Delta) -> list[str]:
     """Return the modules whose blocks lie in weights that were quantised in training."""
-    return [name for name in delta.block_arrays if f"{name}.weight" in delta.base.codes]
+    return [name for name in delta.block_arrays if f"{name}.weight" in delta.fingerprint.codes]
 
 
 def check_onto(delta: Delta, onto: str | None, *, is_quantised: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from smt_trainer.arrays import torch_name
 from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.onto import DEQUANTIZED, check_onto, check_same_quantisation
@@ -67,11 +68,11 @@ def put_delta(model: nn.Module, delta: Delta, *, has_weights: bool = True, onto:
         # Modules that the configuration names, and the delta's other whole tensors.
         named = tuple(f"{name}." for name in whole)
         whole = (*whole, *(name for name in delta.whole if not f"{name}.".startswith(named)))
-        state = SMTState(delta.selection, whole, delta.base, dtype, frozenset(delta.unnamed))
+        state = SMTState(delta.selection, whole, delta.fingerprint, dtype, frozenset(delta.unnamed))
         convert_checked(model, replace(state, quantization=quantization))
     dtypes = {name: linear.weight_dtype for name, linear in block_modules(model)}
     dtypes |= {name: destinations[name].dtype for name in delta.whole}
-    warn_of_rounding(delta, {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()})
+    warn_of_rounding(delta, {name: torch_name(dtype) for name, dtype in dtypes.items()})
     put_blocks(model, delta.blocks)
     for name, tensor in delta.whole.items():
         assign(destinations[name], tensor)
@@ -86,7 +87,7 @@ def put_blocks(model: nn.Module, blocks: Mapping[str, Tensor]) -> None:
 
 def differences(model: nn.Module, delta: Delta) -> list[str]:
     """Return the names of the tensors of the delta's base that have other values in a plain model."""
-    return delta.base.differences_in(model, quantised=quantization_of(model) is not None)
+    return delta.fingerprint.differences_in(model, quantised=quantization_of(model) is not None)
 
 
 @contextlib.contextmanager
@@ -128,7 +129,7 @@ def check_same_blocks(model: nn.Module, delta: Delta) -> None:
     state = get_state(model)
     ours, theirs = state.selection.block_indices, delta.selection.block_indices
     same = ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    if not same or state.base != delta.base:
+    if not same or state.fingerprint != delta.fingerprint:
         raise SMTError(
             "the delta holds other blocks than this model trains, or blocks of another base. Load it into the plain "
             "base model instead."

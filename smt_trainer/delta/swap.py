@@ -51,14 +51,14 @@ class Swapped:
     Attributes:
         delta: the delta whose values the model has.
         before: full name of a linear, or of a whole tensor -> the values that the delta's replaced.
-        base: checksums of the model without the delta.
+        fingerprint: checksums of the model without the delta.
         was_merged: whether another delta was merged into the model before (see `is_merged`).
         trains: whether the model trains blocks.
     """
 
     delta: Delta
     before: dict[str, Tensor]
-    base: Fingerprint
+    fingerprint: Fingerprint
     was_merged: bool
     trains: bool
 
@@ -94,7 +94,7 @@ def swap(model: nn.Module, delta: Delta | str | Path | None) -> None:
         mark_merged(model, current.was_merged)
     if new is not None:
         was_merged = is_merged(model)
-        vars(model)[ATTRIBUTE] = Swapped(new, _read(model, new), new.base, was_merged, is_smt_model(model))
+        vars(model)[ATTRIBUTE] = Swapped(new, _read(model, new), new.fingerprint, was_merged, is_smt_model(model))
         _write(model, new, {**new.blocks, **new.whole})
         # The model's values are no longer those of the base that it was loaded from.
         mark_merged(model)
@@ -132,7 +132,7 @@ def _check(model: nn.Module, delta: Delta) -> None:
     current: Swapped | None = getattr(model, ATTRIBUTE, None)
     if current is None:
         check_base(delta, base_name(model), differences(model, delta))
-    elif current.base != delta.base:
+    elif current.fingerprint != delta.fingerprint:
         # Fingerprints of one base also differ if the deltas hold different tensors whole.
         with _swapped_out(model, current):
             check_base(delta, base_name(model), differences(model, delta))

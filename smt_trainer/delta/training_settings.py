@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smt_trainer.delta.folder import AS_STORED, load_config
-from smt_trainer.model.checkpoint import CONFIG
+from smt_trainer.model.checkpoint import CONFIG_FILE
 
 # Fields of a configuration that describe a model's head.
 LABELS = ("id2label", "label2id", "problem_type")
@@ -51,7 +51,7 @@ def _changed_fields(folder: Path, model_type: str | None, base: str, kwargs: dic
         return {}
     if config.model_type != model_type:
         return {}
-    return _differing(config.to_dict(), type(config).from_json_file(folder / CONFIG).to_dict())
+    return _differing(config.to_dict(), type(config).from_json_file(folder / CONFIG_FILE).to_dict())
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

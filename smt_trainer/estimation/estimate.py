@@ -38,7 +38,7 @@ from smt_trainer.model.base import base_name
 from smt_trainer.model.convolution import is_convolution
 from smt_trainer.model.embedding import is_embedding
 from smt_trainer.model.experts import ExpertMatrix
-from smt_trainer.model.kinds import targets_named
+from smt_trainer.model.kinds import pick_targets
 from smt_trainer.model.targets import find_targets
 from smt_trainer.model.whole import find_whole, get_whole
 from smt_trainer.scores import make_scorer
@@ -133,7 +133,7 @@ def estimate(
     plain = build()
     base = QuantisedBase.of(plain, bits)
     selection = _choose(plain, config, build)
-    targets = targets_named(plain, selection.grids)
+    targets = pick_targets(plain, selection.grids)
     _refuse_kinds(targets, zero_stage)
     whole = find_whole(plain, config, selection.block_indices)
     base.refuse_whole(whole)
@@ -170,7 +170,7 @@ def _choose(model: nn.Module, config: SMTConfig, build: Callable[..., nn.Module]
     if config.train_dependents:
         dependencies = find_dependencies(without_linear_weights(build), config, find_targets(model, config))
     candidates = find_candidates(model, config, dependencies)
-    targets = targets_named(model, candidates.grids)
+    targets = pick_targets(model, candidates.grids)
     scores = make_scorer(targets, candidates.grids, replace(config, score="random")).scores()
     return BlockScores.of_candidates(candidates, scores, config, base_name(model)).select()
 

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
-from smt_trainer.model.kinds import is_transposed, named_linears
+from smt_trainer.model.kinds import is_conv1d, named_linears
 from smt_trainer.model.names import lies_in
 from smt_trainer.sparse.block_module import BlockModule
 
@@ -78,7 +78,7 @@ class QuantisedBase:
             name: quantised_bytes(linear, bits)
             for name, linear in named_linears(model).items()
             # transformers leaves out subclasses, such as FalconLinear.
-            if linear is not head and (type(linear) is nn.Linear or is_transposed(linear))
+            if linear is not head and (type(linear) is nn.Linear or is_conv1d(linear))
         }
         return cls(bits, sizes)
 
@@ -117,7 +117,7 @@ def quantised_bytes(linear: Linear, bits: int) -> int:
     """Return the bytes of the weight of a linear in 4 or 8 bits, with its scales; see the top of this file."""
     count = linear.weight.numel()
     if bits == INT8:
-        return count + FLOAT_BYTES * linear.weight.shape[1 if is_transposed(linear) else 0]
+        return count + FLOAT_BYTES * linear.weight.shape[1 if is_conv1d(linear) else 0]
     scales = -(-count // RUN)
     return -(-count // 2) + scales + FLOAT_BYTES * (-(-scales // RUN_OF_SCALES) + TABLES + 1)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smt_trainer.delta.delta import Delta
+from smt_trainer.model.hub import split_commit
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The end of a class's name -> PEFT's task, and the heads that PEFT then always stores.
@@ -35,7 +36,7 @@ def adapter_config(
         base: the base as the user gave it; a hub name that the delta records takes precedence.
         revision: revision of the base.
     """
-    recorded, _, commit = (delta.selection.base_model or "").partition("@")
+    recorded, commit = split_commit(delta.selection.base_model)
     largest = max(ranks.values())
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank < largest}
     return {
@@ -64,7 +65,7 @@ def _task(delta: Delta, saved: Iterable[str]) -> str | None:
     if name.endswith(("ForCausalLM", "LMHeadModel")):
         return "CAUSAL_LM"
     # PEFT expects that encoder and decoder both read text: then they share embeddings, unlike if one reads audio.
-    if name.endswith("ForConditionalGeneration") and "shared.weight" in delta.base.checksums:
+    if name.endswith("ForConditionalGeneration") and "shared.weight" in delta.fingerprint.checksums:
         return "SEQ_2_SEQ_LM"
     ends = {module.rpartition(".")[2] for module in saved}
     return next((task for end, (task, heads) in TASKS.items() if name.endswith(end) and ends & {*heads}), None)

@@ -174,7 +174,7 @@ def _factors_of_all(
 
 def _refuse_experts(delta: Delta) -> None:
     """Raise `SMTError` if a delta has blocks in matrices of experts, which are not modules that PEFT can adapt."""
-    modules = delta.base.checksums | delta.base.codes
+    modules = delta.fingerprint.checksums | delta.fingerprint.codes
     # The base lacks weights with new tokens, too, but their names do not end in a number.
     others = [name for name in delta.block_arrays if f"{name}.weight" not in modules]
     experts = [name for name in others if name.rpartition(".")[2].isdecimal()]

@@ -32,7 +32,7 @@ def saved_modules(plan: MergePlan, checkpoint: Checkpoint) -> list[str]:
             another module.
     """
     delta, keys = plan.delta, plan.keys
-    whole, of_base = delta.whole_arrays, {**delta.base.checksums, **delta.base.codes}
+    whole, of_base = delta.whole_arrays, {**delta.fingerprint.checksums, **delta.fingerprint.codes}
     statistics = sorted({*delta.unnamed} & {*of_base})
     if statistics:
         raise SMTError(

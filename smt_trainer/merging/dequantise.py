@@ -14,7 +14,7 @@ from smt_trainer.arrays import as_array
 from smt_trainer.delta.load import as_config, from_delta
 from smt_trainer.merging.logit_difference import compare_with_merged
 from smt_trainer.merging.side_files import copy_others
-from smt_trainer.model.checkpoint import CONFIG, Checkpoint
+from smt_trainer.model.checkpoint import CONFIG_FILE, Checkpoint
 from smt_trainer.model.quantised import floating_dtype
 from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.dequantise import dense_state_dict
@@ -45,7 +45,7 @@ def load_trained(checkpoint: Checkpoint, delta_folder: Path, quantization: dict[
 def write_dequantised(trained: Any, checkpoint: Checkpoint, delta_folder: Path, stage: Path) -> None:
     """Write a trained model with dense weights as a plain checkpoint, with the other files of base and training."""
     copy_others(checkpoint, delta_folder, stage)
-    for name in (CONFIG, checkpoint.index):
+    for name in (CONFIG_FILE, checkpoint.index):
         if name is not None:
             (stage / name).unlink(missing_ok=True)
     save_dequantised(trained, stage)

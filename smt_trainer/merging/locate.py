@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smt_trainer.arrays import WEIGHTS, cast
+from smt_trainer.arrays import FLOATS, cast
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
 from smt_trainer.merging.expert_files import find_experts
@@ -47,7 +47,7 @@ def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: 
     return sites
 
 
-def find_whole(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
+def find_keys(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
     """Return whole tensor of a delta -> its name in a checkpoint, without tensors that the checkpoint lacks."""
     names = {key: key for key in checkpoint.tensors} | checkpoint.renamed
     return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
@@ -63,7 +63,7 @@ def find_grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkp
         if site.expert is not None or before >= site.grid.stored_shape[0]:
             continue
         rows = delta.selection.new_rows(site.name, before)
-        if rows and tuple(others) == site.grid.stored_shape[1:] and stored.dtype in WEIGHTS:
+        if rows and tuple(others) == site.grid.stored_shape[1:] and stored.dtype in FLOATS:
             base = checkpoint.array(stored)
             found[key] = np.concatenate([base, np.zeros((len(rows), *others), base.dtype)])
             site.put(found[key], cast(site.blocks, stored.dtype))

@@ -38,7 +38,7 @@ def merge_checkpoint(
     """Write base plus delta as a plain checkpoint, with the sharding, metadata and dtype of the base.
 
     The other files are the base's, except that tokenizer, chat templates and generation settings are taken from the
-    delta's folder if it has them (see `delta/folder.py`).
+    delta's folder if it has them (see `merging/side_files.py`).
 
     Args:
         base: folder or hub name of the base checkpoint, in safetensors format.

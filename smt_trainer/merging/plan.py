@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from smt_trainer.arrays import INTEGERS, WEIGHTS, cast, dtype_name
+from smt_trainer.arrays import FLOATS, INTEGERS, cast, dtype_name
 from smt_trainer.delta.checks import check_base, warn_of_rounding
 from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.folder import LAYERS, load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
-from smt_trainer.merging.locate import find_grown, find_parts, find_sites, find_whole, refuse_missing
+from smt_trainer.merging.locate import find_grown, find_keys, find_parts, find_sites, refuse_missing
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.site import Site
 from smt_trainer.merging.tied import tied_copies
@@ -77,14 +77,7 @@ class MergePlan:
             )
         if not plan.other_dtypes:
             warn_of_rounding(delta, plan.dtypes)
-        whole, sites = plan.whole, plan.sites
-        for key, (first, *_) in list(sites.items()):
-            for copy in tied_copies(key, checkpoint, {*sites, *whole}) if first.grid.embedding else ():
-                sites[copy], plan.tensors[copy] = sites[key], checkpoint.tensors[copy]
-        for key, values in list(whole.items()):
-            for copy in tied_copies(key, checkpoint, {*sites, *whole}):
-                plan.whole[copy], plan.tensors[copy] = values, checkpoint.tensors[copy]
-        return plan
+        return plan.with_tied(checkpoint)
 
     @classmethod
     def of(cls, delta: Delta, delta_folder: Path, checkpoint: Checkpoint) -> MergePlan:
@@ -93,9 +86,9 @@ class MergePlan:
         Raises:
             SMTError: the checkpoint lacks a weight that has blocks, or the delta belongs to another base.
         """
-        # This also fills `checkpoint.renamed`, which `find_whole` reads.
+        # This also fills `checkpoint.renamed`, which `find_keys` reads.
         parts = find_parts(delta, checkpoint)
-        keys, sites = find_whole(delta, checkpoint), find_sites(delta, parts, checkpoint)
+        keys, sites = find_keys(delta, checkpoint), find_sites(delta, parts, checkpoint)
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
         grown = find_grown(delta, sites, checkpoint)
         sites = {key: found for key, found in sites.items() if key not in grown}
@@ -109,6 +102,17 @@ class MergePlan:
         plan = cls(delta, parts, keys, sites, whole, tensors, vocabulary, [*grown])
         plan._check(checkpoint, delta_folder)
         return plan
+
+    def with_tied(self, checkpoint: Checkpoint) -> MergePlan:
+        """Return a plan that also changes the other names under which the checkpoint stores a tied tensor."""
+        sites, whole = dict(self.sites), dict(self.whole)
+        for key, found in self.sites.items():
+            if found[0].grid.embedding:
+                sites |= dict.fromkeys(tied_copies(key, checkpoint, {*sites, *whole}), found)
+        for key, values in self.whole.items():
+            whole |= dict.fromkeys(tied_copies(key, checkpoint, {*sites, *whole}), values)
+        tensors = {key: checkpoint.tensors[key] for key in [*sites, *whole]}
+        return replace(self, sites=sites, whole=whole, tensors=tensors)
 
     @property
     def other_dtypes(self) -> set[str]:
@@ -154,12 +158,12 @@ class MergePlan:
             for site in sites:
                 expected = site.grid.stored_shape
                 expected = expected if site.expert is None else (*stored.shape[:1], *expected)
-                _expect(what, key, stored, expected, WEIGHTS, folder)
-        differences = delta.base.differences_on_disk(folder, checkpoint.loaded)
+                _expect(what, key, stored, expected, FLOATS, folder)
+        differences = delta.fingerprint.differences_on_disk(folder, checkpoint.loaded)
         check_base(delta, folder.resolve().name, differences, delta_folder)
         for key, values in self.whole.items():
             stored, dtype = self.tensors[key], dtype_name(values)
-            alike = next((kind for kind in (WEIGHTS, INTEGERS) if dtype in kind), (dtype,))
+            alike = next((kind for kind in (FLOATS, INTEGERS) if dtype in kind), (dtype,))
             is_resized = values.ndim > 0 and len(values) in self.vocabulary
             shape = stored.shape[:1] + values.shape[1:] if is_resized else values.shape
             _expect(what, key, stored, shape, alike, folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 from smt_trainer.delta.folder import (
     AS_STORED,
-    CODE,
+    CODE_KEY,
     LAYERS,
     NO_WEIGHTS,
     OF_TRAINING,
@@ -27,7 +27,7 @@ from smt_trainer.delta.folder import (
 )
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
-from smt_trainer.model.checkpoint import CONFIG, EXPLICIT, Checkpoint
+from smt_trainer.model.checkpoint import CONFIG_FILE, WEIGHTS_KEY, Checkpoint
 
 # Keys of config.json that the base decides: its tensors have these sizes.
 OF_WEIGHTS = [
@@ -67,13 +67,14 @@ def other_files(checkpoint: Checkpoint, delta_folder: Path, *, resized: bool = F
         # A saved tokenizer is complete; files of the base's tokenizer next to it could override it.
         files = {name: path for name, path in files.items() if not fits(name, TOKENIZER_STATE)}
     files |= trained
-    if (delta_folder / CONFIG).is_file():
-        found = load_json(delta_folder / CONFIG, "configuration of the delta's model")
+    path = delta_folder / CONFIG_FILE
+    if path.is_file():
+        found = load_json(path, "configuration of the delta's model")
         if not isinstance(found, dict):
-            raise SMTError(f"{delta_folder / CONFIG} should hold an object. Save the delta again, or remove that file.")
-        found.pop(EXPLICIT, None)
+            raise SMTError(f"{path} should hold an object. Save the delta again, or remove that file.")
+        found.pop(WEIGHTS_KEY, None)
         merged = found if checkpoint.config is None else merge_configs(checkpoint.config, found, resized)
-        files[PurePath(CONFIG)] = json.dumps(merged, indent=2, sort_keys=True) + "\n"
+        files[PurePath(CONFIG_FILE)] = json.dumps(merged, indent=2, sort_keys=True) + "\n"
     return files
 
 
@@ -93,7 +94,7 @@ def copy_to_delta(source: Path, stage: Path) -> None:
     names = [name for name in files_beside_weights(source) if fits(name, OF_TRAINING)]
     files: dict[PurePath, Path | str] = {name: source / name for name in names}
     if config := load_config(source):
-        files[PurePath(CONFIG)] = json.dumps(config | {EXPLICIT: NO_WEIGHTS}, indent=2, sort_keys=True) + "\n"
+        files[PurePath(CONFIG_FILE)] = json.dumps(config | {WEIGHTS_KEY: NO_WEIGHTS}, indent=2, sort_keys=True) + "\n"
     _write(files, stage)
 
 
@@ -133,9 +134,9 @@ def _with_code_of_base(path: Path, of_base: Path) -> Path | str:
     """Return a file of training, or, if it has an `auto_map`, its text with that of the base's file or with none: a
     delta's author must not choose the code that runs."""
     values = load_json(path, "file of training")
-    if not isinstance(values, dict) or CODE not in values:
+    if not isinstance(values, dict) or CODE_KEY not in values:
         return path
     known = load_json(of_base, "file of the base") if of_base.is_file() else {}
-    del values[CODE]
-    values |= {CODE: known[CODE]} if isinstance(known, dict) and CODE in known else {}
+    del values[CODE_KEY]
+    values |= {CODE_KEY: known[CODE_KEY]} if isinstance(known, dict) and CODE_KEY in known else {}
     return json.dumps(values, indent=2, ensure_ascii=False) + "\n"

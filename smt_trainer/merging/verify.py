@@ -7,9 +7,9 @@ With B and M the bits of a tensor in the base and in the merged checkpoint, D th
     outside   values outside of P where M != B: those changed in all, less those changed in P
 
 the merge is right if wrong = outside = 0 in each tensor, the tensors are those of the base, in its dtypes and shapes
-(apart from a resized vocabulary), and every other file has the content that merging writes (`delta/folder.py`). A tied
-tensor that the base stores twice must have the trained values under both names. How tensors are distributed over files
-does not matter, nor do hidden files, files that trainers leave, and a README, which people may rewrite.
+(apart from a resized vocabulary), and every other file has the content that merging writes (`merging/side_files.py`). A
+tied tensor that the base stores twice must have the trained values under both names. How tensors are distributed over
+files does not matter, nor do hidden files, files that trainers leave, and a README, which people may rewrite.
 
 Both checkpoints are read once, a piece at a time, by threads: memory holds the delta and these pieces.
 """
@@ -140,9 +140,9 @@ def _compare(key: str, checkpoint: Checkpoint, plan: MergePlan, merged: Checkpoi
     old, new = map_bits(checkpoint.folder / before.file, before), map_bits(merged.folder / after.file, after)
     if key in plan.whole:
         trained = bits(cast(plan.whole[key], before.dtype)).reshape(-1)
-        changed = differing(old, new) if len(old) == len(new) else len(new)
-        return _judge(Counts(len(new), len(new), changed), changed, differing(new, trained))
-    changed = differing(old, new)
+        changed = count_differing(old, new) if len(old) == len(new) else len(new)
+        return _judge(Counts(len(new), len(new), changed), changed, count_differing(new, trained))
+    changed = count_differing(old, new)
     if key not in plan.sites:
         return None, f"is not trained, and {changed:,} of {len(new):,} values are not the base's" if changed else None
     count = changed_inside = wrong = 0
@@ -165,7 +165,7 @@ def _judge(counts: Counts, changed_inside: int, wrong: int) -> tuple[Counts, str
     return counts, " and ".join(found) or None
 
 
-def differing(first: np.ndarray, second: np.ndarray) -> int:
+def count_differing(first: np.ndarray, second: np.ndarray) -> int:
     """Count the places at which two arrays of one length differ, reading them a piece at a time."""
     step = CHUNK // first.itemsize
     starts = range(0, len(first), step)

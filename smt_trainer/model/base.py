@@ -9,8 +9,8 @@ from torch import nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import load_json
-from smt_trainer.model.checkpoint import CONFIG, Checkpoint
-from smt_trainer.model.hub import cached_commit, cached_folder
+from smt_trainer.model.checkpoint import CONFIG_FILE, Checkpoint
+from smt_trainer.model.hub import at_commit, cached_commit, cached_folder
 from smt_trainer.model.merged import is_merged
 
 
@@ -26,8 +26,7 @@ def base_name(model: nn.Module) -> str | None:
         return None
     if Path(name).exists():
         return Path(name).resolve().name
-    revision = commit or cached_commit(name)
-    return f"{name}@{revision}" if revision else name
+    return at_commit(name, commit or cached_commit(name))
 
 
 def base_checkpoint(model: nn.Module) -> Checkpoint | None:
@@ -42,9 +41,9 @@ def base_checkpoint(model: nn.Module) -> Checkpoint | None:
 def base_config(model: nn.Module) -> dict[str, Any]:
     """Return the content of the config.json that a model was loaded with; an empty one if it cannot be read."""
     folder = _base_folder(model)
-    if folder is None or not (folder / CONFIG).is_file():
+    if folder is None or not (folder / CONFIG_FILE).is_file():
         return {}
-    config = load_json(folder / CONFIG, "configuration of the base")
+    config = load_json(folder / CONFIG_FILE, "configuration of the base")
     return config if isinstance(config, dict) else {}
 
 

@@ -18,11 +18,11 @@ from smt_trainer.tensor_header import StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 # What messages call a checkpoint, unless told otherwise.
 BASE = "base"
 # The key of config.json that names the file of the weights.
-EXPLICIT = "transformers_weights"
+WEIGHTS_KEY = "transformers_weights"
 # What is fetched from the hub before the weights.
 BESIDE_WEIGHTS = "*.json *.txt *.model *.bpe *.codes *.jinja *.py".split()
 CHUNK = 2**22
@@ -92,11 +92,10 @@ class Checkpoint:
             SMTError: a file is damaged, a shard is missing or not a plain file name, a tensor is stored twice, or the
                 folder holds no weights in safetensors format.
         """
-        config = load_json(folder / CONFIG, f"configuration of the {what}") if (folder / CONFIG).is_file() else None
+        path = folder / CONFIG_FILE
+        config = load_json(path, f"configuration of the {what}") if path.is_file() else None
         if config is not None and not isinstance(config, dict):
-            raise SMTError(
-                f"{folder / CONFIG} should hold an object, got a {type(config).__name__}. Download it again."
-            )
+            raise SMTError(f"{path} should hold an object, got a {type(config).__name__}. Download it again.")
         name = _weights_file(folder, config or {}, what)
         if not name.endswith(".json"):
             return cls(folder, None, read_header(folder / name, what)[0], config)
@@ -131,11 +130,12 @@ def find_checkpoint(base: str | Path, revision: str | None, what: str = BASE) ->
     if is_folder(base, revision):
         return Path(base)
     folder = fetch(what, base, revision, BESIDE_WEIGHTS)
-    config = load_json(folder / CONFIG, f"configuration of the {what}") if (folder / CONFIG).is_file() else {}
-    explicit = config.get(EXPLICIT) if isinstance(config, dict) else None
+    path = folder / CONFIG_FILE
+    config = load_json(path, f"configuration of the {what}") if path.is_file() else {}
+    explicit = config.get(WEIGHTS_KEY) if isinstance(config, dict) else None
     # The folder is named after the commit, so all files come from the same one.
     fetch(what, base, folder.name, [str(explicit or SINGLE_FILE), INDEX_FILE])
-    name = _weights_file(folder, {EXPLICIT: explicit}, what)
+    name = _weights_file(folder, {WEIGHTS_KEY: explicit}, what)
     if name.endswith(".json"):
         fetch(what, base, folder.name, sorted(set(_read_index(folder / name, what).values())))
     return folder
@@ -143,9 +143,9 @@ def find_checkpoint(base: str | Path, revision: str | None, what: str = BASE) ->
 
 def _weights_file(folder: Path, config: dict[str, Any], what: str) -> str:
     """Return the file that transformers reads: the one in config.json, else all weights in one file, else an index."""
-    explicit = config.get(EXPLICIT)
+    explicit = config.get(WEIGHTS_KEY)
     if explicit is not None:
-        _check_plain(explicit, folder / CONFIG)
+        _check_plain(explicit, folder / CONFIG_FILE)
         return explicit
     for name in (SINGLE_FILE, INDEX_FILE):
         if (folder / name).is_file():

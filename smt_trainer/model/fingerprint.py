@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smt_trainer.arrays import as_array, cast, dtype_name
+from smt_trainer.arrays import as_array, cast, dtype_name, torch_name
 from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.tensor_file import read_runs
 from smt_trainer.tensor_header import StoredTensor
@@ -81,7 +81,7 @@ class Fingerprint:
         """
         from smt_trainer.model.sharded import full_shape, full_tensor
 
-        left_out, rows, name_of_dtype = set(without), dict(rows or {}), str(dtype).removeprefix("torch.")
+        left_out, rows, name_of_dtype = set(without), dict(rows or {}), torch_name(dtype)
         tensors = dict(saved_tensors(model))
         stride = _stride(full_shape(tensor) for tensor in tensors.values())
         tensors = {name: tensor for name, tensor in tensors.items() if name not in left_out}

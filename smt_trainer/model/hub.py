@@ -21,6 +21,17 @@ def is_folder(name: str | Path, revision: str | None) -> bool:
     return found
 
 
+def at_commit(name: str, commit: str | None) -> str:
+    """Return `name@commit`, or the name alone if no commit is known."""
+    return f"{name}@{commit}" if commit else name
+
+
+def split_commit(name: str | None) -> tuple[str, str | None]:
+    """Return name and commit of what `at_commit` returned; the name is empty for None."""
+    name, _, commit = (name or "").partition("@")
+    return name, commit or None
+
+
 def cached_folder(name: str, revision: str | None = None) -> Path | None:
     """Return the folder of a repository's revision in the hub's cache; None if it is not there."""
     from huggingface_hub import try_to_load_from_cache

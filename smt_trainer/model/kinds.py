@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.arrays import WEIGHTS
+from smt_trainer.arrays import FLOATS
 from smt_trainer.model.convolution import has_plain_forward, is_convolution, matrix_shape
 from smt_trainer.model.embedding import has_lookup_forward, is_embedding
 from smt_trainer.model.experts import ExpertMatrix, expert_stacks, matrices_of
@@ -39,7 +39,7 @@ LINEAR_FORWARDS = {
     ("transformers.pytorch_utils", "Conv1D.forward"),
     ("transformers.models.falcon.modeling_falcon", "FalconLinear.forward"),
 }
-WEIGHT_DTYPES = tuple(getattr(torch, name) for name in WEIGHTS)
+WEIGHT_DTYPES = tuple(getattr(torch, name) for name in FLOATS)
 
 
 def named_targets(model: nn.Module) -> dict[str, Target]:
@@ -56,7 +56,7 @@ def named_targets(model: nn.Module) -> dict[str, Target]:
     return found
 
 
-def targets_named(model: nn.Module, names: Iterable[str]) -> dict[str, Target]:
+def pick_targets(model: nn.Module, names: Iterable[str]) -> dict[str, Target]:
     """Return the targets of a model, wrapped or not, that have these full names."""
     targets = {plain_name(name): target for name, target in named_targets(model).items()}
     return {name: targets[name] for name in names}
@@ -74,7 +74,7 @@ def named_linears_and_convolutions(model: nn.Module) -> dict[str, Linear]:
 
 def is_linear(module: nn.Module) -> TypeIs[nn.Linear | Conv1D]:
     """Return whether a module is an `nn.Linear` or a `Conv1D`."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def fits_grid(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
@@ -85,7 +85,7 @@ def fits_grid(target: nn.Module | ExpertMatrix, grid: BlockGrid) -> bool:
         return (tuple(target.kernel_size), target.groups) == (grid.kernel, grid.groups)
     if is_embedding(target) or grid.embedding:
         return is_embedding(target) and grid.embedding
-    return is_linear(target) and not grid.kernel and is_transposed(target) == grid.transposed
+    return is_linear(target) and not grid.kernel and is_conv1d(target) == grid.transposed
 
 
 def kind_of(grid: BlockGrid) -> str:
@@ -97,19 +97,19 @@ def kind_of(grid: BlockGrid) -> str:
     return "a Conv1D" if grid.transposed else "a linear"
 
 
-def is_transposed(module: nn.Module) -> TypeIs[Conv1D]:
+def is_conv1d(module: nn.Module) -> TypeIs[Conv1D]:
     """Return whether a module is a `Conv1D`; compare names, since importing transformers takes seconds."""
-    return is_conv1d(type(module))
+    return is_conv1d_class(type(module))
 
 
-def is_conv1d(kind: type) -> bool:
+def is_conv1d_class(kind: type) -> bool:
     """Return whether a class is transformers' `Conv1D`; compare names, since importing it takes seconds."""
     return any((base.__module__, base.__name__) == CONV1D for base in kind.__mro__)
 
 
 def stores_transpose(target: Target) -> bool:
     """Return whether a target's parameter holds W^T [I, O]."""
-    return target.is_transposed if isinstance(target, ExpertMatrix) else is_transposed(target)
+    return target.is_transposed if isinstance(target, ExpertMatrix) else is_conv1d(target)
 
 
 def has_linear_forward(linear: nn.Module) -> bool:
@@ -125,7 +125,7 @@ def has_linear_forward(linear: nn.Module) -> bool:
 def has_plain_weight(linear: Linear | nn.Embedding) -> bool:
     """Return whether a linear's weight is a matrix of floats: not quantised, packed, computed or a DTensor."""
     shape, weight = weight_shape(linear), linear.weight
-    if is_transposed(linear):
+    if is_conv1d(linear):
         shape = shape[::-1]
     elif is_convolution(linear):
         shape = (shape[0], linear.in_channels // linear.groups, *linear.kernel_size)
@@ -145,4 +145,4 @@ def weight_shape(target: Target) -> tuple[int, int]:
         return matrix_shape(target)
     if is_embedding(target):
         return target.num_embeddings, target.embedding_dim
-    return (target.nf, target.nx) if is_transposed(target) else (target.out_features, target.in_features)
+    return (target.nf, target.nx) if is_conv1d(target) else (target.out_features, target.in_features)

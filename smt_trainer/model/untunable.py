@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from smt_trainer.model.convolution import is_transposed_convolution
 from smt_trainer.model.embedding import has_lookup_forward, is_embedding, sharing, unusual_option
 from smt_trainer.model.experts import ExpertMatrix, is_known
-from smt_trainer.model.kinds import WEIGHT_DTYPES, has_linear_forward, has_plain_weight, is_conv1d
+from smt_trainer.model.kinds import WEIGHT_DTYPES, has_linear_forward, has_plain_weight, is_conv1d_class
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import is_dtensor
 from smt_trainer.model.tensor_parallel import is_tensor_parallel, why_no_slice
@@ -80,7 +80,7 @@ def _why_no_linear(linear: Linear, shared: set[int]) -> str | None:
     if is_tensor_parallel(linear):
         return why_no_slice(linear)
     if is_quantised(linear):
-        if is_conv1d(getattr(linear, "source_cls", nn.Linear)):
+        if is_conv1d_class(getattr(linear, "source_cls", nn.Linear)):
             return "it was a Conv1D, and its weight was transposed when it was quantised"
     elif not has_plain_weight(linear):
         return (

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
+from smt_trainer.model.hub import split_commit
 from smt_trainer.selection.block_selection import BlockSelection
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def strips(items: Sequence, most: int) -> list[Sequence]:
 
 def model_name(selection: BlockSelection) -> str:
     """Return the model's name for titles: its name without the revision."""
-    return (selection.base_model or "the model").partition("@")[0]
+    return split_commit(selection.base_model)[0] or "the model"
 
 
 def block_shapes(selection: BlockSelection) -> str:

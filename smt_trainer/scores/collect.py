@@ -10,7 +10,8 @@ frozen model. Statistics that forward changes (batch normalisation) are restored
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,9 +41,7 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
     """
     if scorer.needs_warmup:
         device, count = next(model.parameters()).device, 0
-        reach = Reach(scorer.targets, scorer.needs_backward)
-        scorer.predicts_next = predicts_next_token(model)
-        with frozen(model), statistics_preserved(model, scorer), scorer.attached(), reach.watching():
+        with scoring(model, scorer) as reach:
             for batch in batches:
                 inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
                 scorer.begin_batch(inputs)
@@ -54,6 +53,19 @@ def collect_scores(model: nn.Module, scorer: Scorer, batches: Iterable[Mapping[s
             raise SMTError("there is no batch to score blocks on; give at least one.")
         return reached_scores(scorer, reach)
     return scorer.scores()
+
+
+@contextlib.contextmanager
+def scoring(model: nn.Module, scorer: Scorer, *, by_step: bool = False) -> Generator[Reach]:
+    """Attach a scorer to a frozen model within this context, and leave the model as it was.
+
+    Yields what records which targets forward and backward reach. `by_step` is that of `Scorer.attached`.
+    """
+    reach = Reach(scorer.targets, scorer.needs_backward)
+    scorer.predicts_next = predicts_next_token(model)
+    # Reach watches last: the scorer's hooks change outputs.
+    with frozen(model), statistics_preserved(model, scorer), scorer.attached(by_step=by_step), reach.watching():
+        yield reach
 
 
 def _loss_of(output: Any) -> Tensor:

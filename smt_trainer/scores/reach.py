@@ -43,7 +43,7 @@ class Reach:
 
     @contextlib.contextmanager
     def watching(self) -> Generator[None]:
-        """Record calls and gradients within this context; enter it after the scorer's, whose hooks change outputs."""
+        """Record calls and gradients within this context."""
         with watching_calls(self.targets, self._note):
             yield
 

@@ -36,7 +36,7 @@ from smt_trainer.manifest import (
 )
 from smt_trainer.model.base import base_name
 from smt_trainer.model.grid import BlockGrid, read_grids
-from smt_trainer.model.kinds import fits_grid, named_targets, targets_named
+from smt_trainer.model.kinds import fits_grid, named_targets, pick_targets
 from smt_trainer.model.quantised import keep_differentiable
 from smt_trainer.model.sharded import full_shape
 from smt_trainer.model.targets import count_parameters, find_targets
@@ -109,7 +109,7 @@ class BlockScores:
         """
         keep_differentiable(model)
         candidates = find_candidates(model, config)
-        targets = targets_named(model, candidates.grids)
+        targets = pick_targets(model, candidates.grids)
         scorer = make_scorer(targets, candidates.grids, config, seed)
         scores = collect_scores(model, scorer, itertools.islice(batches, config.smt_warmup_steps))
         return cls.of_candidates(candidates, scores, config, base_name(model))

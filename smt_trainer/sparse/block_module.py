@@ -290,10 +290,11 @@ class BlockModule(nn.Module):
 
     def extra_repr(self) -> str:
         (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
-        return (
-            f"in_features={self.grid.in_features}, out_features={self.grid.out_features}, "
-            f"bias={self.bias is not None}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
+        # Conv1D has none.
+        plain = super().extra_repr() or (
+            f"in_features={self.grid.in_features}, out_features={self.grid.out_features}, bias={self.bias is not None}"
         )
+        return f"{plain}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
 
 
 def block_modules(model: nn.Module) -> Iterator[tuple[str, BlockModule]]:

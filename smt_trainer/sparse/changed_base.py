@@ -13,7 +13,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
-from smt_trainer.arrays import WEIGHTS, as_array, bits, cast, dtype_name
+from smt_trainer.arrays import FLOATS, as_array, bits, cast, dtype_name
 from smt_trainer.model.base import base_checkpoint, lost_base
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.fingerprint import Fingerprint
@@ -70,7 +70,7 @@ def _changed_embeddings(model: nn.Module, base: Fingerprint, checkpoint: Checkpo
     names = [name for name in embeddings(model) if name in base.checksums]
     for name, key in find_names(names, checkpoint.tensors).items():
         weight, stored = model.get_parameter(name).detach(), checkpoint.array(checkpoint.tensors[key])
-        if is_sharded(weight) or weight.is_meta or dtype_name(stored) not in WEIGHTS:
+        if is_sharded(weight) or weight.is_meta or dtype_name(stored) not in FLOATS:
             continue
         for first in range(0, min(len(weight), len(stored)), ROWS):
             rows = slice(first, min(first + ROWS, len(weight), len(stored)))

@@ -28,12 +28,6 @@ class SMTConv(BlockModule):
         y = sparse_conv(x, self.weight, self.bias, self.blocks, self.positions, self.plan, geometry)
         return y.squeeze(0) if input.ndim < x.ndim else y
 
-    def extra_repr(self) -> str:
-        (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
-        # The plain convolution's own.
-        text = super(BlockModule, self).extra_repr()
-        return f"{text}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
-
 
 class SMTConv1d(SMTConv, nn.Conv1d):  # pyrefly: ignore[inconsistent-inheritance]  # torch forgets `bias=None`
     """An `nn.Conv1d` with trainable blocks."""

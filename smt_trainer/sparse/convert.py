@@ -70,10 +70,10 @@ def convert_to_smt(model: Model, selection: BlockSelection) -> Model:
     rows = {name: found.start for name, found in new_rows(model).items() if name not in stored}
     quantization = quantization_of(model)
     left_out = {*new, *stored} - rows.keys()
-    base = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, left_out, rows)
-    warn_of_changed_base(model, base)
+    fingerprint = Fingerprint.of(model, floating_dtype(model) if quantization else dtype, left_out, rows)
+    warn_of_changed_base(model, fingerprint)
     _warn_of_gradient_hooks(linears)
-    return convert_checked(model, SMTState(selection, whole, base, dtype, new, quantization=quantization))
+    return convert_checked(model, SMTState(selection, whole, fingerprint, dtype, new, quantization=quantization))
 
 
 def _refuse_replaced_forwards(linears: Mapping[str, Target]) -> None:

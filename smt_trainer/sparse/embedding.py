@@ -59,11 +59,6 @@ class SMTEmbedding(BlockModule, nn.Embedding):  # pyrefly: ignore[inconsistent-i
             delattr(self, name)
         return super()._restore()
 
-    def extra_repr(self) -> str:
-        (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
-        text = nn.Embedding.extra_repr(self)
-        return f"{text}, blocks={len(self.blocks)} of {br}x{bc} (grid {rows}x{columns})"
-
 
 class TiedHead(nn.Linear):
     """A linear that shares the weight of an embedding with trainable blocks.

@@ -24,7 +24,7 @@ class SMTState:
     Attributes:
         selection: the blocks it trains.
         whole: full names of the modules, parameters and buffers that the delta stores whole.
-        base: checksums of the base (see `model/fingerprint.py`).
+        fingerprint: checksums of the base (see `model/fingerprint.py`).
         weight_dtype: dtype of the dense weights, in which merging is exact.
         newly_initialised: names of the newly initialised parameters.
         was_trainable: names of the parameters that required a gradient before rewriting.
@@ -34,7 +34,7 @@ class SMTState:
 
     selection: BlockSelection
     whole: tuple[str, ...]
-    base: Fingerprint
+    fingerprint: Fingerprint
     weight_dtype: torch.dtype
     newly_initialised: frozenset[str] = frozenset()
     was_trainable: frozenset[str] = frozenset()

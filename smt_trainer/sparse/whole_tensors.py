@@ -59,7 +59,7 @@ class WholeTensors:
         return self.statistics | self.unfrozen
 
 
-def changed_base(model: nn.Module, held: WholeTensors) -> list[str]:
+def changed_outside(model: nn.Module, held: WholeTensors) -> list[str]:
     """Return the names of the base's tensors that have changed since the blocks were taken and that the delta does not
     hold; none if tensors are sharded over ranks, since finding out would gather them all."""
     # Tensors that FSDP2 gathered in a forward are sharded again: making the state dict for `held` did this.
@@ -68,13 +68,13 @@ def changed_base(model: nn.Module, held: WholeTensors) -> list[str]:
         return []
     learned = {id(tensor) for tensor in held.tensors.values()}
     learned |= {id(linear.parameter) for _, linear in block_modules(model)}
-    found = state.base.differences_in(model, quantised=state.quantization is not None)
+    found = state.fingerprint.differences_in(model, quantised=state.quantization is not None)
     return [name for name in found if id(tensors.get(name)) not in learned]
 
 
 def warn_of_others(model: nn.Module, held: WholeTensors) -> None:
     """Warn of changes outside the blocks: those that the delta lacks, and those that make it large."""
-    if lost := changed_base(model, held):
+    if lost := changed_outside(model, held):
         logger.warning(
             "%d frozen tensors, such as `%s`, have other values than when the blocks were taken: loaded, cast or "
             "written since. The delta does not hold them, so it cannot restore this model. Save the model whole "

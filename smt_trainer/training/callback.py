@@ -1,4 +1,4 @@
-"""`SMTCallback`: the events of SMT in a training run, with progress bar and log; and callbacks that write blocks."""
+"""`SMTCallback`: the events of SMT in a training run, with progress bar and log."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import time
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from smt_trainer.model.sharded import is_sharded
 from smt_trainer.selection.block_selection import BlockSelection
-from smt_trainer.sparse.block_module import BlockModule, block_modules
-from smt_trainer.sparse.write_back import write_back
 
 logger = logging.getLogger(__name__)
 
@@ -52,35 +49,3 @@ class SMTCallback(TrainerCallback):
         """The blocks are chosen; the model is about to be rewritten."""
         if args.should_log:
             logger.info("SMT trains %s.", selection.summary())
-
-
-class WriteBack(TrainerCallback):
-    """Base class of callbacks that write blocks back. It looks up the rewritten linears once per run."""
-
-    def __init__(self) -> None:
-        self.linears: list[BlockModule] = []
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """The model is rewritten."""
-        self.linears = [] if model is None else [linear for _, linear in block_modules(model)]
-
-
-class CompiledWriteBack(WriteBack):
-    """Write back changes that callbacks make to the blocks: a compiled forward does not check whether it must."""
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """The callbacks of the previous step are done."""
-        write_back(linear for linear in self.linears if not is_sharded(linear.blocks) and linear.is_stale())
-
-
-class DeepSpeedWriteBack(WriteBack):
-    """Write back the blocks after DeepSpeed's steps: its optimizer holds other tensors, so no hook sees them."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
-        """DeepSpeed may have just loaded blocks from a checkpoint."""
-        super().on_train_begin(args, state, control, model, **kwargs)
-        write_back(self.linears)
-
-    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """The optimizer has just changed the blocks."""
-        write_back(self.linears)

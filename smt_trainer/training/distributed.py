@@ -90,8 +90,8 @@ def bare_backward(accelerator: Accelerator, scale: LossScale | None, needed: boo
 def prepare_for_sharding(model: nn.Module, accelerator: Accelerator) -> None:
     """Prepare a rewritten model for what accelerate and DeepSpeed do with its state dict; all ranks call this."""
     # Only the first rank is sure to have the base weights, from which the fingerprint is computed.
-    base = broadcast_object_list([get_state(model).base])[0]
-    set_state(model, replace(get_state(model), base=base))
+    fingerprint = broadcast_object_list([get_state(model).fingerprint])[0]
+    set_state(model, replace(get_state(model), fingerprint=fingerprint))
     for _, linear in block_modules(model):
         # accelerate treats everything in the state dict as a sharded parameter.
         linear.register_buffer("block_indices", linear.block_indices, persistent=False)

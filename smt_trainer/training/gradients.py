@@ -25,7 +25,7 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.listed_experts import LISTS
 from smt_trainer.model.names import list_projections
 from smt_trainer.sparse.block_module import BlockModule, block_modules
-from smt_trainer.training.refusals import refuse_useless_optimizer
+from smt_trainer.training.optimizers import refuse_useless_optimizer
 
 logger = logging.getLogger(__name__)
 

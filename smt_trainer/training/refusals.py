@@ -1,13 +1,11 @@
-"""Refuse arguments, models and setups that SMTTrainer cannot train with at construction, before any work is lost."""
+"""Refuse what SMTTrainer cannot train with, as early as it can be seen."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper, DeepSpeedSchedulerWrapper
 from torch import nn
 from transformers import Trainer
 
@@ -23,17 +21,12 @@ from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.training.class_column import refuse_missing_column
+from smt_trainer.training.optimizers import refuse_bound_optimizer, refuse_optim
 from smt_trainer.training.preserved import rng_preserved
 from smt_trainer.training.read_once import refuse_data_read_once
 from smt_trainer.training.sharded_kinds import refuse_sharded_quantised
 from smt_trainer.training.tensor_parallel import refuse_unshown_parallelism
 from smt_trainer.training.vllm_weights import knows_sync
-
-logger = logging.getLogger(__name__)
-
-OPTIMIZERS_OF_BITSANDBYTES = ("adamw_bnb", "adamw_8bit", "ademamix", "lion", "paged_", "rmsprop_bnb")
-# Optimizers that keep their own map of the model's matrices, or swap weights outside forward.
-REFUSED_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
 
 def refuse_unusable(trainer) -> None:
@@ -48,11 +41,10 @@ def refuse_unusable(trainer) -> None:
     if trainer.model is not None:
         refuse_adapters(trainer.model)
     refuse_bound_optimizer(trainer)
-    _refuse_optim(trainer.args)
+    refuse_optim(trainer)
     _refuse_data_parallel(trainer.args.n_gpu)
     refuse_unshown_parallelism(trainer)
     _refuse_fsdp1(trainer.accelerator)
-    _refuse_sharded_states(trainer)
     _refuse_partitioned_weights(trainer.model, needs_warmup)
     refuse_sharded_quantised(trainer.accelerator, trainer.model)
     _refuse_unfollowed_experts(trainer)
@@ -64,56 +56,6 @@ def refuse_unusable(trainer) -> None:
         with rng_preserved():
             # Reading the first example may draw random numbers.
             refuse_missing_column(trainer.train_dataset, scorer.class_column(config))
-
-
-def refuse_bound_optimizer(trainer) -> None:
-    """Raise `SMTError` if the trainer holds an optimizer or a scheduler of parameters that are not trained.
-
-    Those of its own earlier run, or over the blocks of a rewritten model, are allowed.
-    """
-    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
-    if scheduler is not None and not isinstance(scheduler, DeepSpeedSchedulerWrapper):
-        _refuse_bound(trainer.model, scheduler.optimizer)
-    # DeepSpeed's optimizer holds flat copies of the parameters, and only DeepSpeed makes one.
-    if optimizer is not None and not isinstance(optimizer, DeepSpeedOptimizerWrapper):
-        _refuse_bound(trainer.model, optimizer)
-
-
-def _refuse_bound(model: nn.Module, optimizer) -> None:
-    trained = {id(one) for one in model.parameters() if one.requires_grad} if is_smt_model(model) else set()
-    stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    if not (stepped and stepped <= trained):
-        raise SMTError(
-            "the trainer holds an optimizer or scheduler (from optimizers=, create_optimizer() or an assignment) that "
-            "is bound to parameters from before the blocks were chosen. Pass optimizer_cls_and_kwargs=(class, kwargs), "
-            "or set TrainingArguments.optim and lr_scheduler_type; leave trainer.optimizer and trainer.lr_scheduler at "
-            "None."
-        )
-
-
-def refuse_useless_optimizer(model: nn.Module, optimizer) -> None:
-    """Raise `SMTError` if the optimizer of a run holds none of the model's blocks; warn if it lacks some.
-
-    DeepSpeed's holds flat copies and is left out.
-    """
-    if optimizer is None or isinstance(optimizer, DeepSpeedOptimizerWrapper):
-        return
-    stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    trained = {f"{name}.blocks": one.blocks for name, one in block_modules(model) if one.blocks.requires_grad}
-    lacking = [name for name, blocks in trained.items() if id(blocks) not in stepped]
-    if trained and len(lacking) == len(trained):
-        raise SMTError(
-            f"the optimizer holds none of the trained blocks, such as `{lacking[0]}`, so nothing would be learned. If "
-            "your create_optimizer picks parameters by name, include those that end in `.blocks`, or all that require "
-            "a gradient."
-        )
-    if lacking:
-        logger.warning(
-            "The optimizer lacks %d of %d blocks' parameters, such as `%s`: they will not be trained.",
-            len(lacking),
-            len(trained),
-            lacking[0],
-        )
 
 
 def refuse_resized(model: nn.Module) -> None:
@@ -180,15 +122,6 @@ def refuse_misplaced(kind: type, mixin: type) -> None:
             )
 
 
-def _refuse_optim(args) -> None:
-    optim = str(getattr(args.optim, "value", args.optim))
-    if optim.startswith(REFUSED_OPTIMIZERS):
-        raise SMTError(
-            f"optim={optim!r} works on whole matrices or swaps weights outside forward, so it cannot train "
-            "blocks. Use adamw_torch, adamw_torch_fused, adamw_bnb_8bit, adafactor, sgd or lion."
-        )
-
-
 def _refuse_data_parallel(visible_gpus: int) -> None:
     if visible_gpus > 1:
         raise SMTError(
@@ -203,15 +136,6 @@ def _refuse_fsdp1(accelerator: Accelerator) -> None:
         raise SMTError(
             "FSDP version 1 flattens parameters and cannot train blocks of frozen weights; set fsdp_version: 2 in the "
             "accelerate config, or TrainingArguments(fsdp_config={'version': 2})."
-        )
-
-
-def _refuse_sharded_states(trainer) -> None:
-    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    if optim.startswith(OPTIMIZERS_OF_BITSANDBYTES) and trainer.accelerator.distributed_type == DistributedType.FSDP:
-        raise SMTError(
-            f"optim={optim!r} is an optimizer of bitsandbytes, which cannot step what FSDP2 shards. Use adamw_torch, "
-            "or DDP."
         )
 
 

@@ -8,7 +8,7 @@ optimizer or wraps the model for several devices:
     rewriting   targets become `SMTLinear`s, everything else is frozen (`sparse/convert.py`)
 
 Then the stock loop runs on the final parameters, as if the model had been given like this. Checkpoints hold the delta
-in place of the model (`checkpoints.py`).
+in place of the model (`saving.py`).
 
 Private methods of Trainer that this folder relies on. Overridden: `_inner_training_loop`, `_save`,
 `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
@@ -47,30 +47,27 @@ from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.sparse.whole_tensors import WholeTensors, warn_of_others
 from smt_trainer.training.activation_checkpointing import let_backward_stop_early
-from smt_trainer.training.callback import CompiledWriteBack, DeepSpeedWriteBack, SMTCallback
-from smt_trainer.training.checkpoints import (
-    SavesDelta,
-    last_checkpoint,
-    refuse_no_checkpoint,
-    warn_of_missing_optimizer,
-)
+from smt_trainer.training.callback import SMTCallback
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
+from smt_trainer.training.optimizers import refuse_bound_optimizer
 from smt_trainer.training.quantised import admitting_quantised
 from smt_trainer.training.reference import is_reference_given, match_reference
 from smt_trainer.training.refusals import (
-    refuse_bound_optimizer,
     refuse_misplaced,
     refuse_other_blocks,
     refuse_resized,
     refuse_unusable,
 )
+from smt_trainer.training.resuming import last_checkpoint, refuse_no_checkpoint, warn_of_missing_optimizer
+from smt_trainer.training.saving import SavesDelta
 from smt_trainer.training.sharded_kinds import refuse_partitioned_experts, refuse_sharded_tokens
 from smt_trainer.training.tensor_parallel import admitting_checkpoints
 from smt_trainer.training.trained_parts import trained_parts
 from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
 from smt_trainer.training.weight_readers import RefuseWeightReaders
+from smt_trainer.training.write_back import CompiledWriteBack, DeepSpeedWriteBack
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,9 @@ from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.model.kinds import targets_named
+from smt_trainer.model.kinds import pick_targets
 from smt_trainer.scores import SCORERS, Scorer, make_scorer
-from smt_trainer.scores.classes import predicts_next_token
-from smt_trainer.scores.collect import reached_scores
-from smt_trainer.scores.preserved import frozen, statistics_preserved
-from smt_trainer.scores.reach import Reach
+from smt_trainer.scores.collect import reached_scores, scoring
 from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
 from smt_trainer.training.first_step import at_first_step
@@ -64,15 +61,8 @@ class Warmup:
             return self.scorer(self.trainer.model).scores()
         with warmup_model(self.trainer.model, self.accelerator) as model:
             scorer = self.scorer(model)
-            reach = Reach(scorer.targets, self.kind.needs_backward)
-            scorer.predicts_next = predicts_next_token(model)
-            with (
-                self.as_in_training() as batches,
-                frozen(model),
-                statistics_preserved(model, scorer),
-                scorer.attached(by_step=self.scale is not None),
-                reach.watching(),
-            ):
+            by_step = self.scale is not None
+            with self.as_in_training() as batches, scoring(model, scorer, by_step=by_step) as reach:
                 for step, (micro_batches, num_items) in enumerate(batches):
                     self.losses.append(self.step(model, scorer, micro_batches, num_items))
                     if self.scale is not None:
@@ -84,7 +74,7 @@ class Warmup:
 
     def scorer(self, model: nn.Module) -> Scorer:
         """Return the configured scorer for the targets in a model, wrapped or not."""
-        targets = targets_named(model, self.grids)
+        targets = pick_targets(model, self.grids)
         return make_scorer(targets, self.grids, self.config, self.trainer.args.seed)
 
     @contextlib.contextmanager

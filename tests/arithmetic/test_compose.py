@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from smt_trainer import SMTError, compose_deltas, from_delta, load_delta, merge_checkpoint, verify_merge
 from smt_trainer.arithmetic.compose import Composition
 from smt_trainer.delta.delta import Delta
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
+from smt_trainer.delta.folder import DELTA_FILE, MANIFEST_FILE
 
 WEIGHTS = st.floats(-2, 2, allow_subnormal=False)
 
@@ -38,7 +38,7 @@ def test_one_delta_is_itself_bit_for_bit(mean, dtype, master_dtype, tmp_path):
     delta = arithmetic.train(tiny.llama().to(dtype), tmp_path / "delta", **fields)
     compose_deltas(tmp_path / "base", [delta], tmp_path / "composed", mean=mean)
     # The copy of the manifest holds a checksum of all tensors.
-    assert (tmp_path / "composed" / CONFIG_FILE).read_bytes() == (delta / CONFIG_FILE).read_bytes()
+    assert (tmp_path / "composed" / MANIFEST_FILE).read_bytes() == (delta / MANIFEST_FILE).read_bytes()
     arithmetic.assert_equal(*(load_file(folder / DELTA_FILE) for folder in (tmp_path / "composed", delta)))
 
 
@@ -149,7 +149,7 @@ def test_whole_tensors_of_one_delta_stay_as_they_are(fields, base, trained, tmp_
     compose_deltas(base, folders, tmp_path / "composed")
     composed, delta = (Delta.load(folder) for folder in (tmp_path / "composed", folders[1]))
     arithmetic.assert_equal(composed.whole, delta.whole)
-    assert composed.base.checksums.keys().isdisjoint(composed.whole)
+    assert composed.fingerprint.checksums.keys().isdisjoint(composed.whole)
     model = load_delta(tiny.llama(), tmp_path / "composed")
     tiny.assert_same(tiny.logits(from_delta(tmp_path / "composed", base=base)), tiny.logits(model))
 

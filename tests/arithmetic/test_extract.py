@@ -70,7 +70,7 @@ def test_merging_what_was_extracted_gives_the_tuned_checkpoint(build, fields, si
     assert verify_merge(base, tmp_path / "extracted", tuned).problems == []
     assert (found.is_exact, found.left, found.left_of) == (True, 0, {})
     trained, extracted = (Delta.load(tmp_path / name) for name in ("delta", "extracted"))
-    assert extracted.base == trained.base
+    assert extracted.fingerprint == trained.fingerprint
     assert {*extracted.whole_arrays} <= {*trained.whole_arrays}
     for name, indices in extracted.selection.block_indices.items():
         assert {*map(tuple, indices)} <= {*map(tuple, trained.selection.block_indices[name])}
@@ -178,7 +178,7 @@ def test_the_fingerprint_is_that_of_the_loaded_base(build, dtype, pair, tmp_path
     base, tuned = pair(build, dtype, "40KB")
     extract_delta(base, tuned, tmp_path / "extracted", block_size=16)
     model = AutoModelForCausalLM.from_pretrained(base)
-    assert Delta.load(tmp_path / "extracted").base == Fingerprint.of(model, dtype)
+    assert Delta.load(tmp_path / "extracted").fingerprint == Fingerprint.of(model, dtype)
 
 
 def test_the_files_of_the_tuned_model_go_with_the_delta(pair, tmp_path):

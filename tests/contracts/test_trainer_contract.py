@@ -7,7 +7,7 @@ from transformers import Trainer
 
 from smt_trainer import SMTTrainerMixin
 from smt_trainer.training import trainer as ours
-from smt_trainer.training.checkpoints import SavesDelta
+from smt_trainer.training.saving import SavesDelta
 
 OVERRIDDEN = {
     "_inner_training_loop": ["batch_size", "args", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],

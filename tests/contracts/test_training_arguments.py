@@ -37,9 +37,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from smt_trainer import SMTCallback
-from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE
+from smt_trainer.delta.delta import DELTA_FILE, MANIFEST_FILE
 from smt_trainer.training.gradients import ExpectGradients
-from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
+from smt_trainer.training.optimizers import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 from smt_trainer.training.weight_readers import RefuseWeightReaders
 
@@ -189,7 +189,7 @@ def files(folder) -> list[str]:
     names = [str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()]
     names = [name.replace(DELTA_FILE, "the model").replace("model.safetensors", "the model") for name in names]
     return sorted(
-        name for name in names if Path(name).name not in (SCORES_FILE, SELECTION_FILE, CONFIG_FILE, *STOCK_CONFIGS)
+        name for name in names if Path(name).name not in (SCORES_FILE, SELECTION_FILE, MANIFEST_FILE, *STOCK_CONFIGS)
     )
 
 

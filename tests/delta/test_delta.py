@@ -22,7 +22,7 @@ from smt_trainer import (
     save_delta,
 )
 from smt_trainer.arrays import as_array
-from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, MANIFEST, Delta
+from smt_trainer.delta.delta import DELTA_FILE, MANIFEST, MANIFEST_FILE, Delta
 from smt_trainer.delta.put import put_delta
 from smt_trainer.manifest import CHECKSUM, sealed
 from smt_trainer.sparse.block_module import block_modules
@@ -98,7 +98,7 @@ def test_blocks_are_stored_in_the_weights_dtype_or_the_masters(master, tmp_path)
 
 def test_the_delta_folder_holds_two_files_of_plain_data(delta):
     folder, model = delta
-    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, DELTA_FILE]
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST_FILE, DELTA_FILE]
     stored = sum(blocks.numel() for name, blocks in load_file(folder / DELTA_FILE).items() if name.endswith(".blocks"))
     assert stored == model.smt_state.selection.trainable_parameters
 
@@ -255,7 +255,7 @@ def test_a_delta_of_other_blocks_is_refused_by_a_rewritten_model(delta):
 def rewrite(folder, tensors=None, manifest=None, seal=True) -> None:
     """Replace the tensors or the manifest of a delta, with or without a checksum that fits."""
     tensors = load_file(folder / DELTA_FILE) if tensors is None else tensors
-    manifest = json.loads((folder / CONFIG_FILE).read_text()) if manifest is None else manifest
+    manifest = json.loads((folder / MANIFEST_FILE).read_text()) if manifest is None else manifest
     if seal and isinstance(manifest, dict):
         manifest.pop(CHECKSUM, None)
         manifest = sealed(manifest, {name: as_array(tensor) for name, tensor in tensors.items()})
@@ -264,7 +264,7 @@ def rewrite(folder, tensors=None, manifest=None, seal=True) -> None:
 
 
 def edit(folder, change, seal=True) -> None:
-    manifest = json.loads((folder / CONFIG_FILE).read_text())
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
     change(manifest)
     rewrite(folder, manifest=manifest, seal=seal)
 
@@ -277,7 +277,7 @@ def edit_tensors(folder, change, seal=True) -> None:
 
 
 def edit_both(folder, change) -> None:
-    tensors, manifest = load_file(folder / DELTA_FILE), json.loads((folder / CONFIG_FILE).read_text())
+    tensors, manifest = load_file(folder / DELTA_FILE), json.loads((folder / MANIFEST_FILE).read_text())
     change(tensors, manifest)
     rewrite(folder, tensors, manifest)
 

@@ -22,7 +22,7 @@ from smt_trainer import (
     save_delta,
 )
 from smt_trainer.cli import main
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE
+from smt_trainer.delta.folder import DELTA_FILE, MANIFEST_FILE
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.model.base import base_name
 
@@ -76,7 +76,7 @@ def test_only_the_delta_is_sent_either_way(trained, hub, tmp_path):
     find_delta("me/delta")
     assert hub.sent == [("me/delta", DELTA_FILE)]
     push_delta(tmp_path / "second", "me/new", revision="try", private=True)
-    assert hub.files("me/new", "try").keys() == {".gitattributes", DELTA_FILE, CONFIG_FILE, "README.md"}
+    assert hub.files("me/new", "try").keys() == {".gitattributes", DELTA_FILE, MANIFEST_FILE, "README.md"}
     assert hub.files("me/new").keys() == {".gitattributes"}
 
 

@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub import ModelCard
 
 from smt_trainer import from_delta, load_delta
-from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE
+from smt_trainer.delta.delta import DELTA_FILE, MANIFEST_FILE
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_no_commit_holds_a_whole_model(commits, hub):
     assert len(commits) == 3
     for commit in commits:
         files = hub.files("me/tiny-delta", commit)
-        assert CONFIG_FILE in files and not any(name.startswith(("model", "pytorch_model")) for name in files)
+        assert MANIFEST_FILE in files and not any(name.startswith(("model", "pytorch_model")) for name in files)
 
 
 def test_the_card_names_base_selection_budget_and_runs(trainer, hub):

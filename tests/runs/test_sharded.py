@@ -17,7 +17,7 @@ from sharded_script import CASES, LAUNCHED
 from training_script import accelerate_launch, torchrun
 
 from smt_trainer import BlockSelection, load_delta
-from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
+from smt_trainer.delta.delta import DELTA_FILE, MANIFEST_FILE, Delta
 from smt_trainer.training.trainer import SELECTION_FILE
 
 CONFIGURATIONS = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -146,7 +146,7 @@ def test_a_delta_is_loaded_into_slices_of_the_base(name, ranks_of):
 def test_a_checkpoint_holds_the_delta_and_the_state_of_training_but_no_model(name, folder_of):
     checkpoint = folder_of(name) / "run" / "checkpoint-4"
     files = {path for path in checkpoint.rglob("*") if path.is_file()}
-    assert {CONFIG_FILE, DELTA_FILE, "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {
+    assert {MANIFEST_FILE, DELTA_FILE, "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= {
         path.name for path in files
     }
     # DeepSpeed adds a script of 40 kB, and saves the trained parameters padded and per rank.

@@ -29,10 +29,10 @@ from smt_trainer import (
     merge_and_unload,
     merge_checkpoint,
 )
-from smt_trainer.delta.delta import CONFIG_FILE, DELTA_FILE, Delta
+from smt_trainer.delta.delta import DELTA_FILE, MANIFEST_FILE, Delta
 from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.state import is_smt_model
-from smt_trainer.training.refusals import REFUSED_OPTIMIZERS
+from smt_trainer.training.optimizers import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SELECTION_FILE
 
 V_PROJ = ["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"]
@@ -260,7 +260,7 @@ def test_checkpoints_hold_float32_masters_and_save_model_the_weights_dtype(tmp_p
         assert [path.name for path in folder.glob("*.safetensors")] == [DELTA_FILE]
         model = load_delta(tiny.llama().bfloat16(), folder)
         assert torch.equal(tiny.logits(model), tiny.logits(trainer.model))
-    assert (checkpoint / "optimizer.pt").is_file() and (checkpoint / CONFIG_FILE).is_file()
+    assert (checkpoint / "optimizer.pt").is_file() and (checkpoint / MANIFEST_FILE).is_file()
 
 
 def test_the_best_blocks_are_loaded_at_the_end(tmp_path):
@@ -420,7 +420,7 @@ def test_merging_before_training_is_refused(tmp_path):
 
 def test_merging_into_a_folder_that_is_not_empty_is_refused_before_any_work(tmp_path, monkeypatch):
     trainer = trained(tmp_path / "run")
-    monkeypatch.setattr("smt_trainer.training.checkpoints.plain_state_dict", lambda *_, **__: pytest.fail("gathered"))
+    monkeypatch.setattr("smt_trainer.training.saving.plain_state_dict", lambda *_, **__: pytest.fail("gathered"))
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "precious.txt").write_text("precious")
     with pytest.raises(SMTError, match="exists and is not empty"):

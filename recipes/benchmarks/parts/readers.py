@@ -101,7 +101,7 @@ def make_readers(folder: Path) -> dict[str, Reader]:
             lambda: Delta.load(folder / "delta"),
             lambda found: (
                 *(found.selection.to_dict(), _lists(found.blocks), _lists(found.whole)),
-                *(found.base, found.weight_dtype, found.architecture, found.unnamed),
+                *(found.fingerprint, found.weight_dtype, found.architecture, found.unnamed),
             ),
             cleaned(use_delta),
             (

@@ -1,11 +1,10 @@
-"""Save the delta in checkpoints in place of the model, and find the checkpoint that a run is resumed from."""
+"""Save and load the delta where Trainer saves and loads the model; and `merge_and_save`."""
 
 from __future__ import annotations
 
 import functools
 import json
 import logging
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +17,15 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta, architecture_of
-from smt_trainer.delta.folder import CONFIG_FILE, DELTA_FILE, LAYERS, NO_WEIGHTS, refuse_full_model
+from smt_trainer.delta.folder import DELTA_FILE, LAYERS, MANIFEST_FILE, NO_WEIGHTS, refuse_full_model
 from smt_trainer.delta.load import load_delta
 from smt_trainer.delta.model_card import delta_card
 from smt_trainer.delta.put import put_delta
 from smt_trainer.delta.training_settings import LABELS
 from smt_trainer.errors import SMTError
-from smt_trainer.files import check_new, load_json, new_folder, write_atomically, write_text
+from smt_trainer.files import check_new, new_folder, write_atomically, write_text
 from smt_trainer.merging.dequantise import save_dequantised
-from smt_trainer.model.checkpoint import CONFIG, EXPLICIT
+from smt_trainer.model.checkpoint import CONFIG_FILE, WEIGHTS_KEY
 from smt_trainer.model.heads import has_head
 from smt_trainer.selection.block_selection import BlockSelection
 from smt_trainer.sparse.block_module import block_modules
@@ -44,8 +43,6 @@ else:
     Trainer = object
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class SavesDelta(Trainer):
@@ -103,14 +100,14 @@ class SavesDelta(Trainer):
         """Write the configurations of the model; config.json says that the folder holds a delta and no weights."""
         config = getattr(self.model, "config", None)
         if config is not None and hasattr(config, "to_json_string"):
-            values = json.loads(config.to_json_string(use_diff=True)) | {EXPLICIT: NO_WEIGHTS}
+            values = json.loads(config.to_json_string(use_diff=True)) | {WEIGHTS_KEY: NO_WEIGHTS}
             if isinstance(self.model, PreTrainedModel):
                 values["architectures"] = [architecture_of(self.model)]
             # Of the class's default, too: the base may have others.
             everything = json.loads(config.to_json_string(use_diff=False))
             kept = [LAYERS, *(LABELS if has_head(self.model) else ())]
             values |= {key: everything[key] for key in kept if everything.get(key) is not None}
-            write_text(folder / CONFIG, json.dumps(values, indent=2, sort_keys=True))
+            write_text(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True))
         generation = getattr(self.model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(folder)
@@ -156,7 +153,7 @@ class SavesDelta(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock method uploads the output folder, after copying the files it knows from the checkpoint.
         if self.args.should_save and is_smt_model(self.model):
-            for name in (DELTA_FILE, CONFIG_FILE):
+            for name in (DELTA_FILE, MANIFEST_FILE):
                 copy = functools.partial(shutil.copyfile, Path(checkpoint_folder, name))
                 write_atomically(self._output_folder / name, copy)
         super()._push_from_checkpoint(checkpoint_folder)
@@ -215,34 +212,3 @@ class SavesDelta(Trainer):
                 refusal = error
         if (refusal := broadcast_object_list([refusal])[0]) is not None:
             raise refusal
-
-
-def warn_of_missing_optimizer(checkpoint: str | Path) -> None:
-    """Warn that a run resumes without the state of its optimizer, which Trainer does not mention."""
-    if Path(checkpoint, DELTA_FILE).is_file() and not any(Path(checkpoint).glob("optimizer*")):
-        logger.warning(
-            "%s has blocks but no optimizer state (saved with save_only_model=True, or under DeepSpeed): the optimizer "
-            "and the learning rate schedule start from the beginning.",
-            checkpoint,
-        )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest complete checkpoint in a folder: Trainer writes `trainer_state.json` last."""
-    steps = {int(name[1]): path for path in folder.glob("*") if (name := CHECKPOINT.fullmatch(path.name))}
-    for _, checkpoint in sorted(steps.items(), reverse=True):
-        try:
-            load_json(checkpoint / TRAINER_STATE_NAME, "trainer state")
-            return str(checkpoint)
-        except SMTError as error:
-            logger.warning("%s is incomplete and is skipped: %s", checkpoint.name, error)
-    return None
-
-
-def refuse_no_checkpoint(folder: Path) -> None:
-    """Raise `SMTError` if a folder holds a delta but is no checkpoint, such as one that `save_model` has written."""
-    if (folder / DELTA_FILE).is_file() and not (folder / TRAINER_STATE_NAME).is_file():
-        raise SMTError(
-            f"{folder} holds a delta, but no {TRAINER_STATE_NAME} to resume from. Pass a checkpoint of a run; or, to "
-            "train the blocks of that delta further, from step 0, call load_delta(model, folder) before SMTTrainer."
-        )
