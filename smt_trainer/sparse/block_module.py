@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import LocalPart, assign, full_tensor, is_sharded, local_parts
@@ -190,7 +191,16 @@ class BlockModule(nn.Module):
 
     @torch.no_grad()
     def take_edits(self) -> None:
-        """Take over into the blocks the values that were edited in the weight; the others keep their precision."""
+        """Take over into the blocks the values that were edited in the weight; the others keep their precision.
+
+        Raises:
+            SMTError: pruning or a parametrization computes the weight now, and would undo each change to the blocks.
+        """
+        if self.stacked is None and "weight" not in self._parameters:
+            raise SMTError(
+                "the weight of a linear with blocks is no parameter any more: pruning or a parametrization computes it "
+                "from another one. Prune before the blocks are chosen, or after merging (merge_and_unload)."
+            )
         held = self.grid.gather(self.base_weight(), self.block_indices)
         edited = held != self.blocks.to(held.dtype)
         if edited.any():

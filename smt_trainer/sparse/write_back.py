@@ -6,6 +6,7 @@ This happens wherever the two could differ, whoever changed the blocks:
     in a forward that finds that an operation has changed them         by their version (`BlockModule.is_stale`)
     before evaluation and before a state dict is made                  for changes that leave no trace (`.data`); from
                                                                        then on every forward compares
+    before each step of a trainer with callbacks of the user's         for those, too (`training/write_back.py`)
 
 What others write into the weight goes the other way: the blocks take it over (`last_equal.py`).
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
+import types
 from collections import deque
 from collections.abc import Generator, Iterable
 from typing import Any
@@ -13,6 +15,9 @@ import torch
 
 # Tensors with more elements than this are no counters, and are left alone.
 LARGEST_COUNTER = 2**16
+# Lists that are longer hold data, and not parts of an object.
+LONGEST_LIST = 100
+OPAQUE = (type, types.ModuleType, torch.nn.Module, torch.Tensor)
 
 
 @contextlib.contextmanager
@@ -48,23 +53,37 @@ def generators_preserved(*owners: object) -> Generator[None]:
             _set_state(generator, state)
 
 
+def reachable(*roots: object) -> list[object]:
+    """Return objects, and those that they hold as attributes or in lists, to the depth of `dataset.transform.parts[0]`.
+    Models and data are left out."""
+    found: dict[int, object] = {}
+    level = list(roots)
+    for _ in range(3):
+        level = [one for one in level if hasattr(one, "__dict__") and not isinstance(one, OPAQUE)]
+        level = [one for one in level if found.setdefault(id(one), one) is one]
+        values = [value for one in level for value in vars(one).values()]
+        lists = [value for value in values if isinstance(value, (list, tuple)) and len(value) <= LONGEST_LIST]
+        level = [*values, *itertools.chain.from_iterable(lists)]
+    return list(found.values())
+
+
 def _is_generator(value: object) -> bool:
-    return isinstance(value, (torch.Generator, np.random.Generator, random.Random))
+    return isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random))
 
 
 def _state_of(generator: Any) -> Any:
     if isinstance(generator, np.random.Generator):
         return generator.bit_generator.state
-    return generator.get_state() if isinstance(generator, torch.Generator) else generator.getstate()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.get_state()
 
 
 def _set_state(generator: Any, state: Any) -> None:
     if isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
-    elif isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    else:
+    elif isinstance(generator, random.Random):
         generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 @contextlib.contextmanager

@@ -146,6 +146,10 @@ class SavesDelta(Trainer):
         if self.is_deepspeed_enabled:
             super()._load_best_model()
             write_back(linear for _, linear in block_modules(self.model))
+        # pyrefly: ignore[bad-argument-type]  # Trainer asks for it only when there is one
+        elif not Path(self.state.best_model_checkpoint, DELTA_FILE).is_file():
+            # A subclass saves whole models.
+            super()._load_best_model()
         else:
             # pyrefly: ignore[bad-argument-type]  # Trainer asks for it only when there is one
             load_delta(self.model, self.state.best_model_checkpoint)

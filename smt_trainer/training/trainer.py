@@ -67,7 +67,7 @@ from smt_trainer.training.trained_parts import trained_parts
 from smt_trainer.training.vllm_weights import SyncsVLLM
 from smt_trainer.training.warmup import Warmup
 from smt_trainer.training.weight_readers import RefuseWeightReaders
-from smt_trainer.training.write_back import CompiledWriteBack, DeepSpeedWriteBack
+from smt_trainer.training.write_back import ChangesWriteBack, DeepSpeedWriteBack
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             self.add_callback(DeepSpeedWriteBack())
         else:
             self.add_callback(self._readers)
-        if self.args.torch_compile:
-            self.add_callback(CompiledWriteBack())
+            self.add_callback(ChangesWriteBack(self.callback_handler))
         if not self.smt_callbacks:
             self.add_callback(SMTCallback())
 

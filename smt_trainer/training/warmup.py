@@ -24,7 +24,7 @@ from smt_trainer.training.class_column import collating_classes
 from smt_trainer.training.distributed import bare_backward, warmup_model
 from smt_trainer.training.first_step import at_first_step
 from smt_trainer.training.loss_scale import LossScale
-from smt_trainer.training.preserved import generators_preserved, plain_data_preserved, rng_preserved
+from smt_trainer.training.preserved import generators_preserved, plain_data_preserved, reachable, rng_preserved
 
 if TYPE_CHECKING:
     from smt_trainer.training.trainer import SMTTrainerMixin
@@ -90,7 +90,7 @@ class Warmup:
         try:
             backward = bare_backward(self.accelerator, self.scale, self.kind.needs_backward)
             preserved = plain_data_preserved(trainer, apart=(trainer.train_dataset, trainer.eval_dataset))
-            generators = generators_preserved(trainer.data_collator, trainer.train_dataset)
+            generators = generators_preserved(trainer, *reachable(trainer.data_collator, trainer.train_dataset))
             with rng_preserved(), generators, preserved, backward:
                 with collating_classes(trainer, self.kind.class_column(self.config)):
                     loader = trainer.get_train_dataloader()

@@ -49,6 +49,14 @@ class RefuseWeightReaders(TrainerCallback):
         ]
         try:
             yield
+        except RuntimeError as error:
+            if not (weights and "used in the graph" in str(error)):
+                raise
+            raise SMTError(
+                "torch.autograd.grad was asked for the gradient of weights that hold blocks: in the first step they "
+                "require one, too, and get none. Take the parameters whose names end in `.blocks`, or pass "
+                "allow_unused=True."
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()

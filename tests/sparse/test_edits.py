@@ -5,9 +5,10 @@ import pickle
 import pytest
 import tiny
 import torch
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import convert_to_smt, from_delta, merge_and_unload, save_delta
+from smt_trainer import SMTError, convert_to_smt, from_delta, merge_and_unload, save_delta
 from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.last_equal import warn_of_edits
 
@@ -136,3 +137,9 @@ def test_a_delta_is_loaded_in_inference_mode(merge, model, tmp_path):
             for _, module in block_modules(loaded):
                 module.blocks += 1
             assert not torch.equal(tiny.logits(loaded), expected)
+
+
+def test_a_linear_that_is_pruned_after_its_blocks_were_taken_is_refused(model):
+    prune.l1_unstructured(model.get_submodule(NAMES[0]), "weight", amount=0.3)
+    with pytest.raises(SMTError, match="no parameter any more: pruning or a parametrization"):
+        model(**tiny.batch())

@@ -3,11 +3,13 @@
 import collections
 import dataclasses
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from torch.utils.data import WeightedRandomSampler
 from transformers import TrainerCallback
 
 from smt_trainer.training.preserved import plain_data_preserved
@@ -236,8 +238,13 @@ class Noisy:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: np.random.default_rng(3), lambda: random.Random(3), lambda: torch.Generator().manual_seed(3)],
-    ids=["numpy", "python", "torch"],
+    [
+        lambda: np.random.default_rng(3),
+        lambda: np.random.RandomState(3),
+        lambda: random.Random(3),
+        lambda: torch.Generator().manual_seed(3),
+    ],
+    ids=["numpy", "old numpy", "python", "torch"],
 )
 @pytest.mark.parametrize("is_made", [True, False])
 def test_a_generator_of_the_collator_is_as_without_a_warm_up(make, is_made, tmp_path):
@@ -247,6 +254,40 @@ def test_a_generator_of_the_collator_is_as_without_a_warm_up(make, is_made, tmp_
         if is_made:
             collator.generator = make()
         run = trainer(tiny.llama(), tmp_path / trainer.__name__, collator=collator, learning_rate=0.0, max_steps=8)
+        run.train()
+        losses.append(tiny.logged(run, "loss"))
+    assert losses[0] == losses[1] and len(set(losses[0])) > 1
+
+
+class Parts:
+    """A collator that is made of parts, as transforms of images are."""
+
+    def __init__(self, *parts):
+        self.transform = SimpleNamespace(parts=list(parts))
+
+    def __call__(self, features):
+        return self.transform.parts[0](features)
+
+
+def test_generators_within_a_collator_and_of_the_trainer_s_sampler_are_as_without_a_warm_up(tmp_path):
+    losses = []
+    for kind in (tiny.RecordingSMTTrainer, tiny.RecordingTrainer):
+
+        class Sampling(kind):
+            generator = None
+
+            def _get_train_sampler(self, *args):
+                self.generator = self.generator or torch.Generator().manual_seed(5)
+                return WeightedRandomSampler(torch.ones(32), 32, generator=self.generator)
+
+        fields = {"smt_config": tiny.config()} if kind is tiny.RecordingSMTTrainer else {}
+        run = Sampling(
+            model=tiny.llama(),
+            args=tiny.arguments(tmp_path / kind.__name__, learning_rate=0.0, max_steps=8),
+            train_dataset=tiny.examples(),
+            data_collator=Parts(Noisy(lambda: random.Random(3))),
+            **fields,
+        )
         run.train()
         losses.append(tiny.logged(run, "loss"))
     assert losses[0] == losses[1] and len(set(losses[0])) > 1

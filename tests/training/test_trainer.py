@@ -291,6 +291,36 @@ def test_the_best_blocks_are_loaded_at_the_end(tmp_path):
     assert trainer.evaluate()["eval_loss"] == eval_losses[1] != eval_losses[3]
 
 
+def test_the_best_model_is_loaded_also_where_a_subclass_saves_whole_models(tmp_path):
+    class SavesWhole(tiny.RecordingSMTTrainer):
+        def save_model(self, output_dir=None, _internal_call=False):
+            self.model.save_pretrained(output_dir or self.args.output_dir)
+
+    scores = iter([3.0, 1.0, 2.0, 4.0])
+    trainer = SavesWhole(
+        model=tiny.llama(),
+        args=tiny.arguments(
+            tmp_path,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+            greater_is_better=False,
+        ),
+        train_dataset=tiny.examples(),
+        eval_dataset=tiny.examples(4),
+        compute_metrics=lambda _: {"score": next(scores)},
+        smt_config=tiny.config(),
+    )
+    trainer.train()
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
+    assert torch.equal(tiny.logits(trainer.model), tiny.logits(best))
+    for _, linear in block_modules(trainer.model):
+        assert torch.equal(linear.grid.gather(linear.weight, linear.block_indices), linear.blocks)
+
+
 def test_the_selection_is_kept_in_the_output_folder(tmp_path):
     trainer = trained(tmp_path)
     selection = BlockSelection.load(tmp_path / SELECTION_FILE)

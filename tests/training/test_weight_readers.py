@@ -116,3 +116,25 @@ def test_a_weight_with_a_gradient_hook_is_trained_and_named(tmp_path, warnings):
     run.train()
     assert run.state.global_step == 4
     assert any("1 weights with gradient hooks, such as that of `model.layers.1" in line for line in warnings())
+
+
+class AsksForGradients(tiny.SMTTrainer):
+    """Computes the gradient of what is trained by itself, as methods that balance several losses do."""
+
+    allow_unused = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss = super().compute_loss(model, inputs, **kwargs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=self.allow_unused)
+        return loss
+
+
+def test_asking_for_gradients_of_weights_that_hold_blocks_is_explained(tmp_path):
+    given = {"smt_config": tiny.config(score="random"), "kind": AsksForGradients}
+    with pytest.raises(SMTError, match=r"in the first step.*`\.blocks`.*allow_unused=True"):
+        tiny.smt_trainer(tiny.llama(), tmp_path / "refused", **given).train()
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path / "run", **given)
+    trainer.allow_unused = True
+    trainer.train()
+    assert trainer.state.global_step == 4
