@@ -75,10 +75,10 @@ class SMTConfig:
         Names(*TARGET_KEYWORDS),
         decides="targets",
         help="Linears to choose blocks from: 'qkv' (query, key and value projections, fused or not), 'attention' (qkv "
-        "and the output projection), 'mlp' (experts included), 'experts', 'all-linear' (all but heads and routers), of "
-        "a VLM in its language model; 'all-conv' (the convolutions instead), a list of module names or their endings, "
-        "or a regular expression that the whole module name must match; these two also mean convolutions and "
-        "embeddings, where a row is a token.",
+        "and the output projection), 'mlp' (experts included), 'experts' or 'all-linear' (all but heads and routers); "
+        "in a VLM these mean its language model. 'all-conv' chooses convolutions instead. A list of module names or "
+        "their endings, or a regular expression for the whole name, can also choose convolutions and embeddings (a "
+        "row is a token).",
     )
     exclude_modules: ModuleNames | None = setting(
         None,

@@ -1,4 +1,4 @@
-"""Read and write files so that a crash never leaves half a file, and a damaged file raises nothing but `SMTError`.
+"""Write files and folders so that a crash never leaves half of one.
 
 A file or folder NAME is first written under a hidden name next to it, `.NAME.XXXXXXXX.partial` for a file and
 `.NAME.partial` for a folder, and locked until the process ends. So the next process that writes NAME recognises what a
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -30,11 +28,6 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-# What the content of a damaged file can raise, besides SMTError.
-DAMAGE = (
-    *(AttributeError, LookupError, TypeError, ValueError, ArithmeticError),
-    *(RuntimeError, MemoryError, SafetensorError),
-)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -207,29 +200,3 @@ def _umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-def load_json(path: Path, what: str) -> Any:
-    """Parse a JSON file. Raise `SMTError` if it is missing or damaged; the message says `what` was expected."""
-    if not path.is_file():
-        raise SMTError(f"no {what} at {path}: expected a JSON file. Check the path.")
-    try:
-        return parse_json(path.read_bytes())
-    except DAMAGE as error:
-        raise SMTError(f"the {what} at {path} is not valid JSON ({error}). It is damaged; create it again.") from error
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON strictly: raise one of `DAMAGE` also for NaN, Infinity and a key given twice."""
-    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repetition)
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
-
-
-def _refuse_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key is given twice")
-    return values

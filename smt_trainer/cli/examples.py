@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError, first_line
-from smt_trainer.files import DAMAGE, parse_json
+from smt_trainer.scores.classes import NO_LABEL
+from smt_trainer.strict_json import DAMAGE, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-NO_LABEL = -100
 
 
 def load_records(path: Path) -> list[dict[str, Any]]:

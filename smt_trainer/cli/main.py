@@ -17,11 +17,11 @@ from smt_trainer.cli import (
     estimate,
     export,
     extract,
-    inspect_artefact,
-    merge_delta,
+    inspect,
+    merge,
     select,
     unmerge,
-    verify_merge,
+    verify,
 )
 from smt_trainer.errors import SMTError, one_line
 
@@ -31,9 +31,9 @@ FAILED = 2
 INTERRUPTED, PIPE_CLOSED = 130, 141
 COMMANDS = (
     select,
-    inspect_artefact,
-    merge_delta,
-    verify_merge,
+    inspect,
+    merge,
+    verify,
     unmerge,
     extract,
     diff,

@@ -9,8 +9,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json
 from smt_trainer.model.checkpoint import CONFIG_FILE, WEIGHTS_KEY
+from smt_trainer.strict_json import load_json
 
 VOCABULARY, LAYERS = "vocab_size", "num_hidden_layers"
 # The key that says which Python files `trust_remote_code=True` runs.

@@ -17,6 +17,7 @@ from smt_trainer.errors import SMTError, first_line
 from smt_trainer.manifest import refusing_damage
 from smt_trainer.model.hub import split_commit
 from smt_trainer.model.quantised import quantization_of
+from smt_trainer.model.skeleton import model_class
 from smt_trainer.sparse.convert import Model, merge_and_unload
 from smt_trainer.sparse.state import has_quantised_blocks
 
@@ -174,9 +175,6 @@ def as_config(quantization: Any) -> Any:
 
 def trained_class(delta: Delta) -> Any:
     """Return the class of transformers that was trained, as the delta names it; a causal LM if it names none."""
-    import transformers
+    from transformers import AutoModelForCausalLM
 
-    # The name comes from a file; accept only a model class.
-    found = getattr(transformers, delta.architecture, None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModelForCausalLM
+    return model_class(delta.architecture) or AutoModelForCausalLM

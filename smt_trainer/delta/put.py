@@ -17,8 +17,9 @@ from smt_trainer.delta.delta import Delta
 from smt_trainer.delta.onto import DEQUANTIZED, check_onto, check_same_quantisation
 from smt_trainer.errors import SMTError
 from smt_trainer.model.base import base_name
+from smt_trainer.model.language_model import vocabulary_weights
 from smt_trainer.model.names import plain_name
-from smt_trainer.model.newly_initialised import embeddings, new_rows, newly_initialised
+from smt_trainer.model.newly_initialised import new_rows, newly_initialised
 from smt_trainer.model.quantised import quantization_of
 from smt_trainer.model.sharded import assign, full_shape
 from smt_trainer.model.whole import find_whole
@@ -94,7 +95,7 @@ def differences(model: nn.Module, delta: Delta) -> list[str]:
 def _vocabulary_of(delta: Delta, model: nn.Module) -> Generator[None]:
     """Resize a model's token embeddings to the delta's vocabulary, if the delta stores them whole or trains rows that
     the model lacks; undo this if the context ends in an exception."""
-    before = {name: model.get_parameter(name).detach() for name in embeddings(model)}
+    before = {name: model.get_parameter(name).detach() for name in vocabulary_weights(model)}
     rows = {len(delta.whole[name]): len(values) for name, values in before.items() if name in delta.whole}
     for name, values in before.items():
         new = delta.selection.new_rows(name.removesuffix(".weight"), len(values))

@@ -8,7 +8,7 @@ import numpy as np
 from smt_trainer.arrays import FLOATS, cast
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
-from smt_trainer.merging.expert_files import find_experts
+from smt_trainer.merging.expert_files import IN_MEMORY, find_experts
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.renamed import find_renamed
 from smt_trainer.merging.site import Site
@@ -75,5 +75,5 @@ def refuse_missing(names: list[str], folder: Path) -> None:
     if names:
         raise SMTError(
             f"{folder} has no tensor `{names[0]}`. If its architecture renames tensors on loading, or the delta has "
-            "a new head, merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
+            f"a new head, {IN_MEMORY}."
         )

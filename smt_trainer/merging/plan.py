@@ -19,6 +19,7 @@ from smt_trainer.delta.folder import LAYERS, load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
+from smt_trainer.merging.expert_files import IN_MEMORY
 from smt_trainer.merging.locate import find_grown, find_keys, find_parts, find_sites, refuse_missing
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.site import Site
@@ -179,8 +180,8 @@ def refuse_other_depth(delta_folder: Path, checkpoint: Checkpoint) -> None:
     layers = [config.get(LAYERS) for config in (load_config(delta_folder), checkpoint.config or {})]
     if None not in layers and layers[0] != layers[1]:
         raise SMTError(
-            f"the delta was trained with {LAYERS}={layers[0]}, and {checkpoint.folder} has {layers[1]}. Merge in "
-            "memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)."
+            f"the delta was trained with {LAYERS}={layers[0]}, and {checkpoint.folder} has {layers[1]}. To "
+            f"get the trained model, {IN_MEMORY}."
         )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from smt_trainer.model.experts import ExpertMatrix, watching_products
+from smt_trainer.model.experts import ExpertMatrix, watch_stack
 from smt_trainer.model.products import Observer, Routing
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def watching_calls(targets: Mapping[str, Target], observe: Observe, *, start: bo
                 # One that starts the graph runs before the hooks of users, which may change the output.
                 handles.append(target.register_forward_hook(watch, with_kwargs=True, prepend=start))
         experts = {name: target for name, target in targets.items() if isinstance(target, ExpertMatrix)}
-        with watching_products(experts, lambda leaf, names: _observer(experts, names, observe, start)):
+        with _watching_products(experts, lambda names: _observer(experts, names, observe, start)):
             yield
     finally:
         for handle in handles:
@@ -65,6 +65,29 @@ def _watch(
     started = _started(output)
     started.register_hook(take)
     return started
+
+
+@contextlib.contextmanager
+def _watching_products(
+    matrices: Mapping[str, ExpertMatrix], observer: Callable[[dict[int, str]], Observer]
+) -> Generator[None]:
+    """Report the matrix products of experts within this context.
+
+    Args:
+        matrices: target name -> matrix; products of other parameters are not reported.
+        observer: makes an observer for a parameter from {expert: target name}.
+    """
+    stacks: dict[tuple[nn.Module, str], dict[int, str]] = {}
+    for name, matrix in matrices.items():
+        stacks.setdefault((matrix.experts, matrix.leaf), {})[matrix.index] = name
+    handles = []
+    try:
+        for (experts, leaf), names in stacks.items():
+            handles += watch_stack(experts, leaf, observer(names))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _observer(

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json
 from smt_trainer.model.hub import fetch, is_folder
 from smt_trainer.settings import is_int
+from smt_trainer.strict_json import load_json
 from smt_trainer.tensor_file import open_array
 from smt_trainer.tensor_header import StoredTensor, read_header
 

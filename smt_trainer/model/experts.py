@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from smt_trainer.errors import SMTError
+from smt_trainer.model.names import BLOCK_INDICES
 from smt_trainer.model.products import Observer, Role, WatchedStack
 
 # Classes without transformers' `is_transposed` -> whether they keep each matrix transposed.
@@ -63,7 +64,7 @@ class ExpertMatrix:
 def expert_stacks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield the name, module and leaf of each 3-D parameter that holds experts, in the model's order."""
     for name, module in model.named_modules():
-        is_rewritten = "block_indices" in module._buffers
+        is_rewritten = BLOCK_INDICES in module._buffers
         if "expert" in f"{name}.{type(module).__name__}".lower() and not is_rewritten:
             for leaf, parameter in module._parameters.items():
                 if parameter is not None and parameter.ndim == 3:
@@ -103,29 +104,6 @@ def stored_weight(model: nn.Module, name: str) -> Tensor:
     """Return the weight of a target of a plain model as it is stored, outside of autograd."""
     expert = find_expert(model, name)
     return model.get_submodule(name).get_parameter("weight").data if expert is None else expert.stack.data[expert.index]
-
-
-@contextlib.contextmanager
-def watching_products(
-    matrices: Mapping[str, ExpertMatrix], observer: Callable[[str, dict[int, str]], Observer]
-) -> Generator[None]:
-    """Report the matrix products of experts within this context.
-
-    Args:
-        matrices: target name -> matrix; products of other parameters are not reported.
-        observer: makes an observer for a parameter from its name and {expert: target name}.
-    """
-    stacks: dict[tuple[nn.Module, str], dict[int, str]] = {}
-    for name, matrix in matrices.items():
-        stacks.setdefault((matrix.experts, matrix.leaf), {})[matrix.index] = name
-    handles = []
-    try:
-        for (experts, leaf), names in stacks.items():
-            handles += watch_stack(experts, leaf, observer(leaf, names))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def watch_stack(experts: nn.Module, leaf: str, observe: Observer) -> list[RemovableHandle]:

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smt_trainer.arrays import as_array, cast, dtype_name, torch_name
-from smt_trainer.model.names import find_names, plain_name
+from smt_trainer.model.names import BLOCK_INDICES, find_names, plain_name
 from smt_trainer.tensor_file import read_runs
 from smt_trainer.tensor_header import StoredTensor
 
@@ -201,7 +201,7 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the persistent buffers of a plain or rewritten model with their full names, except `block_indices`."""
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set and name != "block_indices":
+            if buffer is not None and name not in module._non_persistent_buffers_set and name != BLOCK_INDICES:
                 yield f"{plain_name(path)}.{name}" if path else name, buffer
 
 

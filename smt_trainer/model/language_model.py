@@ -11,6 +11,8 @@ import contextlib
 
 from torch import nn
 
+from smt_trainer.model.names import plain_name
+
 TOWERS = ("vision_config", "audio_config")
 
 
@@ -48,6 +50,22 @@ def _token_embeddings(model: nn.Module) -> object | None:
     # A vision model may have none; transformers then raises.
     with contextlib.suppress(NotImplementedError, AttributeError):
         return model.get_input_embeddings()  # pyrefly: ignore[not-callable]
+
+
+def vocabulary_weights(model: nn.Module) -> list[str]:
+    """Return the full names of the weights of a model's token embeddings and output embeddings."""
+    found = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        # A vision model may have none; transformers then raises.
+        with contextlib.suppress(NotImplementedError):
+            found.append(getattr(model, get, lambda: None)())
+    owned = {id(module) for module in found if isinstance(module, nn.Module)}
+    return [
+        plain_name(f"{path}.{name}")
+        for path, module in model.named_modules()
+        if id(module) in owned
+        for name, _ in module.named_parameters(recurse=False)
+    ]
 
 
 def modules_beside(model: nn.Module, inner: str) -> list[str]:

@@ -17,6 +17,8 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 # Name of the module that holds the trained blocks of experts (`sparse/experts.py`); plain models do not have it.
 EXPERT_BLOCKS = "smt_experts"
+# Buffer of a rewritten module (`sparse/block_module.py`); plain models do not have it.
+BLOCK_INDICES = "block_indices"
 
 # How many leading parts, such as `model.`, a name may have in one place and lack in another.
 MOST_PREFIXES = 2

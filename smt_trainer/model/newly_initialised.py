@@ -9,7 +9,6 @@ unless loading converts names. A model built from a configuration alone has no c
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 
 from smt_trainer.model.base import base_checkpoint, base_config
 from smt_trainer.model.checkpoint import Checkpoint, vocabulary_sizes
+from smt_trainer.model.language_model import vocabulary_weights
 from smt_trainer.model.names import find_names, plain_name
 from smt_trainer.model.sharded import full_shape
 
@@ -34,7 +34,7 @@ def newly_initialised(model: nn.Module) -> list[str]:
         return []
     ignored: Any = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     shapes = _stored_shapes(checkpoint, parameters)
-    tables = {name: full_shape(parameters[name]) for name in embeddings(model) if name in parameters}
+    tables = {name: full_shape(parameters[name]) for name in vocabulary_weights(model) if name in parameters}
     resized = {name for name, shape in tables.items() if shapes.get(name, shape) != shape}
     # If the weights cannot be read, their configuration still tells how large the vocabulary was.
     if checkpoint is None and (sizes := vocabulary_sizes(base_config(model))):
@@ -61,7 +61,7 @@ def _converts_names(model: nn.Module) -> bool:
 def new_rows(model: nn.Module) -> dict[str, range]:
     """Return the vocabulary's rows that the checkpoint lacks: weight of the token embeddings, or of a head not tied to
     them -> row numbers. A weight that shrank is skipped."""
-    resized = [name for name in newly_initialised(model) if name in embeddings(model)]
+    resized = [name for name in newly_initialised(model) if name in vocabulary_weights(model)]
     found = {}
     for name, before in _stored_shapes(base_checkpoint(model), resized).items() if resized else ():
         after = full_shape(model.get_parameter(name))
@@ -74,19 +74,3 @@ def _stored_shapes(checkpoint: Checkpoint | None, names: Iterable[str]) -> dict[
     """Return the shapes of parameters in a checkpoint, if it can be read; skip those that it lacks."""
     tensors = {} if checkpoint is None else checkpoint.tensors
     return {name: tensors[other].shape for name, other in find_names(names, tensors).items()}
-
-
-def embeddings(model: nn.Module) -> list[str]:
-    """Return the full names of the weights of a model's token embeddings and output embeddings."""
-    found = []
-    for get in ("get_input_embeddings", "get_output_embeddings"):
-        # A vision model may have none; transformers then raises.
-        with contextlib.suppress(NotImplementedError):
-            found.append(getattr(model, get, lambda: None)())
-    owned = {id(module) for module in found if isinstance(module, nn.Module)}
-    return [
-        plain_name(f"{path}.{name}")
-        for path, module in model.named_modules()
-        if id(module) in owned
-        for name, _ in module.named_parameters(recurse=False)
-    ]

@@ -22,8 +22,8 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     import transformers
 
     names = (checkpoint.config or {}).get("architectures") or [""]
-    kind = getattr(transformers, str(names[0]), None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+    kind = model_class(str(names[0]))
+    if kind is None:
         raise SMTError(
             f"the config.json of {checkpoint.folder} should name a model class of transformers as its architecture, "
             f"got {names[0]!r}. Save the model with save_pretrained."
@@ -34,3 +34,11 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
             return kind(config).eval()
     except Exception as error:  # an odd configuration makes transformers raise anything
         raise SMTError(f"no {names[0]} can be built from {checkpoint.folder}: {first_line(error)}") from error
+
+
+def model_class(name: str | None) -> type[PreTrainedModel] | None:
+    """Return transformers' model class with a name, which may come from a file; None if there is none."""
+    import transformers
+
+    found = getattr(transformers, name or "", None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None

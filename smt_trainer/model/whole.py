@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.model.heads import head_names
+from smt_trainer.model.language_model import vocabulary_weights
 from smt_trainer.model.names import layer_index, lies_in, matches, plain_name
-from smt_trainer.model.newly_initialised import embeddings, new_rows, newly_initialised
+from smt_trainer.model.newly_initialised import new_rows, newly_initialised
 from smt_trainer.model.quantised import is_quantised
 from smt_trainer.model.sharded import is_dtensor
 
@@ -75,7 +76,7 @@ def _left_newly_initialised(model: nn.Module, config: SMTConfig, found: list[str
         # New rows are trained as blocks (`selection/tokens.py`).
         held = new_rows(model)
         left = [name for name in left if name not in held]
-    resized = [name for name in embeddings(model) if name in left]
+    resized = [name for name in vocabulary_weights(model) if name in left]
     if resized:
         raise SMTError(
             f"`{resized[0]}` has other rows than the model's checkpoint, so the base cannot restore them. Train it "

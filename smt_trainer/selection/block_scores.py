@@ -219,9 +219,14 @@ class BlockScores:
                 raise SMTError(f"the scores of `{name}` are not finite. Score the blocks again.")
         for one in self.dependencies:
             source, pairs = self.grids.get(one.source), one.pairs
-            fits = source is not None and pairs.dtype == torch.int32 and pairs.ndim == 2 and pairs.shape[1] == 2
-            column = one.grid.block_shape == one.grid.column_shape
-            if not fits or not column or (pairs < 0).any() or (pairs >= torch.tensor(_limits(source, one))).any():
+            are_pairs = pairs.dtype == torch.int32 and pairs.ndim == 2 and pairs.shape[1] == 2
+            are_columns = one.grid.block_shape == one.grid.column_shape
+            if (
+                source is None
+                or not (are_pairs and are_columns)
+                or (pairs < 0).any()
+                or (pairs >= torch.tensor((source.shape[0], one.grid.num_blocks))).any()
+            ):
                 raise SMTError(
                     f"the columns of `{one.reader}` that depend on rows of `{one.source}` do not lie in their grids. "
                     "The scores are damaged; score the blocks again."
@@ -229,7 +234,3 @@ class BlockScores:
         found = {one.reader for one in self.dependencies}
         if not self.grids or found & self.grids.keys() or found != readers.keys():
             raise SMTError("the scores list no module, or readers that no dependency has. Score the blocks again.")
-
-
-def _limits(source: BlockGrid | None, one: Dependency) -> tuple[int, int]:
-    return (source.shape[0] if source else 0), one.grid.num_blocks

@@ -12,11 +12,12 @@ import numpy as np
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
-from smt_trainer.files import load_json, write_text
+from smt_trainer.files import write_text
 from smt_trainer.manifest import check_format, check_keys, read_base, read_config, refusing_damage, sealed, unsealed
 from smt_trainer.model.grid import BlockGrid, numel, read_grids
 from smt_trainer.model.names import by_projection
 from smt_trainer.settings import is_int
+from smt_trainer.strict_json import load_json
 
 SELECTION_FILE = "smt_selection.json"
 FORMAT = 1

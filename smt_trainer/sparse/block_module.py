@@ -19,8 +19,8 @@ from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.names import plain_name
 from smt_trainer.model.sharded import LocalPart, assign, full_tensor, is_sharded, local_parts
 from smt_trainer.sparse.block_views import BlockViews
+from smt_trainer.sparse.functional.linear import group_blocks, sparse_linear
 from smt_trainer.sparse.last_equal import LastEqual, version_of, warn_of_edits
-from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
 from smt_trainer.sparse.write_back import follow, write_back
 
 

@@ -17,9 +17,9 @@ from smt_trainer.arrays import FLOATS, as_array, bits, cast, dtype_name
 from smt_trainer.model.base import base_checkpoint, lost_base
 from smt_trainer.model.checkpoint import Checkpoint
 from smt_trainer.model.fingerprint import Fingerprint
+from smt_trainer.model.language_model import vocabulary_weights
 from smt_trainer.model.merged import is_merged
 from smt_trainer.model.names import find_names
-from smt_trainer.model.newly_initialised import embeddings
 from smt_trainer.model.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def warn_of_changed_base(model: nn.Module, base: Fingerprint) -> None:
 def _changed_embeddings(model: nn.Module, base: Fingerprint, checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the names of token embeddings with other values than in a checkpoint; new rows are left out."""
     # Others are tied to these, or stored in the delta.
-    names = [name for name in embeddings(model) if name in base.checksums]
+    names = [name for name in vocabulary_weights(model) if name in base.checksums]
     for name, key in find_names(names, checkpoint.tensors).items():
         weight, stored = model.get_parameter(name).detach(), checkpoint.array(checkpoint.tensors[key])
         if is_sharded(weight) or weight.is_meta or dtype_name(stored) not in FLOATS:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from smt_trainer.model.convolution import padded
 from smt_trainer.sparse.block_module import BlockModule
-from smt_trainer.sparse.sparse_conv import group_channels, sparse_conv
+from smt_trainer.sparse.functional.conv import group_channels, sparse_conv
 
 if TYPE_CHECKING:
     from smt_trainer.model.convolution import Convolution

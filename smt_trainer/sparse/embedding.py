@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from smt_trainer.model.embedding import is_scaled, sharing
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.sparse.block_module import BlockModule
-from smt_trainer.sparse.sparse_embedding import place_tokens, sparse_embedding
-from smt_trainer.sparse.sparse_linear import sparse_linear
+from smt_trainer.sparse.functional.embedding import place_tokens, sparse_embedding
+from smt_trainer.sparse.functional.linear import sparse_linear
 from smt_trainer.sparse.write_back import write_back
 
 

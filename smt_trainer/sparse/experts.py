@@ -21,7 +21,7 @@ from smt_trainer.model.names import EXPERT_BLOCKS
 from smt_trainer.model.products import Routing
 from smt_trainer.model.sharded import full_tensor
 from smt_trainer.sparse.block_module import BlockModule
-from smt_trainer.sparse.sparse_experts import ExpertBlocks, reaching, together, with_gradients
+from smt_trainer.sparse.functional.experts import ExpertBlocks, reaching, together, with_gradients
 from smt_trainer.sparse.write_back import write_back
 
 

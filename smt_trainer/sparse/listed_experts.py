@@ -2,7 +2,7 @@
 
 ZeRO-2 reduces gradients over ranks in the order in which they arrive, and FSDP2 reduces those of the parameters that
 have one. But a router calls different experts on each rank, in a different order. So the blocks of all experts in a
-list get their gradients from one node, like those in a 3-D parameter (`sparse_experts.py`): all at once, and zeros
+list get their gradients from one node, like those in a 3-D parameter (`functional/experts.py`): all at once, and zeros
 where no token was sent.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from smt_trainer.model.listed_experts import expert_lists
 from smt_trainer.sparse.block_module import BlockModule
-from smt_trainer.sparse.sparse_experts import reaching, together
+from smt_trainer.sparse.functional.experts import reaching, together
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ With Q(W) [O, I] the values of the quantised weight, and P the chosen blocks' pl
     y  = x W'^T + bias
     dx = dy W'
 
-and the gradient of the blocks is that of `sparse_linear.py`. W' is built for each product and then dropped, as
+and the gradient of the blocks is that of `functional/linear.py`. W' is built for each product and then dropped, as
 bitsandbytes does with Q(W); inserting the blocks copies only the blocks. So a layer computes bit for bit what a dense
 linear with the weight W' does: before training, that is the output of bitsandbytes in 4 bits, and afterwards that of
 the merged model. In 8 bits, bitsandbytes also quantises the inputs to 8 bits and multiplies integers; a linear with
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from smt_trainer.model.quantised import bits_of, compute_dtype, dequantised, make_plain
 from smt_trainer.sparse.block_module import BlockModule
-from smt_trainer.sparse.sparse_linear import sparse_linear
+from smt_trainer.sparse.functional.linear import sparse_linear
 
 
 class QuantisedBlockLinear(BlockModule):

@@ -25,8 +25,8 @@ from smt_trainer.errors import SMTError
 from smt_trainer.model.grid import BlockGrid
 from smt_trainer.model.sharded import LocalPart, local_tensor
 from smt_trainer.model.tensor_parallel import Slice
+from smt_trainer.sparse.functional.linear import group_blocks, sparse_linear
 from smt_trainer.sparse.linear import SMTLinear
-from smt_trainer.sparse.sparse_linear import group_blocks, sparse_linear
 from smt_trainer.sparse.write_back import write_back
 
 

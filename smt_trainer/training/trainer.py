@@ -1,19 +1,25 @@
-"""`SMTTrainer`: warm-up, selection and rewriting, then the stock training loop of transformers' `Trainer`.
+"""`SMTTrainer`: warm-up, selection and conversion, then the stock training loop of transformers' `Trainer`.
 
 Everything SMT needs happens at the start of `_inner_training_loop`, on the bare model, before Trainer makes an
 optimizer or wraps the model for several devices:
 
-    warm-up     forward and backward on the first batches of the main loop (`warmup.py`)
-    selection   the best blocks within the budget (`selection/`)
-    rewriting   targets become `SMTLinear`s, everything else is frozen (`sparse/convert.py`)
+    train
+        _inner_training_loop
+            _convert                    targets become `SMTLinear`s, everything else is frozen (`sparse/convert.py`)
+                _choose_blocks          the best blocks within the budget
+                    Warmup.run          forward and backward on the first batches of the main loop (`warmup.py`)
+                    BlockScores.select  ranks the blocks (`selection/`)
+            Trainer._inner_training_loop
+    save_model, merge_and_save          the delta, a plain checkpoint (`saving.py`)
 
-Then the stock loop runs on the final parameters, as if the model had been given like this. Checkpoints hold the delta
-in place of the model (`saving.py`).
+The stock loop runs on the final parameters, as if the model had been given like this. Checkpoints hold the delta in
+place of the model.
 
 Private methods of Trainer that this folder relies on. Overridden: `_inner_training_loop`, `_save`,
 `_save_optimizer_and_scheduler`, `_save_rng_state`, `_load_from_checkpoint`, `_load_best_model` and
 `_push_from_checkpoint`. Called: `_get_output_dir` and `_set_signature_columns_if_needed`. Read or set:
-`_train_batch_size` and `_signature_columns`. Of TRL's trainers: `_move_model_to_vllm` (`vllm_weights.py`).
+`_train_batch_size` and `_signature_columns`. Of TRL's trainers: `_move_model_to_vllm` (`vllm_weights.py`) and
+`_sync_weight` (`refusals.py`).
 """
 
 from __future__ import annotations
@@ -32,6 +38,7 @@ from transformers import Trainer
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.folder import refuse_full_model
 from smt_trainer.errors import SMTError
+from smt_trainer.model.activation_checkpointing import let_backward_stop_early
 from smt_trainer.model.base import base_name
 from smt_trainer.model.merged import is_merged
 from smt_trainer.model.quantised import keep_differentiable
@@ -46,7 +53,6 @@ from smt_trainer.sparse.convert import convert_to_smt
 from smt_trainer.sparse.listed_experts import arriving_together
 from smt_trainer.sparse.state import get_state, is_smt_model
 from smt_trainer.sparse.whole_tensors import WholeTensors, warn_of_others
-from smt_trainer.training.activation_checkpointing import let_backward_stop_early
 from smt_trainer.training.callback import SMTCallback
 from smt_trainer.training.distributed import bare_autocast, is_sharding, prepare_for_sharding
 from smt_trainer.training.gradients import ExpectGradients
@@ -87,9 +93,9 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     """Goes in front of `Trainer` or any subclass of it: `class MyTrainer(SMTTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
+        args, kwargs: those of the trainer behind it.
         smt_config: what to tune and how to choose it; if omitted, the defaults of `SMTConfig`, or for a model that
             trains blocks already the configuration that chose them.
-        All other arguments are those of the trainer behind it.
 
     Attributes:
         is_in_warmup: whether the gradient warm-up runs now. It calls `training_step` and `compute_loss` as training
@@ -134,9 +140,13 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         if is_smt_model(self.model):
             refuse_other_blocks(self.model, self.smt_config, self._given_selection)
         elif self.model_init is None and self._given_selection is None:
+            # Targets that cannot be found are refused now; training finds them in the cache.
             self._find_candidates()
         if not is_reference_given(self, args, kwargs):
             match_reference(self)
+        self._add_own_callbacks()
+
+    def _add_own_callbacks(self) -> None:
         self._gradients, self._readers = ExpectGradients(), RefuseWeightReaders()
         self.add_callback(self._gradients)
         if self.is_deepspeed_enabled:
@@ -167,10 +177,6 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             refuse_no_checkpoint(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def call_model_init(self, trial=None):
-        """As Trainer's, but return a plain model where `model_init` compiles it."""
-        return uncompiled(super().call_model_init(trial))
-
     def select(self) -> BlockSelection:
         """Choose the blocks as `train` does, and leave the model as it was.
 
@@ -194,7 +200,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
     ):
         if self.args.auto_find_batch_size and batch_size is not None:
             self._train_batch_size = batch_size
-        self._make_sparse(resume_from_checkpoint, Path(self._get_output_dir(trial)))
+        self._convert(resume_from_checkpoint, Path(self._get_output_dir(trial)))
         sharding = is_sharding(self.accelerator)
         if sharding:
             prepare_for_sharding(self.model, self.accelerator)
@@ -207,12 +213,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             self._gradients.detach()
             self._readers.forget()
 
-    def training_step(self, *args, **kwargs):
-        """Run forward and backward as Trainer does; in the first step, watch who reads the weights that hold blocks."""
-        with self._readers.watching():
-            return super().training_step(*args, **kwargs)
-
-    def _make_sparse(self, checkpoint: str | None, folder: Path) -> None:
+    def _convert(self, checkpoint: str | None, folder: Path) -> None:
         """Make the model one that trains its blocks: those of a checkpoint, if any, or those that are chosen now."""
         if checkpoint is not None:
             if not is_smt_model(self.model):
@@ -256,20 +257,6 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             callback.on_selection(self.args, selection)
         return selection
 
-    def _read_selection(self, path: Path) -> BlockSelection:
-        """Return the blocks that an interrupted run chose."""
-        selection, base = BlockSelection.load(path), base_name(self.model)
-        self._refuse_other_config(selection.config, path)
-        if selection.base_model != base:
-            logger.warning(
-                "The blocks of %s were chosen in %s; this model is %s. Unless both are copies of the same model, start "
-                "again in another output_dir.",
-                path,
-                selection.base_model,
-                base,
-            )
-        return replace(selection, base_model=base)
-
     def _choose_by_warmup(self, folder: Path) -> BlockSelection:
         candidates = self._find_candidates()
         warmup, began = Warmup(self, candidates.grids), time.monotonic()
@@ -289,12 +276,19 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
             selection.save(folder / SELECTION_FILE)
         return selection
 
-    def _expect_gradients(self) -> None:
-        """Watch the first step, unless a warm-up has seen the gradients or DeepSpeed removes them from `.grad`."""
-        scorer = SCORERS[self.smt_config.score]
-        ran_warmup = self._given_selection is None and not self._was_interrupted and scorer.needs_warmup
-        if not (ran_warmup and scorer.needs_backward) and not self.is_deepspeed_enabled:
-            self._gradients.arm(calls_are_known=ran_warmup)
+    def _read_selection(self, path: Path) -> BlockSelection:
+        """Return the blocks that an interrupted run chose."""
+        selection, base = BlockSelection.load(path), base_name(self.model)
+        self._refuse_other_config(selection.config, path)
+        if selection.base_model != base:
+            logger.warning(
+                "The blocks of %s were chosen in %s; this model is %s. Unless both are copies of the same model, start "
+                "again in another output_dir.",
+                path,
+                selection.base_model,
+                base,
+            )
+        return replace(selection, base_model=base)
 
     def _find_candidates(self) -> Candidates:
         """Return the candidates of the model, cached so that the search and its warnings run once."""
@@ -311,15 +305,29 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         self._candidates_cache = weakref.ref(self.model), replace(self.smt_config), flags, candidates
         return candidates
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Log as Trainer does, with the results of the warm-up along with the first loss; do nothing in the warm-up."""
-        if self.is_in_warmup:
-            return
-        # If no loss is logged, they go into the summary at the end.
-        if "loss" in logs or "train_runtime" in logs:
-            logs.update(self._report)
-            self._report = {}
-        super().log(logs, *args, **kwargs)
+    @property
+    def _given_selection(self) -> BlockSelection | None:  # pyrefly: ignore[bad-override]  # it is no plain attribute
+        """The configured selection, with those fields of this trainer's configuration that decide the training."""
+        if self._selection_cache is None or self._selection_cache[0] != self.smt_config:
+            selection = given_selection(self.smt_config, None if is_smt_model(self.model) else self.model)
+            self._selection_cache = replace(self.smt_config), selection
+        return self._selection_cache[1]
+
+    def _expect_gradients(self) -> None:
+        """Watch the first step, unless a warm-up has seen the gradients or DeepSpeed removes them from `.grad`."""
+        scorer = SCORERS[self.smt_config.score]
+        ran_warmup = self._given_selection is None and not self._was_interrupted and scorer.needs_warmup
+        if not (ran_warmup and scorer.needs_backward) and not self.is_deepspeed_enabled:
+            self._gradients.arm(calls_are_known=ran_warmup)
+
+    def call_model_init(self, trial=None):
+        """As Trainer's, but return a plain model where `model_init` compiles it."""
+        return uncompiled(super().call_model_init(trial))
+
+    def training_step(self, *args, **kwargs):
+        """Run forward and backward as Trainer does; in the first step, watch who reads the weights that hold blocks."""
+        with self._readers.watching():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss_context_manager(self):
         """In the warm-up, add the mixed precision that the model gets only when the main loop prepares it."""
@@ -331,23 +339,25 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         stack.enter_context(bare_autocast(self.accelerator))
         return stack
 
-    @property
-    def _given_selection(self) -> BlockSelection | None:  # pyrefly: ignore[bad-override]  # it is no plain attribute
-        """The configured selection, with those fields of this trainer's configuration that decide the training."""
-        if self._selection_cache is None or self._selection_cache[0] != self.smt_config:
-            selection = given_selection(self.smt_config, None if is_smt_model(self.model) else self.model)
-            self._selection_cache = replace(self.smt_config), selection
-        return self._selection_cache[1]
-
-    @property
-    def smt_callbacks(self) -> list[SMTCallback]:
-        """The callbacks that receive the events of SMT."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SMTCallback)]
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Log as Trainer does, with the results of the warm-up along with the first loss; do nothing in the warm-up."""
+        if self.is_in_warmup:
+            return
+        # If no loss is logged, they go into the summary at the end.
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self._report)
+            self._report = {}
+        super().log(logs, *args, **kwargs)
 
     @property
     def smt_selection(self) -> BlockSelection:
         """The blocks that the model trains. Raises `SMTError` before they are chosen."""
         return get_state(self.model).selection
+
+    @property
+    def smt_callbacks(self) -> list[SMTCallback]:
+        """The callbacks that receive the events of SMT."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, SMTCallback)]
 
     def print_trainable_parameters(self) -> None:
         """Print how much is trained, and which blocks."""

@@ -8,7 +8,7 @@ import pytest
 
 from smt_trainer import BlockScores
 from smt_trainer.cli import main
-from smt_trainer.cli.inspect_artefact import KEYS_OF_TWO
+from smt_trainer.cli.inspect import KEYS_OF_TWO
 from smt_trainer.cli.main import COMMANDS
 from smt_trainer.estimation.cost import Cost
 

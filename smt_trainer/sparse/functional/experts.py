@@ -1,7 +1,7 @@
 """Add the gradient of experts' chosen blocks to the products that the model itself computes.
 
 The model computes a product y of some experts (`model/products.py`), and its dx, with the frozen weights as usual. Let
-x_e and dy_e [T_e, .] be the rows that belong to expert e. Its blocks get, like those of a linear (`sparse_linear.py`),
+x_e and dy_e [T_e, .] be the rows that belong to expert e. Its blocks get, like those of a linear (`linear.py`),
 
     dW_e[r, c] = dy_e[:, r-th block row]^T  x_e[:, c-th block column]          [br, bc]
 
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smt_trainer.model.products import Routing
-from smt_trainer.sparse.kept_input import KeptInput, find_origin
-from smt_trainer.sparse.sparse_linear import Plan, block_gradients
+from smt_trainer.sparse.functional.kept_input import KeptInput, find_origin
+from smt_trainer.sparse.functional.linear import Plan, block_gradients
 
 
 class ExpertBlocks(NamedTuple):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from smt_trainer.cli.options import add_base_and_delta, add_command, add_json, add_merged, add_onto, leave_out_threads
 from smt_trainer.cli.output import table, write
+from smt_trainer.errors import SMTError, first_line
 
 if TYPE_CHECKING:
     from smt_trainer.merging.logit_difference import LogitDifference
@@ -101,7 +102,6 @@ def _lines(
 def _compare_logits(arguments: argparse.Namespace) -> LogitDifference:
     """Compare base and delta with the merged checkpoint. Raise `SMTError` if one of them cannot be loaded."""
     from smt_trainer.delta.load import from_delta
-    from smt_trainer.errors import SMTError
     from smt_trainer.merging.logit_difference import compare_with_merged
 
     try:
@@ -117,7 +117,7 @@ def _compare_logits(arguments: argparse.Namespace) -> LogitDifference:
     except SMTError:
         raise
     except Exception as error:  # an odd file makes transformers raise anything
-        raise SMTError(f"the models cannot be loaded to compare logits: {str(error).partition(chr(10))[0]}") from error
+        raise SMTError(f"the models cannot be loaded to compare logits: {first_line(error)}") from error
     if found is None:
         raise SMTError("this model has no logits over a vocabulary; leave out --logits.")
     return found

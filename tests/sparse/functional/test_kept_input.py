@@ -12,7 +12,7 @@ from torch.autograd.graph import save_on_cpu
 from smt_trainer import convert_to_smt
 from smt_trainer.sparse import sparse_experts, sparse_linear
 from smt_trainer.sparse.block_module import block_modules
-from smt_trainer.sparse.kept_input import KeptInput, find_origin
+from smt_trainer.sparse.functional.kept_input import KeptInput, find_origin
 
 IS_OLD = Version(transformers.__version__) < Version("5.23")
 # Model -> linear -> whether its input can be recomputed from what autograd keeps anyway. Layer 1, since something

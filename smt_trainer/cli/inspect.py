@@ -10,6 +10,7 @@ from typing import Any
 from smt_trainer.cli.options import add_command, add_json, meanings
 from smt_trainer.cli.output import BLOCKS, blocks, fact, table, write
 from smt_trainer.config import SMTConfig
+from smt_trainer.errors import SMTError
 
 RANGES = 4
 KEYS = {
@@ -49,8 +50,6 @@ def add_parser(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print an artefact's base, configuration and blocks, or what two artefacts share."""
-    from smt_trainer.errors import SMTError
-
     artefact = _load(arguments.path)
     if arguments.other is not None:
         if arguments.plot:

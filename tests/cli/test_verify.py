@@ -48,7 +48,7 @@ def test_a_wrong_merge_gives_status_1_and_what_is_wrong(command, capsys):
 
 
 def test_the_first_problems_are_printed_and_json_has_all(command, monkeypatch, capsys):
-    monkeypatch.setattr("smt_trainer.cli.verify_merge.MOST_LINES", 2)
+    monkeypatch.setattr("smt_trainer.cli.verify.MOST_LINES", 2)
     tiny.llama(seed=1).save_pretrained(command[-1])
     assert main(command) == 1
     output = capsys.readouterr().out

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse.sparse_linear import Group, group_blocks, sparse_linear
+from smt_trainer.sparse.functional.linear import Group, group_blocks, sparse_linear
 
 # Row, column, block and non-square block grids of one weight, with adjacent and scattered blocks.
 GRIDS = {

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse.kept_input import KeptInput, find_origin
+from smt_trainer.sparse.functional.kept_input import KeptInput, find_origin
 
 # From this many features per block, copying run by run is faster than copying feature by feature.
 RUN_EDGE = 8

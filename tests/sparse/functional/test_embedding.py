@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse.sparse_embedding import place_tokens, sparse_embedding
+from smt_trainer.sparse.functional.embedding import place_tokens, sparse_embedding
 
 
 def blocks_of(grid: BlockGrid, chosen: list[int]) -> torch.Tensor:
