@@ -157,11 +157,13 @@ def drawn(examples: Examples, recipe: ClassifyArguments, seed: int) -> Examples:
         parts = train.train_test_split(0.2, seed=SEED)
         train, held_out = parts["train"], parts["test"]
     return replace(
-        examples, train=first(train, recipe.train_records, seed), held_out=first(held_out, recipe.test_records, seed)
+        examples,
+        train=sampled(train, recipe.train_records, seed),
+        held_out=sampled(held_out, recipe.test_records, seed),
     )
 
 
-def first(examples: Dataset, number: int | None, seed: int) -> Dataset:
+def sampled(examples: Dataset, number: int | None, seed: int) -> Dataset:
     """Return `number` random examples, or all if it is None."""
     return examples if number is None else examples.shuffle(seed=seed).select(range(min(number, len(examples))))
 

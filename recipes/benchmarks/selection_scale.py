@@ -15,7 +15,7 @@ from recipes.benchmarks.parts.hooks import SCORES, measure_warmup
 from recipes.benchmarks.parts.models import MODELS, Shape
 from recipes.benchmarks.parts.results import write_results
 from recipes.benchmarks.parts.selection import measure_selection
-from recipes.parts.markdown import provenance_rows, table
+from recipes.parts.markdown import gib, provenance_rows, table
 from recipes.parts.provenance import provenance
 
 PACKAGES = ("torch", "transformers", "numpy", "smt_trainer")
@@ -75,9 +75,7 @@ def markdown(results: dict) -> str:
         ),
         table(
             "|",
-            [
-                *provenance_rows(results),
-            ],
+            provenance_rows(results),
         ),
     ]
     return "\n".join(parts)
@@ -86,11 +84,6 @@ def markdown(results: dict) -> str:
 def mib(count: int) -> str:
     """Format bytes in MiB."""
     return f"{count / 2**20:.3f}"
-
-
-def gib(count: int) -> str:
-    """Format bytes in GiB."""
-    return f"{count / 2**30:.2f}"
 
 
 def main() -> None:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 IGNORED_LABEL = -100
 
 
 def left_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Return the rows as one tensor [rows, longest], with `value` on the left of shorter rows."""
-    longest = max(map(len, rows))
-    return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side="left")
 
 
 def attention(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

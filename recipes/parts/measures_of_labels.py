@@ -12,6 +12,7 @@ negatives of class 1,
 from collections.abc import Callable
 
 import numpy as np
+from scipy.stats import rankdata
 
 # Outputs [N, C] and labels [N] -> value.
 Measure = Callable[[np.ndarray, np.ndarray], float]
@@ -48,7 +49,7 @@ def pearson(outputs: np.ndarray, labels: np.ndarray) -> float:
 
 def spearman(outputs: np.ndarray, labels: np.ndarray) -> float:
     """Return the correlation of the ranks of outputs and labels; 0 if either is constant."""
-    return _correlation(_ranks(outputs[:, 0]), _ranks(labels))
+    return _correlation(rankdata(outputs[:, 0]), rankdata(labels))
 
 
 def cross_entropy(outputs: np.ndarray, labels: np.ndarray) -> float:
@@ -72,10 +73,3 @@ def _correlation(first: np.ndarray, second: np.ndarray) -> float:
     first, second = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (first, second))
     product = float(np.sqrt(np.square(first).sum() * np.square(second).sum()))
     return float(first @ second) / product if product else 0.0
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return the ranks, from 0; equal values all get the mean of their ranks."""
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    last = count.cumsum() - 1
-    return (last - (count - 1) / 2)[place]

@@ -16,10 +16,10 @@ from recipes.parts.merged import Comparison
 from recipes.parts.provenance import provenance, without_folder
 from recipes.parts.task import Task
 from smt_trainer import BlockSelection
+from smt_trainer.delta.folder import DELTA_FILE, MANIFEST_FILE
 from smt_trainer.files import write_text
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate", "safetensors", "smt_trainer")
-DELTA_FILES = ("smt_delta.safetensors", "smt_config.json")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Run:
             "seconds_per_step": self.seconds_per_step,
             "total_seconds": self.total_seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
-            "delta_bytes": sum((self.delta_folder / name).stat().st_size for name in DELTA_FILES),
+            "delta_bytes": sum((self.delta_folder / name).stat().st_size for name in (DELTA_FILE, MANIFEST_FILE)),
             "seed": self.seed,
             **provenance("recipes.finetune", PACKAGES),
             "before": self.before.values,

@@ -4,7 +4,8 @@ Two selections hold k of n blocks each and share i of them. Their Jaccard index 
 is hypergeometric: P(i) = C(k, i) C(n - k, k - i) / C(n, k).
 """
 
-import math
+import numpy as np
+from scipy.stats import hypergeom
 
 from smt_trainer import BlockSelection
 
@@ -13,13 +14,5 @@ def chance(selection: BlockSelection) -> float:
     """Return the expected Jaccard index of two random selections of this size."""
     total = sum(grid.num_blocks for grid in selection.grids.values())
     chosen = selection.num_blocks
-    return sum(
-        math.exp(_log_choose(chosen, both) + _log_choose(total - chosen, chosen - both) - _log_choose(total, chosen))
-        * both
-        / (2 * chosen - both)
-        for both in range(max(0, 2 * chosen - total), chosen + 1)
-    )
-
-
-def _log_choose(total: int, chosen: int) -> float:
-    return math.lgamma(total + 1) - math.lgamma(chosen + 1) - math.lgamma(total - chosen + 1)
+    both = np.arange(max(0, 2 * chosen - total), chosen + 1)
+    return float(hypergeom.pmf(both, total, chosen, chosen) @ (both / (2 * chosen - both)))

@@ -9,8 +9,7 @@ import re
 from collections.abc import Sequence
 
 from recipes.parts.source import Document
-
-Record = dict[str, str]
+from recipes.parts.task import Record
 
 OUTPUT = "the correct answer is {answer}"
 

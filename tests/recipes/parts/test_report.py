@@ -6,8 +6,9 @@ import pytest
 from recipes.parts.baseline import Beside
 from recipes.parts.evaluation import Evaluation
 from recipes.parts.merged import Comparison
-from recipes.parts.report import DELTA_FILES, Run, write_report
+from recipes.parts.report import Run, write_report
 from smt_trainer import BlockScores, SMTConfig
+from smt_trainer.delta.folder import DELTA_FILE, MANIFEST_FILE
 from smt_trainer.merging.logit_difference import LogitDifference
 
 TASK = SimpleNamespace(name="riddles", measures={"accuracy": "share of riddles solved", "loss": "nats per token"})
@@ -17,7 +18,7 @@ LABELS = {"accuracy": {"old": ["yes", "no"], "new": ["yes", "yes", "yes"]}}
 @pytest.fixture
 def results(model, tmp_path):
     """What a run on a task with an accuracy and a loss leaves: the parsed JSON and the text."""
-    for name in DELTA_FILES:
+    for name in (DELTA_FILE, MANIFEST_FILE):
         (tmp_path / name).write_bytes(bytes(2**20))
     accuracies = {"old": [0.0, 1.0], "new": [0.0] * 3}, {"old": [1.0] * 2, "new": [1.0] * 3}
     losses = {"old": [2.0] * 2, "new": [1.0] * 3}, {"old": [1.0] * 2, "new": [0.5] * 3}

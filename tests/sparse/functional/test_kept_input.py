@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu
 
 from smt_trainer import convert_to_smt
-from smt_trainer.sparse import sparse_experts, sparse_linear
+from smt_trainer.sparse import functional
 from smt_trainer.sparse.block_module import block_modules
 from smt_trainer.sparse.functional.kept_input import KeptInput, find_origin
 
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_a_kept_input_bit_for_bit(name, monkeypatch):
         return {name: layer.blocks.grad for name, layer in block_modules(model)}
 
     ours = gradients()
-    monkeypatch.setattr(sparse_linear, "find_origin", lambda x: None)
+    monkeypatch.setattr(functional.linear, "find_origin", lambda x: None)
     by_reference = gradients()
     assert ours.keys() == by_reference.keys() and all(ours[name].any() for name in ours)
     assert all(torch.equal(ours[name], by_reference[name]) for name in ours)
@@ -218,5 +218,5 @@ def test_gradients_of_experts_are_those_of_a_kept_input_bit_for_bit(implementati
         return {name: linear.blocks.grad for name, linear in block_modules(model)}
 
     ours = gradients()
-    monkeypatch.setattr(sparse_experts, "find_origin", lambda x: None)
+    monkeypatch.setattr(functional.experts, "find_origin", lambda x: None)
     tiny.assert_same(ours, gradients())
