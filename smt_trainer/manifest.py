@@ -20,7 +20,7 @@ import numpy as np
 from smt_trainer.arrays import dtype_name, raw
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError, printable
-from smt_trainer.strict_json import DAMAGE, parse_json
+from smt_trainer.json_files import DAMAGE, parse_json
 from smt_trainer.tensor_file import load_arrays
 
 CHECKSUM = "checksum"

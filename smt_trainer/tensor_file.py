@@ -5,10 +5,12 @@ Files are mapped into memory, so only the parts that are used are read.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,18 +33,34 @@ def load_arrays(path: Path, what: str) -> tuple[dict[str, np.ndarray], dict[str,
     return {name: _view(buffer, stored, 0) for name, stored in tensors.items()}, metadata
 
 
-def read_runs(path: Path, stored: StoredTensor, count: int, step: int, length: int) -> np.ndarray:
-    """Read `count` runs of a tensor in a file, as [count, length]: `length` values out of every `step`, row-major.
+def read_runs(folder: Path, parts: Sequence[StoredTensor], count: int, step: int, length: int) -> np.ndarray:
+    """Read `count` runs of a tensor, as [count, length]: `length` values out of every `step`, row-major.
+
+    Args:
+        folder: of the files.
+        parts: the tensor, or its parts of one dtype, one after another.
 
     Raises:
         SMTError: the tensor's dtype is not supported.
     """
-    dtype = _dtype(stored)
-    # A memory map would read 16 pages for every run.
-    with open(path, "rb", buffering=0) as file:
-        starts = range(stored.start, stored.start + count * step * dtype.itemsize, step * dtype.itemsize or 1)
-        data = b"".join(os.pread(file.fileno(), length * dtype.itemsize, start) for start in starts)
-    return np.frombuffer(data, dtype).reshape(count, length)
+    dtype = _dtype(parts[0])
+    step, length = step * dtype.itemsize, length * dtype.itemsize
+    ends = list(itertools.accumulate(part.size for part in parts))
+    pieces, place = [], 0
+    with contextlib.ExitStack() as stack:
+        # A memory map would read 16 pages for every run.
+        files = {part.file: stack.enter_context(open(folder / part.file, "rb", buffering=0)).fileno() for part in parts}
+        for start in range(0, count * step, step or 1):
+            left = length
+            while left:
+                while ends[place] <= start:
+                    place += 1
+                part, from_end = parts[place], ends[place] - start
+                pieces.append(os.pread(files[part.file], min(left, from_end), part.start + part.size - from_end))
+                if not pieces[-1]:
+                    raise OSError(f"{folder / part.file} was cut while it was read. Download it again.")
+                start, left = start + len(pieces[-1]), left - len(pieces[-1])
+    return np.frombuffer(b"".join(pieces), dtype).reshape(count, length // dtype.itemsize)
 
 
 def open_array(path: Path, stored: StoredTensor, *, writable: bool = True) -> np.ndarray:

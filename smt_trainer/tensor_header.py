@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from smt_trainer.errors import SMTError
+from smt_trainer.json_files import DAMAGE, parse_json
 from smt_trainer.settings import is_int
-from smt_trainer.strict_json import DAMAGE, parse_json
 
 LONGEST_HEADER = 100_000_000  # the limit of safetensors
 # safetensors' name of a dtype -> torch's, and the bytes of a value.

@@ -10,7 +10,7 @@ import pytest
 
 from smt_trainer import SMTError, files
 from smt_trainer.files import new_folder, write_atomically, write_text
-from smt_trainer.strict_json import load_json
+from smt_trainer.json_files import load_json
 from smt_trainer.tensor_file import load_arrays
 
 

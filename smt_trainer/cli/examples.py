@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from smt_trainer.errors import SMTError, first_line
+from smt_trainer.json_files import DAMAGE, parse_json
 from smt_trainer.scores.classes import NO_LABEL
-from smt_trainer.strict_json import DAMAGE, parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

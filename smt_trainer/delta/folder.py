@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
 from smt_trainer.errors import SMTError
-from smt_trainer.model.checkpoint import CONFIG_FILE, WEIGHTS_KEY
-from smt_trainer.strict_json import load_json
+from smt_trainer.json_files import load_json
+from smt_trainer.model.checkpoint import CONFIG_FILE, WEIGHTS_KEY, further_modules
 
 VOCABULARY, LAYERS = "vocab_size", "num_hidden_layers"
 # The key that says which Python files `trust_remote_code=True` runs.
@@ -40,7 +40,9 @@ TOKENIZER_STATE = [
 ]
 OF_TRAINING = [
     *TOKENIZER_STATE,
-    *"vocab.* vocab-* merges.txt *.model *.bpe *.codes *processor_config.json generation_config.json".split(),
+    *"vocab.* vocab-* *_vocab.json merges.txt dict.txt *.model *.bpe *.codes *.spm".split(),
+    *"normalizer.json emoji.json byte_maps.json word_shape.json word_pronunciation.json".split(),
+    *"*processor_config.json generation_config.json".split(),
 ]
 
 
@@ -57,8 +59,9 @@ def files_of_training(delta_folder: Path) -> Iterator[PurePath]:
 
 
 def files_beside_weights(folder: Path, without: Path | None = None) -> Iterator[PurePath]:
-    """Yield the files in and below a folder that a merged checkpoint takes besides weights. Links are followed, each
-    folder is visited once."""
+    """Yield the files in and below a folder that a merged checkpoint takes besides the model's weights. Links are
+    followed, each folder is visited once."""
+    further = further_modules(Path(folder))
     seen = set() if without is None else {os.path.realpath(without)}
     for parent, folders, files in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:
@@ -68,11 +71,13 @@ def files_beside_weights(folder: Path, without: Path | None = None) -> Iterator[
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not fnmatch(name, "checkpoint-*"))
         for name in sorted(files):
             path = Path(parent, name)
-            if path.is_file() and not name.startswith(".") and not fits(PurePath(name), [*WEIGHT_FILES, *LEFT_BY_RUNS]):
-                yield PurePath(path.relative_to(folder))
+            where = PurePath(path.relative_to(folder))
+            left_out = LEFT_BY_RUNS if where.parts[0] in further else [*WEIGHT_FILES, *LEFT_BY_RUNS]
+            if path.is_file() and not name.startswith(".") and not fits(PurePath(name), left_out):
+                yield where
 
 
-def fits(name: PurePath, patterns: list[str]) -> bool:
+def fits(name: PurePath, patterns: Sequence[str]) -> bool:
     """Return whether a name matches one of the patterns."""
     return any(fnmatch(name.as_posix(), pattern) for pattern in patterns)
 

@@ -1,14 +1,32 @@
-"""Find out how transformers renames, splits and combines the tensors of a checkpoint on loading.
+"""Find out how transformers renames, splits, stacks and otherwise changes the tensors of a checkpoint on loading.
 
-This imports torch, which takes a second, so it is called only for a name that the checkpoint lacks.
+It describes this by model class and model type (`transformers.conversion_mapping`). Examples:
+
+    renamed    `language_model.model.layers.0...` becomes `model.language_model.layers.0...`
+    split      a fused q, k and v becomes three matrices (`Chunk` or `Split` along dimension 0)
+    stacked    `mlp.experts.7.gate_proj.weight` [I, H] and `mlp.experts.7.up_proj.weight` become a part of
+               `mlp.experts.gate_up_proj` [E, 2I, H]: concatenated by rows, then stacked by experts
+    changed    anything else, such as a transposition
+
+The rows of a tensor are contiguous in its file, so all but the last can be read and written in place. Importing
+transformers takes a second, so it is asked only about checkpoints that lack a name, hold experts, or seem to have other
+values than expected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.errors import SMTError
+from smt_trainer.model.checkpoint import Checkpoint, Conversions, parts_of
+from smt_trainer.model.names import find_names
+
+# Operations of transformers that split a tensor.
+SPLITS = ("Chunk", "Split")
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Loaded(NamedTuple):
@@ -25,6 +43,51 @@ class Loaded(NamedTuple):
     name: str
     converter: Any
     place: int
+
+
+def look_up(checkpoint: Checkpoint) -> Conversions:
+    """Return `checkpoint.conversions`, filled."""
+    found = checkpoint.conversions
+    if found.are_known:
+        return found
+    found.are_known = True
+    transforms, shapes = _transforms(checkpoint)
+    stacked: dict[str, dict[int, list[tuple[int, str]]]] = {}
+    for loaded in as_loaded(checkpoint, transforms):
+        if loaded.converter is None:
+            if loaded.name != loaded.key:
+                found.renamed[loaded.name] = loaded.key
+        elif split := split_rows(loaded, shapes, checkpoint):
+            found.fused.update(split)
+        elif _only_stacks(loaded.converter):
+            number = [int(part) for part in loaded.key.split(".") if part.isdecimal()][-1]
+            stacked.setdefault(loaded.name, {}).setdefault(number, []).append((loaded.place, loaded.key))
+        elif not _keeps_shape(loaded, shapes, checkpoint):
+            found.changed[loaded.name] = str(loaded.converter.operations)
+    for name, experts in stacked.items():
+        keys = [[key for _, key in sorted(experts[number])] for number in sorted(experts)]
+        dtypes = {checkpoint.tensors[key].dtype for of_expert in keys for key in of_expert}
+        if len(dtypes) > 1:
+            found.changed[name] = f"a cast of {', '.join(sorted(dtypes))} to one dtype"
+        elif sorted(experts) == list(range(len(experts))):
+            found.stacked[name] = keys
+    return found
+
+
+def _transforms(checkpoint: Checkpoint) -> tuple[list[Any], Shapes]:
+    """Return the conversions of a checkpoint, and name of a tensor of its model -> its shape. If transformers does not
+    have the model's class, the conversions are those of its model types, and there are no shapes."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+
+    from smt_trainer.model.skeleton import skeleton
+
+    try:
+        model = skeleton(checkpoint)
+    except SMTError:
+        types = [str(part.get("model_type")) for part in parts_of(checkpoint.config or {})]
+        return [one for kind in types for one in get_checkpoint_conversion_mapping(kind) or []], {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return get_model_conversion_mapping(model), shapes
 
 
 def as_loaded(checkpoint: Checkpoint, transforms: Iterable[Any]) -> Iterator[Loaded]:
@@ -44,3 +107,47 @@ def as_loaded(checkpoint: Checkpoint, transforms: Iterable[Any]) -> Iterator[Loa
         name, pattern = rename_source_key(key, renamings, converters)
         converter, place = (None, 0) if pattern is None else sources[pattern]
         yield Loaded(key, name, converter, place)
+
+
+def split_rows(loaded: Loaded, shapes: Shapes, checkpoint: Checkpoint) -> dict[str, tuple[str, int, int]]:
+    """Return what loading splits a tensor into: name -> key, first row and number of rows (`Conversions.fused`).
+
+    It is empty if loading does something else, or the numbers of rows do not add up.
+
+    Args:
+        loaded: a tensor that loading converts.
+        shapes: name of a tensor of the model -> its shape.
+        checkpoint: the checkpoint that has the tensor.
+    """
+    converter = loaded.converter
+    operation, *more = converter.operations
+    if more or type(operation).__name__ not in SPLITS or operation.dim != 0:
+        return {}
+    first, *others = converter.target_patterns
+    names = [loaded.name, *(loaded.name.replace(first, other) for other in others)]
+    found = find_names(names, shapes)
+    counts = [shapes[found[name]][0] for name in names if name in found]
+    if len(counts) < len(names) or sum(counts) != checkpoint.tensors[loaded.key].shape[0]:
+        return {}
+    starts = itertools.accumulate(counts, initial=0)
+    return {name: (loaded.key, start, count) for name, start, count in zip(names, starts, counts, strict=False)}
+
+
+def _only_stacks(converter: Any) -> bool:
+    """Return whether a conversion only concatenates each expert's tensors, if several, and stacks the experts."""
+    steps = [(type(one).__name__, one.dim) for one in converter.operations if hasattr(one, "dim")]
+    stacks, puts_on_top = ("MergeModulelist", 0), ("Concatenate", 1)
+    is_complete = len(steps) == len(converter.operations) and len(converter.target_patterns) == 1
+    return is_complete and steps in ([stacks], [stacks, puts_on_top])
+
+
+def _keeps_shape(loaded: Loaded, shapes: Shapes, checkpoint: Checkpoint) -> bool:
+    """Return whether a transposition is left out, since the tensor has the shape of the model's already."""
+    names = find_names([loaded.name], shapes)
+    (operation, *more) = loaded.converter.operations
+    return (
+        not more
+        and getattr(operation, "check_dims", False)
+        and loaded.name in names
+        and shapes[names[loaded.name]] == checkpoint.tensors[loaded.key].shape
+    )

@@ -49,7 +49,7 @@ def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: 
 
 def find_keys(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
     """Return whole tensor of a delta -> its name in a checkpoint, without tensors that the checkpoint lacks."""
-    names = {key: key for key in checkpoint.tensors} | checkpoint.renamed
+    names = {key: key for key in checkpoint.tensors} | checkpoint.conversions.renamed
     return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
 
 

@@ -19,6 +19,7 @@ from smt_trainer.delta.folder import LAYERS, load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
+from smt_trainer.merging.conversion import look_up
 from smt_trainer.merging.expert_files import IN_MEMORY
 from smt_trainer.merging.locate import find_grown, find_keys, find_parts, find_sites, refuse_missing
 from smt_trainer.merging.matrix_rows import MatrixRows
@@ -87,7 +88,7 @@ class MergePlan:
         Raises:
             SMTError: the checkpoint lacks a weight that has blocks, or the delta belongs to another base.
         """
-        # This also fills `checkpoint.renamed`, which `find_keys` reads.
+        # This may look up the conversions, which `find_keys` reads.
         parts = find_parts(delta, checkpoint)
         keys, sites = find_keys(delta, checkpoint), find_sites(delta, parts, checkpoint)
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
@@ -160,7 +161,7 @@ class MergePlan:
                 expected = site.grid.stored_shape
                 expected = expected if site.expert is None else (*stored.shape[:1], *expected)
                 _expect(what, key, stored, expected, FLOATS, folder)
-        differences = delta.fingerprint.differences_on_disk(folder, checkpoint.loaded)
+        differences = _differences(delta, checkpoint)
         check_base(delta, folder.resolve().name, differences, delta_folder)
         for key, values in self.whole.items():
             stored, dtype = self.tensors[key], dtype_name(values)
@@ -168,6 +169,26 @@ class MergePlan:
             is_resized = values.ndim > 0 and len(values) in self.vocabulary
             shape = stored.shape[:1] + values.shape[1:] if is_resized else values.shape
             _expect(what, key, stored, shape, alike, folder)
+
+
+def _differences(delta: Delta, checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the tensors of the delta's base that have other values in a checkpoint; warn if some cannot
+    be compared."""
+    fingerprint = delta.fingerprint
+    differences = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
+    if differences or fingerprint.missing(checkpoint.loaded):
+        look_up(checkpoint)
+        differences = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
+    if missing := fingerprint.missing(checkpoint.loaded):
+        logger.warning(
+            "%d of the %d tensors of the delta's base, such as `%s`, were not compared: %s does not store them as they "
+            "are loaded.",
+            len(missing),
+            len(fingerprint.checksums),
+            missing[0],
+            checkpoint.folder,
+        )
+    return differences
 
 
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:

@@ -26,8 +26,8 @@ from smt_trainer.delta.folder import (
     load_config,
 )
 from smt_trainer.errors import SMTError
+from smt_trainer.json_files import load_json
 from smt_trainer.model.checkpoint import CONFIG_FILE, WEIGHTS_KEY, Checkpoint
-from smt_trainer.strict_json import load_json
 
 # Keys of config.json that the base decides: its tensors have these sizes.
 OF_WEIGHTS = [

@@ -108,7 +108,7 @@ def _originals(plan: MergePlan, checkpoint: Checkpoint, merged: Checkpoint) -> M
 
 def _prove(originals: MergePlan, checkpoint: Checkpoint, stage: Path) -> None:
     """Raise `SMTError` unless a folder has the fingerprint of the delta's base, as `checkpoint` was found to have."""
-    loaded = replace(Checkpoint.open(stage), renamed=checkpoint.renamed, fused=checkpoint.fused).loaded
+    loaded = replace(Checkpoint.open(stage), conversions=checkpoint.conversions).loaded
     if differing := originals.delta.fingerprint.differences_on_disk(stage, loaded):
         raise SMTError(
             f"`{differing[0]}` was written with other values than the base's. Was a file changed meanwhile? Run again."

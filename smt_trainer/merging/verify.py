@@ -31,10 +31,10 @@ from smt_trainer.delta.folder import files_beside_weights
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.errors import SMTError
+from smt_trainer.json_files import DAMAGE, parse_json
 from smt_trainer.merging.plan import MergePlan
 from smt_trainer.merging.side_files import other_files
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
-from smt_trainer.strict_json import DAMAGE, parse_json
 from smt_trainer.tensor_file import map_bits
 
 CHUNK = 2**20

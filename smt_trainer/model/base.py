@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from smt_trainer.errors import SMTError
+from smt_trainer.json_files import load_json
 from smt_trainer.model.checkpoint import CONFIG_FILE, Checkpoint
 from smt_trainer.model.hub import at_commit, cached_commit, cached_folder
 from smt_trainer.model.merged import is_merged
-from smt_trainer.strict_json import load_json
 
 
 def base_name(model: nn.Module) -> str | None:

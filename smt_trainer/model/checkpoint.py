@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from smt_trainer.errors import SMTError
+from smt_trainer.json_files import load_json
 from smt_trainer.model.hub import fetch, is_folder
 from smt_trainer.settings import is_int
-from smt_trainer.strict_json import load_json
 from smt_trainer.tensor_file import open_array
 from smt_trainer.tensor_header import StoredTensor, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+# Of sentence-transformers.
+MODULES_FILE = "modules.json"
 # What messages call a checkpoint, unless told otherwise.
 BASE = "base"
 # The key of config.json that names the file of the weights.
 WEIGHTS_KEY = "transformers_weights"
 # What is fetched from the hub before the weights.
-BESIDE_WEIGHTS = "*.json *.txt *.model *.bpe *.codes *.jinja *.py".split()
+BESIDE_WEIGHTS = "*.json *.txt *.model *.bpe *.codes *.spm *.jinja *.py".split()
 CHUNK = 2**22
 
 
@@ -38,6 +40,25 @@ def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
     return {part["vocab_size"] for part in parts_of(config) if is_int(part.get("vocab_size"))}
 
 
+@dataclass
+class Conversions:
+    """What loading makes of the tensors of a checkpoint (`merging/conversion.py`).
+
+    Attributes:
+        renamed: name in the model -> the tensor.
+        fused: name in the model -> the tensor that holds it among others, the first of its rows and their number.
+        stacked: name of a 3-D parameter of experts -> the tensors of each expert, from the first row on.
+        changed: name in the model of a tensor with other values than in the files -> what loading does to it.
+        are_known: whether the others have been filled.
+    """
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    fused: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    stacked: dict[str, list[list[str]]] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+    are_known: bool = False
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The weights of a folder, as transformers finds them.
@@ -47,24 +68,26 @@ class Checkpoint:
         index: name of the file that lists the shards; None for a checkpoint in one file.
         tensors: tensor name -> where it lies.
         config: content of its config.json; None without one.
-        renamed: name that loading gives to a tensor -> its name here; filled where it is looked for.
-        fused: name that loading gives to rows of a tensor -> its name here, the first of these rows and their number;
-            filled where they are looked for.
+        conversions: what loading makes of the tensors, where that was looked up.
     """
 
     folder: Path
     index: str | None
     tensors: dict[str, StoredTensor]
     config: dict[str, Any] | None
-    renamed: dict[str, str] = field(default_factory=dict)
-    fused: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    conversions: Conversions = field(default_factory=Conversions)
 
     @property
-    def loaded(self) -> dict[str, StoredTensor]:
-        """Tensor name -> where it lies, also under the names that loading is known to give."""
-        renamed = {name: self.tensors[key] for name, key in self.renamed.items()}
-        fused = {name: self.tensors[key].rows(first, count) for name, (key, first, count) in self.fused.items()}
-        return self.tensors | renamed | fused
+    def loaded(self) -> dict[str, list[StoredTensor]]:
+        """Tensor name -> where it lies, or the parts that it consists of, one after another; also under the names that
+        loading is known to give. Without tensors that loading is known to change."""
+        known = self.conversions
+        found = {name: [stored] for name, stored in self.tensors.items()}
+        found |= {name: [self.tensors[key]] for name, key in known.renamed.items()}
+        found |= {name: [self.tensors[key].rows(first, count)] for name, (key, first, count) in known.fused.items()}
+        for name, experts in known.stacked.items():
+            found[name] = [self.tensors[key] for keys in experts for key in keys]
+        return {name: parts for name, parts in found.items() if name not in known.changed}
 
     @property
     def files(self) -> list[str]:
@@ -74,7 +97,7 @@ class Checkpoint:
     @property
     def is_quantised(self) -> bool:
         """Whether the configuration says that the weights are quantised."""
-        return "quantization_config" in (self.config or {})
+        return (self.config or {}).get("quantization_config") is not None
 
     def array(self, stored: StoredTensor) -> np.ndarray:
         """Return a tensor of one of its files, read-only; the file stays mapped."""
@@ -136,9 +159,20 @@ def find_checkpoint(base: str | Path, revision: str | None, what: str = BASE) ->
     # The folder is named after the commit, so all files come from the same one.
     fetch(what, base, folder.name, [str(explicit or SINGLE_FILE), INDEX_FILE])
     name = _weights_file(folder, {WEIGHTS_KEY: explicit}, what)
+    more = [f"{part}/*" for part in further_modules(folder)]
     if name.endswith(".json"):
-        fetch(what, base, folder.name, sorted(set(_read_index(folder / name, what).values())))
+        more += sorted(set(_read_index(folder / name, what).values()))
+    if more:
+        fetch(what, base, folder.name, more)
     return folder
+
+
+def further_modules(folder: Path) -> list[str]:
+    """Return the folders of the modules that sentence-transformers puts behind the model, with weights of their own."""
+    path = folder / MODULES_FILE
+    listed = load_json(path, "list of modules") if path.is_file() else []
+    names = [part.get("path") for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
+    return [name for name in names if isinstance(name, str) and name and PurePath(name).name == name]
 
 
 def _weights_file(folder: Path, config: dict[str, Any], what: str) -> str:

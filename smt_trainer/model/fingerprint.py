@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,7 +103,8 @@ class Fingerprint:
             without: names of tensors that the delta holds whole.
         """
         stride = _stride(stored.shape for stored in tensors.values())
-        sampled = {name: read_sample(folder, stored, stride) for name, stored in tensors.items() if name not in without}
+        compared = {name: [stored] for name, stored in tensors.items() if name not in without}
+        sampled = {name: read_sample(folder, parts, stride) for name, parts in compared.items()}
         return cls(dtype, stride, dict(zip(sampled, _checksums([*sampled.values()], dtype), strict=True)))
 
     @property
@@ -129,8 +130,13 @@ class Fingerprint:
         sums = dict(zip(found, _checksums(samples, self.dtype), strict=True))
         return [name for name, checksum in sums.items() if checksum != expected[name]]
 
-    def differences_on_disk(self, folder: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
-        """Return the `differences` of tensors in the files of a folder."""
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return the names of this base's tensors, apart from quantised ones, that are not among others."""
+        found = find_names(self.checksums, names)
+        return [name for name in self.checksums if name not in found]
+
+    def differences_on_disk(self, folder: Path, tensors: Mapping[str, Sequence[StoredTensor]]) -> list[str]:
+        """Return the `differences` of tensors in the files of a folder, each given as the parts that it consists of."""
         return self.differences(tensors, lambda name, stride, rows: read_sample(folder, tensors[name], stride, rows))
 
     def differences_in(self, model: nn.Module, *, quantised: bool = False) -> list[str]:
@@ -163,11 +169,16 @@ def sample(tensor: Tensor, stride: int, rows: int | None = None) -> np.ndarray:
     return runs[0] if count == 1 else runs
 
 
-def read_sample(folder: Path, stored: StoredTensor, stride: int, rows: int | None = None) -> np.ndarray:
-    """Read the values that `sample` would return of a tensor in a file."""
-    shape = stored.shape if rows is None or not stored.shape else (min(rows, stored.shape[0]), *stored.shape[1:])
+def read_sample(folder: Path, parts: Sequence[StoredTensor], stride: int, rows: int | None = None) -> np.ndarray:
+    """Read the values that `sample` would return of a tensor in the files of a folder, or of several parts of one that
+    follow one another; `rows` counts those of the first part."""
+    first, *others = parts
+    shape = first.shape if rows is None or not first.shape else (min(rows, first.shape[0]), *first.shape[1:])
+    if others:
+        # For the choice of runs, only the size and the last dimension matter.
+        shape = (sum(math.prod(part.shape[:-1]) for part in parts), first.shape[-1])
     count, step, length = _runs(shape, stride)
-    runs = read_runs(folder / stored.file, stored, count, step, length)
+    runs = read_runs(folder, parts, count, step, length)
     return runs[0] if count == 1 else runs
 
 

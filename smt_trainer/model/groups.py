@@ -24,15 +24,18 @@ QKV_NAMES = frozenset(
     "q_proj k_proj v_proj query key value query_proj key_proj value_proj q_lin k_lin v_lin q k v "
     "linear_q linear_k linear_v to_q to_k to_v to_kv Wq Wk Wv query_global key_global value_global kv_proj "
     "qkv qkv_proj query_key_value Wqkv W_pack wqkv c_attn q_attn att_proj in_proj in_proj_qkv in_proj_qkvz qkv_linear "
-    "q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+    "q_a_proj q_b_proj q_gate_proj kv_a_proj_with_mqa kv_b_proj q_head k_head v_head query_key "
+    "project_q project_k project_v projection_query projection_key projection_value".split()
 )
 # Attention projections, whatever the module around them: in Nemotron-H and RecurrentGemma all mixers have one name.
 ATTENTION_NAMES = frozenset("q_proj k_proj v_proj qkv_proj o_proj".split())
 # Linears with so few outputs that they would make the blocks of all other weights small, too: routers, the gates of
-# gated delta nets (one output per head), DeepSeek's indexer and Gemma 3n's mixing of its four streams.
+# gated delta nets (one output per head), attention sinks, talking heads, DeepSeek's indexer and the mixing of four
+# streams in Gemma 3n and Qwen 4.
 STEERING_NAMES = frozenset(
     "gate router shared_expert_gate in_proj_a in_proj_b in_proj_ba a_proj b_proj igate_preact fgate_preact "
-    "indexer modality_router prediction_coefs correction_coefs".split()
+    "indexer modality_router prediction_coefs correction_coefs sink_proj router_gate block_inject_weight "
+    "head_logits_proj head_weights_proj".split()
 )
 # Token mixers other than attention, and the side paths of Gemma 3n and of Zamba.
 OTHER_NAMES = frozenset(

@@ -13,11 +13,11 @@ import numpy as np
 from smt_trainer.config import SMTConfig
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_text
+from smt_trainer.json_files import load_json, parse_json
 from smt_trainer.manifest import check_format, check_keys, read_base, read_config, refusing_damage, sealed, unsealed
 from smt_trainer.model.grid import BlockGrid, numel, read_grids
 from smt_trainer.model.names import by_projection
 from smt_trainer.settings import is_int
-from smt_trainer.strict_json import load_json
 
 SELECTION_FILE = "smt_selection.json"
 FORMAT = 1
@@ -155,7 +155,7 @@ class BlockSelection:
             SMTError: the file is missing or damaged.
         """
         path = Path(path)
-        return cls.from_dict(load_json(path / SELECTION_FILE if path.is_dir() else path, "selection"))
+        return cls.from_dict(load_json(path / SELECTION_FILE if path.is_dir() else path, "selection", parse_json))
 
     @classmethod
     def resolve(cls, selection: BlockSelection | Mapping[str, Any] | str | Path) -> BlockSelection:

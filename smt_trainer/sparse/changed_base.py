@@ -51,7 +51,7 @@ def warn_of_changed_base(model: nn.Module, base: Fingerprint) -> None:
             )
         return
     changed = {
-        *base.differences_on_disk(checkpoint.folder, checkpoint.tensors),
+        *base.differences_on_disk(checkpoint.folder, checkpoint.loaded),
         *_changed_embeddings(model, base, checkpoint),
     }
     if changed:

@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from smt_trainer.delta.folder import DELTA_FILE
 from smt_trainer.errors import SMTError
-from smt_trainer.strict_json import load_json
+from smt_trainer.json_files import load_json
 
 logger = logging.getLogger(__name__)
 

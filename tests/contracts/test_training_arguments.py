@@ -42,6 +42,7 @@ from smt_trainer.training.gradients import ExpectGradients
 from smt_trainer.training.optimizers import REFUSED_OPTIMIZERS
 from smt_trainer.training.trainer import SCORES_FILE, SELECTION_FILE
 from smt_trainer.training.weight_readers import RefuseWeightReaders
+from smt_trainer.training.write_back import ChangesWriteBack
 
 ROOT = Path(__file__).parents[2]
 TABLE = Path(__file__).with_name("training_arguments.md")
@@ -152,7 +153,7 @@ def record(trainer) -> dict:
         "callbacks": sorted(
             type(each).__name__
             for each in trainer.callback_handler.callbacks
-            if not isinstance(each, (SMTCallback, ExpectGradients, RefuseWeightReaders))
+            if not isinstance(each, (SMTCallback, ExpectGradients, RefuseWeightReaders, ChangesWriteBack))
         ),
         "best": [trainer.state.best_metric, trainer.state.best_global_step],
         "tokens": trainer.state.num_input_tokens_seen,

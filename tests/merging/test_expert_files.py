@@ -99,6 +99,22 @@ def test_another_base_is_refused(trained):
         from_delta(folder / "delta", base=str(folder / "other"))
 
 
+@pytest.mark.parametrize("target", ["qkv", "experts"])
+def test_a_delta_on_top_of_tuned_experts_is_refused_by_the_first_base(target, trained):
+    model, folder = trained
+    merge_checkpoint(folder / "base", folder / "delta", folder / "stage")
+    second = type(model).from_pretrained(folder / "stage")
+    block_size = 16 if target == "qkv" else STORED[type(model).__name__][1]
+    fields = {"target_modules": target, "block_size": block_size, "budget": 4, "score": "random"}
+    convert_to_smt(second, tiny.choose(second, tiny.config(**fields)))
+    tiny.disturb(second)
+    Delta.of(second).save(folder / "second")
+    with pytest.raises(SMTError, match=r"other values in \d+ of its .*, such as `model.layers.\d.*experts"):
+        merge_checkpoint(folder / "base", folder / "second", folder / "merged")
+    merge_checkpoint(folder / "stage", folder / "second", folder / "merged")
+    assert torch.equal(tiny.logits(type(model).from_pretrained(folder / "merged")), tiny.logits(second))
+
+
 def test_a_lora_of_experts_is_refused(trained):
     _, folder = trained
     with pytest.raises(SMTError, match="is the matrix of an expert"):

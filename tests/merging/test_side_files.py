@@ -7,7 +7,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from smt_trainer import SMTError, merge_and_unload, merge_checkpoint
+from smt_trainer import SMTError, merge_and_unload, merge_checkpoint, verify_merge
+from smt_trainer.model.base import base_config
 from smt_trainer.model.checkpoint import SINGLE_FILE
 
 
@@ -30,6 +31,27 @@ def test_folders_of_the_base_are_copied_without_weights_and_hidden_files(base, d
         *("config.json", "generation_config.json", SINGLE_FILE, "README.md", "own.py", "a/b/c.txt"),
         "additional_chat_templates/tool.jinja",
     }
+
+
+def test_modules_behind_the_model_keep_their_weights(base, delta, tmp_path):
+    modules = [{"idx": 0, "path": ""}, {"idx": 1, "path": "2_Dense"}, {"idx": 2, "path": "../elsewhere"}]
+    write(base, {"modules.json": modules, "2_Dense/config.json": {}, "2_Dense/model.safetensors": "weights"})
+    write(base, {"other/model.safetensors": "weights"})
+    merge_checkpoint(base, delta[0], tmp_path / "merged")
+    found = tiny.all_files(tmp_path / "merged")
+    assert {"2_Dense/config.json", "2_Dense/model.safetensors"} <= found.keys()
+    assert "other/model.safetensors" not in found
+    assert not verify_merge(base, delta[0], tmp_path / "merged").problems
+    (tmp_path / "merged/2_Dense/model.safetensors").unlink()
+    assert verify_merge(base, delta[0], tmp_path / "merged").problems
+
+
+def test_a_configuration_may_hold_an_infinity(base, delta, tmp_path):
+    config = json.loads((base / "config.json").read_text()) | {"time_step_limit": [0.0, float("inf")]}
+    write(base, {"config.json": config})
+    merge_checkpoint(base, delta[0], tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
+    assert base_config(AutoModelForCausalLM.from_pretrained(base))["time_step_limit"] == [0.0, float("inf")]
 
 
 def test_tokenizer_template_and_generation_settings_are_those_of_training(base, delta, tmp_path):

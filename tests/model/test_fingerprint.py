@@ -164,8 +164,20 @@ def test_the_sample_of_a_file_is_that_of_the_tensor(dtype, tmp_path):
     places, _ = read_header(tmp_path / "file.safetensors", "file")
     for name, tensor in tensors.items():
         for stride in (RUN, 1000, 10**6):
-            ours, theirs = read_sample(tmp_path, places[name], stride), sample(tensor, stride)
+            ours, theirs = read_sample(tmp_path, [places[name]], stride), sample(tensor, stride)
             assert ours.shape == theirs.shape and ours.tobytes() == theirs.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 5), (3, 128, 96), (7, 40, 111)], ids=str)
+@pytest.mark.parametrize("stride", [RUN, 1000, 10**6])
+def test_the_sample_of_parts_in_several_files_is_that_of_the_joined_tensor(stride, shape, tmp_path):
+    tensor, places = torch.randn(shape), {}
+    for number, matrix in enumerate(tensor):
+        parts = {f"{number}.{place}": part.contiguous() for place, part in enumerate(matrix.tensor_split([1, 33]))}
+        save_file(parts, tmp_path / f"{number}.safetensors")
+        places |= read_header(tmp_path / f"{number}.safetensors", "file")[0]
+    ours = read_sample(tmp_path, [places[name] for name in sorted(places)], stride)
+    assert ours.tobytes() == sample(tensor, stride).tobytes()
 
 
 def test_a_sample_keeps_no_tensor_alive():

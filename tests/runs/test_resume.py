@@ -1,5 +1,7 @@
 """Resuming from a checkpoint."""
 
+import json
+import math
 import os
 import shutil
 import subprocess
@@ -173,3 +175,14 @@ def test_a_run_on_a_given_selection_is_resumed_with_it(tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
     ours, expected = (training_script.result(trainer) for trainer in (again, first))
     tiny.assert_same(ours, expected)
+
+
+def test_a_run_whose_log_holds_nan_is_resumed(tmp_path):
+    trainer = tiny.smt_trainer(tiny.llama(), tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    # As of a step whose gradients overflowed in float16.
+    state["log_history"][0]["grad_norm"] = math.nan
+    path.write_text(json.dumps(state))
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")

@@ -28,7 +28,7 @@ def test_no_damaged_file_is_read_as_something_else_or_raises_another_error():
 )
 def test_a_reader_without_its_checks_fails(broken, message, monkeypatch):
     monkeypatch.setattr(broken, lambda *_: "the same for all")
-    monkeypatch.setattr("smt_trainer.strict_json.DAMAGE", ())
+    monkeypatch.setattr("smt_trainer.json_files.DAMAGE", ())
     monkeypatch.setattr("smt_trainer.manifest.DAMAGE", ())
     failures = run(600, seed=1)["failures"]
     assert any(message in failure["traceback"] for failure in failures)

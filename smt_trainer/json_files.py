@@ -1,8 +1,9 @@
-"""Read JSON strictly; a damaged file raises nothing but `SMTError`."""
+"""Read JSON so that a damaged file raises nothing but `SMTError`; files of our own strictly."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ DAMAGE = (
 )
 
 
-def load_json(path: Path, what: str) -> Any:
-    """Parse a JSON file. Raise `SMTError` if it is missing or damaged; the message says `what` was expected."""
+def load_json(path: Path, what: str, parse: Callable[[bytes], Any] = json.loads) -> Any:
+    """Parse a JSON file. Raise `SMTError` if it is missing or damaged; the message says `what` was expected.
+
+    By default NaN and Infinity are read: configurations and logs of transformers hold them.
+    """
     if not path.is_file():
         raise SMTError(f"no {what} at {path}: expected a JSON file. Check the path.")
     try:
-        return parse_json(path.read_bytes())
+        return parse(path.read_bytes())
     except DAMAGE as error:
         raise SMTError(f"the {what} at {path} is not valid JSON ({error}). It is damaged; create it again.") from error
 
