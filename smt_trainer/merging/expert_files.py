@@ -29,7 +29,7 @@ def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Mat
         SMTError: loading the checkpoint does more to the experts than concatenate and stack them.
     """
     stack_of = {name: name.rpartition(".")[0] for name in names}
-    stacks, known = set(stack_of.values()), look_up(checkpoint)
+    stacks, known = dict.fromkeys(stack_of.values()), look_up(checkpoint)
     for stack, name in find_names(stacks, known.changed).items():
         raise SMTError(
             f"loading {checkpoint.folder} changes `{stack}` by {known.changed[name]}, so the trained blocks have no "

@@ -4,10 +4,21 @@ import pytest
 import tiny
 import torch
 from architectures import EXPERTS, GROUPED
+from families import FAMILIES
 from round_trips import assert_composed_and_unmerged_exactly, assert_patches_merge
+from safetensors.torch import save_file
 from weight_patches import apply_patches
 
-from smt_trainer import Delta, SMTError, applied, compose_deltas, from_delta, merge_checkpoint, verify_merge
+from smt_trainer import (
+    Delta,
+    SMTError,
+    applied,
+    compose_deltas,
+    from_delta,
+    merge_and_unload,
+    merge_checkpoint,
+    verify_merge,
+)
 from smt_trainer.export.lora import export_lora
 from smt_trainer.export.patches import model_patches
 from smt_trainer.sparse.convert import convert_to_smt
@@ -143,3 +154,28 @@ def test_a_delta_is_swapped_in_and_out(trained):
     with applied(base, folder / "delta"):
         assert torch.equal(tiny.logits(base), tiny.logits(model))
     tiny.assert_same(tiny.weights(base), before)
+
+
+@pytest.mark.parametrize("target", ["q_proj", "experts"])
+def test_experts_that_loading_transposes_are_neither_compared_nor_written(target, tmp_path, warnings):
+    plain = FAMILIES["Qwen3-VL-MoE"].build()
+    plain.save_pretrained(tmp_path / "base")
+    tensors = tiny.saved_tensors(tmp_path / "base")
+    # As on the hub.
+    turned = {name: one.mT.contiguous() if "mlp.experts." in name else one for name, one in tensors.items()}
+    save_file(turned, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    model = type(plain).from_pretrained(tmp_path / "base")
+    tiny.assert_same(tiny.weights(model), tiny.weights(plain))
+    names = target if target == "experts" else ["q_proj"]
+    fields = {"target_modules": names, "block_size": 16, "budget": 4, "score": "random"}
+    convert_to_smt(model, tiny.choose(model, tiny.config(**fields)))
+    tiny.disturb(model)
+    Delta.of(model).save(tmp_path / "delta")
+    if target == "experts":
+        with pytest.raises(SMTError, match=r"experts\.\w+` by .*Transpose.*; merge in memory instead"):
+            merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+    else:
+        merge_checkpoint(tmp_path / "base", tmp_path / "delta", tmp_path / "merged")
+        assert any("4 of the" in line and "were not compared" in line for line in warnings())
+        merged = type(plain).from_pretrained(tmp_path / "merged")
+        tiny.assert_same(tiny.weights(merged), tiny.weights(merge_and_unload(model)))

@@ -282,6 +282,12 @@ FAMILIES = {
         QWEN3_VISION | {"deepstack_visual_indexes": [0]},
         with_patches,
     ),
+    "Qwen3-VL-MoE": vlm(
+        "Qwen3VLMoeForConditionalGeneration",
+        GROUPED | EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "rope_parameters": ROTATED},
+        QWEN3_VISION | {"deepstack_visual_indexes": [0]},
+        with_patches,
+    ),
     "Qwen3.5 with images": vlm(
         "Qwen3_5ForConditionalGeneration",
         GROUPED | DELTA_NET | {"rope_parameters": ROTATED | {"partial_rotary_factor": 1.0}},
