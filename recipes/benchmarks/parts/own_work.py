@@ -16,13 +16,13 @@ from tqdm import tqdm
 from recipes.benchmarks.parts.timing import Seconds, quartiles, timed
 from recipes.benchmarks.parts.training import Training
 from smt_trainer.model.grid import BlockGrid
-from smt_trainer.sparse import sparse_experts, sparse_linear, write_back
+from smt_trainer.sparse import functional, write_back
 
 PARTS = {
-    "block gradients": (sparse_linear, "block_gradients"),
-    "finding what is kept": (sparse_linear, "find_origin"),
+    "block gradients": (functional.linear, "block_gradients"),
+    "finding what is kept": (functional.linear, "find_origin"),
 }
-PARTS_OF_EXPERTS = {part: (sparse_experts, name) for part, (_, name) in PARTS.items()}
+PARTS_OF_EXPERTS = {part: (functional.experts, name) for part, (_, name) in PARTS.items()}
 OPTIMIZER, WRITE_BACK = "optimizer", "write-back"
 PARTS_OF_PLAIN = PARTS | {WRITE_BACK: (write_back, "write_back")}
 # Over a quantised weight, blocks are put into the dense copy that each product makes of it anyway.
