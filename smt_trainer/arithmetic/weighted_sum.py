@@ -57,15 +57,15 @@ class Terms:
 
     def compose(self) -> tuple[Delta, dict[str, int], list[str]]:
         """Return the composed delta, module -> number of shared blocks, and the names of shared whole tensors."""
-        first, positions, blocks, shared = self.deltas[0], {}, {}, {}
+        first, block_indices, blocks, shared = self.deltas[0], {}, {}, {}
         for name in first.selection.grids:
             if any(name in delta.block_arrays for delta in self.deltas):
-                positions[name], blocks[name], touching = self._blocks(name)
+                block_indices[name], blocks[name], touching = self._blocks(name)
                 shared |= {name: touching} if touching else {}
         holders = Counter(name for delta in self.deltas for name in delta.whole_arrays)
         whole = {name: self._whole(name) for name in holders}
         config, unnamed = _described(self.deltas)
-        selection = replace(first.selection, block_indices=positions, config=config)
+        selection = replace(first.selection, block_indices=block_indices, config=config)
         if len(self.deltas) > 1:
             selection = replace(selection, config=replace(config, budget=selection.num_blocks))
         # As in training, the fingerprint leaves out parameters that the delta holds whole.
@@ -77,18 +77,18 @@ class Terms:
         return composed, shared, [name for name, count in holders.items() if count > 1]
 
     def _blocks(self, name: str) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return positions [n, 2] and values [n, br, bc] of a module's blocks, and how many of them are shared."""
+        """Return indices [n, 2] and values [n, br, bc] of a module's blocks, and how many of them are shared."""
         grid, held = self.deltas[0].selection.grids[name], []
         for delta, factor in zip(self.deltas, self.factors, strict=True):
             if name in delta.block_arrays:
                 places = np.ravel_multi_index(tuple(delta.selection.block_indices[name].T), grid.shape)
                 held.append((places, delta.block_arrays[name], factor))
         union, holders = np.unique(np.concatenate([places for places, _, _ in held]), return_counts=True)
-        positions = np.stack(np.unravel_index(union, grid.shape), axis=1)
+        block_indices = np.stack(np.unravel_index(union, grid.shape), axis=1)
         weight = read_matrix(self.checkpoint, self.parts[name])
-        before = cast(grid.split(weight)[tuple(positions.T)], self.deltas[0].weight_dtype)
+        before = cast(grid.split(weight)[tuple(block_indices.T)], self.deltas[0].weight_dtype)
         terms = [(np.searchsorted(union, places), values, factor) for places, values, factor in held]
-        return positions, self._sum(terms, before), int((holders > 1).sum())
+        return block_indices, self._sum(terms, before), int((holders > 1).sum())
 
     def _whole(self, name: str) -> np.ndarray:
         """Return the values of a tensor that deltas hold whole."""

@@ -1,4 +1,4 @@
-"""The delta: a folder with the trained blocks, their positions and a record of their base.
+"""The delta: a folder with the trained blocks, their indices and a record of their base.
 
     smt_delta.safetensors   <module>.blocks         [n, br, bc]  trained values (not differences, so merging is exact)
                             <module>.block_indices  [n, 2] int32 (row, column) in the module's grid
@@ -53,6 +53,9 @@ class Delta:
         unnamed: whole tensors that the configuration does not name: newly initialised on loading, changed by forward,
             unfrozen by the user, extracted or composed.
         quantization: the `quantization_config` of a quantised base.
+
+    Raises:
+        SMTError: a module lacks its blocks, or they have another shape.
     """
 
     selection: BlockSelection
@@ -141,8 +144,8 @@ class Delta:
             f"{name}.blocks": blocks if dtype_name(blocks) == master else widened(self, blocks)
             for name, blocks in self.block_arrays.items()
         }
-        positions = self.selection.block_indices
-        arrays |= {f"{name}.block_indices": found.astype(np.int32) for name, found in positions.items()}
+        block_indices = self.selection.block_indices
+        arrays |= {f"{name}.block_indices": found.astype(np.int32) for name, found in block_indices.items()}
         arrays |= self.whole_arrays
         manifest = sealed(manifest, arrays)
         metadata = {"format": "pt", MANIFEST: json.dumps(manifest)}

@@ -153,4 +153,5 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Return how many bytes tensors take together."""
     return sum(tensor.nbytes for tensor in tensors)

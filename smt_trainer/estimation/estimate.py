@@ -119,8 +119,9 @@ def estimate(
         bits: 4 or 8 to quantise the frozen base of SMT and LoRA to NF4 or LLM.int8; None to keep it in `dtype`.
 
     Raises:
-        SMTError: there is no such model, it cannot run on the meta device, or the configuration does not fit it or
-            chooses from convolutions or experts.
+        SMTError: a size is below 1, or `zero_stage` or `bits` is none of the above or they exclude each other; there is
+            no such model, it cannot run on the meta device, or the configuration does not fit it or chooses from
+            convolutions or experts, or from embeddings under ZeRO-3.
     """
     for name, value in {"batch": batch, "seq": seq, "ranks": ranks}.items():
         if value < 1:

@@ -19,22 +19,22 @@ from smt_trainer.model.grid import BlockGrid
 def cut_blocks(
     grid: BlockGrid, fine: BlockGrid, indices: np.ndarray, blocks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return positions [m, 2], row by row, and values [m, br', bc'] of the finer blocks that make up coarser ones.
+    """Return indices [m, 2], row by row, and values [m, br', bc'] of the finer blocks that make up coarser ones.
 
     Args:
         grid: of the blocks.
         fine: the same with blocks of br' x bc', which divide those of `grid`.
-        indices: positions [n, 2] of the blocks.
+        indices: of the blocks [n, 2].
         blocks: their values [n, br, bc].
     """
     if fine == grid:
         return indices, blocks
     down, across = grid.block_rows // fine.block_rows, grid.block_columns // fine.block_columns
     inside = np.stack(np.meshgrid(np.arange(down), np.arange(across), indexing="ij"), axis=-1)
-    places = (indices[:, None, None] * (down, across) + inside).reshape(-1, 2)
+    finer = (indices[:, None, None] * (down, across) + inside).reshape(-1, 2)
     values = blocks.reshape(-1, down, fine.block_rows, across, fine.block_columns).swapaxes(2, 3)
-    order = np.lexsort(places.T[::-1])
-    return places[order], values.reshape(-1, *fine.block_shape)[order]
+    order = np.lexsort(finer.T[::-1])
+    return finer[order], values.reshape(-1, *fine.block_shape)[order]
 
 
 @dataclass(frozen=True, eq=False)

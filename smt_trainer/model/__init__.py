@@ -1,1 +1,1 @@
-"""Read a plain model: its grids, names, targets, and what is trained whole."""
+"""Read a plain model: its names, targets and grids, what is trained whole, and the base that it was loaded from."""

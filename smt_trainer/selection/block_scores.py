@@ -69,6 +69,9 @@ class BlockScores:
         base_model: name of the model, if known.
         dependencies: the columns that depend on rows of the targets, with `train_dependents`.
         unreached: the targets without scores, because the warm-up did not reach them.
+
+    Raises:
+        SMTError: a module has a grid or scores, not both, or scores of another shape or dtype.
     """
 
     grids: dict[str, BlockGrid]

@@ -35,6 +35,9 @@ class BlockSelection:
         num_parameters: parameters of the whole model, tied weights counted once.
         config: the configuration that chose them.
         base_model: name of the model they were chosen for, if known.
+
+    Raises:
+        SMTError: there is no block, one has no grid or lies outside of it, or one is given twice.
     """
 
     grids: dict[str, BlockGrid]
@@ -159,7 +162,11 @@ class BlockSelection:
 
     @classmethod
     def resolve(cls, selection: BlockSelection | Mapping[str, Any] | str | Path) -> BlockSelection:
-        """Return the selection, given as a `BlockSelection`, as its dictionary or as the path of its file or folder."""
+        """Return the selection, given as a `BlockSelection`, as its dictionary or as the path of its file or folder.
+
+        Raises:
+            SMTError: there is no such file, or it or the dictionary is damaged.
+        """
         if isinstance(selection, BlockSelection):
             return selection
         return cls.from_dict(selection) if isinstance(selection, Mapping) else cls.load(selection)
