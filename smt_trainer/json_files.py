@@ -1,4 +1,4 @@
-"""Read JSON so that a damaged file raises nothing but `SMTError`; files of our own strictly."""
+"""Read JSON so that a damaged file raises nothing but `SMTError`. Files of our own are read with `parse_json`."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def read_runs(folder: Path, parts: Sequence[StoredTensor], count: int, step: int
         parts: the tensor, or its parts of one dtype, one after another.
 
     Raises:
-        SMTError: the tensor's dtype is not supported.
+        SMTError: the tensor's dtype is not supported, or the file ends too early.
     """
     dtype = _dtype(parts[0])
     step, length = step * dtype.itemsize, length * dtype.itemsize
@@ -49,7 +49,8 @@ def read_runs(folder: Path, parts: Sequence[StoredTensor], count: int, step: int
     pieces, place = [], 0
     with contextlib.ExitStack() as stack:
         # A memory map would read 16 pages for every run.
-        files = {part.file: stack.enter_context(open(folder / part.file, "rb", buffering=0)).fileno() for part in parts}
+        names = {part.file for part in parts}
+        files = {name: stack.enter_context(open(folder / name, "rb", buffering=0)).fileno() for name in names}
         for start in range(0, count * step, step or 1):
             left = length
             while left:
@@ -58,7 +59,7 @@ def read_runs(folder: Path, parts: Sequence[StoredTensor], count: int, step: int
                 part, from_end = parts[place], ends[place] - start
                 pieces.append(os.pread(files[part.file], min(left, from_end), part.start + part.size - from_end))
                 if not pieces[-1]:
-                    raise OSError(f"{folder / part.file} was cut while it was read. Download it again.")
+                    raise SMTError(f"{folder / part.file} was cut while it was read. Download it again.")
                 start, left = start + len(pieces[-1]), left - len(pieces[-1])
     return np.frombuffer(b"".join(pieces), dtype).reshape(count, length // dtype.itemsize)
 

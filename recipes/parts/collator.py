@@ -17,7 +17,8 @@ IGNORED_LABEL = -100
 
 def left_pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Return the rows as one tensor [rows, longest], with `value` on the left of shorter rows."""
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side="left")
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left")
 
 
 def attention(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

@@ -82,9 +82,14 @@ def fits(name: PurePath, patterns: Sequence[str]) -> bool:
     return any(fnmatch(name.as_posix(), pattern) for pattern in patterns)
 
 
+def whole_model_in(folder: Path) -> str | None:
+    """Return the name of a file with the weights of a whole model in a folder; None if there is none."""
+    return next((path.name for name in FULL_MODELS for path in folder.glob(name)), None)
+
+
 def refuse_full_model(folder: Path) -> None:
     """Raise `SMTError` if a folder holds the weights of a whole model: a delta next to them would be ambiguous."""
-    weights = next((path.name for name in FULL_MODELS for path in folder.glob(name)), None)
+    weights = whole_model_in(folder)
     if weights is not None:
         raise SMTError(
             f"{folder} holds a whole model ({weights}), and a delta next to it would be ambiguous. Give another "

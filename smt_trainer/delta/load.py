@@ -162,7 +162,7 @@ def _is_quantised(base: str, kwargs: dict[str, Any]) -> bool:
     from transformers import PretrainedConfig
 
     where = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "subfolder") if key in kwargs}
-    return "quantization_config" in PretrainedConfig.get_config_dict(base, **where)[0]
+    return PretrainedConfig.get_config_dict(base, **where)[0].get("quantization_config") is not None
 
 
 def as_config(quantization: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint, Conversions, parts_of
-from smt_trainer.model.names import find_names
+from smt_trainer.model.names import expert_index, find_names
 
 # Operations of transformers that split a tensor.
 SPLITS = ("Chunk", "Split")
@@ -60,17 +60,20 @@ def look_up(checkpoint: Checkpoint) -> Conversions:
         elif split := split_rows(loaded, shapes, checkpoint):
             found.fused.update(split)
         elif _only_stacks(loaded.converter):
-            number = [int(part) for part in loaded.key.split(".") if part.isdecimal()][-1]
-            stacked.setdefault(loaded.name, {}).setdefault(number, []).append((loaded.place, loaded.key))
+            of_expert = stacked.setdefault(loaded.name, {}).setdefault(expert_index(loaded.key), [])
+            of_expert.append((loaded.place, loaded.key))
         elif not _keeps_shape(loaded, shapes, checkpoint):
             found.changed[loaded.name] = str(loaded.converter.operations)
     for name, experts in stacked.items():
         keys = [[key for _, key in sorted(experts[number])] for number in sorted(experts)]
-        dtypes = {checkpoint.tensors[key].dtype for of_expert in keys for key in of_expert}
+        parts = [checkpoint.tensors[key] for of_expert in keys for key in of_expert]
+        dtypes, dimensions = {part.dtype for part in parts}, {len(part.shape) for part in parts}
         if len(dtypes) > 1:
             found.changed[name] = f"a cast of {', '.join(sorted(dtypes))} to one dtype"
-        elif sorted(experts) == list(range(len(experts))):
+        elif sorted(experts) == list(range(len(experts))) and dimensions == {2}:
             found.stacked[name] = keys
+        else:
+            found.changed[name] = "stacking other parts than a matrix or two of each expert"
     return found
 
 
@@ -97,13 +100,14 @@ def as_loaded(checkpoint: Checkpoint, transforms: Iterable[Any]) -> Iterator[Loa
         checkpoint: on disk.
         transforms: renamings and converters, from `transformers.conversion_mapping`.
     """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
     transforms = list(transforms)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     sources = {pattern: (one, place) for one in converters for place, pattern in enumerate(one.source_patterns)}
-    for key in checkpoint.tensors:
+    # In the order of transformers: some renamings depend on those before.
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters)
         converter, place = (None, 0) if pattern is None else sources[pattern]
         yield Loaded(key, name, converter, place)

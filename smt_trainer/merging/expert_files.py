@@ -26,7 +26,7 @@ def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Mat
         Name -> its parts, from the first row on; without matrices that cannot be found.
 
     Raises:
-        SMTError: loading the checkpoint does more to the experts than concatenate and stack them.
+        SMTError: loading the checkpoint does more to the experts than concatenate and stack them, such as cast some.
     """
     stack_of = {name: name.rpartition(".")[0] for name in names}
     stacks, known = dict.fromkeys(stack_of.values()), look_up(checkpoint)

@@ -1,4 +1,7 @@
-"""Find where the values of a delta belong in the files of a checkpoint. Imports no torch."""
+"""Find where the values of a delta belong in the files of a checkpoint.
+
+torch is imported only where `conversion.py` has to ask transformers.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

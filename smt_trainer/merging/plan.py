@@ -1,6 +1,8 @@
 """Plan a merge: find the tensors that a delta changes, check that it fits, write it into copies of the files.
 
-Files are mapped into memory, so only the pages with trained values are read and written. Imports no torch.
+Files are mapped into memory, so only the pages with trained values are read and written.
+
+torch is imported only where `conversion.py` has to ask transformers.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class MergePlan:
         Raises:
             SMTError: the checkpoint lacks a weight that has blocks, or the delta belongs to another base.
         """
-        # This may look up the conversions, which `find_keys` reads.
+        # Where it looks up the conversions, `find_keys` reads them.
         parts = find_parts(delta, checkpoint)
         keys, sites = find_keys(delta, checkpoint), find_sites(delta, parts, checkpoint)
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
@@ -176,7 +178,7 @@ def _differences(delta: Delta, checkpoint: Checkpoint) -> list[str]:
     be compared."""
     fingerprint = delta.fingerprint
     differences = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
-    if differences or fingerprint.missing(checkpoint.loaded):
+    if not checkpoint.conversions.are_known and (differences or fingerprint.missing(checkpoint.loaded)):
         look_up(checkpoint)
         differences = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
     if missing := fingerprint.missing(checkpoint.loaded):

@@ -1,4 +1,4 @@
-"""Prove that a checkpoint is a base with a delta merged into it, value by value. Imports no torch.
+"""Prove that a checkpoint is a base with a delta merged into it, value by value.
 
 With B and M the bits of a tensor in the base and in the merged checkpoint, D the trained values and P their places,
 
@@ -12,11 +12,14 @@ tied tensor that the base stores twice must have the trained values under both n
 files does not matter, nor do hidden files, files that trainers leave, and a README, which people may rewrite.
 
 Both checkpoints are read once, a piece at a time, by threads: memory holds the delta and these pieces.
+
+torch is imported only where `conversion.py` has to ask transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +34,7 @@ from smt_trainer.delta.folder import files_beside_weights
 from smt_trainer.delta.hub import find_delta
 from smt_trainer.delta.onto import DEQUANTIZED
 from smt_trainer.errors import SMTError
-from smt_trainer.json_files import DAMAGE, parse_json
+from smt_trainer.json_files import DAMAGE
 from smt_trainer.merging.plan import MergePlan
 from smt_trainer.merging.side_files import other_files
 from smt_trainer.model.checkpoint import Checkpoint, find_checkpoint
@@ -194,8 +197,10 @@ def _difference(wanted: bytes, found: bytes, suffix: str) -> str | None:
     if wanted == found:
         return None
     with contextlib.suppress(*DAMAGE):
-        values, others = (parse_json(text) for text in (wanted, found)) if suffix == ".json" else (None, None)
+        values, others = (json.loads(text) for text in (wanted, found)) if suffix == ".json" else (None, None)
         if isinstance(values, dict) and isinstance(others, dict):
-            keys = sorted(key for key in values.keys() | others.keys() if values.get(key, ...) != others.get(key, ...))
+            # As texts: NaN differs from itself.
+            values, others = ({key: json.dumps(value) for key, value in each.items()} for each in (values, others))
+            keys = sorted(key for key in values.keys() | others.keys() if values.get(key) != others.get(key))
             return f"has other values of {', '.join(keys)}" if keys else None
     return "is not as merging writes it"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,7 @@ def further_modules(folder: Path) -> list[str]:
     path = folder / MODULES_FILE
     listed = load_json(path, "list of modules") if path.is_file() else []
     names = [part.get("path") for part in listed if isinstance(part, dict)] if isinstance(listed, list) else []
-    return [name for name in names if isinstance(name, str) and name and PurePath(name).name == name]
+    return [name for name in names if isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name)]
 
 
 def _weights_file(folder: Path, config: dict[str, Any], what: str) -> str:

@@ -171,7 +171,7 @@ def sample(tensor: Tensor, stride: int, rows: int | None = None) -> np.ndarray:
 
 def read_sample(folder: Path, parts: Sequence[StoredTensor], stride: int, rows: int | None = None) -> np.ndarray:
     """Read the values that `sample` would return of a tensor in the files of a folder, or of several parts of one that
-    follow one another; `rows` counts those of the first part."""
+    follow one another; only the first `rows` rows of a tensor in one part."""
     first, *others = parts
     shape = first.shape if rows is None or not first.shape else (min(rows, first.shape[0]), *first.shape[1:])
     if others:

@@ -128,6 +128,7 @@ class BlockModule(nn.Module):
 
     def to_plain(self) -> nn.Module:
         """Write the blocks into the weight and turn back into a plain linear, in place."""
+        self.refuse_computed()
         write_back([self])
         return self._restore()
 
@@ -164,6 +165,7 @@ class BlockModule(nn.Module):
 
         Otherwise it is not touched: autograd refuses backward through a weight that was written since forward.
         """
+        self.refuse_computed()
         if not self.is_comparable:
             return
         if not self.differs():
@@ -186,21 +188,16 @@ class BlockModule(nn.Module):
         if not self.is_comparable:
             return False
         self.keep_indices()
+        return bool(self.difference())
+
+    def difference(self) -> Tensor:
+        """Return whether a comparable weight has other values than the blocks, on its device: reading it waits."""
         held = self.grid.gather(self.base_weight(), self.block_indices)
-        return not torch.equal(held, self.blocks.detach().to(held.dtype))
+        return (held != self.blocks.detach().to(held.dtype)).any()
 
     @torch.no_grad()
     def take_edits(self) -> None:
-        """Take over into the blocks the values that were edited in the weight; the others keep their precision.
-
-        Raises:
-            SMTError: pruning or a parametrization computes the weight now, and would undo each change to the blocks.
-        """
-        if self.stacked is None and "weight" not in self._parameters:
-            raise SMTError(
-                "the weight of a linear with blocks is no parameter any more: pruning or a parametrization computes it "
-                "from another one. Prune before the blocks are chosen, or after merging (merge_and_unload)."
-            )
+        """Take over into the blocks the values that were edited in the weight; the others keep their precision."""
         held = self.grid.gather(self.base_weight(), self.block_indices)
         edited = held != self.blocks.to(held.dtype)
         if edited.any():
@@ -219,6 +216,14 @@ class BlockModule(nn.Module):
             self.last_equal = LastEqual.in_a_copy(self)
         follow(self)
 
+    def refuse_computed(self) -> None:
+        """Raise `SMTError` if pruning or a parametrization computes the weight now: it would undo each change."""
+        if self.stacked is None and "weight" not in self._parameters:
+            raise SMTError(
+                "the weight of a linear with blocks is no parameter any more: pruning or a parametrization computes it "
+                "from another one. Prune before the blocks are chosen, or after merging (merge_and_unload)."
+            )
+
     def mark_written(self) -> None:
         """Record that the weight holds the current blocks."""
         self.last_equal = LastEqual.of(self)
@@ -231,6 +236,7 @@ class BlockModule(nn.Module):
         blocks are gathered in forward, so they are not written there (`write_back.py`). What an operation has edited in
         the weight is taken over first.
         """
+        self.refuse_computed()
         self.keep_indices()
         if self.last_equal.blocks_were_changed(self):
             return True
@@ -300,7 +306,7 @@ class BlockModule(nn.Module):
 
     def extra_repr(self) -> str:
         (br, bc), (rows, columns) = self.grid.block_shape, self.grid.shape
-        # Conv1D has none.
+        # Conv1D and experts have none.
         plain = super().extra_repr() or (
             f"in_features={self.grid.in_features}, out_features={self.grid.out_features}, bias={self.bias is not None}"
         )

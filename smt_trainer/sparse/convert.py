@@ -198,7 +198,7 @@ def check_onto_for_merge(model: nn.Module, onto: str | None) -> None:
     get_state(model)
     if has_quantised_blocks(model) and onto != "dequantized":
         raise SMTError(CANNOT_HOLD)
-    if onto is not None and quantization_of(model) is None:
+    if onto is not None and quantization_of(model) is None and not has_quantised_blocks(model):
         raise SMTError(f"onto={onto!r} is for quantised weights, and those of this model are plain. Leave it out.")
     if onto not in (None, "dequantized"):
         raise SMTError(f"onto must be 'dequantized' or left out, got {onto!r}.")

@@ -6,7 +6,8 @@ This happens wherever the two could differ, whoever changed the blocks:
     in a forward that finds that an operation has changed them         by their version (`BlockModule.is_stale`)
     before evaluation and before a state dict is made                  for changes that leave no trace (`.data`); from
                                                                        then on every forward compares
-    before each step of a trainer with callbacks of the user's         for those, too (`training/write_back.py`)
+    before each forward of a trainer with callbacks or methods of       for those, too (`training/write_back.py`)
+    the user's
 
 What others write into the weight goes the other way: the blocks take it over (`last_equal.py`).
 
@@ -63,6 +64,15 @@ def write_back(linears: Iterable[BlockModule]) -> None:
         torch._foreach_copy_(views, values)
     for linear in linears:
         linear.mark_written()
+
+
+def write_what_differs(linears: Iterable[BlockModule]) -> None:
+    """Write back the linears whose weights have other values than their blocks. All are compared before the first
+    result is read, since a GPU is waited for then."""
+    comparable = [linear for linear in linears if linear.is_comparable]
+    for linear, differs in zip(comparable, [linear.difference() for linear in comparable], strict=True):
+        if differs:
+            linear.write_if_changed()
 
 
 def one_by_one(grid: BlockGrid, values: Tensor) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import types
 from collections import deque
@@ -17,7 +16,7 @@ import torch
 LARGEST_COUNTER = 2**16
 # Lists that are longer hold data, and not parts of an object.
 LONGEST_LIST = 100
-OPAQUE = (type, types.ModuleType, torch.nn.Module, torch.Tensor)
+OPAQUE = (type, types.ModuleType, torch.Tensor)
 
 
 @contextlib.contextmanager
@@ -35,11 +34,12 @@ def rng_preserved() -> Generator[None]:
 
 @contextlib.contextmanager
 def generators_preserved(*owners: object) -> Generator[None]:
-    """Restore on exit the states of the random generators that objects have as attributes, as a collator with a seed of
-    its own does, and the attributes that held none yet."""
+    """Restore on exit the states of the random generators that objects have as attributes or in lists, as a collator
+    with a seed of its own does, and the attributes that held none yet."""
     owners = tuple(owner for owner in owners if hasattr(owner, "__dict__"))
     before = [dict(vars(owner)) for owner in owners]
-    states = [(one, _state_of(one)) for attributes in before for one in attributes.values() if _is_generator(one)]
+    held = [one for attributes in before for value in attributes.values() for one in _listed(value)]
+    states = [(one, _state_of(one)) for one in held if _is_generator(one)]
     try:
         yield
     finally:
@@ -55,16 +55,20 @@ def generators_preserved(*owners: object) -> Generator[None]:
 
 def reachable(*roots: object) -> list[object]:
     """Return objects, and those that they hold as attributes or in lists, to the depth of `dataset.transform.parts[0]`.
-    Models and data are left out."""
+    Data are left out."""
     found: dict[int, object] = {}
     level = list(roots)
     for _ in range(3):
         level = [one for one in level if hasattr(one, "__dict__") and not isinstance(one, OPAQUE)]
-        level = [one for one in level if found.setdefault(id(one), one) is one]
-        values = [value for one in level for value in vars(one).values()]
-        lists = [value for value in values if isinstance(value, (list, tuple)) and len(value) <= LONGEST_LIST]
-        level = [*values, *itertools.chain.from_iterable(lists)]
+        level = list({id(one): one for one in level if id(one) not in found}.values())
+        found |= {id(one): one for one in level}
+        level = [part for one in level for value in vars(one).values() for part in _listed(value)]
     return list(found.values())
+
+
+def _listed(value: object) -> Iterable[object]:
+    """Return the members of a short list or tuple, or the value itself in a list."""
+    return value if isinstance(value, (list, tuple)) and len(value) <= LONGEST_LIST else [value]
 
 
 def _is_generator(value: object) -> bool:

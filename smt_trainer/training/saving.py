@@ -17,7 +17,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 
 from smt_trainer.config import SMTConfig
 from smt_trainer.delta.delta import Delta, architecture_of
-from smt_trainer.delta.folder import DELTA_FILE, LAYERS, MANIFEST_FILE, NO_WEIGHTS, refuse_full_model
+from smt_trainer.delta.folder import DELTA_FILE, LAYERS, MANIFEST_FILE, NO_WEIGHTS, refuse_full_model, whole_model_in
 from smt_trainer.delta.load import load_delta
 from smt_trainer.delta.model_card import delta_card
 from smt_trainer.delta.put import put_delta
@@ -142,17 +142,15 @@ class SavesDelta(Trainer):
             )
 
     def _load_best_model(self) -> None:
-        logger.info("Loading the best blocks from %s.", self.state.best_model_checkpoint)
-        if self.is_deepspeed_enabled:
+        checkpoint = str(self.state.best_model_checkpoint)
+        # A subclass may save whole models.
+        is_whole = whole_model_in(Path(checkpoint)) is not None
+        if self.is_deepspeed_enabled or is_whole:
             super()._load_best_model()
             write_back(linear for _, linear in block_modules(self.model))
-        # pyrefly: ignore[bad-argument-type]  # Trainer asks for it only when there is one
-        elif not Path(self.state.best_model_checkpoint, DELTA_FILE).is_file():
-            # A subclass saves whole models.
-            super()._load_best_model()
         else:
-            # pyrefly: ignore[bad-argument-type]  # Trainer asks for it only when there is one
-            load_delta(self.model, self.state.best_model_checkpoint)
+            logger.info("Loading the best blocks from %s.", checkpoint)
+            load_delta(self.model, checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock method uploads the output folder, after copying the files it knows from the checkpoint.
@@ -178,11 +176,12 @@ class SavesDelta(Trainer):
 
         Args:
             output_dir: a new or empty folder; it appears whole or not at all.
-            onto: "dequantized" if blocks lie in quantised weights, which are written dense (see `delta/onto.py`).
+            onto: "dequantized" for a quantised model, whose weights are written dense (see `delta/onto.py`). Required
+                where blocks lie in them.
 
         Raises:
             SMTError: the folder exists and is not empty, nothing has been trained yet, `onto` is missing for blocks in
-                quantised weights or given for others, or the model has no `save_pretrained`.
+                quantised weights or given for a plain model, or the model has no `save_pretrained`.
         """
         check_onto_for_merge(self.model, onto)
         if not hasattr(self.model, "save_pretrained"):

@@ -147,13 +147,13 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         self._add_own_callbacks()
 
     def _add_own_callbacks(self) -> None:
-        self._gradients, self._readers = ExpectGradients(), RefuseWeightReaders()
+        self._gradients, self._readers, self._changes = ExpectGradients(), RefuseWeightReaders(), ChangesWriteBack(self)
         self.add_callback(self._gradients)
         if self.is_deepspeed_enabled:
             self.add_callback(DeepSpeedWriteBack())
         else:
             self.add_callback(self._readers)
-            self.add_callback(ChangesWriteBack(self.callback_handler))
+            self.add_callback(self._changes)
         if not self.smt_callbacks:
             self.add_callback(SMTCallback())
 
@@ -325,7 +325,9 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         return uncompiled(super().call_model_init(trial))
 
     def training_step(self, *args, **kwargs):
-        """Run forward and backward as Trainer does; in the first step, watch who reads the weights that hold blocks."""
+        """Run forward and backward as Trainer does, with whatever others have changed in the blocks; in the first step,
+        watch who reads the weights that hold blocks."""
+        self._changes.catch_up()
         with self._readers.watching():
             return super().training_step(*args, **kwargs)
 

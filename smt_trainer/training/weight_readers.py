@@ -18,7 +18,7 @@ from collections.abc import Generator
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from smt_trainer.errors import SMTError
+from smt_trainer.errors import SMTError, first_line
 from smt_trainer.model.names import list_projections
 from smt_trainer.sparse.block_module import BlockModule, block_modules
 
@@ -53,9 +53,9 @@ class RefuseWeightReaders(TrainerCallback):
             if not (weights and "used in the graph" in str(error)):
                 raise
             raise SMTError(
-                "torch.autograd.grad was asked for the gradient of weights that hold blocks: in the first step they "
-                "require one, too, and get none. Take the parameters whose names end in `.blocks`, or pass "
-                "allow_unused=True."
+                f"{first_line(error)} In the first step, weights that hold blocks require a gradient, too, and get "
+                "none. If torch.autograd.grad is asked for the gradients of all that is trained, take the parameters "
+                "whose names end in `.blocks`, or pass allow_unused=True."
             ) from error
         finally:
             for handle in handles:

@@ -1,21 +1,22 @@
 """Callbacks that write the blocks back where the hook of the optimizer does not, or comes too early.
 
-DeepSpeed                                      its optimizer holds other tensors
-callbacks, and optimizers that are not torch's   may change blocks after the hook, and without a trace (`.data`)
-compiled models                                do not look for changes in forward
+DeepSpeed                           its optimizer holds other tensors
+callbacks, methods of a subclass    may change blocks after the hook, and without a trace (`.data`), as may
+                                    optimizers that are not torch's
+compiled models                     do not look for changes in forward
 """
 
 from __future__ import annotations
 
 from torch import nn
-from transformers import TrainerCallback
-from transformers.trainer_callback import CallbackHandler
+from transformers import Trainer, TrainerCallback
 
+from smt_trainer.model.sharded import is_sharded
 from smt_trainer.sparse.block_module import BlockModule, block_modules
-from smt_trainer.sparse.write_back import write_back
+from smt_trainer.sparse.write_back import write_back, write_what_differs
 
-# Packages whose callbacks and optimizers change trained values only by an optimizer's step.
-KNOWN = ("torch", "bitsandbytes", "accelerate", "transformers", "trl", "smt_trainer")
+# Packages whose trainers, callbacks and optimizers change trained values only by an optimizer's step.
+KNOWN = ("builtins", "torch", "bitsandbytes", "accelerate", "transformers", "trl", "smt_trainer")
 
 
 class WriteBack(TrainerCallback):
@@ -30,31 +31,38 @@ class WriteBack(TrainerCallback):
 
 
 class ChangesWriteBack(WriteBack):
-    """Write back, before each step, what others have changed in the blocks since the optimizer's hook.
+    """Write back, before each forward, what others have changed in the blocks since the optimizer's hook. The trainer
+    calls `catch_up`.
 
     Args:
-        handler: of the trainer's callbacks.
+        trainer: whose callbacks, optimizer and own methods may do so.
     """
 
-    def __init__(self, handler: CallbackHandler) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         super().__init__()
-        self.handler = handler
+        self.handler, self.kind = trainer.callback_handler, type(trainer)
+        self.compares = False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         """Look at the linears only if there is somebody whose changes could be missed."""
         super().on_train_begin(args, state, control, model, **kwargs)
-        others = [*self.handler.callbacks, getattr(optimizer, "optimizer", optimizer)]
-        if all(map(_is_known, others)) and not (args.torch_compile or _is_compiled(model)):
+        others = {type(each) for each in (*self.handler.callbacks, getattr(optimizer, "optimizer", optimizer))}
+        # A subclass without a body only names the trainer behind the mixin.
+        others |= {kind for kind in self.kind.__mro__ if any(not name.startswith("__") for name in vars(kind))}
+        self.compares = not all(map(_is_known, others))
+        if not (self.compares or args.torch_compile or _is_compiled(model)):
             self.linears = []
 
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """The optimizer and the callbacks of the previous step are done."""
-        for linear in self.linears:
-            linear.write_if_changed()
+    def catch_up(self) -> None:
+        """Write back what was changed."""
+        if self.compares:
+            write_what_differs(self.linears)
+        else:
+            write_back(linear for linear in self.linears if not is_sharded(linear.blocks) and linear.is_stale())
 
 
-def _is_known(other: object) -> bool:
-    return other is None or type(other).__module__.partition(".")[0] in KNOWN
+def _is_known(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in KNOWN
 
 
 def _is_compiled(model: nn.Module | None) -> bool:

@@ -132,7 +132,7 @@ class AsksForGradients(tiny.SMTTrainer):
 
 def test_asking_for_gradients_of_weights_that_hold_blocks_is_explained(tmp_path):
     given = {"smt_config": tiny.config(score="random"), "kind": AsksForGradients}
-    with pytest.raises(SMTError, match=r"in the first step.*`\.blocks`.*allow_unused=True"):
+    with pytest.raises(SMTError, match=r"In the first step.*`\.blocks`.*allow_unused=True"):
         tiny.smt_trainer(tiny.llama(), tmp_path / "refused", **given).train()
     trainer = tiny.smt_trainer(tiny.llama(), tmp_path / "run", **given)
     trainer.allow_unused = True

@@ -7,7 +7,7 @@ import tiny
 import torch
 from transformers import TrainerCallback
 
-from smt_trainer import SMTConfig, merge_and_unload
+from smt_trainer import SMTConfig, SMTTrainer, merge_and_unload
 from smt_trainer.training.write_back import ChangesWriteBack
 
 NAMES = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"]
@@ -51,6 +51,28 @@ class Lookahead(torch.optim.Optimizer):
             parameter.data.copy_(slow)
 
 
+class Perturbs:
+    """Trainer mixin: changes trained values before each forward, without a trace."""
+
+    def training_step(self, *args, **kwargs):
+        for parameter in trained_parameters(self.model):
+            parameter.data.mul_(0.9)
+        return super().training_step(*args, **kwargs)
+
+
+class PerturbingTrainer(Perturbs, tiny.RecordingTrainer):
+    pass
+
+
+class PerturbingSMTTrainer(Perturbs, tiny.RecordingSMTTrainer):
+    pass
+
+
+CLAMP, LOOKAHEAD = {"callbacks": [Clamp()]}, {"optimizer_cls_and_kwargs": (Lookahead, {"lr": 0.1})}
+USUAL = tiny.RecordingTrainer, tiny.RecordingSMTTrainer
+PERTURBING = PerturbingTrainer, PerturbingSMTTrainer
+
+
 def uncompiled(model):
     return model
 
@@ -60,29 +82,32 @@ def compiled_in_place(model):
     return model
 
 
-CASES: list[tuple[Callable, dict]] = [
-    (uncompiled, {"callbacks": [Clamp()]}),
-    (uncompiled, {"optimizer_cls_and_kwargs": (Lookahead, {"lr": 0.1})}),
-    (compiled_in_place, {"callbacks": [Halve()]}),
-    (compiled_in_place, {"callbacks": [Clamp()]}),
+CASES: list[tuple[tuple, Callable, dict]] = [
+    (USUAL, uncompiled, CLAMP),
+    (USUAL, uncompiled, LOOKAHEAD),
+    (USUAL, compiled_in_place, {"callbacks": [Halve()]}),
+    (USUAL, compiled_in_place, CLAMP),
+    (PERTURBING, uncompiled, {}),
 ]
 
 
-@pytest.mark.parametrize(("prepare", "given"), CASES)
-def test_a_run_equals_one_of_dense_weights(prepare, given, tmp_path):
+@pytest.mark.parametrize(("kinds", "prepare", "given"), CASES)
+def test_a_run_equals_one_of_dense_weights(kinds, prepare, given, tmp_path):
     dense = tiny.llama().requires_grad_(False)
     for name in NAMES:
         dense.get_submodule(name).weight.requires_grad_(True)
     selection = tiny.every_block(tiny.llama(), NAMES)
 
     def train(kind, model, **fields):
-        arguments = tiny.arguments(tmp_path / kind.__name__, optim="sgd", learning_rate=0.1)
+        arguments = tiny.arguments(
+            tmp_path / kind.__name__, optim="sgd", learning_rate=0.1, gradient_accumulation_steps=2
+        )
         trainer = kind(model=prepare(model), args=arguments, train_dataset=tiny.examples(), **given, **fields)
         trainer.train()
         return trainer
 
-    stock = train(tiny.RecordingTrainer, dense)
-    ours = train(tiny.RecordingSMTTrainer, tiny.llama(), smt_config=SMTConfig(selection=selection))
+    stock = train(kinds[0], dense)
+    ours = train(kinds[1], tiny.llama(), smt_config=SMTConfig(selection=selection))
     assert tiny.logged(ours, "loss") == pytest.approx(tiny.logged(stock, "loss"), rel=1e-5)
     model = merge_and_unload(ours.model)
     for name in NAMES:
@@ -90,7 +115,9 @@ def test_a_run_equals_one_of_dense_weights(prepare, given, tmp_path):
 
 
 def test_nothing_is_compared_if_nobody_could_have_changed_it(tmp_path):
-    trainer = tiny.smt_trainer(tiny.llama(), tmp_path)
+    trainer = SMTTrainer(
+        tiny.llama(), tiny.arguments(tmp_path), train_dataset=tiny.examples(), smt_config=tiny.config()
+    )
     (ours,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, ChangesWriteBack))
     trainer.train()
     assert not ours.linears
