@@ -184,12 +184,9 @@ def test_a_tensor_of_many_parts_opens_each_file_once(tmp_path):
     parts = torch.randn(300, 8, 8)
     save_file({f"{number:03}": part.contiguous() for number, part in enumerate(parts)}, tmp_path / "file.safetensors")
     places, _ = read_header(tmp_path / "file.safetensors", "file")
-    opened = []
-    monkeypatch.setattr(
-        "builtins.open", lambda *args, open=open, **kwargs: opened.append(args) or open(*args, **kwargs)
-    )
-    ours = read_sample(tmp_path, [places[name] for name in sorted(places)], RUN)
-    assert len(opened) == 1 and ours.tobytes() == sample(parts, RUN).tobytes()
+    with patch("builtins.open", wraps=open) as opening:
+        ours = read_sample(tmp_path, [places[name] for name in sorted(places)], RUN)
+    assert opening.call_count == 1 and ours.tobytes() == sample(parts, RUN).tobytes()
 
 
 def test_a_sample_keeps_no_tensor_alive():
