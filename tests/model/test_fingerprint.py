@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from unittest.mock import patch
 
 import pytest
 import tiny
