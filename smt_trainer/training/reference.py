@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.merged import is_merged
@@ -51,7 +52,8 @@ def match_reference(trainer: Trainer) -> None:
             raise SMTError(f"the reference model is the untuned base, and it is sharded over ranks already. {remedy}")
         return
     ours = plain_state_dict(model)
-    theirs = trainer.accelerator.unwrap_model(reference).state_dict(keep_vars=True)
+    plain: nn.Module = trainer.accelerator.unwrap_model(reference)
+    theirs = plain.state_dict(keep_vars=True)
     other = [name for name in theirs if name not in ours or ours[name].shape != theirs[name].shape]
     if other:
         raise SMTError(
