@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.merged import is_merged
@@ -52,7 +51,7 @@ def match_reference(trainer: Trainer) -> None:
             raise SMTError(f"the reference model is the untuned base, and it is sharded over ranks already. {remedy}")
         return
     ours = plain_state_dict(model)
-    plain: nn.Module = trainer.accelerator.unwrap_model(reference)
+    plain: Any = trainer.accelerator.unwrap_model(reference)
     theirs = plain.state_dict(keep_vars=True)
     other = [name for name in theirs if name not in ours or ours[name].shape != theirs[name].shape]
     if other:
