@@ -11,6 +11,7 @@ import numpy as np
 from smt_trainer.arrays import FLOATS, cast
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
+from smt_trainer.merging.conversion import look_up
 from smt_trainer.merging.expert_files import IN_MEMORY, find_experts
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.renamed import find_renamed
@@ -52,8 +53,9 @@ def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: 
 
 def find_keys(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
     """Return whole tensor of a delta -> its name in a checkpoint, without tensors that the checkpoint lacks."""
-    names = {key: key for key in checkpoint.tensors} | checkpoint.conversions.renamed
-    return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
+    found = find_names(delta.whole_arrays, checkpoint.tensors)
+    renamed = look_up(checkpoint).renamed if len(found) < len(delta.whole_arrays) else {}
+    return found | {name: renamed[other] for name, other in find_names(delta.whole_arrays, renamed).items()}
 
 
 def find_grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -90,7 +90,6 @@ class MergePlan:
         Raises:
             SMTError: the checkpoint lacks a weight that has blocks, or the delta belongs to another base.
         """
-        # Where it looks up the conversions, `find_keys` reads them.
         parts = find_parts(delta, checkpoint)
         keys, sites = find_keys(delta, checkpoint), find_sites(delta, parts, checkpoint)
         whole = {keys[name]: values for name, values in delta.whole_arrays.items() if name in keys}
