@@ -55,7 +55,8 @@ def look_up(checkpoint: Checkpoint) -> Conversions:
     stacked: dict[str, dict[int, list[tuple[int, str]]]] = {}
     for loaded in as_loaded(checkpoint, transforms):
         if loaded.converter is None:
-            if loaded.name != loaded.key:
+            # A class of its own may not share the renamings of its model type.
+            if loaded.name != loaded.key and shapes:
                 found.renamed[loaded.name] = loaded.key
         elif split := split_rows(loaded, shapes, checkpoint):
             found.fused.update(split)

@@ -212,6 +212,7 @@ class SMTTrainerMixin(SavesDelta, SyncsVLLM):
         finally:
             self._gradients.detach()
             self._readers.forget()
+            self._changes.forget()
 
     def _convert(self, checkpoint: str | None, folder: Path) -> None:
         """Make the model one that trains its blocks: those of a checkpoint, if any, or those that are chosen now."""

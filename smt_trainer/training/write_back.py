@@ -53,6 +53,10 @@ class ChangesWriteBack(WriteBack):
         if not (self.compares or args.torch_compile or _is_compiled(model)):
             self.linears = []
 
+    def forget(self) -> None:
+        """Look at nothing until the next run."""
+        self.linears = []
+
     def catch_up(self) -> None:
         """Write back what was changed."""
         if self.compares:
