@@ -8,7 +8,11 @@ COMPRESSED = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-DEEPSEEK = EXPERTS | LATENT | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+DEEPSEEK = (
+    EXPERTS
+    | LATENT
+    | {"num_key_value_heads": 4, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+)
 BART = {
     f"{side}_{part}": size
     for side in ("encoder", "decoder")
