@@ -1,6 +1,5 @@
 """Merge a delta into the files of a checkpoint, take it out again, prove that it is there.
 
-conversion   what loading makes of the tensors of the files: renamed, split, stacked
 locate       finds the tensors, or the rows of one (`MatrixRows`), that hold each matrix with blocks; `expert_files`
              those of experts, `renamed` those under other names, `tied` the copies of embeddings
 Site         the blocks of one matrix in one tensor

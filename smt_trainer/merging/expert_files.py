@@ -1,15 +1,15 @@
 """Find the matrices of experts in the files of a checkpoint.
 
 A model holds `mlp.experts.gate_up_proj` [E, 2I, H]. Some checkpoints store just this tensor. Many store each expert
-separately, and loading stacks them (`conversion.py`).
+separately, and loading stacks them (`model/conversion.py`).
 """
 
 from __future__ import annotations
 
 from smt_trainer.errors import SMTError
-from smt_trainer.merging.conversion import look_up
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.conversion import look_up
 from smt_trainer.model.names import find_names
 
 IN_MEMORY = "merge in memory instead: from_delta(delta, auto_class, base=...).save_pretrained(output)"
@@ -35,7 +35,7 @@ def find_experts(names: list[str], checkpoint: Checkpoint) -> dict[str, list[Mat
             f"loading {checkpoint.folder} changes `{stack}` by {known.changed[name]}, so the trained blocks have no "
             f"place in it; {IN_MEMORY}."
         )
-    whole = {name: name for name in checkpoint.tensors} | known.renamed
+    whole = checkpoint.names
     whole_names, stacked_names = find_names(stacks, whole), find_names(stacks, known.stacked)
     found = {}
     for name, stack in stack_of.items():

@@ -1,6 +1,6 @@
 """Find where the values of a delta belong in the files of a checkpoint.
 
-torch is imported only where `conversion.py` has to ask transformers.
+torch is imported only where `model/conversion.py` has to ask transformers.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,20 @@ import numpy as np
 from smt_trainer.arrays import FLOATS, cast
 from smt_trainer.delta.delta import Delta
 from smt_trainer.errors import SMTError
-from smt_trainer.merging.conversion import look_up
 from smt_trainer.merging.expert_files import IN_MEMORY, find_experts
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.renamed import find_renamed
 from smt_trainer.merging.site import Site
 from smt_trainer.model.checkpoint import Checkpoint
+from smt_trainer.model.conversion import look_up
 from smt_trainer.model.names import find_names
 
 
 def find_parts(delta: Delta, checkpoint: Checkpoint) -> dict[str, list[MatrixRows]]:
     """Return module with blocks -> where its weight lies in a checkpoint."""
-    keys = find_names([f"{name}.weight" for name in delta.block_arrays], checkpoint.tensors)
-    parts = {name: [MatrixRows(keys[f"{name}.weight"])] for name in delta.block_arrays if f"{name}.weight" in keys}
+    parts = {
+        name: [MatrixRows(f"{name}.weight")] for name in delta.block_arrays if f"{name}.weight" in checkpoint.tensors
+    }
     others = [name for name in delta.block_arrays if name not in parts]
     experts = [name for name in others if name.rpartition(".")[2].isdecimal()]
     if experts:
@@ -53,9 +54,11 @@ def find_sites(delta: Delta, parts: Mapping[str, list[MatrixRows]], checkpoint: 
 
 def find_keys(delta: Delta, checkpoint: Checkpoint) -> dict[str, str]:
     """Return whole tensor of a delta -> its name in a checkpoint, without tensors that the checkpoint lacks."""
-    found = find_names(delta.whole_arrays, checkpoint.tensors)
-    renamed = look_up(checkpoint).renamed if len(found) < len(delta.whole_arrays) else {}
-    return found | {name: renamed[other] for name, other in find_names(delta.whole_arrays, renamed).items()}
+    if delta.whole_arrays.keys() <= checkpoint.tensors.keys():
+        return {name: name for name in delta.whole_arrays}
+    look_up(checkpoint)
+    names = checkpoint.names
+    return {name: names[other] for name, other in find_names(delta.whole_arrays, names).items()}
 
 
 def find_grown(delta: Delta, sites: Mapping[str, list[Site]], checkpoint: Checkpoint) -> dict[str, np.ndarray]:

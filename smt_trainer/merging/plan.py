@@ -2,7 +2,7 @@
 
 Files are mapped into memory, so only the pages with trained values are read and written.
 
-torch is imported only where `conversion.py` has to ask transformers.
+torch is imported only where `model/conversion.py` has to ask transformers.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from smt_trainer.delta.folder import LAYERS, load_config
 from smt_trainer.delta.onto import WAYS, check_onto, quantised_names
 from smt_trainer.errors import SMTError
 from smt_trainer.files import write_atomically
-from smt_trainer.merging.conversion import look_up
 from smt_trainer.merging.expert_files import IN_MEMORY
 from smt_trainer.merging.locate import find_grown, find_keys, find_parts, find_sites, refuse_missing
 from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.site import Site
 from smt_trainer.merging.tied import tied_copies
 from smt_trainer.model.checkpoint import BASE, Checkpoint, vocabulary_sizes
+from smt_trainer.model.conversion import look_up
 from smt_trainer.tensor_file import load_arrays, open_array, save_arrays
 from smt_trainer.tensor_header import StoredTensor
 

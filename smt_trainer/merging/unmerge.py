@@ -7,7 +7,7 @@ base later, keep the reverse delta instead, which is as small as the delta:
     smt extract MERGED BASE back      the delta that turns the merged checkpoint back into the base
     smt merge MERGED back OUT         later, without the base
 
-torch is imported only where `conversion.py` has to ask transformers.
+torch is imported only where `model/conversion.py` has to ask transformers.
 """
 
 from __future__ import annotations

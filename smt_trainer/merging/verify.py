@@ -13,7 +13,7 @@ files does not matter, nor do hidden files, files that trainers leave, and a REA
 
 Both checkpoints are read once, a piece at a time, by threads: memory holds the delta and these pieces.
 
-torch is imported only where `conversion.py` has to ask transformers.
+torch is imported only where `model/conversion.py` has to ask transformers.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def vocabulary_sizes(config: dict[str, Any]) -> set[int]:
 
 @dataclass
 class Conversions:
-    """What loading makes of the tensors of a checkpoint (`merging/conversion.py`).
+    """What loading makes of the tensors of a checkpoint (`conversion.py`).
 
     Attributes:
         renamed: name in the model -> the tensor.
@@ -79,12 +79,18 @@ class Checkpoint:
     conversions: Conversions = field(default_factory=Conversions)
 
     @property
+    def names(self) -> dict[str, str]:
+        """Name that loading is known to give to a tensor, or its own -> the tensor's."""
+        renamed = self.conversions.renamed
+        moved = set(renamed.values())
+        return {key: key for key in self.tensors if key not in moved} | renamed
+
+    @property
     def loaded(self) -> dict[str, list[StoredTensor]]:
         """Tensor name -> where it lies, or the parts that it consists of, one after another; also under the names that
         loading is known to give. Without tensors that loading is known to change."""
         known = self.conversions
-        found = {name: [stored] for name, stored in self.tensors.items()}
-        found |= {name: [self.tensors[key]] for name, key in known.renamed.items()}
+        found = {name: [self.tensors[key]] for name, key in self.names.items()}
         found |= {name: [self.tensors[key].rows(first, count)] for name, (key, first, count) in known.fused.items()}
         for name, experts in known.stacked.items():
             found[name] = [self.tensors[key] for keys in experts for key in keys]

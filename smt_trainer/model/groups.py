@@ -25,7 +25,8 @@ QKV_NAMES = frozenset(
     "linear_q linear_k linear_v to_q to_k to_v to_kv Wq Wk Wv query_global key_global value_global kv_proj "
     "qkv qkv_proj query_key_value Wqkv W_pack wqkv c_attn q_attn att_proj in_proj in_proj_qkv in_proj_qkvz qkv_linear "
     "q_a_proj q_b_proj q_gate_proj kv_a_proj_with_mqa kv_b_proj q_head k_head v_head query_key "
-    "project_q project_k project_v projection_query projection_key projection_value".split()
+    "project_q project_k project_v projection_query projection_key projection_value "
+    "to_query to_key w2e_query e2w_query e2e_query".split()
 )
 # Attention projections, whatever the module around them: in Nemotron-H and RecurrentGemma all mixers have one name.
 ATTENTION_NAMES = frozenset("q_proj k_proj v_proj qkv_proj o_proj".split())
@@ -35,13 +36,19 @@ ATTENTION_NAMES = frozenset("q_proj k_proj v_proj qkv_proj o_proj".split())
 STEERING_NAMES = frozenset(
     "gate router shared_expert_gate in_proj_a in_proj_b in_proj_ba a_proj b_proj igate_preact fgate_preact "
     "indexer modality_router prediction_coefs correction_coefs sink_proj router_gate block_inject_weight "
-    "head_logits_proj head_weights_proj".split()
+    "head_logits_proj head_weights_proj gru_rel_pos_linear continuous_position_bias_mlp".split()
 )
 # Token mixers other than attention, and the side paths of Gemma 3n and of Zamba.
 OTHER_NAMES = frozenset(
     "in_proj out_proj x_proj dt_proj linear_x linear_y linear_out mlstm_layer laurel per_layer_input_gate "
     "per_layer_projection altup_projections altup_unembed_projections linear".split()
 )
+
+
+def _is_attention(part: str) -> bool:
+    """Return whether a part of a name is that of an attention module, and not of a norm beside one or a list of
+    layers."""
+    return "att" in part.lower() and not part.endswith(("norm", "layers"))
 
 
 def in_group(name: str, group: str) -> bool:
@@ -67,13 +74,16 @@ def is_meant(name: str, keyword: str, apart: Collection[str] = ()) -> bool:
         apart: modules in which no keyword selects anything.
     """
     *path, leaf = name.split(".")
+    if leaf == "linear" and path and path[-1] in QKV_NAMES | ATTENTION_NAMES:
+        # Moshi wraps each projection.
+        leaf = path.pop()
     parts = {*path, leaf}
     if not STEERING_NAMES.isdisjoint(parts) or any(lies_in(name, module) for module in apart):
         return False
     if keyword == "all-linear":
         return True
     inside_layer = layer_index(name) >= 0
-    inside_attention = inside_layer and (leaf in ATTENTION_NAMES or any("att" in part.lower() for part in path))
+    inside_attention = inside_layer and (leaf in ATTENTION_NAMES or any(map(_is_attention, path)))
     if keyword == "qkv":
         return inside_attention and leaf in QKV_NAMES
     if keyword == "attention":

@@ -14,8 +14,8 @@ from torch import nn
 from smt_trainer.model.kinds import named_linears_and_convolutions, weight_shape
 from smt_trainer.model.sharded import full_shape
 
-# Parts of the names of classes with a head: for sentences, tokens, images, videos, sounds and time series.
-HEADED_CLASSES = ("Classification", "ForMultipleChoice", "ForQuestionAnswering")
+# Parts of the names of classes with a head: for sentences, tokens, images, videos, sounds, speech and time series.
+HEADED_CLASSES = ("Classification", "ForMultipleChoice", "ForQuestionAnswering", "ForCTC")
 
 
 def has_head(model: nn.Module) -> bool:

@@ -1,14 +1,18 @@
 """Deltas on checkpoints whose tensors get other names on loading; `tests/contracts/test_families.py` has others."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from families import FAMILIES
 from round_trips import assert_composed_and_unmerged_exactly, assert_patches_merge
+from safetensors.torch import save_file
 
 from smt_trainer import Delta, SMTError, convert_to_smt, export_lora, merge_checkpoint
+from smt_trainer.merging.locate import find_keys
+from smt_trainer.model.checkpoint import SINGLE_FILE, Checkpoint
 
 
 @pytest.fixture
@@ -69,3 +73,17 @@ def test_an_adapter_has_the_names_of_the_model(trained):
     names = tiny.saved_tensors(folder / "adapter")
     modules = Delta.load(folder / "delta").blocks
     assert names and {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in names} == set(modules)
+
+
+def test_a_name_is_not_taken_for_another_that_only_ends_alike(tmp_path):
+    names = {
+        "model.language_model.norm.weight": "norm.weight",
+        "model.projector.norm.weight": "pre_projector_norm.weight",
+    }
+    save_file({key: torch.ones(4) for key in names.values()}, tmp_path / SINGLE_FILE)
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.conversions.renamed.update(names)
+    checkpoint.conversions.are_known = True
+    delta = SimpleNamespace(whole_arrays={"model.projector.norm.weight": None})
+    assert find_keys(delta, checkpoint) == {"model.projector.norm.weight": "pre_projector_norm.weight"}
+    assert checkpoint.loaded.keys() == names.keys()

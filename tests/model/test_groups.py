@@ -43,6 +43,14 @@ MLP, EXPERTS, OTHER = {"mlp", "all-linear"}, {"experts", "mlp", "all-linear"}, {
         ("model.layers.0.per_layer_input_gate", OTHER),
         ("model.altup_projections.0", OTHER),
         ("model.layers.0.altup.prediction_coefs", set()),
+        # Moshi's wrapped projections, and names that only look like attention's.
+        ("model.layers.0.self_attn.q_proj.linear", QKV),
+        ("model.layers.0.self_attn.o_proj.linear", ATTENTION),
+        ("model.gated_cross_attn_layers.0.mlp.up_proj", MLP),
+        ("model.layers.0.post_attention_layernorm.mlp.fc1", MLP),
+        # Numbers for each head.
+        ("model.layers.0.self_attn.sink_proj", set()),
+        ("encoder.layers.0.attention.gru_rel_pos_linear", set()),
         # DeepSeek's choice of tokens.
         ("model.layers.0.self_attn.indexer.wq_b", set()),
     ],

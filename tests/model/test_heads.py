@@ -30,6 +30,7 @@ HEADS = {
     "VideoMAEForVideoClassification": (IMAGES, ["classifier"]),
     "Wav2Vec2ForSequenceClassification": ({}, ["projector", "classifier"]),
     "WhisperForAudioClassification": ({}, ["classifier"]),
+    "Wav2Vec2ForCTC": ({"vocab_size": 32}, ["lm_head"]),
     "LlamaForCausalLM": ({}, []),
     "BertModel": ({}, []),
 }

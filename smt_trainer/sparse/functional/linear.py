@@ -164,7 +164,9 @@ class SparseLinear(torch.autograd.Function):
         ctx.plan, ctx.master_dtype, ctx.x_shape, ctx.x_dtype = plan, blocks.dtype, x.shape, x.dtype
         if read_weight:
             weight = read_weight()
-        return _transposed_linear(x, weight, bias) if plan.grid.transposed else F.linear(x, weight, bias)
+        y = _transposed_linear(x, weight, bias) if plan.grid.transposed else F.linear(x, weight, bias)
+        # For autograd no view, which it would forbid models to change in place.
+        return torch.ops.aten._unsafe_view(y, y.shape)
 
     @staticmethod
     @once_differentiable

@@ -154,6 +154,18 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_gradients(case):
         torch.testing.assert_close(gradient.double(), expected, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("leading", [(7,), (2, 3)])
+@pytest.mark.parametrize("case", ["square", "square, transposed"])
+def test_an_output_may_be_changed_in_place(case, leading):
+    grid, indices = GRIDS[case]
+    (x, weight, bias, blocks, *rest), _ = prepare(grid, indices, leading=leading)
+    F.relu(sparse_linear(x, weight, bias, blocks, *rest), inplace=True).sum().backward()
+    x_dense, dense = x.detach().requires_grad_(), weight.clone().requires_grad_()
+    F.relu(dense_linear(x_dense, dense, bias.detach(), grid)).sum().backward()
+    torch.testing.assert_close(x.grad, x_dense.grad)
+    torch.testing.assert_close(blocks.grad, grid.gather(dense.grad, group_blocks(torch.as_tensor(indices), grid)[1]))
+
+
 @pytest.mark.parametrize("leading", [(0,), (0, 3)])
 @pytest.mark.parametrize("case", ["square", "square, transposed"])
 def test_an_empty_batch_gives_zero_gradients(case, leading):
