@@ -27,7 +27,7 @@ from smt_trainer.merging.matrix_rows import MatrixRows
 from smt_trainer.merging.site import Site
 from smt_trainer.merging.tied import tied_copies
 from smt_trainer.model.checkpoint import BASE, Checkpoint, vocabulary_sizes
-from smt_trainer.model.conversion import look_up
+from smt_trainer.model.conversion import differences, look_up
 from smt_trainer.tensor_file import load_arrays, open_array, save_arrays
 from smt_trainer.tensor_header import StoredTensor
 
@@ -162,8 +162,7 @@ class MergePlan:
                 expected = site.grid.stored_shape
                 expected = expected if site.expert is None else (*stored.shape[:1], *expected)
                 _expect(what, key, stored, expected, FLOATS, folder)
-        differences = _differences(delta, checkpoint)
-        check_base(delta, folder.resolve().name, differences, delta_folder)
+        check_base(delta, folder.resolve().name, _differences(delta, checkpoint), delta_folder)
         for key, values in self.whole.items():
             stored, dtype = self.tensors[key], dtype_name(values)
             alike = next((kind for kind in (FLOATS, INTEGERS) if dtype in kind), (dtype,))
@@ -176,10 +175,9 @@ def _differences(delta: Delta, checkpoint: Checkpoint) -> list[str]:
     """Return the names of the tensors of the delta's base that have other values in a checkpoint; warn if some cannot
     be compared."""
     fingerprint = delta.fingerprint
-    differences = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
-    if not checkpoint.conversions.are_known and (differences or fingerprint.missing(checkpoint.loaded)):
+    if fingerprint.missing(checkpoint.loaded):
         look_up(checkpoint)
-        differences = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
+    found = differences(fingerprint, checkpoint)
     if missing := fingerprint.missing(checkpoint.loaded):
         logger.warning(
             "%d of the %d tensors of the delta's base, such as `%s`, were not compared: %s does not store them as they "
@@ -189,7 +187,7 @@ def _differences(delta: Delta, checkpoint: Checkpoint) -> list[str]:
             missing[0],
             checkpoint.folder,
         )
-    return differences
+    return found
 
 
 def _write_again(path: Path, resized: dict[str, np.ndarray]) -> None:

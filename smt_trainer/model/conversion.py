@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from smt_trainer.errors import SMTError
 from smt_trainer.model.checkpoint import Checkpoint, Conversions, parts_of
+from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.names import expert_index, find_names
 
 # Operations of transformers that split a tensor.
@@ -75,6 +76,15 @@ def look_up(checkpoint: Checkpoint) -> Conversions:
             found.stacked[name] = keys
         else:
             found.changed[name] = "stacking other parts than a matrix or two of each expert"
+    return found
+
+
+def differences(fingerprint: Fingerprint, checkpoint: Checkpoint) -> list[str]:
+    """Return the names of a base's tensors that have other values in a checkpoint, also as transformers loads it."""
+    found = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
+    if found and not checkpoint.conversions.are_known:
+        look_up(checkpoint)
+        found = fingerprint.differences_on_disk(checkpoint.folder, checkpoint.loaded)
     return found
 
 
@@ -148,11 +158,8 @@ def _only_stacks(converter: Any) -> bool:
 
 def _keeps_shape(loaded: Loaded, shapes: Shapes, checkpoint: Checkpoint) -> bool:
     """Return whether a transposition is left out, since the tensor has the shape of the model's already."""
+    operation, *more = loaded.converter.operations
+    if more or not getattr(operation, "check_dims", False):
+        return False
     names = find_names([loaded.name], shapes)
-    (operation, *more) = loaded.converter.operations
-    return (
-        not more
-        and getattr(operation, "check_dims", False)
-        and loaded.name in names
-        and shapes[names[loaded.name]] == checkpoint.tensors[loaded.key].shape
-    )
+    return loaded.name in names and shapes[names[loaded.name]] == checkpoint.tensors[loaded.key].shape

@@ -16,7 +16,7 @@ from torch import nn
 from smt_trainer.arrays import FLOATS, as_array, bits, cast, dtype_name
 from smt_trainer.model.base import base_checkpoint, lost_base
 from smt_trainer.model.checkpoint import Checkpoint
-from smt_trainer.model.conversion import look_up
+from smt_trainer.model.conversion import differences
 from smt_trainer.model.fingerprint import Fingerprint
 from smt_trainer.model.language_model import vocabulary_weights
 from smt_trainer.model.merged import is_merged
@@ -51,10 +51,8 @@ def warn_of_changed_base(model: nn.Module, base: Fingerprint) -> None:
                 name,
             )
         return
-    if base.differences_on_disk(checkpoint.folder, checkpoint.loaded):
-        look_up(checkpoint)
     changed = {
-        *base.differences_on_disk(checkpoint.folder, checkpoint.loaded),
+        *differences(base, checkpoint),
         *_changed_embeddings(model, base, checkpoint),
     }
     if changed:

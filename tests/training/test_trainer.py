@@ -263,26 +263,23 @@ def test_checkpoints_hold_float32_masters_and_save_model_the_weights_dtype(tmp_p
     assert (checkpoint / "optimizer.pt").is_file() and (checkpoint / MANIFEST_FILE).is_file()
 
 
-def test_the_best_blocks_are_loaded_at_the_end(tmp_path):
-    scores = itertools.chain([3.0, 1.0, 2.0, 2.5], itertools.repeat(9.0))
-    trainer = tiny.RecordingSMTTrainer(
+def keeps_best(kind, folder, scores, **overrides):
+    """Make a trainer that evaluates and saves after each step, and loads the model of the lowest score at the end."""
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": False}
+    return kind(
         model=tiny.llama(),
-        args=tiny.arguments(
-            tmp_path,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            save_total_limit=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="score",
-            greater_is_better=False,
-        ),
+        args=tiny.arguments(folder, **every_step, **best, **overrides),
         train_dataset=tiny.examples(),
         eval_dataset=tiny.examples(4),
         compute_metrics=lambda _: {"score": next(scores)},
         smt_config=tiny.config(),
     )
+
+
+def test_the_best_blocks_are_loaded_at_the_end(tmp_path):
+    scores = itertools.chain([3.0, 1.0, 2.0, 2.5], itertools.repeat(9.0))
+    trainer = keeps_best(tiny.RecordingSMTTrainer, tmp_path, scores, save_total_limit=1)
     trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     best = load_delta(tiny.llama(), tmp_path / "checkpoint-2")
@@ -296,24 +293,7 @@ def test_the_best_model_is_loaded_also_where_a_subclass_saves_whole_models(tmp_p
         def save_model(self, output_dir=None, _internal_call=False):
             self.model.save_pretrained(output_dir or self.args.output_dir)
 
-    scores = iter([3.0, 1.0, 2.0, 4.0])
-    trainer = SavesWhole(
-        model=tiny.llama(),
-        args=tiny.arguments(
-            tmp_path,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="score",
-            greater_is_better=False,
-        ),
-        train_dataset=tiny.examples(),
-        eval_dataset=tiny.examples(4),
-        compute_metrics=lambda _: {"score": next(scores)},
-        smt_config=tiny.config(),
-    )
+    trainer = keeps_best(SavesWhole, tmp_path, iter([3.0, 1.0, 2.0, 4.0]))
     trainer.train()
     best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     assert torch.equal(tiny.logits(trainer.model), tiny.logits(best))
